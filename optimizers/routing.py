@@ -1,0 +1,227 @@
+"""Which parameter gets which optimizer, and why.
+
+By module identity, not by name: input embeddings, the output head (tied or not), biases, norm gains and whatever
+is not 2-D go to AdamW; every other 2-D weight is a matrix. A regular expression may say otherwise.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from optimizers import options
+from optimizers.directions import Form, balances, form, lr_scale
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `param_groups` needs to know beside the model."""
+
+    name: Literal["aurora", "muon", "adamw"] = "aurora"
+    """Direction of the matrices; "adamw" gives every parameter to AdamW."""
+    matrix: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the matrix group (see optimizers.options), but for `direction`, which is `name`."""
+    adamw: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the adamw groups. `weight_decay` acts on 2-D weights only, never on norm gains and biases."""
+    preset: str | None = None
+    """A preset of matrix options, under those given in `matrix`."""
+    overrides: Mapping[str, options.Kind] = field(default_factory=dict)
+    """Regular expression, searched in the parameter's name -> "matrix" or "adamw"."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One row of the routing table."""
+
+    name: str
+    shape: tuple[int, ...]
+    form: Form | Literal["none"]
+    """Tall (more rows), wide, square, or none: not 2-D."""
+    optimizer: Literal["matrix", "adamw", "frozen"]
+    direction: Literal["aurora", "muon", "adamw", "none"]
+    """What is applied in the end: aurora leaves the forms outside its scope to muon."""
+    lr_scale: float | None
+    """Factor on the learning rate of a matrix; None for the others."""
+    why: str
+
+
+def routes(model: nn.Module, settings: Settings) -> list[Route]:
+    """The routing table: one row per parameter, in the model's order; a tied one under its first name.
+
+    Only shapes are read, so the model may be on the meta device.
+
+    Raises:
+        ValueError: bad settings; an override that is no regular expression, matches nothing, contradicts another
+            or makes a matrix of what is none; a matrix optimizer and no matrix, or a flattened one.
+    """
+    matrix = _matrix_options(settings)
+    reasons = _adamw_reasons(model)
+    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    rows = []
+    for p, names in _names(model).items():
+        if not p.requires_grad:
+            rows.append(_row(names[0], p, "frozen", None, "requires_grad is False"))
+            continue
+        kind, why = _choose(p, names, reasons.get(p), settings)
+        if p in linear and p.ndim != 2 and settings.name != "adamw":
+            raise ValueError(
+                f"{names[0]} is the weight of a Linear but has shape {tuple(p.shape)}: it was flattened or split (by "
+                "DeepSpeed, FSDP). Route the model before it is wrapped"
+            )
+        rows.append(_row(names[0], p, kind, matrix, why))
+    if settings.name != "adamw" and not any(row.optimizer == "matrix" for row in rows):
+        raise ValueError(
+            f"optimizer {settings.name!r} found no matrix among {len(rows)} parameters: nothing would be stepped by "
+            "it. Use name 'adamw' if that is meant"
+        )
+    _check_overrides(settings.overrides, [name for names in _names(model).values() for name in names])
+    return rows
+
+
+def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """The groups for `Aurora(groups)`: one of all matrices, one adamw group of 2-D weights, one of the rest.
+
+    Empty groups are left out, and so are parameters without requires_grad. Each group has `params`,
+    `param_names`, `kind` and all its options that have an effect.
+
+    Raises:
+        ValueError: as `routes`, or if nothing at all is to be trained.
+    """
+    parameters = {names[0]: p for p, names in _names(model).items()}
+    matrix, adamw = _matrix_options(settings), options.complete("adamw", settings.adamw)
+    plan: list[tuple[options.Kind, dict[str, Any], list[str]]] = [
+        ("matrix", matrix or {}, []),
+        ("adamw", adamw, []),
+        ("adamw", {**adamw, "weight_decay": 0.0}, []),
+    ]
+    for row in routes(model, settings):
+        if row.optimizer != "frozen":
+            plan[0 if row.optimizer == "matrix" else 1 if len(row.shape) == 2 else 2][2].append(row.name)
+    groups = [
+        {"params": [parameters[name] for name in names], "param_names": names, "kind": kind, **given}
+        for kind, given, names in plan
+        if names
+    ]
+    if not groups:
+        raise ValueError("the model has no parameter that requires a gradient")
+    return groups
+
+
+def _matrix_options(settings: Settings) -> dict[str, Any] | None:
+    """All options of the matrix group that have an effect; None if everything goes to AdamW."""
+    if settings.name not in ("aurora", "muon", "adamw"):
+        hint = options.did_you_mean(settings.name, ("aurora", "muon", "adamw"))
+        raise ValueError(f"optimizer name is {settings.name!r}: expected aurora, muon or adamw{hint}")
+    if settings.name == "adamw":
+        given = [
+            *settings.matrix,
+            *(["preset"] if settings.preset else []),
+            *(["overrides"] if settings.overrides else []),
+        ]
+        if given:
+            raise ValueError(f"without effect for the optimizer 'adamw': {', '.join(given)}")
+        return None
+    full = options.complete("matrix", {"direction": settings.name, **settings.matrix}, preset=settings.preset)
+    without = options.ineffective(full)
+    return {key: value for key, value in full.items() if key not in without}
+
+
+def _names(model: nn.Module) -> dict[Tensor, list[str]]:
+    """All names of every parameter, in the model's order: a tied one has several."""
+    names: dict[Tensor, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    return names
+
+
+def _adamw_reasons(model: nn.Module) -> dict[Tensor, str]:
+    """Why a parameter is none of the matrix optimizer's, for those that are not."""
+    reasons: dict[Tensor, list[str]] = {}
+
+    def add(p: object, reason: str) -> None:
+        if isinstance(p, Tensor) and reason not in reasons.setdefault(p, []):
+            reasons[p].append(reason)
+
+    for module in model.modules():
+        if isinstance(module, _EMBEDDINGS):
+            add(module.weight, "embedding")
+        if isinstance(module, _NORMS):
+            add(module.weight, "norm gain")
+        add(module._parameters.get("bias"), "bias")
+        add(_weight_of(module, "get_input_embeddings"), "embedding")
+        add(_weight_of(module, "get_output_embeddings"), "output head")
+    return {
+        p: "embedding, tied to the output head" if why == ["embedding", "output head"] else ", ".join(why)
+        for p, why in reasons.items()
+    }
+
+
+def _weight_of(module: nn.Module, getter: str) -> Tensor | None:
+    """The weight of the layer that a transformers model names, if it is one and names it."""
+    get = getattr(module, getter, None)
+    if get is None:
+        return None
+    try:
+        layer = get()
+    except (NotImplementedError, AttributeError):
+        # The base classes of transformers answer so for models that have no such layer.
+        return None
+    return getattr(layer, "weight", None)
+
+
+def _choose(p: Tensor, names: list[str], reason: str | None, settings: Settings) -> tuple[options.Kind, str]:
+    if settings.name == "adamw":
+        return "adamw", "everything by adamw"
+    wanted = {kind: pattern for pattern, kind in settings.overrides.items() if _matches(pattern, names)}
+    if len(wanted) > 1:
+        raise ValueError(f"overrides contradict each other for {names[0]}: {', '.join(map(repr, wanted.values()))}")
+    for kind, pattern in wanted.items():
+        if kind == "matrix" and p.ndim != 2:
+            raise ValueError(
+                f"override {pattern!r} makes a matrix of {names[0]}, whose shape is {tuple(p.shape)}: expected 2-D"
+            )
+        return kind, f"override {pattern!r}"
+    if reason is not None:
+        return "adamw", reason
+    if p.ndim != 2:
+        return "adamw", "not 2-D"
+    return "matrix", "2-D weight"
+
+
+def _matches(pattern: str, names: list[str]) -> bool:
+    try:
+        return any(re.search(pattern, name) for name in names)
+    except re.error as error:
+        raise ValueError(f"override {pattern!r} is no regular expression: {error}") from error
+
+
+def _check_overrides(overrides: Mapping[str, options.Kind], names: list[str]) -> None:
+    for pattern, kind in overrides.items():
+        if kind not in options.DEFAULTS:
+            raise ValueError(f"override {pattern!r} says {kind!r}: expected one of {', '.join(options.DEFAULTS)}")
+        if not _matches(pattern, names):
+            raise ValueError(f"override {pattern!r} matches no parameter name; names look like {names[0]!r}")
+
+
+def _row(
+    name: str,
+    p: Tensor,
+    optimizer: Literal["matrix", "adamw", "frozen"],
+    matrix: Mapping[str, Any] | None,
+    why: str,
+) -> Route:
+    shape = tuple(p.shape)
+    shape_form = form(*shape) if len(shape) == 2 else "none"
+    direction: Literal["aurora", "muon", "adamw", "none"] = "none" if optimizer == "frozen" else "adamw"
+    scale = None
+    if optimizer == "matrix":
+        assert matrix is not None, "only a matrix optimizer routes to itself"
+        is_aurora = matrix["direction"] == "aurora" and balances(matrix["scope"], shape_form)
+        direction = "aurora" if is_aurora else "muon"
+        scale = lr_scale(matrix["lr_scale"], *shape)
+    return Route(name, shape, shape_form, optimizer, direction, scale, why)

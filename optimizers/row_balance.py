@@ -1,0 +1,114 @@
+"""The row scaling D for which polar(D u) has even row norms.
+
+For a tall u [m, n] Aurora wants a direction with orthonormal columns and every row of norm sqrt(n/m).
+polar(D u) has orthonormal columns for any D; its squared row norms l_i are the leverage scores of D u.
+This module moves D until they are even, reading l from a function that it is given. All of it is fp32
+and acts row by row, so it also runs on a stack [..., m, n].
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+BalanceRule = Literal["odds", "tyler"]
+EpsMode = Literal["relative", "absolute"]
+
+# Smallest row norm that is still divided by: a share of the largest (relative), or as it is (absolute).
+ROW_NORM_EPS = 1e-7
+# Leverage lies in (0, 1); the odds rule needs it away from both ends.
+LEVERAGE_MARGIN = 1e-6
+# The released code's floor under l, only there so that the division is finite.
+SMALLEST_LEVERAGE = 1e-14
+# Mean leverage above which the rows have no freedom left to be balanced with.
+NO_FREEDOM = 0.999
+# Two spreads below the resolution of bf16 differ by rounding, not because a step went wrong.
+SPREAD_RESOLUTION = 2.0**-8
+
+
+class RowScale(NamedTuple):
+    """The scaling and how it was reached."""
+
+    D: Tensor
+    """[..., m, 1] fp32, zero on rows of u that are zero."""
+    fallbacks: Tensor
+    """[...] int64: how many steps of the odds rule were taken back for a tyler step."""
+
+
+def balance(
+    u: Tensor,
+    leverage: Callable[[Tensor], Tensor],
+    *,
+    updates: int,
+    rule: BalanceRule = "odds",
+    beta: float = 0.5,
+    eps_mode: EpsMode = "relative",
+) -> RowScale:
+    """Starts at D_i = 1/|u_i| and updates D `updates` times from the leverage scores of D u.
+
+    Args:
+        u: [..., m, n] fp32, tall (m > n), of a scale at which its row norms neither over- nor underflow.
+        leverage: gives the leverage scores [..., m, 1] in fp32 of D u, for D [..., m, 1].
+        updates: one less than the polar calls K of a direction. With 0 the rows are only normalised.
+        rule: "tyler", D_i <- D_i (t/l_i)^beta, the fixed-point iteration of Tyler's M-estimator; or "odds",
+            D_i <- D_i sqrt(t/(1-t) (1-l_i)/l_i), which sets each row exactly while the others are held, as
+            l_i/(1-l_i) is linear in D_i^2 (Sherman-Morrison). t is the mean of l over the rows that are
+            not zero. Both have the same fixed point.
+        beta: the power of the tyler rule; 0.5 is the undamped step. Not used by "odds".
+        eps_mode: "relative" floors row norms at 1e-7 of the largest. "absolute" floors them at 1e-7 and
+            takes t = n/m, as the released code does (t scales all of D alike, which polar does not see).
+
+    Rows that are exactly zero keep D = 0. Where t > 0.999 the first D stays: there is nothing to balance.
+    If a step of the odds rule is seen to raise the spread of the row norms (their deviation over their
+    mean), D goes back and takes a tyler step instead, and the step is counted. A step is seen at the next
+    evaluation of `leverage`, so the last one is not: with one update the rule is never checked.
+    """
+    live = (u != 0).any(dim=-1, keepdim=True)
+    live_rows = live.sum(dim=-2, keepdim=True).clamp(min=1)
+    D = _initial_scale(u, live, eps_mode)
+    fallbacks = torch.zeros(u.shape[:-2], dtype=torch.int64, device=u.device)
+    before: tuple[Tensor, Tensor, Tensor] | None = None
+    for _ in range(updates):
+        scores = torch.where(live, leverage(D), 0.0)
+        spread = _spread(scores, live, live_rows)
+        raised = torch.zeros_like(spread, dtype=torch.bool)
+        if rule == "odds" and before is not None:
+            raised = (spread > before[2]) & (spread > SPREAD_RESOLUTION)
+            D, scores, spread = (
+                torch.where(raised, old, new) for old, new in zip(before, (D, scores, spread), strict=True)
+            )
+            fallbacks += raised[..., 0, 0]
+        before = (D, scores, spread)
+        mean = scores.sum(dim=-2, keepdim=True) / live_rows
+        target = mean if eps_mode == "relative" else torch.full_like(mean, u.shape[-1] / u.shape[-2])
+        stepped = D * (target / scores.clamp(min=SMALLEST_LEVERAGE)).pow(beta if rule == "tyler" else 0.5)
+        if rule == "odds":
+            stepped = torch.where(raised, stepped, D * _odds_factor(target, scores))
+        D = torch.where(live & (mean <= NO_FREEDOM), stepped, D)
+    return RowScale(D, fallbacks)
+
+
+def _initial_scale(u: Tensor, live: Tensor, eps_mode: EpsMode) -> Tensor:
+    norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    if eps_mode == "absolute":
+        floored = norms.clamp(min=ROW_NORM_EPS)
+    else:
+        floored = torch.maximum(norms, ROW_NORM_EPS * norms.amax(dim=-2, keepdim=True))
+    return torch.where(live, 1.0 / floored, 0.0)
+
+
+def _odds_factor(target: Tensor, scores: Tensor) -> Tensor:
+    """sqrt of the wanted odds over the present ones."""
+    inside = scores.clamp(LEVERAGE_MARGIN, 1 - LEVERAGE_MARGIN)
+    # Targets above NO_FREEDOM are thrown away by the caller; clamped, they do not divide by zero.
+    wanted = target.clamp(LEVERAGE_MARGIN, NO_FREEDOM)
+    return ((wanted / (1 - wanted)) * ((1 - inside) / inside)).sqrt()
+
+
+def _spread(scores: Tensor, live: Tensor, live_rows: Tensor) -> Tensor:
+    """Standard deviation over mean of the norms of the rows that are not zero, [..., 1, 1]."""
+    norms = scores.sqrt()
+    mean = norms.sum(dim=-2, keepdim=True) / live_rows
+    variance = torch.where(live, (norms - mean).square(), 0.0).sum(dim=-2, keepdim=True) / live_rows
+    return variance.sqrt() / mean

@@ -1,0 +1,1 @@
+"""Pretraining: config, model, data stream, engine, trainer, checkpoints and export."""

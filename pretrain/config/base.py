@@ -1,0 +1,45 @@
+"""The base class of every config section."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+
+class Section(BaseModel):
+    """A frozen part of the config: unknown keys are refused, field docstrings become descriptions.
+
+    Non-finite floats are refused everywhere: no setting of a training run is NaN or infinite.
+
+    An option that is set although it has no effect beside the others is an error, and a dump leaves it out: it shows
+    what acts, and can be loaded again.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+    def ineffective(self) -> Mapping[str, str]:
+        """The fields that do nothing in this combination, each with the reason."""
+        return {}
+
+    @model_validator(mode="after")
+    def _refuse_ineffective(self) -> Self:
+        problems = [
+            f"{field}: has no effect: {why}; remove it"
+            for field, why in self.ineffective().items()
+            if field in self.model_fields_set
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_ineffective(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        without = self.ineffective()
+        dumped: dict[str, Any] = handler(self)
+        return {key: value for key, value in dumped.items() if key not in without}

@@ -1,0 +1,127 @@
+"""Config sections `train` and `engine`: batch, length, precision, memory, and what runs it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pretrain.config.base import Section
+from pretrain.config.fields import PositiveFloat, PositiveInt
+
+
+class TrainConfig(Section):
+    """How much is trained on, in which batches, and how the step is computed."""
+
+    total_tokens: PositiveInt
+    """Tokens of the whole run, a multiple of `global_batch_tokens`; the schedule ends there."""
+
+    global_batch_tokens: PositiveInt
+    """Tokens of one optimizer step over all ranks, a multiple of the sequence length."""
+
+    micro_batch_sequences: PositiveInt
+    """Sequences (not tokens) of one forward and backward pass on one rank. Together with the
+    number of ranks it gives the accumulation; it does not change what is computed."""
+
+    sequence_length: PositiveInt | None = None
+    """Tokens of a training sequence, at most `model.context_length`; null takes that."""
+
+    grad_clip: PositiveFloat | None = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it. null: no clipping."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """The dtype of the matrix products: `bf16` is autocast over fp32 weights; `auto` takes it
+    where the processor has fast bf16, and fp32 elsewhere. The choice is printed."""
+
+    activation_checkpointing: Literal["none", "full"] | PositiveInt = "none"
+    """Recompute the activations of no layer, of every layer (`full`), or of every n-th layer in
+    the backward pass: less memory, up to a third more FLOPs."""
+
+    compile: bool = False
+    """Compile the forward and backward pass with `torch.compile` (minutes at the start)."""
+
+    loss_chunk_tokens: PositiveInt | None = None
+    """Compute head and cross-entropy over this many tokens at a time, so that the logits of a
+    whole micro-batch never exist at once. null: all at once."""
+
+    max_skipped_steps: PositiveInt = 20
+    """Stop with an error after this many steps *in a row* were skipped for non-finite gradients."""
+
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one device at the precision used, in 1e12 FLOP/s, for the MFU. null: from a table of
+    known GPUs; on a device that is not in it, no MFU is reported."""
+
+
+class EngineConfig(Section):
+    """What carries out the step."""
+
+    kind: Literal["plain"] = "plain"
+    """`plain`: Accelerate; one process, or data parallel over several (torchrun)."""
+
+
+class SamplesConfig(Section):
+    """Text written by the model during training."""
+
+    every_steps: PositiveInt | None = None
+    """Write samples every n steps and at the end; null: none."""
+
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = ("",)
+    """What the samples continue; an empty prompt starts a document."""
+
+    max_new_tokens: PositiveInt = 64
+    """Tokens per sample."""
+
+    temperature: PositiveFloat = 0.8
+    """Sampling temperature."""
+
+    def ineffective(self) -> dict[str, str]:
+        """Everything, where no samples are written."""
+        fields = ("prompts", "max_new_tokens", "temperature") if self.every_steps is None else ()
+        return dict.fromkeys(fields, "samples.every_steps is null, so no samples are written")
+
+
+class ValidationConfig(Section):
+    """Loss and bits per byte on the validation split."""
+
+    every_steps: PositiveInt | None = None
+    """Validate every n steps and at the end; null: only at the end."""
+
+    batch_sequences: PositiveInt | None = None
+    """Sequences of one forward pass per rank; null: `train.micro_batch_sequences`."""
+
+    max_tokens: PositiveInt = 10_000_000
+    """Tokens of the validation split that are used, from its beginning: enough for a standard error far below
+    any difference of interest, and small enough to be kept in memory (40 MB)."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are saved and which are kept. The last step is always saved."""
+
+    save_every_steps: PositiveInt = 1000
+    """Save every n steps."""
+
+    keep_last: PositiveInt = 2
+    """Keep the newest n; with 1 a damaged newest checkpoint leaves nothing to fall back to."""
+
+    keep_every_steps: PositiveInt | None = None
+    """Besides, keep for good those whose step is a multiple of this."""
+
+
+class LoggingConfig(Section):
+    """What is shown while training; metrics.jsonl always gets every step."""
+
+    every_steps: PositiveInt = 10
+    """Print a line every n steps (a progress bar is updated every step)."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases, optional."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """`offline` writes into the run folder, to be synchronised later; `online` falls back to
+    `offline` with a warning when the server cannot be reached."""
+
+    project: str = "aurora-pretrain"
+    """The project under which the run appears."""
+
+    def ineffective(self) -> dict[str, str]:
+        """The project, where nothing is sent."""
+        return {"project": "wandb.mode is disabled"} if self.mode == "disabled" else {}

@@ -1,0 +1,175 @@
+"""Plain data into a validated `Config`, with every problem reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pretrain.config.loader import ConfigError, apply_overrides, read_yaml
+from pretrain.config.schema import Config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file with ``section.key=value`` overrides applied.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    data = read_yaml(Path(path))
+    problems = apply_overrides(data, overrides)
+    if problems:
+        raise ConfigError(problems)
+    return parse_config(data)
+
+
+def parse_config(data: Mapping[str, Any]) -> Config:
+    """Validate plain data section by section, so that a fault in one does not hide those of another.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems = [
+        f"{key}: unknown section{_did_you_mean(key, Config.model_fields)}"
+        for key in data
+        if key not in Config.model_fields
+    ]
+    sections: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        if name not in data and not field.is_required():
+            sections[name] = field.get_default(call_default_factory=True)
+            continue
+        if name not in data:
+            problems.append(f"{name}: section is missing")
+            continue
+        section, found = _validate_section(field.annotation, data[name], name)
+        problems += found
+        if section is not None:
+            sections[name] = section
+    problems += _cross_checks(sections)
+    if problems:
+        raise ConfigError(problems)
+    return Config(**sections)
+
+
+def _validate_section(model: Any, value: Any, name: str) -> tuple[Any, list[str]]:
+    """A validated section, or None, and the problems. Unknown keys do not hide what else is wrong."""
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        return None, [f"{name}: expected a section with keys, got {value!r}"]
+    try:
+        return model.model_validate(value), []
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    problems = [message for item in errors for message in _messages(model, item, name)]
+    unknown = [item["loc"] for item in errors if item["type"] == "extra_forbidden"]
+    if unknown:
+        value = json.loads(json.dumps(value, default=str))
+        for loc in unknown:
+            _delete(value, loc)
+        problems += [p for p in _validate_section(model, value, name)[1] if p not in problems]
+    return None, problems
+
+
+def _delete(value: Any, loc: tuple[int | str, ...]) -> None:
+    for key in loc[:-1]:
+        value = value[key]
+    value.pop(loc[-1], None)
+
+
+def _messages(model: type[BaseModel], error: Any, section: str) -> list[str]:
+    """Our wording of one pydantic error; a validator that found several problems gives several."""
+    loc = [str(part) for part in error["loc"]]
+    path = ".".join([section, *loc])
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        return [f"{path}: unknown key{_did_you_mean(loc[-1], _fields_at(model, error['loc'][:-1]))}"]
+    if kind == "missing":
+        return [f"{path}: required, but missing"]
+    if kind == "value_error":
+        lines = str(error["ctx"]["error"]).split("\n")
+        # A section's own validator names the key itself; a field's validator states only the expectation.
+        own = isinstance(value, (dict, BaseModel))
+        return [f"{path}.{line}" if own else f"{path}: {line}, got {value!r}" for line in lines]
+    return [f"{path}: {_lower_first(error['msg'])}, got {value!r}"]
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _did_you_mean(key: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def _fields_at(model: Any, loc: Sequence[int | str]) -> list[str]:
+    """Names of the fields of the section found by walking `loc` from `model`."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        model = _section_type(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section_type(annotation: Any) -> Any:
+    """The Section class inside an annotation such as ``tuple[SourceConfig, ...]`` or ``X | None``."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _section_type(argument)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
+    return None
+
+
+def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
+    """Problems between sections that are each valid by themselves."""
+    problems = []
+    model, train, schedule = (sections.get(name) for name in ("model", "train", "schedule"))
+    if model and train:
+        length = train.sequence_length or model.context_length
+        if length > model.context_length:
+            problems.append(
+                f"train.sequence_length: expected at most model.context_length ({model.context_length}), got {length}"
+            )
+        problems += _not_multiple("train.global_batch_tokens", train.global_batch_tokens, "the sequence length", length)
+        sequences = train.global_batch_tokens // length
+        if train.global_batch_tokens % length == 0 and sequences % train.micro_batch_sequences:
+            problems.append(
+                f"train.micro_batch_sequences: expected a divisor of the {sequences} sequences of a "
+                f"global batch, got {train.micro_batch_sequences}"
+            )
+    if train:
+        problems += _not_multiple(
+            "train.total_tokens", train.total_tokens, "train.global_batch_tokens", train.global_batch_tokens
+        )
+    data, validation = sections.get("data"), sections.get("validation")
+    if data and validation and data.validation_fraction == 0 and validation.model_fields_set:
+        problems += [
+            f"validation.{key}: has no effect: data.validation_fraction is 0, so there is no validation split"
+            for key in sorted(validation.model_fields_set)
+        ]
+    if train and schedule:
+        decay = schedule.decay_fraction * train.total_tokens if schedule.kind == "wsd" else 0
+        if schedule.warmup_tokens + decay > train.total_tokens:
+            problems.append(
+                f"schedule.warmup_tokens: expected at most the {train.total_tokens - decay:,.0f} tokens "
+                f"before the decay, got {schedule.warmup_tokens:,}"
+            )
+    return problems
+
+
+def _not_multiple(key: str, value: int, of: str, unit: int) -> list[str]:
+    if value % unit == 0:
+        return []
+    below, above = value // unit * unit, (value // unit + 1) * unit
+    near = f"{below} or {above}" if below else f"{above}"
+    return [f"{key}: expected a multiple of {of} ({unit}), got {value}; nearest: {near}"]

@@ -1,0 +1,353 @@
+"""From a config to a finished run: choose what to resume, set everything up, train, and say how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from optimizers import Aurora, param_groups
+from pretrain.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    file_sha256,
+    list_checkpoints,
+    newest_intact,
+    prune,
+    save_checkpoint,
+)
+from pretrain.config import Config, ConfigError, identity_hash
+from pretrain.data import TokenStream, check_sources, fingerprint, load_tokenizer
+from pretrain.dense_state import (
+    dense_fragments,
+    group_settings,
+    load_dense,
+    random_generators,
+    restore_generators,
+)
+from pretrain.engine import PlainEngine
+from pretrain.hooks import Sampler, Validator
+from pretrain.model import LossModel, build_model
+from pretrain.runs import TOKENIZER_FILE, RunError, RunFolder, check_identity, git_commit
+from pretrain.summary import describe, routing_table
+from pretrain.tracking import Display, make_tracker
+from pretrain.trainer import Trainer, TrainState, accumulation, checkpoint_index
+
+T = TypeVar("T")
+DONE, STOPPED = 0, 75
+
+
+def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> int:
+    """Train the run that `config` describes, from its newest checkpoint on if there is one.
+
+    Args:
+        config: validated.
+        resume: ``auto``, ``never``, or a checkpoint's folder.
+        stop_at: save and stop after this step.
+
+    Returns:
+        The exit code: 0 done, 75 stopped with a checkpoint saved.
+
+    Raises:
+        ValueError: bad input (`ConfigError`, `RunError`, `CheckpointError`, `DataError`), before any training.
+        TrainingError, OSError: training failed; saved checkpoints are untouched.
+    """
+    engine = PlainEngine(config)
+    try:
+        return _Launch(config, engine).run(resume, stop_at)
+    finally:
+        engine.close()
+
+
+class _Launch:
+    """One launch of a run on one rank."""
+
+    def __init__(self, config: Config, engine: PlainEngine) -> None:
+        self.config, self.engine = config, engine
+        self.display = Display(engine.rank, config.logging.every_steps)
+        self.folder = RunFolder(config.run_folder)
+        self.stop = False
+
+    def run(self, resume: str, stop_at: int | None) -> int:
+        """Set up, train, tear down."""
+        accumulation(self.config, self.engine.world_size)
+        self.tokenizer = load_tokenizer(self.config.tokenizer)
+        self.eos_id = self.tokenizer.token_to_id(self.config.tokenizer.eos_token)
+        self.inputs = self.on_rank_0(lambda: check_inputs(self.config, self.tokenizer))
+        self.identity = run_identity(self.config, self.inputs)
+        self.on_rank_0(self.folder.lock)
+        try:
+            source, notes = self.on_rank_0(lambda: choose_checkpoint(self.folder, resume, self.identity))
+            for note in notes:
+                self.display.warn(note)
+            reader = CheckpointReader(source) if source else None
+            step = reader.index["step"] if reader else 0
+            if step >= self.config.total_steps:
+                self.display.say(f"{self.folder.path}: already complete at step {step}")
+                return DONE
+            if stop_at is not None and step >= stop_at:
+                self.display.say(f"{self.folder.path}: already at step {step}, asked to stop at {stop_at}")
+                return STOPPED
+            return self.fit(reader, stop_at)
+        finally:
+            self.folder.unlock()
+
+    def fit(self, reader: CheckpointReader | None, stop_at: int | None) -> int:
+        """Build everything, restore it from `reader`, and train."""
+        config, engine, display = self.config, self.engine, self.display
+        seed_everything(config.run.seed + engine.rank, config.run.deterministic)
+        model = build_model(config.model, config.run.seed)
+        engine.prepare(LossModel(model, config.train), config.train.compile)
+        optimizer = Aurora(param_groups(model, config.optimizer.settings()))
+        stream = TokenStream(
+            config.data,
+            config.tokenizer,
+            config.sequence_length,
+            group=engine.cpu_group,
+            state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
+        )
+        state = TrainState()
+        if reader:
+            load_dense(reader, model, optimizer)
+            state = TrainState(**reader.index["counters"])
+            self.restore_generators(reader)
+        launch = self.on_rank_0(lambda: self.open_run_folder(state.step, model))
+        tracker = make_tracker(config, self.folder.path, launch, engine.rank, display.warn)
+        trainer = Trainer(
+            config,
+            engine,
+            optimizer,
+            stream,
+            eos_id=self.eos_id,
+            state=state,
+            hooks=self.hooks(),
+            log=lambda record: self.log(record, tracker.log),
+            save=self.save,
+            stop_requested=lambda: self.stop,
+        )
+        self.announce(model, reader)
+        display.start(state.step, config.total_steps)
+        try:
+            with self.stop_on_signals():
+                outcome = trainer.fit(stop_at)
+        finally:
+            display.close()
+            tracker.close()
+            stream.close()
+        if outcome == "stopped":
+            display.say(f"stopped after step {state.step}; start the same command again to continue")
+            return STOPPED
+        display.say(f"done: {state.step} steps, {state.tokens:,} tokens; everything is in {self.folder.path}")
+        return DONE
+
+    def on_rank_0(self, work: Callable[[], T]) -> T:
+        """Rank 0's result, or its error raised, on every rank: files are looked at once, and all agree."""
+        result: Any = None
+        if self.engine.rank == 0:
+            try:
+                result = (work(), None)
+            except (ValueError, OSError) as error:
+                result = (None, error)
+        value, error = self.engine.broadcast(result)
+        if error is not None:
+            raise error
+        return value
+
+    def restore_generators(self, reader: CheckpointReader) -> None:
+        """This rank's random generators, where the checkpoint has such a rank."""
+        saved = reader.generators(self.engine.rank)
+        if saved is not None:
+            restore_generators(saved)
+        ranks = reader.index["world_size"]
+        if ranks != self.engine.world_size:
+            self.display.say(f"the checkpoint was written by {ranks} ranks, now {self.engine.world_size}")
+        before = reader.index["provenance"].get("precision")
+        if before != str(self.engine.precision):
+            self.display.warn(f"precision was {before}, now {self.engine.precision}: results will differ")
+
+    def open_run_folder(self, step: int, model: torch.nn.Module) -> str:
+        """Put aside what lies past `step`, write config and manifest; returns the run's wandb id."""
+        discarded = self.folder.metrics.discard_after(step)
+        self.folder.samples.discard_after(step)
+        if discarded:
+            self.display.say(f"{discarded} metric lines past step {step} moved to metrics.discarded.jsonl")
+        set_aside_newer(self.folder.checkpoints, step)
+        shutil.copyfile(self.config.tokenizer.path, self.folder.path / TOKENIZER_FILE)
+        run_id = (self.folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
+        facts = {
+            "id": run_id,
+            "identity": self.identity,
+            "data": self.inputs["data"],
+            "routing": routing_table(self.config, model),
+        }
+        launch = {
+            "from_step": step,
+            "world_size": self.engine.world_size,
+            "device": str(self.engine.device),
+            "precision": str(self.engine.precision),
+        }
+        self.folder.write_manifest(self.config, facts, launch)
+        return run_id
+
+    def announce(self, model: torch.nn.Module, reader: CheckpointReader | None) -> None:
+        """Print what will be trained and from where."""
+        engine = self.engine
+        for line in describe(self.config, model, engine.world_size):
+            self.display.say(line)
+        self.display.say(f"device    {engine.device}, {engine.world_size} ranks, {engine.precision}")
+        if reader:
+            self.display.say(f"resuming from {reader.folder} (step {reader.index['step']})")
+
+    def hooks(self) -> list[Any]:
+        """The periodic work that the config asks for."""
+        config, engine = self.config, self.engine
+
+        def open_validation() -> TokenStream:
+            return TokenStream(
+                config.data,
+                config.tokenizer,
+                config.sequence_length,
+                split="validation",
+                epochs=1,
+                group=engine.cpu_group,
+            )
+
+        hooks: list[Any] = []
+        if config.data.validation_fraction > 0:
+            hooks.append(Validator(config, open_validation))
+        if config.samples.every_steps is not None:
+            samples = self.folder.samples
+            hooks.append(
+                Sampler(config.samples, self.tokenizer, self.eos_id, config.run.seed, samples, self.display.say)
+            )
+        return hooks
+
+    def log(self, record: dict[str, Any], track: Callable[[dict[str, Any]], None]) -> None:
+        """One step's record, to everywhere it goes."""
+        if self.engine.rank == 0:
+            self.folder.metrics.append(record)
+        track(record)
+        self.display.step(record)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save a checkpoint, then drop those that are no longer kept."""
+        engine, model = self.engine, self.engine.module.model
+        index = checkpoint_index(trainer, self.identity, group_settings(model, trainer.optimizer))
+        index["provenance"] = {
+            "git_commit": git_commit(),
+            "precision": str(engine.precision),
+            "data": self.inputs["data"],
+        }
+        # Every rank of the plain engine holds everything: one of them writes it.
+        fragments = dense_fragments(model, trainer.optimizer) if engine.rank == 0 else []
+        path = save_checkpoint(self.folder.checkpoints, index, fragments, random_generators(), engine)
+        if engine.rank == 0:
+            keep = self.config.checkpoint
+            prune(self.folder.checkpoints, keep.keep_last, keep.keep_every_steps)
+        self.display.say(f"saved {path}")
+
+    @contextlib.contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop after the current step; a second one ends at once."""
+
+        def request(number: int, frame: FrameType | None) -> None:
+            self.stop = True
+            self.display.say(f"{signal.Signals(number).name}: stopping after this step")
+            signal.signal(number, previous[number])
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, request) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed every global random generator; ask for deterministic kernels if wanted."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def check_inputs(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Look at every file that the run reads; returns the data's fingerprint and the tokenizer's sha256.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    problems = check_sources(config.data)
+    entries = tokenizer.get_vocab_size()
+    if entries > config.model.vocab_size:
+        problems.append(
+            f"model.vocab_size: expected at least the {entries} entries of {config.tokenizer.path}, "
+            f"got {config.model.vocab_size}"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return {
+        "data": fingerprint(config.data),
+        "tokenizer_sha256": file_sha256(Path(config.tokenizer.path)),
+    }
+
+
+def run_identity(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Everything that must match on resume: the identity keys, and the contents behind the paths."""
+    return config.identity() | {
+        "data contents": identity_hash(inputs["data"]),
+        "tokenizer contents": inputs["tokenizer_sha256"],
+    }
+
+
+def choose_checkpoint(folder: RunFolder, resume: str, identity: dict[str, Any]) -> tuple[Path | None, list[str]]:
+    """The checkpoint to start from, or None for a fresh start, and warnings.
+
+    Raises:
+        RunError: the run folder holds another run, or any run under ``never``.
+        CheckpointError: the wanted checkpoint, or every one, is damaged.
+    """
+    manifest = folder.manifest()
+    if resume == "never":
+        if manifest or list_checkpoints(folder.checkpoints):
+            raise RunError(
+                f"{folder.path}: already holds a run; continue it with --resume auto, or choose another run.name"
+            )
+        return None, []
+    if manifest:
+        check_identity(manifest["identity"], identity, folder.path)
+    if resume != "auto":
+        reader = CheckpointReader(Path(resume))
+        reader.verify()
+        check_identity(reader.index["identity"], identity, reader.folder)
+        return reader.folder, []
+    newest, damaged = newest_intact(folder.checkpoints)
+    if newest is None and damaged:
+        raise CheckpointError(
+            "\n".join([*damaged, f"{folder.checkpoints}: no intact checkpoint is left to resume from"])
+        )
+    if newest is None:
+        return None, []
+    check_identity(newest.index["identity"], identity, newest.folder)
+    return newest.folder, [f"{message}; falling back to {newest.folder.name}" for message in damaged]
+
+
+def set_aside_newer(root: Path, step: int) -> None:
+    """Move the checkpoints past `step` to ``discarded/``: they belong to a future that is trained anew."""
+    for folder in list_checkpoints(root):
+        if int(folder.name.removeprefix("step-")) > step:
+            target = root / "discarded" / folder.name
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)

@@ -1,0 +1,64 @@
+"""metrics.jsonl: one JSON object a step, each step once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class JsonLines:
+    """An append-only file of JSON objects that all have a ``step``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line and hand it to the operating system."""
+        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All complete records; a line cut off by a crash is not one."""
+        if not self.path.exists():
+            return []
+        return [record for record, _ in _records(self.path) if record is not None]
+
+    def discard_after(self, step: int) -> int:
+        """Move the records past `step` (and a cut-off line) to ``*.discarded.jsonl``; returns how many.
+
+        The kept part replaces the file in one rename, after the moved part is safe.
+        """
+        if not self.path.exists():
+            return 0
+        kept, moved = [], []
+        for record, line in _records(self.path):
+            (kept if record is not None and record.get("step", math.inf) <= step else moved).append(line)
+        if moved:
+            with self.path.with_suffix(".discarded.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(moved)
+                file.flush()
+                os.fsync(file.fileno())
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(self.path)
+        return len(moved)
+
+
+def _records(path: Path) -> list[tuple[dict[str, Any] | None, str]]:
+    found: list[tuple[dict[str, Any] | None, str]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        found.append((record if isinstance(record, dict) else None, line + "\n"))
+    return found

@@ -1,0 +1,61 @@
+"""Shared fixtures: small configs on the vendored text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import Config, parse_config
+
+REPOSITORY = Path(__file__).parents[1]
+
+TINY: dict[str, Any] = {
+    "run": {"name": "tiny", "seed": 3},
+    "model": {
+        "vocab_size": 8192,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "context_length": 32,
+        "tie_embeddings": True,
+    },
+    "tokenizer": {"path": str(REPOSITORY / "assets/tokenizer/tokenizer.json")},
+    "data": {"sources": [{"path": str(REPOSITORY / "assets/corpus/moby_dick.parquet")}], "lanes": 4},
+    "optimizer": {"name": "aurora", "polar": "svd", "lr": 0.02, "adamw": {"lr": 3e-3}},
+    "train": {
+        "total_tokens": 40 * 768,
+        "global_batch_tokens": 768,  # 24 sequences: divides by 1, 2, 3 and 4 ranks
+        "micro_batch_sequences": 6,
+        "precision": "fp32",
+    },
+    "schedule": {"kind": "wsd", "warmup_tokens": 3 * 768},
+    "checkpoint": {"save_every_steps": 1000},
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with dotted keys replaced."""
+    data = copy.deepcopy(base)
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        section = data
+        for key in parents:
+            section = section.setdefault(key, {})
+        section[last] = value
+    return data
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Callable[..., Config]:
+    """Builds a config whose run folder lies in tmp_path; dotted keys as ``{"train.compile": True}``."""
+
+    def make(changes: dict[str, Any] | None = None) -> Config:
+        return parse_config(merged(TINY, {"run.root": str(tmp_path / "runs"), **(changes or {})}))
+
+    return make

@@ -1,0 +1,58 @@
+"""A run that was stopped twice equals one that was not, bit for bit, on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.distributed.scenarios import metrics, newest, run, run_consuming_generators, tensors
+
+EXACT = ("step", "tokens", "loss", "lr", "adamw_lr", "grad_norm", "batch_sha256")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        pytest.param(1, {}, id="1 process"),
+        pytest.param(1, {"data.workers": 2}, id="2 data workers"),
+        pytest.param(1, {"train.micro_batch_sequences": 24}, id="no accumulation"),
+        pytest.param(2, {}, id="2 processes"),
+        pytest.param(3, {"train.micro_batch_sequences": 4}, id="3 processes"),
+        pytest.param(4, {"data.workers": 1, "train.micro_batch_sequences": 3}, id="4 processes"),
+        pytest.param(
+            1,
+            {"train.precision": "bf16", "data.document_mask": True, "data.reset_positions": True},
+            id="bf16, document masks",
+        ),
+    ],
+)
+def test_stopping_twice_changes_nothing(world_size: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Faults of famous trainers: a replayed warm-up, a step at rate 0, a lost batch, a stream that restarts at the
+    second resume."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert set(run_ranks(world_size, run, str(whole), changes)) == {0}
+    for stop, code in ((17, 75), (29, 75), (None, 0)):
+        assert set(run_ranks(world_size, run, str(parts), changes, stop)) == {code}
+
+    assert [line[0] for line in metrics(whole, "step")] == list(range(1, 41))
+    assert metrics(parts, *EXACT) == metrics(whole, *EXACT)
+    expected, found = tensors(whole), tensors(parts)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    for key in ("data_state", "optimizer_groups", "identity"):
+        assert newest(parts).index[key] == newest(whole).index[key]  # type: ignore[literal-required]
+
+
+def test_every_random_generator_continues(tmp_path: Path) -> None:
+    changes = {"train.total_tokens": 8 * 768}
+    whole = run_ranks(2, run_consuming_generators, str(tmp_path / "whole"), changes, [8])
+    first = run_ranks(2, run_consuming_generators, str(tmp_path / "parts"), changes, [3])
+    rest = run_ranks(2, run_consuming_generators, str(tmp_path / "parts"), changes, [5, 8])
+    for rank in range(2):
+        assert first[rank] + rest[rank] == whole[rank]
+    assert whole[0] != whole[1]
