@@ -266,5 +266,6 @@ def sha256_of(path: Path) -> str:
 
 
 def say(progress: bool, line: str) -> None:
+    """Tell the user on standard error what is going on, if they want to know."""
     if progress:
         print(line, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
 from lm_eval.models.utils import resolve_max_length
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -72,6 +72,7 @@ def load_model(
             name,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             **options,
         )
     except Exception as error:  # whatever a model's loader raises
@@ -81,11 +82,12 @@ def load_model(
                 f" {constants.ENDPOINT} cannot be reached; check the path or the network"
             ) from error
         raise EvalError(f"cannot load the model {name}: {_first_line(error)}") from error
-    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    # Transformers has filled these with random numbers and gone on.
+    absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
-        # Transformers has filled them with random numbers and gone on.
         raise EvalError(
-            f"the weights of {name} are not complete: {len(absent)} missing or misshapen, such as {absent[0]}"
+            f"the weights of {name} are not complete: {len(absent)} missing or of another shape than its"
+            f" config says, such as {absent[0]}"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -119,8 +121,10 @@ def _identity(source: ModelSource, model: PreTrainedModel, tokenizer: PreTrained
         "context_length": resolve_max_length(model.config, tokenizer),
     }
     if source.kind == "hub":
-        if commit := getattr(model.config, "_commit_hash", None):
-            identity["revision"] = commit
+        # <cache>/models--<owner>--<name>/snapshots/<commit>/config.json
+        cached = try_to_load_from_cache(source.name, "config.json")
+        if isinstance(cached, str):
+            identity["revision"] = Path(cached).parent.name
         return identity
     folder = Path(source.name)
     files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))

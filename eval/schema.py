@@ -66,7 +66,7 @@ class ModelIdentity(TypedDict):
     source: Literal["folder", "hub"]
     # Absolute path of the folder, or the Hub id.
     name: str
-    # Commit on the Hub. Absent for a folder, and where the Hub told none.
+    # Commit on the Hub. Absent for a folder.
     revision: NotRequired[str]
     # SHA-256 of each weights file, by file name. Absent for a Hub model: `revision` fixes those.
     weights_sha256: NotRequired[dict[str, str]]

@@ -53,12 +53,13 @@ class ContinuationScorer(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.progress = progress
         self.truncated_requests: Counter[str] = Counter()
+        self._truncated: list[int] = []
         # Nothing is generated here, so keys and values need not be kept.
         model.config.use_cache = False
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score `requests`: (log-likelihood, whether greedy decoding would give it) for each."""
-        self._truncated: list[int] = []
+        self._truncated.clear()
         results = super().loglikelihood(requests, disable_tqdm=True)
         self.truncated_requests.update(str(requests[index].task_name) for index in self._truncated)
         return results

@@ -166,12 +166,15 @@ class Aurora(Optimizer):
                     f"group {index} of the loaded state is of kind {saved.get('kind')!r}, "
                     f"this optimizer's of kind {group['kind']!r}: the state is another optimizer's"
                 )
+        saved_ids = [index for saved in saved_groups for index in saved["params"]]
+        own = [(p, group["kind"]) for group in self.param_groups for p in group["params"]]
+        states = {
+            p: _loaded_state(p, kind, state_dict["state"][index])
+            for (p, kind), index in zip(own, saved_ids, strict=False)
+            if index in state_dict["state"]
+        }
         super().load_state_dict(state_dict)
-        saved_ids = (index for saved in saved_groups for index in saved["params"])
-        for group in self.param_groups:
-            for p, index in zip(group["params"], saved_ids, strict=False):
-                if index in state_dict["state"]:
-                    self.state[p] = _loaded_state(p, group["kind"], state_dict["state"][index])
+        self.state.update(states)
 
     def _matrix_step(self, bucket: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> Tensor:
         """Steps equally shaped weights; returns how often their balance rule fell back."""

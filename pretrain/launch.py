@@ -82,7 +82,7 @@ class _Launch:
         """Set up, train, tear down."""
         accumulation(self.config, self.engine.world_size)
         self.tokenizer = load_tokenizer(self.config.tokenizer)
-        self.eos_id = self.tokenizer.token_to_id(self.config.tokenizer.eos_token)
+        self.eos_id: int = self.tokenizer.token_to_id(self.config.tokenizer.eos_token)  # type: ignore[assignment]
         self.inputs = self.on_rank_0(lambda: check_inputs(self.config, self.tokenizer))
         self.identity = run_identity(self.config, self.inputs)
         self.on_rank_0(self.folder.lock)
@@ -152,15 +152,15 @@ class _Launch:
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
         """Rank 0's result, or its error raised, on every rank: files are looked at once, and all agree."""
-        result: Any = None
+        outcome: Any = None
         if self.engine.rank == 0:
             try:
-                result = (work(), None)
+                outcome = (work(), None)
             except (ValueError, OSError) as error:
-                result = (None, error)
-        value, error = self.engine.broadcast(result)
-        if error is not None:
-            raise error
+                outcome = (None, error)
+        value, failure = self.engine.broadcast(outcome)
+        if failure is not None:
+            raise failure
         return value
 
     def restore_generators(self, reader: CheckpointReader) -> None:
@@ -263,7 +263,7 @@ class _Launch:
         def request(number: int, frame: FrameType | None) -> None:
             self.stop = True
             self.display.say(f"{signal.Signals(number).name}: stopping after this step")
-            signal.signal(number, previous[number])
+            signal.signal(number, previous[signal.Signals(number)])
 
         numbers = (signal.SIGINT, signal.SIGTERM)
         previous = {number: signal.signal(number, request) for number in numbers}

@@ -39,7 +39,8 @@ class JsonLines:
         """
         if not self.path.exists():
             return 0
-        kept, moved = [], []
+        kept: list[str] = []
+        moved: list[str] = []
         for record, line in _records(self.path):
             (kept if record is not None and record.get("step", math.inf) <= step else moved).append(line)
         if moved:

@@ -1,16 +1,17 @@
 #!/usr/bin/env python
 """Speed of the input pipeline, in one process, against bare batch encoding of the same text into arrays.
 
-Both sides run in this process with the same threads (set RAYON_NUM_THREADS to choose them), by turns, so that
-whatever else the machine does hits both. What counts is the median of the rounds' ratios. The bare side has its texts
-in memory and encodes them in one call; the pipeline also opens the files, decodes parquet, orders and packs.
+Each round does all of the text on both sides, in parts by turns, in this process and with the same threads (set
+RAYON_NUM_THREADS to choose them): whatever else the machine does hits both. What counts is the median of the rounds'
+ratios. The bare side has its texts in memory, a warm tokenizer and nothing else to do; the pipeline also opens the
+files and the tokenizer, decodes parquet, orders, packs and assembles batches.
 """
 
 import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,34 +22,49 @@ from pretrain.data.readers import read_unit
 from pretrain.data.sources import source_units
 
 TARGET = 0.9
+PARTS = 8
 
 
-def encode_bare(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
-    """Encode all texts in one call, turn them into int32 arrays and return the number of tokens."""
-    arrays = [np.array(e.ids, dtype=np.int32) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    return sum(len(array) for array in arrays)
+def encode_bare(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[int]:
+    """Encode the texts in `PARTS` calls, turn them into int32 arrays; yield the number of tokens of each part."""
+    for begin in range(0, len(texts), step := -(-len(texts) // PARTS)):
+        encodings = tokenizer.encode_batch(texts[begin : begin + step], add_special_tokens=False)
+        yield sum(len(array) for array in [np.array(encoding.ids, dtype=np.int32) for encoding in encodings])
 
 
 def run_pipeline(
-    config: DataConfig, tokenizer: TokenizerConfig, context_length: int, batch_sequences: int
-) -> int:
-    """Read one epoch from the files to the last batch and return the number of targets."""
+    config: DataConfig, tokenizer: TokenizerConfig, context_length: int, batch_sequences: int, total: int
+) -> Iterator[int]:
+    """Read one epoch from the files to the last batch; yield the number of targets after every 1/PARTS of `total`."""
     stream = TokenStream(config, tokenizer, context_length, epochs=1)
     targets = 0
     try:
         while True:
             targets += stream.next_batch(batch_sequences).num_targets
+            if targets > total // PARTS:
+                yield targets
+                targets = 0
     except StopIteration:
-        return targets
+        yield targets
     finally:
         stream.close()
 
 
-def timed(function: Callable[[], int]) -> tuple[int, float]:
-    """Return what the function returns, and the seconds that it took."""
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
+class Clock:
+    """Runs one side part by part and adds up the time and the tokens."""
+
+    def __init__(self, parts: Iterator[int]) -> None:
+        self.parts = parts
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def run_part(self) -> bool:
+        """Do the next part; whether there was one."""
+        start = time.perf_counter()
+        tokens = next(self.parts, None)
+        self.seconds += time.perf_counter() - start
+        self.tokens += tokens or 0
+        return tokens is not None
 
 
 def main() -> None:
@@ -72,26 +88,22 @@ def main() -> None:
     print(f"{args.source}: {len(texts):,} documents, {size / 1e6:.1f} MB; {threads} tokenizer threads")
     print(f"{args.lanes} lanes, context {args.context_length}, batches of {args.batch_sequences} sequences\n")
 
-    print(f"{'round':>5} {'bare tokens/s':>14} {'pipeline tokens/s':>18} {'ratio':>6}")
+    print(f"{'round':>6} {'bare tokens/s':>14} {'pipeline tokens/s':>18} {'ratio':>6}")
     bare_rates, rates, ratios = [], [], []
-    for number in range(args.rounds + 1):  # the first warms up both
-        sides = [
-            lambda: timed(lambda: encode_bare(tokenizer, texts)),
-            lambda: timed(lambda: run_pipeline(config, tokenizer_config, args.context_length, args.batch_sequences)),
-        ]
-        if number % 2:
-            (targets, seconds), (tokens, bare_seconds) = sides[1](), sides[0]()
-        else:
-            (tokens, bare_seconds), (targets, seconds) = sides[0](), sides[1]()
-        assert targets == tokens + len(texts), "every token and one separator per document is a target once"
-        if number == 0:
-            continue
-        bare_rates.append(tokens / bare_seconds)
-        rates.append(tokens / seconds)  # separators do not count as work done
-        ratios.append(bare_seconds / seconds)
-        print(f"{number:>5} {bare_rates[-1]:>14,.0f} {rates[-1]:>18,.0f} {ratios[-1]:>6.3f}")
+    total = sum(encode_bare(tokenizer, texts)) + len(texts)  # the separators are targets, too
+    for number in range(1, args.rounds + 1):
+        bare = Clock(encode_bare(tokenizer, texts))
+        pipeline = Clock(run_pipeline(config, tokenizer_config, args.context_length, args.batch_sequences, total))
+        turns = [bare, pipeline] if number % 2 else [pipeline, bare]
+        while any([side.run_part() for side in turns]):
+            pass
+        assert pipeline.tokens == total, "every token and one separator per document is a target once"
+        bare_rates.append(bare.tokens / bare.seconds)
+        rates.append(bare.tokens / pipeline.seconds)  # separators do not count as work done
+        ratios.append(bare.seconds / pipeline.seconds)
+        print(f"{number:>6} {bare_rates[-1]:>14,.0f} {rates[-1]:>18,.0f} {ratios[-1]:>6.3f}")
     medians = [statistics.median(values) for values in (bare_rates, rates, ratios)]
-    print(f"{'median':>5}{medians[0]:>14,.0f} {medians[1]:>18,.0f} {medians[2]:>6.3f}   (target: at least {TARGET})")
+    print(f"{'median':>6} {medians[0]:>14,.0f} {medians[1]:>18,.0f} {medians[2]:>6.3f}  (target: at least {TARGET})")
 
 
 if __name__ == "__main__":

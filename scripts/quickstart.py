@@ -20,6 +20,8 @@ from pretrain.metrics import JsonLines
 
 CONFIG = "configs/quickstart.yaml"
 HELLASWAG_ITEMS = 2000
+# HellaSwag begins with 3,243 video captions: the first 2,000 items would hold none of its how-tos.
+SELECTION = "spread"
 
 
 def main() -> int:
@@ -66,11 +68,15 @@ def evaluated(config: Config, folder: Path, task: str, limit: int | None) -> Eva
     out = config.run_folder / "eval" / task
     weights = {path.name: file_sha256(path) for path in folder.glob("*.safetensors")}
     result = read_result(out / RESULT_FILE)
-    if result and (result["model"].get("weights_sha256"), result["limit"]) == (weights, limit):
+    if result and (result["model"].get("weights_sha256"), result["limit"], result["selection"]) == (
+        weights,
+        limit,
+        SELECTION,
+    ):
         print(f"{task}: already evaluated ({out / RESULT_FILE})")
         return result
     amount = [] if limit is None else ["--limit", str(limit)]
-    aurora("eval", str(folder), "--tasks", task, "--out", str(out), *amount)
+    aurora("eval", str(folder), "--tasks", task, "--out", str(out), "--selection", SELECTION, *amount)
     result = read_result(out / RESULT_FILE)
     assert result is not None
     return result

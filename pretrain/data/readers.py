@@ -90,23 +90,27 @@ def _parquet_rows(unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tupl
     wanted = unit.part + first_row * unit.parts  # row of the row group
     base = 0  # row of the row group that the batch begins with
     with open_parquet(unit.path, unit.text_field) as file:
-        try:
-            batches = file.iter_batches(
-                _rows_per_batch(file, unit, batch_bytes),
-                row_groups=[unit.row_group],
-                columns=[unit.text_field],
-                use_threads=False,
-            )
-            for batch in batches:
-                end = base + batch.num_rows
-                if wanted < end:
-                    column = batch.column(0)
-                    for text in _texts(column, range(wanted - base, batch.num_rows, unit.parts), unit, base):
-                        yield wanted // unit.parts, text
-                        wanted += unit.parts
-                base = end
-        except (pa.ArrowException, OSError, IndexError) as error:
-            raise DataError(f"{unit.path}: row group {unit.row_group} is damaged: {error}") from error
+        batches = file.iter_batches(
+            _rows_per_batch(file, unit, batch_bytes),
+            row_groups=[unit.row_group],
+            columns=[unit.text_field],
+            use_threads=False,
+        )
+        while (batch := _next_batch(batches, unit)) is not None:
+            end = base + batch.num_rows
+            if wanted < end:
+                rows = range(wanted - base, batch.num_rows, unit.parts)
+                for text in _texts(batch.column(0), rows, unit, base):
+                    yield wanted // unit.parts, text
+                    wanted += unit.parts
+            base = end
+
+
+def _next_batch(batches: Iterator[pa.RecordBatch], unit: Unit) -> pa.RecordBatch | None:
+    try:
+        return next(batches, None)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{unit.path}: row group {unit.row_group} is damaged: {error}") from error
 
 
 def _rows_per_batch(file: pq.ParquetFile, unit: Unit, batch_bytes: int) -> int:
@@ -157,15 +161,22 @@ def read_lines(path: str) -> Iterator[bytes]:
         DataError: the file is missing, unreadable, damaged or cut short.
 
     """
-    number = 0
     try:
-        with open(path, "rb") as raw, _decompressed(raw, Path(path).suffix) as lines:
-            for line in lines:
-                yield line
-                number += 1
+        raw = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    number = 0
+    with raw, _decompressed(raw, Path(path).suffix) as lines:
+        while line := _next_line(lines, f"{path}: damaged after line {number}"):
+            yield line
+            number += 1
+
+
+def _next_line(lines: IO[bytes], problem: str) -> bytes:
+    try:
+        return lines.readline()
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        place = f"damaged after line {number}" if number else "cannot be read"
-        raise DataError(f"{path}: {place}: {error}") from error
+        raise DataError(f"{problem}: {error}") from error
 
 
 def parse_line(line: bytes, where: str, text_field: str) -> str | None:

@@ -1,0 +1,123 @@
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from optimizers import options
+from pretrain.config.optimizer import AdamWConfig, OptimizerConfig
+
+
+def problems(**data: Any) -> dict[str, str]:
+    """Dotted path -> message of every error."""
+    with pytest.raises(ValidationError) as caught:
+        OptimizerConfig.model_validate(data)
+    return {".".join(map(str, error["loc"])): error["msg"] for error in caught.value.errors()}
+
+
+def test_defaults_are_those_of_the_optimizer() -> None:
+    settings = OptimizerConfig().settings()
+    assert settings.name == "aurora"
+    for key, value in settings.matrix.items():
+        assert value == options.DEFAULTS["matrix"][key]
+    assert set(options.DEFAULTS["matrix"]) - set(settings.matrix) == {"direction", "eps_mode", "beta"}
+    assert settings.adamw == options.DEFAULTS["adamw"]
+
+
+def test_settings_carry_what_was_set() -> None:
+    config = OptimizerConfig.model_validate(
+        {
+            "name": "aurora",
+            "lr": 0.05,
+            "balance_rule": "tyler",
+            "beta": 0.4,
+            "scope": "all",
+            "adamw": {"lr": 0.01, "betas": [0.8, 0.9], "fused": True},
+            "overrides": {"q_proj": "adamw"},
+        }
+    )
+    settings = config.settings()
+    assert settings.matrix["lr"] == 0.05
+    assert settings.matrix["beta"] == 0.4
+    assert settings.matrix["scope"] == "all"
+    assert settings.adamw["betas"] == (0.8, 0.9)
+    assert settings.adamw["fused"] is True
+    assert settings.overrides == {"q_proj": "adamw"}
+
+
+def test_every_option_without_effect_is_an_error_of_its_own() -> None:
+    found = problems(name="adamw", lr=0.1, momentum=0.9, scope="tall", preset="released", overrides={"a": "adamw"})
+    assert found.keys() == {"lr", "momentum", "scope", "preset", "overrides"}
+    assert all("has no effect" in message for message in found.values())
+    assert "optimizer.adamw.lr" in found["lr"]
+    balance = {"scope": "all", "iterations": 2, "beta": 0.5, "balance_rule": "odds", "row_balance": "polar"}
+    assert problems(name="muon", **balance).keys() == balance.keys()
+    assert problems(name="muon", preset="released").keys() == {"preset"}
+    assert problems(beta=0.5).keys() == {"beta"}
+    assert problems(balance_rule="odds", beta=0.5).keys() == {"beta"}
+    assert problems(iterations=1, balance_rule="tyler", beta=0.4).keys() == {"balance_rule", "beta"}
+
+
+def test_order_in_the_file_does_not_matter() -> None:
+    assert OptimizerConfig.model_validate({"beta": 0.4, "balance_rule": "tyler"}).beta == 0.4
+    assert problems(scope="all", name="muon").keys() == {"scope"}
+
+
+def test_values_out_of_range_are_all_reported() -> None:
+    found = problems(
+        name="sgd",
+        lr=-1,
+        momentum=1.0,
+        iterations=0,
+        polar="cubic",
+        adamw={"lr": -1, "betas": [0.9, 1.0], "eps": -1e-8},
+        overrides={"q": "sgd"},
+    )
+    expected = "name lr momentum iterations polar adamw.lr adamw.betas adamw.eps overrides.q"
+    assert found.keys() == set(expected.split())
+    assert "regular expression" in problems(overrides={"(": "adamw"})["overrides"]
+    assert problems(lr="0.1").keys() == {"lr"}
+    assert problems(leaning=1).keys() == {"leaning"}
+    assert problems(adamw={"betas": [0.9]}).keys() == {"adamw.betas.1"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"name": "muon"},
+        {"name": "adamw"},
+        {"preset": "released"},
+        {"preset": "released", "balance_rule": "odds", "lr": 0.05},
+        {"balance_rule": "tyler"},
+        {"iterations": 1},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*iterations = 1")
+def test_a_dump_shows_what_acts_and_loads_again(data: dict[str, Any]) -> None:
+    config = OptimizerConfig.model_validate(data)
+    for mode in ("python", "json"):
+        dumped = config.model_dump(mode=mode)
+        assert OptimizerConfig.model_validate(dumped) == config
+        assert OptimizerConfig.model_validate(dumped).settings() == config.settings()
+    assert ("beta" in config.model_dump()) == (config.balance_rule == "tyler")
+    assert ("scope" in config.model_dump()) == (config.name == "aurora")
+    assert ("momentum" in config.model_dump()) == (config.name != "adamw")
+
+
+def test_a_preset_is_written_out_and_what_is_set_wins() -> None:
+    config = OptimizerConfig.model_validate({"preset": "released", "weight_decay": 0.0})
+    assert (config.scope, config.polar, config.balance_rule) == ("all", "quintic_exact", "tyler")
+    assert config.weight_decay == 0
+    assert config.lr == options.DEFAULTS["matrix"]["lr"]
+    assert config.settings().preset == "released"
+
+
+def test_one_iteration_warns() -> None:
+    with pytest.warns(UserWarning, match="less even than Muon's"):
+        OptimizerConfig(iterations=1)
+
+
+def test_every_field_is_documented() -> None:
+    for section in (OptimizerConfig, AdamWConfig):
+        for name, field in section.model_fields.items():
+            assert field.description, name

@@ -1,0 +1,110 @@
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers import Aurora
+
+
+def build(dtype: torch.dtype = torch.float32, **matrix: Any) -> tuple[list[nn.Parameter], Aurora]:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in ((8, 3), (3, 8), (5,))]
+    return params, Aurora([{"params": params[:2], **matrix}, {"params": params[2:], "kind": "adamw"}])
+
+
+def step(params: list[nn.Parameter], optimizer: Aurora, *seeds: int) -> None:
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("through_file", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_is_the_same_bit_for_bit(dtype: torch.dtype, through_file: bool) -> None:
+    params, optimizer = build(dtype, polar="svd", weight_decay=0.1)
+    step(params, optimizer, 1, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    if through_file:
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        buffer.seek(0)
+        saved = torch.load(buffer, weights_only=True)
+    resumed_params, resumed = build(dtype)
+    for p, q in zip(resumed_params, params, strict=True):
+        p.data.copy_(q.data)
+    resumed.load_state_dict(saved)
+    step(params, optimizer, 3, 4)
+    step(resumed_params, resumed, 3, 4)
+    for p, q in zip(params, resumed_params, strict=True):
+        assert torch.equal(p, q)
+        assert set(optimizer.state[p]) == set(resumed.state[q])
+        for key, value in optimizer.state[p].items():
+            assert value.dtype == resumed.state[q][key].dtype == torch.float32
+            assert torch.equal(value, resumed.state[q][key])
+
+
+def test_hyper_parameters_come_back_with_the_state() -> None:
+    """Otherwise the first step after a resume runs at another learning rate."""
+    params, optimizer = build(lr=0.1, momentum=0.8, balance_rule="tyler", beta=0.3, scope="all", lr_scale="rms")
+    optimizer.param_groups[0]["lr"] = 0.07
+    step(params, optimizer, 1)
+    _, other = build()
+    other.load_state_dict(optimizer.state_dict())
+    for group, expected in zip(other.param_groups, optimizer.param_groups, strict=True):
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in expected.items() if k != "params"}
+
+
+def test_a_loaded_state_shares_no_memory_with_its_source() -> None:
+    params, optimizer = build()
+    step(params, optimizer, 1)
+    saved = optimizer.state_dict()
+    twin_params, twin = build()
+    twin.load_state_dict(saved)
+    before = copy.deepcopy(saved)
+    step(twin_params, twin, 2)
+    for index, state in saved["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, before["state"][index][key])
+
+
+def test_foreign_states_are_refused() -> None:
+    params, optimizer = build()
+    step(params, optimizer, 1)
+    theirs = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}]).state_dict()
+    with pytest.raises(ValueError, match="kind None"):
+        optimizer.load_state_dict(theirs)
+
+    swapped = copy.deepcopy(optimizer.state_dict())
+    swapped["param_groups"][1]["kind"] = "matrix"
+    with pytest.raises(ValueError, match="kind 'matrix'"):
+        optimizer.load_state_dict(swapped)
+
+    reshaped = copy.deepcopy(optimizer.state_dict())
+    reshaped["state"][0]["momentum"] = torch.zeros(3, 8)
+    with pytest.raises(ValueError, match=r"momentum has shape \(3, 8\)"):
+        optimizer.load_state_dict(reshaped)
+
+    partial = copy.deepcopy(optimizer.state_dict())
+    del partial["state"][2]["exp_avg"]
+    with pytest.raises(ValueError, match="exp_avg"):
+        optimizer.load_state_dict(partial)
+
+
+def test_a_refused_state_changes_nothing() -> None:
+    params, optimizer = build(lr=0.1)
+    step(params, optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    reshaped = copy.deepcopy(before)
+    reshaped["state"][2]["exp_avg"] = torch.zeros(2)
+    reshaped["param_groups"][0]["lr"] = 5.0
+    with pytest.raises(ValueError, match="exp_avg"):
+        optimizer.load_state_dict(reshaped)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, state in before["state"].items():
+        assert all(torch.equal(value, after["state"][index][key]) for key, value in state.items())
