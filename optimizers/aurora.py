@@ -184,7 +184,7 @@ class Aurora(Optimizer):
             momentum, u = blend(_dense_grad(p), state["momentum"], group["momentum"], group["nesterov"])
             commit_(state["momentum"], momentum, finite)
             state["step"] += finite.to(p.device)
-            # Zeros where the step is void: no backend ever sees the NaN.
+            # Zeros where the step is void: no backend sees a NaN, nor works for nothing.
             inputs.append(torch.where(finite.to(p.device), u, 0.0))
         d, fallbacks = directions.from_options(torch.stack(inputs), group)
         m, n = bucket[0].shape

@@ -102,7 +102,9 @@ def aurora_counted(
     shape_form = form(*u.shape[-2:])
     if not balances(scope, shape_form):
         return Direction(muon(u, polar=polar), torch.zeros(u.shape[:-2], dtype=torch.int64, device=u.device))
-    tall = u.detach().float() if shape_form == "tall" else u.detach().float().mT
+    # fp64 stays: rounded to fp32, a matrix of deficient rank would have a full one.
+    x = u.detach() if u.dtype == torch.float64 else u.detach().float()
+    tall = x if shape_form == "tall" else x.mT
     if eps_mode == "relative":
         tall = prescale(tall)
 

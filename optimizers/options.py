@@ -166,18 +166,21 @@ def _unknown(kind: Kind, key: str) -> str:
 
 @dataclass(frozen=True)
 class _Number:
-    """A finite number in [low, high), or [low, high] if `closed`; low itself is out if `above`."""
+    """A finite number in [low, high), or [low, high] if `closed`; low itself is out if `above`.
+
+    With `tensor` a scalar tensor will do; its value is not looked at, which would wait for its device.
+    """
 
     low: float = 0.0
     high: float = math.inf
     above: bool = False
     closed: bool = False
     whole: bool = False
+    tensor: bool = False
 
     def holds(self, value: object) -> bool:
         if isinstance(value, torch.Tensor):
-            # A learning rate on the device: looking at its value would wait for it.
-            return not self.whole and value.numel() == 1 and value.is_floating_point()
+            return self.tensor and value.numel() == 1 and value.is_floating_point()
         if not _is_number(value) or (self.whole and not isinstance(value, int)):
             return False
         over = value > self.low if self.above else value >= self.low
@@ -215,7 +218,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 _CHECKS: dict[str, tuple[str, ...] | _Number | _Flag | _Betas] = {
-    "lr": _Number(),
+    "lr": _Number(tensor=True),
     "weight_decay": _Number(),
     "direction": get_args(DirectionName),
     "momentum": _Number(high=1.0),

@@ -2,8 +2,8 @@
 
 For a tall u [m, n] Aurora wants a direction with orthonormal columns and every row of norm sqrt(n/m).
 polar(D u) has orthonormal columns for any D; its squared row norms l_i are the leverage scores of D u.
-This module moves D until they are even, reading l from a function that it is given. All of it is fp32
-and acts row by row, so it also runs on a stack [..., m, n].
+This module moves D until they are even, reading l from a function that it is given. It acts row by row, so
+it also runs on a stack [..., m, n].
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class RowScale(NamedTuple):
     """The scaling and how it was reached."""
 
     D: Tensor
-    """[..., m, 1] fp32, zero on rows of u that are zero."""
+    """[..., m, 1] in the dtype of u, zero on rows of u that are zero."""
     fallbacks: Tensor
     """[...] int64: how many steps of the odds rule were taken back for a tyler step."""
 
@@ -48,7 +48,7 @@ def balance(
     """Starts at D_i = 1/|u_i| and updates D `updates` times from the leverage scores of D u.
 
     Args:
-        u: [..., m, n] fp32, tall (m > n), of a scale at which its row norms neither over- nor underflow.
+        u: [..., m, n] fp32 or fp64, tall (m > n), of a scale at which its row norms neither over- nor underflow.
         leverage: gives the leverage scores [..., m, 1] in fp32 of D u, for D [..., m, 1].
         updates: one less than the polar calls K of a direction. With 0 the rows are only normalised.
         rule: "tyler", D_i <- D_i (t/l_i)^beta, the fixed-point iteration of Tyler's M-estimator; or "odds",
@@ -61,9 +61,11 @@ def balance(
 
     Rows that are exactly zero keep D = 0. Where t > 0.999 D stays ("absolute" has no such rule): there is nothing
     to balance with.
+
     If a step of the odds rule is seen to raise the spread of the row norms (their deviation over their
     mean), D goes back and takes a tyler step instead, and the step is counted. A step is seen at the next
-    evaluation of `leverage`, so the last one is not: with one update the rule is never checked.
+    evaluation of `leverage`, so the last one is not: with one update the rule is never checked. (In exact
+    arithmetic a search of a million random matrices found no such step; rounding and the clamps can make one.)
     """
     live = (u != 0).any(dim=-1, keepdim=True)
     live_rows = live.sum(dim=-2, keepdim=True).clamp(min=1)

@@ -19,8 +19,7 @@ FAILED, BAD_INPUT = 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     options = _parser().parse_args(arguments)
-    # Read by torch at its import. DDP warns of the extra work of find_unused_parameters, which is meant (see engine).
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _set_defaults_of_torch()
     try:
         return options.run(options)
     except ValueError as error:  # ConfigError, RunError, CheckpointError, DataError, EvalError, ...
@@ -31,6 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"{type(error).__name__}: {error}", FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
+
+
+def _set_defaults_of_torch() -> None:
+    """Environment variables that torch and OpenMP read when they are loaded."""
+    # DDP warns of the extra work of find_unused_parameters, which is meant (see pretrain.engine).
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Threads that wait spin otherwise: beside any other busy process a step on CPUs takes twice as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _complain(text: str, code: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -262,7 +263,9 @@ class _Launch:
 
         def request(number: int, frame: FrameType | None) -> None:
             self.stop = True
-            self.display.say(f"{signal.Signals(number).name}: stopping after this step")
+            if self.engine.rank == 0:
+                # Not print: the signal may have interrupted one.
+                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
             signal.signal(number, previous[signal.Signals(number)])
 
         numbers = (signal.SIGINT, signal.SIGTERM)

@@ -95,7 +95,7 @@ def main() -> None:
         bare = Clock(encode_bare(tokenizer, texts))
         pipeline = Clock(run_pipeline(config, tokenizer_config, args.context_length, args.batch_sequences, total))
         turns = [bare, pipeline] if number % 2 else [pipeline, bare]
-        while any([side.run_part() for side in turns]):
+        while sum(side.run_part() for side in turns):  # each has its part, also when the other is done
             pass
         assert pipeline.tokens == total, "every token and one separator per document is a target once"
         bare_rates.append(bare.tokens / bare.seconds)

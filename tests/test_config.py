@@ -240,3 +240,25 @@ def test_every_field_is_documented() -> None:
         return missing
 
     assert undocumented(Config, "") == []
+
+
+def test_a_fault_in_one_key_does_not_hide_faults_between_others() -> None:
+    data = with_value("schedule.kind", "constant")
+    data["schedule"]["warmup_tokens"] = -5
+    text = "\n".join(problems_of(data))
+    assert "schedule.warmup_tokens" in text
+    assert "schedule.decay_fraction: has no effect" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("schedule.kind", "cosine"),
+        ("wandb.project", "mine"),
+        ("data.validation_fraction", 0.0),
+        ("samples.every_steps", None),
+        ("optimizer.name", "adamw"),
+    ],
+)
+def test_options_that_lost_their_effect_are_refused(path: str, value: Any) -> None:
+    assert all("has no effect" in problem for problem in problems_of(with_value(path, value)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from pretrain.config.loader import ConfigError, apply_overrides, read_yaml
 from pretrain.config.schema import Config
+
+MISSING = "required, but missing"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -59,7 +61,11 @@ def parse_config(data: Mapping[str, Any]) -> Config:
 
 
 def _validate_section(model: Any, value: Any, name: str) -> tuple[Any, list[str]]:
-    """A validated section, or None, and the problems. Unknown keys do not hide what else is wrong."""
+    """A validated section, or None, and the problems.
+
+    What is wrong with single keys must not hide what is wrong between the others, so the section is looked at again
+    without those keys.
+    """
     if value is None:
         value = {}
     if not isinstance(value, dict):
@@ -67,21 +73,46 @@ def _validate_section(model: Any, value: Any, name: str) -> tuple[Any, list[str]
     try:
         return model.model_validate(value), []
     except ValidationError as error:
-        errors = error.errors(include_url=False)
+        errors = _one_per_fault(model, error.errors(include_url=False))
     problems = [message for item in errors for message in _messages(model, item, name)]
-    unknown = [item["loc"] for item in errors if item["type"] == "extra_forbidden"]
-    if unknown:
-        value = json.loads(json.dumps(value, default=str))
-        for loc in unknown:
-            _delete(value, loc)
-        problems += [p for p in _validate_section(model, value, name)[1] if p not in problems]
+    rest = copy.deepcopy(value)
+    removed = [_delete(rest, item["loc"]) for item in errors if item["type"] != "missing" and item["loc"]]
+    if any(removed):
+        # A key that was removed is not missing.
+        again = _validate_section(model, rest, name)[1]
+        problems += [p for p in again if p not in problems and not p.endswith(MISSING)]
     return None, problems
 
 
-def _delete(value: Any, loc: tuple[int | str, ...]) -> None:
+def _one_per_fault(model: type[BaseModel], errors: Sequence[Any]) -> list[dict[str, Any]]:
+    """Pydantic's errors with one for each fault.
+
+    It reports a value that fits no member of a union once per member, and a collection as too short when its items
+    are at fault.
+    """
+    found: dict[Any, dict[str, Any]] = {}
+    for error in errors:
+        loc = error["loc"]
+        if any(other["loc"][: len(loc)] == loc and len(other["loc"]) > len(loc) for other in errors):
+            continue
+        field = model.model_fields.get(loc[0]) if loc else None
+        if field is None or typing.get_origin(field.annotation) not in (typing.Union, types.UnionType):
+            found[loc, error["msg"]] = error
+        elif loc[:1] in found:
+            found[loc[:1]]["msg"] += f", or {_lower_first(error['msg'])}"
+        else:
+            found[loc[:1]] = {**error, "loc": loc[:1]}
+    return list(found.values())
+
+
+def _delete(value: Any, loc: tuple[int | str, ...]) -> bool:
+    """Remove the key at `loc` if there is one; whether there was."""
     for key in loc[:-1]:
-        value = value[key]
-    value.pop(loc[-1], None)
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return isinstance(value, dict) and value.pop(loc[-1], _delete) is not _delete
 
 
 def _messages(model: type[BaseModel], error: Any, section: str) -> list[str]:
@@ -92,7 +123,7 @@ def _messages(model: type[BaseModel], error: Any, section: str) -> list[str]:
     if kind == "extra_forbidden":
         return [f"{path}: unknown key{_did_you_mean(loc[-1], _fields_at(model, error['loc'][:-1]))}"]
     if kind == "missing":
-        return [f"{path}: required, but missing"]
+        return [f"{path}: {MISSING}"]
     if kind == "value_error":
         lines = str(error["ctx"]["error"]).split("\n")
         # A section's own validator names the key itself; a field's validator states only the expectation.

@@ -191,7 +191,7 @@ class TokenStream:
 
     def close(self) -> None:
         """End the workers and close the files. May be called twice; not a collective call."""
-        self._failure = self._failure or RuntimeError("the stream is closed")
+        self._failure = RuntimeError("the stream is closed")
         for queues in self._queues.values():
             queues.reader.close()
 

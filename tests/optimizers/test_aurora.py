@@ -44,7 +44,7 @@ def test_steps_equal_the_formula_in_fp64(direction: str, m: int, n: int, nestero
         d = aurora_oracle(u) if direction == "aurora" and m > n else polar_oracle(u)
         wanted = wanted - lr * decay * wanted
         wanted = wanted - lr * math.sqrt(max(1, m / n)) * d
-    options = {"momentum": mu, "nesterov": nesterov, "weight_decay": decay, "polar": "svd"}
+    options: dict[str, Any] = {"momentum": mu, "nesterov": nesterov, "weight_decay": decay, "polar": "svd"}
     got = run(Aurora([w], lr=lr, direction=direction, **options), w, grads)
     assert error(got, wanted) < 1e-5
 
@@ -88,7 +88,8 @@ def test_the_name_and_the_parameters_do_not_wake_deepspeeds_muon() -> None:
 
 def test_gradients_are_not_changed_and_nothing_aliases_the_state() -> None:
     matrix, vector = weight(6, 3), nn.Parameter(torch.randn(4))
-    optimizer = Aurora([{"params": [matrix], "nesterov": False}, {"params": [vector], "kind": "adamw"}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": [matrix], "nesterov": False}, {"params": [vector], "kind": "adamw"}]
+    optimizer = Aurora(groups, lr=0.1)
     for p in (matrix, vector):
         p.grad = torch.randn_like(p)
     copies = [matrix.grad.clone(), vector.grad.clone()]  # type: ignore[union-attr]

@@ -43,7 +43,7 @@ def test_aurora_equals_the_oracle_on_tall_matrices(m: int, n: int, iterations: i
 def test_aurora_equals_the_oracle_on_wide_matrices_by_transposition(rule: dict[str, Any]) -> None:
     x = uneven(18, 5).mT
     for scope in ("all", "wide"):
-        got = aurora(x, polar="svd", iterations=3, scope=scope, **rule)  # type: ignore[arg-type]
+        got = aurora(x, polar="svd", iterations=3, scope=scope, **rule)
         assert error(got, oracle(x.mT, 3, rule).T) < 2e-5
 
 
@@ -191,6 +191,15 @@ def test_bf16_input_gives_fp32_directions() -> None:
     assert error(d, oracle(u.float(), 2, RULES[0])) < 2e-5
 
 
+def test_fp64_input_keeps_its_rank() -> None:
+    generator = torch.Generator().manual_seed(4)
+    left, right = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((20, 3), (3, 7)))
+    d = aurora(left @ right, polar="svd")
+    assert d.dtype == torch.float32
+    assert error(d, oracle(left @ right, 2, RULES[0])) < 1e-5
+    assert error(aurora(uneven(16, 4).double()), oracle(uneven(16, 4), 2, RULES[0])) < 0.05
+
+
 def test_unknown_options_are_refused() -> None:
     x = torch.randn(6, 2)
     for bad in (
@@ -201,7 +210,7 @@ def test_unknown_options_are_refused() -> None:
         {"iterations": 0},
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            aurora(x, **bad)  # type: ignore[arg-type]
+            aurora(x, **bad)
     with pytest.raises(ValueError, match="polar method"):
         aurora(x, polar="cubic")
     with pytest.raises(ValueError, match="lr_scale"):

@@ -26,6 +26,8 @@ def weight() -> nn.Parameter:
         ({"lr": -0.1}, "lr is -0.1: expected a number of at least 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": "3e-4"}, "lr is '3e-4'"),
+        ({"lr": torch.ones(2)}, "lr is tensor"),
+        ({"momentum": torch.tensor(0.9)}, "momentum is tensor"),
         ({"momentum": 1.0}, "momentum is 1.0: .*below 1"),
         ({"nesterov": 1}, "nesterov is 1: expected true or false"),
         ({"iterations": 0}, "iterations is 0: expected a whole number of at least 1"),
@@ -80,7 +82,8 @@ def test_options_without_effect_are_refused_in_groups_and_in_the_constructor(opt
 
 
 def test_an_option_of_the_constructor_must_act_in_one_group_only() -> None:
-    muon, aurora = {"params": [weight()], "direction": "muon"}, {"params": [weight()]}
+    muon: dict[str, Any] = {"params": [weight()], "direction": "muon"}
+    aurora: dict[str, Any] = {"params": [weight()]}
     for groups in ([muon, aurora], [aurora, muon]):
         optimizer = Aurora(groups, scope="all", lr=0.3)
         assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
@@ -92,7 +95,7 @@ def test_an_option_of_the_constructor_must_act_in_one_group_only() -> None:
 
 
 def test_groups_win_over_the_constructor_and_that_over_the_preset() -> None:
-    groups = [{"params": [weight()], "momentum": 0.5}, {"params": [weight()]}]
+    groups: list[dict[str, Any]] = [{"params": [weight()], "momentum": 0.5}, {"params": [weight()]}]
     optimizer = Aurora(groups, preset="released", momentum=0.7)
     assert [group["momentum"] for group in optimizer.param_groups] == [0.5, 0.7]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.025, 0.025]
@@ -100,7 +103,8 @@ def test_groups_win_over_the_constructor_and_that_over_the_preset() -> None:
 
 
 def test_each_kind_has_defaults_of_its_own() -> None:
-    optimizer = Aurora([{"params": [weight()]}, {"params": [weight()], "kind": "adamw"}])
+    groups: list[dict[str, Any]] = [{"params": [weight()]}, {"params": [weight()], "kind": "adamw"}]
+    optimizer = Aurora(groups)
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 3e-3]
     with pytest.raises(ValueError, match=re.escape("kind is 'adam'")):
         Aurora([{"params": [weight()], "kind": "adam"}])

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimizers import polar as polar_module
 from optimizers.polar import BACKENDS, polar, prescale
+from optimizers.precision import bf16_bmm, to_bf16
 from tests.optimizers.oracle import error, low_rank, polar_oracle, with_condition
 
 SHAPES = [(64, 16), (16, 64), (24, 24), (33, 32), (7, 1), (1, 7), (1, 1)]
@@ -145,9 +147,17 @@ def test_the_input_is_untouched_and_not_shared(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["svd", "quintic"])
-def test_autocast_changes_nothing(method: str) -> None:
+def test_autocast_changes_neither_results_nor_dtypes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 16, 8)
     expected = polar(x, method)
+    carried = to_bf16(x).dtype
+
+    def checked(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        product = bf16_bmm(a, b)
+        assert product.dtype == carried
+        return product
+
+    monkeypatch.setattr(polar_module, "bf16_bmm", checked)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(polar(x, method), expected)
 

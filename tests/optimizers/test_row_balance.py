@@ -48,7 +48,7 @@ def test_both_rules_settle_at_even_leverage() -> None:
         leverage = leverage_oracle((D * u).double().numpy())
         assert abs(leverage - 6 / 24).max() < 1e-5
         found.append(D / D.norm())
-    assert torch.allclose(*found, rtol=1e-3)
+    assert torch.allclose(found[0], found[1], rtol=1e-3)
 
 
 def test_a_step_that_raises_the_spread_is_taken_back_for_a_tyler_step() -> None:

@@ -1,0 +1,129 @@
+"""Small corpora in every format, and the streams over them that the tests compare."""
+
+import gzip
+import json
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch.distributed as dist
+import zstandard
+
+from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
+from pretrain.data import StreamState, TokenBatch, TokenStream
+
+EOS = "<|endoftext|>"
+WORDS = ["the", "whale", "sea", "ship", "crew", "naïve", "鯨", "🐋", "a", "\n", "Ahab", EOS, "and", "harpoon", "..."]
+
+Result = TypeVar("Result")
+
+
+def make_texts(seed: int, count: int, longest: int = 40) -> list[str]:
+    """Documents of 0 to `longest` words."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(0, longest))) for _ in range(count)]
+
+
+def write_parquet(path: Path, texts: Sequence[str], rows_per_group: int, field: str = "text") -> Path:
+    table = pa.table({"id": [str(i) for i in range(len(texts))], field: pa.array(texts, pa.string())})
+    pq.write_table(table, path, row_group_size=rows_per_group)
+    return path
+
+
+def write_jsonl(path: Path, texts: Sequence[str], field: str = "text") -> Path:
+    """Plain, gzip or zstd, by the name."""
+    data = "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":  # two frames, as parallel compressors write them
+        half = len(data) // 2
+        data = zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+    path.write_bytes(data)
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
+    elif path.suffix == ".zst":
+        with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as frames:
+            data = frames.read()
+    return [json.loads(line) for line in data.split(b"\n") if line]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a stream needs, and may vary between two streams that must agree."""
+
+    config: DataConfig
+    tokenizer: TokenizerConfig
+    context_length: int = 7
+    epochs: int | None = 2
+    split: Any = "train"
+
+    def open(self, workers: int = 0, group: Any = None, state: StreamState | None = None) -> TokenStream:
+        config = self.config.model_copy(update={"workers": workers})
+        return TokenStream(
+            config, self.tokenizer, self.context_length, split=self.split, epochs=self.epochs, group=group, state=state
+        )
+
+    def changed(self, **data: Any) -> "Setting":
+        config = DataConfig(**{**self.config.model_dump(), **data})
+        return Setting(config, self.tokenizer, self.context_length, self.epochs, self.split)
+
+
+def make_setting(tokenizer: TokenizerConfig, *paths: Path, **changes: Any) -> Setting:
+    """Keys of SourceConfig hold for every source; those of Setting and DataConfig as they are."""
+    of_source = {key: changes.pop(key) for key in list(changes) if key in SourceConfig.model_fields}
+    of_setting = {key: changes.pop(key) for key in list(changes) if key in ("context_length", "epochs", "split")}
+    sources = [SourceConfig(path=str(path), **of_source) for path in paths]
+    data = {"lanes": 2, "validation_fraction": 0.0, **changes}
+    return Setting(DataConfig(sources=sources, **data), tokenizer, **of_setting)
+
+
+def drain(stream: TokenStream, batch: int, limit: int | None = None) -> list[TokenBatch]:
+    """All batches, or the first `limit`."""
+    batches: list[TokenBatch] = []
+    while limit is None or len(batches) < limit:
+        try:
+            batches.append(stream.next_batch(batch))
+        except StopIteration:
+            break
+    return batches
+
+
+def rows(batches: Sequence[TokenBatch]) -> list[tuple[list[int], int]]:
+    """(tokens, valid targets) of every sequence."""
+    return [
+        (tokens, length)
+        for batch in batches
+        for tokens, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)
+    ]
+
+
+def on_ranks(size: int, function: Callable[[Any], Result]) -> list[Result]:
+    """Run a function on `size` ranks, each a thread with a gloo group of its own; raises the first error."""
+    store = dist.HashStore()
+    results: dict[int, Result] = {}
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = function(dist.ProcessGroupGloo(store, rank, size))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[rank] for rank in range(size)]
