@@ -72,11 +72,9 @@ def step_line(record: dict[str, Any], total_steps: int) -> str:
     ]
     if "mfu" in record:
         parts.append(f"mfu {record['mfu']:.1%}")
-    parts.append(
-        f"left {left / 3600:.0f}:{left / 60 % 60:02.0f}:{left % 60:02.0f}"
-        if left >= 3600
-        else f"left {left // 60:.0f}:{left % 60:02.0f}"
-    )
+    minutes, seconds = divmod(round(left), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts.append(f"left {hours}:{minutes:02}:{seconds:02}" if hours else f"left {minutes}:{seconds:02}")
     if "skipped" in record:
         parts.append("SKIPPED: gradients not finite")
     if "validation_loss" in record:

@@ -2,16 +2,9 @@
 
 import re
 import warnings
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import (
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from optimizers import options
@@ -62,11 +55,9 @@ class AdamWConfig(Section):
 class OptimizerConfig(Section):
     """Which direction the matrices take, with which options, and AdamW for the other parameters.
 
-    An option that is set but has no effect beside the others is an error, and a dump leaves such options out: it
-    shows what acts and can be loaded again. A preset is written out into the options that it stands for.
+    A preset is written out into the options that it stands for.
     """
 
-    # The order matters: a field is checked against those above it.
     name: Literal["aurora", "muon", "adamw"] = "aurora"
     """Direction of the matrices: all 2-D weights but embeddings and the output head. "aurora": orthogonal with
     rows of equal norm; "muon": orthogonal; "adamw": no matrix optimizer, every parameter by `adamw`."""
@@ -133,24 +124,6 @@ class OptimizerConfig(Section):
         expanded = options.expand_preset(preset, {key: data[key] for key in _MATRIX if key in data})
         return {**{key: value for key, value in expanded.items() if key in cls.model_fields}, **data}
 
-    @field_validator("preset", "overrides", *_MATRIX_FIELDS)
-    @classmethod
-    def _has_effect(cls, value: Any, info: ValidationInfo) -> Any:
-        """Runs for the fields that are set, in their order, so each that does nothing is one error of its own."""
-        name = info.data.get("name")
-        if name is None or value is None or value == {}:
-            return value
-        if name == "adamw":
-            twin = f"; set optimizer.adamw.{info.field_name}" if info.field_name in _ADAMW else ""
-            raise _no_effect(f"with name 'adamw' nothing is a matrix{twin}")
-        if info.field_name == "preset" and name != options.PRESETS[value]["direction"]:
-            raise _no_effect(f"{value!r} is a preset of 'aurora', and name is {name!r}")
-        above = {"iterations": _MATRIX["iterations"], "balance_rule": _MATRIX["balance_rule"], **info.data}
-        without = options.ineffective({**above, "direction": name})
-        if info.field_name in without:
-            raise _no_effect(without[info.field_name])
-        return value
-
     @field_validator("overrides")
     @classmethod
     def _are_expressions(cls, overrides: dict[str, options.Kind]) -> dict[str, options.Kind]:
@@ -170,15 +143,9 @@ class OptimizerConfig(Section):
             warnings.warn(f"optimizer.{options.ONE_ITERATION}", UserWarning, stacklevel=2)
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_ineffective(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        without = self._ineffective()
-        dumped: dict[str, Any] = handler(self)
-        return {key: value for key, value in dumped.items() if key not in without}
-
     def settings(self) -> Settings:
         """The same for `optimizers.param_groups` and `optimizers.routes`."""
-        without = self._ineffective()
+        without = self.ineffective()
         return Settings(
             name=self.name,
             matrix={key: getattr(self, key) for key in _MATRIX_FIELDS if key not in without},
@@ -187,13 +154,10 @@ class OptimizerConfig(Section):
             overrides=self.overrides,
         )
 
-    def _ineffective(self) -> set[str]:
-        """The fields that do nothing in this combination."""
+    def ineffective(self) -> dict[str, str]:
+        """What the direction, the number of iterations and the balance rule leave without a use."""
         if self.name == "adamw":
-            return {*_MATRIX_FIELDS, "preset", "overrides"}
+            return dict.fromkeys(("preset", *_MATRIX_FIELDS, "overrides"), "with name 'adamw' nothing is a matrix")
+        without = {} if self.name == "aurora" else {"preset": "presets are of 'aurora'"}
         facts = {"direction": self.name, "iterations": self.iterations, "balance_rule": self.balance_rule}
-        return set(options.ineffective(facts))
-
-
-def _no_effect(why: str) -> PydanticCustomError:
-    return PydanticCustomError("no_effect", "has no effect: {why}", {"why": why})
+        return without | options.ineffective(facts)
