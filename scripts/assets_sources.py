@@ -69,9 +69,7 @@ def obtain(source: Source, cache: Path) -> Path:
         if not fetched.is_file():
             raise AssetError(f"{' '.join(source.fetch)}: did not produce {source.filename}")
         if (digest := sha256(fetched)) != source.sha256:
-            raise AssetError(
-                f"{source.filename}: expected sha256 {source.sha256}, got {digest}; not unpacked"
-            )
+            raise AssetError(f"{source.filename}: expected sha256 {source.sha256}, got {digest}; not unpacked")
         return fetched.replace(package)
 
 

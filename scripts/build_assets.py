@@ -27,9 +27,7 @@ VOCAB_SIZE: Final = 8192
 SPECIAL_TOKENS: Final = ("<|endoftext|>", "<|padding|>")
 VALIDATION_FRACTION: Final = 0.02
 SUMS: Final = "SHA256SUMS"
-SCHEMA: Final = pa.schema(
-    [pa.field(name, pa.string(), nullable=False) for name in ("id", "source", "licence", "text")]
-)
+SCHEMA: Final = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "source", "licence", "text")])
 
 
 def is_validation(text: str) -> bool:
@@ -63,9 +61,7 @@ def write_corpus(path: Path, documents: Sequence[Document]) -> None:
 def read_corpus(folder: Path) -> list[Document]:
     """Read the committed documents of all sources, in source and file order."""
     return [
-        Document(**row)
-        for source in SOURCES
-        for row in pq.read_table(folder / f"{source.name}.parquet").to_pylist()
+        Document(**row) for source in SOURCES for row in pq.read_table(folder / f"{source.name}.parquet").to_pylist()
     ]
 
 
@@ -145,9 +141,7 @@ def check(out: Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 when all is built or checked, 1 with one line for each problem otherwise."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--only", choices=("corpus", "tokenizer"), help="rebuild only this part")
     what.add_argument("--check", action="store_true", help="verify the files by their checksums; no network")

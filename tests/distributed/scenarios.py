@@ -51,8 +51,8 @@ def run_with_fault(root: str, changes: dict[str, Any], fault: str) -> int:
         return run(root, changes)
 
 
-def run_consuming_generators(root: str, changes: dict[str, Any], stops: list[int]) -> list[list[float]]:
-    """Train in segments, drawing from every global random generator in each step; returns the draws."""
+def run_consuming_generators(root: str, changes: dict[str, Any], stop_at: int) -> list[list[float]]:
+    """Train, drawing from every global random generator in each step; returns the draws."""
     draws: list[list[float]] = []
     rates = Trainer.set_learning_rates
 
@@ -61,8 +61,7 @@ def run_consuming_generators(root: str, changes: dict[str, Any], stops: list[int
         return rates(self)
 
     with mock.patch.object(Trainer, "set_learning_rates", draw):
-        for stop in stops:
-            run(root, changes, stop_at=stop)
+        run(root, changes, stop_at)
     return draws
 
 
