@@ -102,8 +102,8 @@ def summarise(config: Config, results: list[EvalResult], seconds: float) -> None
     print(f"validation loss {last['validation_loss']:.4f} nats per token on {len(text):,} bytes of held-out text")
     print(f"bits per byte   {bits:.4f} (xz -9 on the same text: {packed:.4f})")
     print(f"sample          {sample['prompt'] + sample['text']!r}")
-    for result in results:
-        print(format_table(result))
+    tasks = {name: task for result in results for name, task in result["tasks"].items()}
+    print(format_table({**results[0], "tasks": tasks}))
     print("a model of this size and this little text is at chance on both tasks (0.25 and 0.50): they show that the")
     print("evaluation runs, not that the model knows anything")
     print(f"run             {folder} (metrics.jsonl, samples.jsonl, checkpoints/)")
