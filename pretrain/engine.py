@@ -146,11 +146,12 @@ class PlainEngine:
         """The elementwise sum of a device tensor over the ranks."""
         return self.accelerator.reduce(values, "sum")
 
-    def check_in_step(self, own_rows: str) -> None:
-        """Collective check after the first step: equal weights on all ranks, different rows of the batch.
+    def check_in_step(self, batch: str, rows: range) -> None:
+        """Collective check after the first step: equal weights on all ranks, which trained on other rows of one batch.
 
         Args:
-            own_rows: hash of the rows that this rank trained on.
+            batch: hash of the global batch.
+            rows: those of its rows that this rank trained on.
 
         Raises:
             RuntimeError: the ranks do not train one model together.
@@ -158,12 +159,13 @@ class PlainEngine:
         if self.world_size == 1:
             return
         bits = [p.detach().float().view(torch.int32).sum(dtype=torch.int64) for p in self.module.parameters()]
-        mine = (torch.stack(bits).tolist(), own_rows)
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, mine, group=self.cpu_group)
-        if any(weights != everyone[0][0] for weights, _ in everyone):
+        everyone = self.gather((torch.stack(bits).tolist(), batch, list(rows)))
+        if any(weights != everyone[0][0] for weights, _, _ in everyone):
             raise RuntimeError("the weights differ between ranks after the first step: gradients were not reduced")
-        if len({rows for _, rows in everyone}) < self.world_size:
+        if any(other != batch for _, other, _ in everyone):
+            raise RuntimeError("the global batch differs between ranks: they do not read the same data")
+        trained = [row for _, _, share in everyone for row in share]
+        if len(set(trained)) < len(trained):
             raise RuntimeError("two ranks trained on the same rows: the batch was not shared out")
 
     def broadcast(self, value: Any) -> Any:

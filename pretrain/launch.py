@@ -148,7 +148,10 @@ class _Launch:
         if outcome == "stopped":
             display.say(f"stopped after step {state.step}; start the same command again to continue")
             return STOPPED
-        display.say(f"done: {state.step} steps, {state.tokens:,} tokens; everything is in {self.folder.path}")
+        display.say(
+            f"done: {state.step} steps, {state.tokens:,} tokens, {state.train_seconds:,.0f} seconds of training; "
+            f"everything is in {self.folder.path}"
+        )
         return DONE
 
     def on_rank_0(self, work: Callable[[], T]) -> T:

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from pretrain.config import Config
 
+WANDB_TIMEOUT_SECONDS = 60  # how long an online run waits for the server before it goes on offline
+
 
 class Display:
     """A progress bar on a terminal, plain lines otherwise; silent on every rank but 0.
@@ -123,13 +125,14 @@ class WandbTracker:
                 dir=folder,
                 mode=mode,
                 config=config.model_dump(mode="json"),
-                settings=wandb.Settings(init_timeout=60, silent=True),
+                settings=wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS, silent=True),
             )
 
         try:
             self.run = init(config.wandb.mode)
         except (wandb.Error, OSError) as error:
             warn(f"wandb cannot be reached, going on offline: {str(error).splitlines()[0]}")
+            wandb.teardown()  # the failed start still holds the run id
             self.run = init("offline")
         self.run.define_metric("*", step_metric="step")
 

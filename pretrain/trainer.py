@@ -126,7 +126,7 @@ class Trainer:
             record, stop = self.measure(loss, grad_norm)  # the one host sync of the step
             record |= lrs | self.rates(time.perf_counter() - started, data_seconds)
             record["batch_sha256"] = batch.sha256()
-            self.check_ranks(batch)
+            self.check_ranks(record["batch_sha256"])
 
             last = state.step == config.total_steps
             stop |= stop_at is not None and state.step >= stop_at
@@ -145,7 +145,7 @@ class Trainer:
         """Gradients of the mean loss over the whole global batch; returns this rank's share of that mean."""
         targets = batch.num_targets
         total = torch.zeros((), device=self.engine.device)
-        own = self.own_rows(batch)
+        own = self.own_rows()
         for index, rows in enumerate(own):
             with self.engine.accumulate(last=index == len(own) - 1):
                 loss = self.loss_sum(batch.slice(rows)) / targets
@@ -153,7 +153,7 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def own_rows(self, batch: TokenBatch) -> list[slice]:
+    def own_rows(self) -> list[slice]:
         """This rank's rows of the global batch, one slice a micro-batch."""
         size = self.config.train.micro_batch_sequences
         first = self.engine.rank * self.micro_batches
@@ -214,11 +214,11 @@ class Trainer:
             record["mfu"] = round(per_second * self.flops_per_token / peak, 5)
         return record
 
-    def check_ranks(self, batch: TokenBatch) -> None:
-        """Once per launch: the ranks have equal weights although they saw different rows."""
+    def check_ranks(self, batch: str) -> None:
+        """Once per launch: the ranks have equal weights although they trained on different rows."""
         if not self._checked:
-            rows = self.own_rows(batch)
-            self.engine.check_in_step(batch.slice(slice(rows[0].start, rows[-1].stop)).sha256())
+            rows = self.own_rows()
+            self.engine.check_in_step(batch, range(rows[0].start, rows[-1].stop))
             self._checked = True
 
     def check_health(self) -> None:

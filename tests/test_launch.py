@@ -340,3 +340,18 @@ def test_wandb_works_offline(tiny_config: MakeConfig) -> None:
     config = tiny_config({**SHORT, "wandb.mode": "offline"})
     assert train(config, stop_at=2) == 75
     assert list((config.run_folder / "wandb").glob("offline-run-*"))
+
+
+def test_wandb_goes_on_offline_when_the_server_cannot_be_reached(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "0123456789" * 4
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    monkeypatch.setattr("pretrain.tracking.WANDB_TIMEOUT_SECONDS", 3)
+    config = tiny_config({**SHORT, "wandb.mode": "online"})
+    assert train(config, stop_at=1) == 75
+    assert "wandb cannot be reached" in capsys.readouterr().out
+    assert list((config.run_folder / "wandb").glob("offline-run-*"))
+    for file in config.run_folder.rglob("*"):
+        assert not file.is_file() or secret.encode() not in file.read_bytes(), file

@@ -30,8 +30,8 @@ def run_with_fault(root: str, changes: dict[str, Any], fault: str) -> int:
     rank = int(os.environ.get("RANK", "0"))
     own_rows, backward, rates = Trainer.own_rows, PlainEngine.backward, Trainer.set_learning_rates
 
-    def reversed_rows(self: Trainer, batch: Any) -> list[slice]:
-        return own_rows(self, batch)[::-1]
+    def reversed_rows(self: Trainer) -> list[slice]:
+        return own_rows(self)[::-1]
 
     def lost(self: PlainEngine, loss: torch.Tensor) -> None:
         backward(self, loss * (0.0 if rank == 1 else 1.0))
