@@ -17,9 +17,7 @@ A checkpoint is written to ``step-N.tmp``, synced, and renamed; a folder without
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -31,6 +29,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pretrain.files import file_sha256, publish_folder, sync
 
 FORMAT = 1
 INDEX = "index.json"
@@ -160,7 +160,7 @@ def _write_rank(folder: Path, rank: int, fragments: list[Fragment], generators: 
         files[f"state-{rank:05d}.safetensors"] = state
     for name, tensors in files.items():
         save_file(tensors, folder / name)
-        _sync(folder / name)
+        sync(folder / name)
     slots = []
     for f in fragments:
         record = FragmentRecord(file=f"state-{rank:05d}.safetensors", start=f.start, length=f.values.numel())
@@ -192,29 +192,8 @@ def _publish(partial: Path, final: Path, index: Index) -> None:
     """Write the index, make everything durable, and give the folder its name."""
     path = partial / INDEX
     path.write_text(json.dumps(index, indent=1), encoding="utf-8")
-    _sync(path)
-    _sync(partial)
-    replaced = final.with_name(final.name + ".old")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's contents."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync(path)
+    publish_folder(partial, final)
 
 
 class CheckpointReader:

@@ -17,7 +17,6 @@ The two generations name things differently, and each silently ignores the other
 import html
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +31,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import __version__ as transformers_version
+
+from pretrain.files import publish_folder, sync
 
 FORMAT = "aurora-export"
 """Value of `format` in aurora.json: what tells an export from any other folder."""
@@ -129,7 +130,9 @@ def export_folder(
         for name, document in documents.items():
             text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
             (partial / name).write_text(text + "\n", encoding="utf-8")
-        _replace(partial, out, replaced)
+        for path in partial.iterdir():
+            sync(path)
+        publish_folder(partial, out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ExportError(f"cannot write the export to {out}: {error}") from error
@@ -346,23 +349,3 @@ def _is_export(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
-
-
-def _replace(partial: Path, out: Path, replaced: Path) -> None:
-    """Make the complete folder `partial` durable, then put it in the place of `out`."""
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    _sync(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import INDEX, CheckpointError, CheckpointReader, file_sha256, newest_intact
+from pretrain.checkpoint import INDEX, CheckpointError, CheckpointReader, newest_intact
 from pretrain.config import Config, parse_config
 from pretrain.export import ModelCard, export_folder
+from pretrain.files import file_sha256
 from pretrain.model import llama_config
 from pretrain.runs import TOKENIZER_FILE, RunFolder
 

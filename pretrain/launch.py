@@ -21,7 +21,6 @@ from optimizers import Aurora, param_groups
 from pretrain.checkpoint import (
     CheckpointError,
     CheckpointReader,
-    file_sha256,
     list_checkpoints,
     newest_intact,
     prune,
@@ -37,6 +36,7 @@ from pretrain.dense_state import (
     restore_generators,
 )
 from pretrain.engine import PlainEngine
+from pretrain.files import file_sha256
 from pretrain.hooks import Sampler, Validator
 from pretrain.model import LossModel, build_model
 from pretrain.runs import TOKENIZER_FILE, RunError, RunFolder, check_identity, git_commit

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pretrain.files import replace_text
+
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
@@ -48,9 +50,7 @@ class JsonLines:
                 file.writelines(moved)
                 file.flush()
                 os.fsync(file.fileno())
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(self.path)
+            replace_text(self.path, "".join(kept))
         return len(moved)
 
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 import torch
 
 from pretrain.config import Config, identity_hash
+from pretrain.files import replace_text
 from pretrain.metrics import JsonLines
 
 TOKENIZER_FILE = "tokenizer.json"  # the run folder's copy: an export needs nothing from outside
@@ -96,15 +97,9 @@ class RunFolder:
             launch: what this launch runs on; time, versions and hardware are added.
         """
         launches = (self.manifest() or {}).get("launches", [])
-        _write_text(self.path / "config.yaml", config.to_yaml())
+        replace_text(self.path / "config.yaml", config.to_yaml())
         manifest = {"run": config.run.name, **facts, "launches": [*launches, {**environment(), **launch}]}
-        _write_text(self.manifest_path, json.dumps(manifest, indent=1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        replace_text(self.manifest_path, json.dumps(manifest, indent=1))
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

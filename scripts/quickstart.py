@@ -13,9 +13,9 @@ from pathlib import Path
 from eval.harness import RESULT_FILE, format_table
 from eval.items import fetch_items
 from eval.schema import EvalResult
-from pretrain.checkpoint import file_sha256
 from pretrain.config import Config, load_config
 from pretrain.data import validation_text
+from pretrain.files import file_sha256
 from pretrain.metrics import JsonLines
 
 CONFIG = "configs/quickstart.yaml"

@@ -156,7 +156,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_complete(
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("save_file", "_sync"):
+    for name in ("save_file", "sync"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, full_disk)
             for step in (5, 10):
