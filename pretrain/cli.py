@@ -18,7 +18,7 @@ FAILED, BAD_INPUT = 1, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     _set_defaults_of_torch()
     try:
         return options.run(options)
@@ -48,6 +48,17 @@ def _complain(text: str, code: int) -> int:
     return code
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; overrides may also stand behind options, which argparse does not foresee."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="aurora", description="Pretrain, export and evaluate language models.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -68,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         "PATH: from this checkpoint",
     )
     train.add_argument("--stop-at", type=_positive, metavar="STEP", help="save after this step and exit with code 75")
+    train.add_argument(
+        "--processes",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="data-parallel processes on this machine; for several machines use torchrun (default: %(default)s)",
+    )
     train.set_defaults(run=train_run)
 
     export = verbs.add_parser("export", help="write a Hugging Face folder", description=export_model.__doc__)
@@ -129,10 +147,15 @@ def check_config(options: argparse.Namespace) -> int:
 
 
 def train_run(options: argparse.Namespace) -> int:
-    """Train the model that CONFIG describes, on one process or, under torchrun, on several."""
+    """Train the model that CONFIG describes, on one process or several, from its newest checkpoint on if it has one."""
     from pretrain.config import load_config
     from pretrain.launch import train
+    from pretrain.processes import run_processes
 
+    if options.processes > 1:
+        stop = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
+        arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *stop]
+        return run_processes(options.processes, arguments)
     return train(load_config(options.config, options.overrides), options.resume, options.stop_at)
 
 

@@ -65,7 +65,9 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
     """
     engine = PlainEngine(config)
     try:
-        return _Launch(config, engine).run(resume, stop_at)
+        code = _Launch(config, engine).run(resume, stop_at)
+        engine.gather(None)  # together: a launcher stops the other processes when the first one ends
+        return code
     finally:
         engine.close()
 

@@ -112,11 +112,20 @@ def test_bad_input_exits_2_with_a_message(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "x.yaml", "--stop-at", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["train"], ["train", "x.yaml", "--stop-at", "0"], ["check", "x.yaml", "--fast"]]
+)
 def test_a_wrong_command_line_exits_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+def test_overrides_may_stand_behind_options(config_file: Path, tiny_config: MakeConfig) -> None:
+    assert main(["train", str(config_file), "run.seed=7", "--stop-at", "1", "optimizer.lr=0.5"]) == 75
+    resolved = (tiny_config().run_folder / "config.yaml").read_text()
+    assert "seed: 7" in resolved
+    assert "lr: 0.5" in resolved
 
 
 BAD_DATA: dict[str, tuple[str, bytes | None, str]] = {
@@ -146,17 +155,27 @@ def test_bad_data_is_refused_before_training(
     assert not tiny_config().run_folder.exists()
 
 
-def test_torchrun_trains_over_processes_as_the_readme_says(
-    config_file: Path, tiny_config: MakeConfig, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "pretrain", "train"]
+def aurora(*arguments: str, command: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(config_file)], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=240
-    )
+    full = [sys.executable, *command, "-m", "pretrain", *arguments]
+    return subprocess.run(full, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=240)
+
+
+def test_several_processes_train_stop_and_continue_with_our_exit_codes(
+    config_file: Path, tiny_config: MakeConfig
+) -> None:
+    stopped = aurora("train", str(config_file), "--processes", "2", "--stop-at", "2")
+    assert stopped.returncode == 75, stopped.stderr
+    assert "2 ranks" in stopped.stdout
+    assert stopped.stdout.count("saved ") == 1  # rank 0 alone speaks
+    refused = aurora("train", str(config_file), "--processes", "2", "optimizer.lr=0.5", "model.rope_theta=5")
+    assert refused.returncode == 2
+    assert refused.stderr.count("optimizer.lr: 0.02 in the run, 0.5 now") == 1
+    for done in (stopped, refused):
+        assert "Traceback" not in done.stderr
+
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = aurora("train", str(config_file), command=launcher)
     assert done.returncode == 0, done.stderr
-    assert "2 ranks" in done.stdout
-    assert done.stdout.count("saved ") == 1  # rank 0 alone speaks
     index = CheckpointReader(tiny_config().run_folder / "checkpoints" / "step-00000004").index
     assert index["world_size"] == 2

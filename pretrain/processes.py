@@ -1,0 +1,46 @@
+"""Several processes on this machine: torchrun, with our exit codes.
+
+torchrun ends with code 1 and a traceback whatever its processes ended with; a stop on request (75) and bad input (2)
+must stay what they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+STOPPED, BAD_INPUT, FAILED = 75, 2, 1
+
+
+def run_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run ``aurora ARGUMENTS`` on `count` processes that find each other on loopback; returns the exit code."""
+    # Elastic's log repeats as errors what the processes have said themselves.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    options = ["--standalone", "--nproc-per-node", str(count), "-m", "pretrain", *arguments]
+    try:
+        run(parse_args(options))
+    except ChildFailedError as error:
+        return _exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
+    except SignalException as signal:
+        print(f"{signal.sigval.name}: the processes were asked to stop", file=sys.stderr)
+        return 128 + signal.sigval
+    return 0
+
+
+def _exit_code(codes: dict[int, int]) -> int:
+    """The code that the processes agree on; those that ended on their own tell, not those stopped because of them."""
+    for code in (STOPPED, BAD_INPUT):
+        if code in codes.values():
+            return code
+    for rank, code in codes.items():
+        if code < 0:
+            print(f"error: process {rank} was ended by signal {-code}", file=sys.stderr)
+    return FAILED
