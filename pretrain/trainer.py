@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from optimizers import Aurora
 from pretrain.checkpoint import Index
 from pretrain.config import Config
 from pretrain.data import TokenBatch, TokenStream
@@ -80,7 +80,7 @@ class Trainer:
         self,
         config: Config,
         engine: PlainEngine,
-        optimizer: Optimizer,
+        optimizer: Aurora,
         stream: TokenStream,
         *,
         eos_id: int,
@@ -186,9 +186,10 @@ class Trainer:
         """The step's loss and norm, whether it was skipped, and whether any rank wants to stop."""
         stop = torch.tensor(float(self.stop_requested()), device=loss.device)
         loss_sum, stops = self.engine.sum_over_ranks(torch.stack([loss, stop])).unbind()
-        finite = self.optimizer.last_step_finite.to(loss.device)  # type: ignore[attr-defined]
-        values = torch.stack([loss_sum, grad_norm.to(loss.device), finite, stops]).tolist()
-        mean, norm, taken, stops = values[0], values[1], bool(values[2]), values[3]
+        reports = (self.optimizer.last_step_finite, self.optimizer.last_step_fallbacks)
+        finite, fallbacks = (report.to(loss.device, torch.float32) for report in reports)
+        values = torch.stack([loss_sum, grad_norm.to(loss.device), finite, fallbacks, stops]).tolist()
+        mean, norm, taken, stopping = values[0], values[1], values[2] > 0, values[4] > 0
         state = self.state
         if taken:
             state.skipped_in_a_row, state.train_loss = 0, mean
@@ -196,9 +197,10 @@ class Trainer:
             state.skipped_in_a_row += 1
             state.skipped_steps += 1
         record = {"step": state.step, "tokens": state.tokens, "loss": mean, "grad_norm": norm}
+        record["balance_fallbacks"] = int(values[3])
         if not taken:
             record["skipped"] = True
-        return record, stops > 0
+        return record, stopping
 
     def rates(self, seconds: float, data_seconds: float) -> dict[str, float]:
         """Throughput of the step just taken; `mfu` only where the device's peak is known."""
@@ -248,7 +250,7 @@ def accumulation(config: Config, world_size: int) -> int:
     return sequences // per_round
 
 
-def base_lrs(config: Config, optimizer: Optimizer) -> list[float]:
+def base_lrs(config: Config, optimizer: Aurora) -> list[float]:
     """Each group's rate before the schedule. From the config, since a restored group holds a scheduled one."""
     optimizer_config = config.optimizer
     return [
