@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-FAILED, BAD_INPUT = 1, 2
+from pretrain.exit_codes import BAD_INPUT, FAILED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

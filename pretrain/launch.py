@@ -36,6 +36,7 @@ from pretrain.dense_state import (
     restore_generators,
 )
 from pretrain.engine import PlainEngine
+from pretrain.exit_codes import DONE, STOPPED
 from pretrain.files import file_sha256
 from pretrain.hooks import Sampler, Validator
 from pretrain.model import LossModel, build_model
@@ -45,7 +46,6 @@ from pretrain.tracking import Display, make_tracker
 from pretrain.trainer import Trainer, TrainState, accumulation, checkpoint_index
 
 T = TypeVar("T")
-DONE, STOPPED = 0, 75
 
 
 def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> int:

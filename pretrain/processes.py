@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-STOPPED, BAD_INPUT, FAILED = 75, 2, 1
+from pretrain.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:
@@ -32,7 +32,7 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
     except SignalException as signal:
         print(f"{signal.sigval.name}: the processes were asked to stop", file=sys.stderr)
         return 128 + signal.sigval
-    return 0
+    return DONE
 
 
 def _exit_code(codes: dict[int, int]) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optimizers import Aurora
-from pretrain.checkpoint import Index
+from pretrain.checkpoint import FORMAT, Index
 from pretrain.config import Config
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.data.masks import attention_inputs
@@ -262,7 +262,7 @@ def base_lrs(config: Config, optimizer: Aurora) -> list[float]:
 def checkpoint_index(trainer: Trainer, identity: dict[str, Any], groups: list[dict[str, Any]]) -> Index:
     """What the loop owns, for a checkpoint's index; a collective, since the stream's state is one."""
     return Index(
-        format=1,
+        format=FORMAT,
         step=trainer.state.step,
         world_size=trainer.engine.world_size,
         counters=asdict(trainer.state),

@@ -1,0 +1,6 @@
+"""The exit codes of the `aurora` command."""
+
+DONE = 0
+FAILED = 1
+BAD_INPUT = 2  # one message per problem, nothing trained or overwritten
+STOPPED = 75  # on request, with a checkpoint saved: a scheduler may requeue
