@@ -1,8 +1,7 @@
 """The optimizer: a torch Optimizer that holds the state and leaves the mathematics to pure functions."""
 
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -11,43 +10,53 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from optimizers import directions, options
 from optimizers.adamw import AdamwTensor, adamw_step
+from optimizers.blocks import Block, blocks, buckets, row_blocks
+from optimizers.speedrun import uw_floor
 from optimizers.update import all_finite, blend, commit_, updated
-
-BUCKET_ELEMENTS = 2**24
-"""Most elements that equal shapes are stacked to (one matrix may be larger alone). The directions of a bucket
-need a few fp32 tensors of this size at a time (64 MiB each), however many weights a model has."""
-
-_STATE_KEYS = {"matrix": ("momentum", "step"), "adamw": ("exp_avg", "exp_avg_sq", "step")}
 
 
 class Aurora(Optimizer):
-    """Aurora or Muon for matrices, AdamW for everything else.
+    """Aurora, Muon and their relatives for matrices, AdamW for everything else.
 
     Args:
         params: tensors, (name, tensor) pairs or groups. A group is a dict with `params`, `kind` ("matrix", the
-            default, or "adamw") and any of the options below; bare 2-D tensors are one matrix group. Which
-            parameter belongs where is said by `optimizers.param_groups`.
+            default, or "adamw"), any of the options below, and for matrices `row_blocks` (see optimizers.blocks);
+            bare 2-D tensors are one matrix group. Which parameter belongs where is said by `optimizers.param_groups`.
         preset: "released" takes the matrix options of the released code (see optimizers.options).
         **defaults: options for the groups that do not say themselves, under the same names.
 
-    Options of a matrix group: `lr` 0.02, `weight_decay` 0 (decoupled, by the base lr), `direction` "aurora" or
-    "muon", `momentum` 0.95, `nesterov` True, `lr_scale` "aspect" ("rms", "spectral"), `polar` "quintic" ("svd",
-    "quintic_exact"), and for aurora `scope` "tall" ("all", "wide"), `iterations` 2, `balance_rule` "odds"
-    ("tyler", with `beta` 0.5), `row_balance` "polar", `eps_mode` "relative" ("absolute"). See
-    `optimizers.directions`. Options of an adamw group: `lr` 3e-3, `weight_decay` 0, `betas` (0.9, 0.95), `eps`
-    1e-8, `fused` False. `lr` may be a float or a scalar tensor, and may be changed between steps.
+    Options of a matrix group, with their defaults:
+        lr 0.02, weight_decay 0: the decay is decoupled, by the base lr. cautious False: decay only entries whose step
+            does not point away from zero.
+        momentum 0.95, nesterov True.
+        direction "aurora": or "riemannian_aurora", "muon", "normuon", "u_normuon" (see optimizers.directions).
+        lr_scale "aspect": or "rms", "spectral", by the shape of the matrix.
+        polar "gram", polar_dtype "auto": how polar factors are found (see optimizers.polar).
+        of both auroras: scope "tall" ("all", "wide").
+        of aurora: iterations 2, tolerance None, balance_rule "odds" ("tyler", with beta 0.5), row_balance "auto"
+            ("polar", "leverage", "gram"), eps_mode "relative" ("absolute").
+        of riemannian_aurora: riemannian "exact" ("released"), outer_steps 3.
+        of normuon: normuon_target "graft" ("unit"), beta2 0.95; of u_normuon: running_norms False, beta2 with it.
+        contra 0, uw_floor 0: see optimizers.speedrun; 0 is off.
+    Options of an adamw group: lr 3e-3, weight_decay 0, betas (0.9, 0.95), eps 1e-8, fused False.
+    `lr` may be a float or a scalar tensor, and may be changed between steps.
 
     One step of a matrix weight w with gradient g: b <- mu b + (1 - mu) g; u = g + mu (b - g), or b without
     Nesterov; w <- w - lr weight_decay w; w <- w - lr s(m, n) d(u). The state is fp32 for every dtype of
-    weight: `momentum` and `step` for matrices, `exp_avg`, `exp_avg_sq` and `step` for adamw. `step` counts the
-    steps of that tensor. Gradients are not changed and share no memory with the state.
+    weight: `momentum` and `step` for matrices, with `second_moment` (one value a row) for the directions that average
+    row norms; `exp_avg`, `exp_avg_sq` and `step` for adamw. `step` counts the steps of that tensor. Gradients are not
+    changed and share no memory with the state.
 
     A NaN or an infinity in any gradient leaves every weight, state and counter as it is, without waiting for
     the device; `last_step_finite` tells.
 
+    Equal shapes are stacked to buckets of at most `optimizers.blocks.BUCKET_ELEMENTS` elements, and a step needs
+    memory for one bucket at a time.
+
     Attributes:
         last_step_finite: scalar bool tensor, whether the last step was taken.
         last_step_fallbacks: scalar int64 tensor, how often the odds rule fell back to tyler in the last step.
+        last_step_retries: scalar int64 tensor, how often a Cholesky factorisation failed in the last step.
 
     Raises:
         ValueError: an unknown option, a value out of range, an option without effect in the combination; a matrix
@@ -56,6 +65,7 @@ class Aurora(Optimizer):
 
     last_step_finite: Tensor
     last_step_fallbacks: Tensor
+    last_step_retries: Tensor
 
     def __init__(
         self,
@@ -139,16 +149,15 @@ class Aurora(Optimizer):
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         grads = [_dense_grad(p) for _, params in work for p in params]
         finite = all_finite(grads, self._device())
-        fallbacks = torch.zeros((), dtype=torch.int64, device=finite.device)
+        counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
         for group, params in work:
             if group["kind"] == "matrix":
                 _check_params(group)
-                for bucket in buckets(params):
-                    fallbacks += self._matrix_step(bucket, group, finite).to(fallbacks.device)
+                counts += self._matrix_steps(params, group, finite)
             else:
                 self._adamw_step(params, group, finite)
         self.last_step_finite = finite
-        self.last_step_fallbacks = torch.where(finite, fallbacks, 0)
+        self.last_step_fallbacks, self.last_step_retries = torch.where(finite, counts, 0).unbind()
         return loss
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -167,44 +176,78 @@ class Aurora(Optimizer):
                     f"this optimizer's of kind {group['kind']!r}: the state is another optimizer's"
                 )
         saved_ids = [index for saved in saved_groups for index in saved["params"]]
-        own = [(p, group["kind"]) for group in self.param_groups for p in group["params"]]
+        # The loaded options win, so they say which state belongs to a parameter.
+        own = [
+            (p, _state_shapes(p, entry, saved))
+            for group, saved in zip(self.param_groups, saved_groups, strict=False)
+            for p, entry in zip(group["params"], row_blocks({**saved, "params": group["params"]}), strict=True)
+        ]
         states = {
-            p: _loaded_state(p, kind, state_dict["state"][index])
-            for (p, kind), index in zip(own, saved_ids, strict=False)
+            p: _loaded_state(p, shapes, state_dict["state"][index])
+            for (p, shapes), index in zip(own, saved_ids, strict=False)
             if index in state_dict["state"]
         }
         super().load_state_dict(state_dict)
         self.state.update(states)
 
-    def _matrix_step(self, bucket: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> Tensor:
-        """Steps equally shaped weights; returns how often their balance rule fell back."""
-        inputs = []
-        for p in bucket:
-            state = self._state_of(p, "matrix")
-            momentum, u = blend(_dense_grad(p), state["momentum"], group["momentum"], group["nesterov"])
+    def _matrix_steps(self, params: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> Tensor:
+        """Steps matrices; returns the fallbacks and retries that their directions took, an int64 tensor [2]."""
+        entries = dict(zip(group["params"], row_blocks(group), strict=True))
+        for p in params:
+            self._state_of(p, entries[p], group)["step"] += finite.to(p.device)
+        counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
+        for bucket in buckets(block for p in params for block in blocks(p, entries[p])):
+            counts += self._bucket_step(bucket, group, finite).to(finite.device)
+        return counts
+
+    def _bucket_step(self, bucket: Sequence[Block], group: dict[str, Any], finite: Tensor) -> Tensor:
+        """Steps equally shaped blocks, stacked."""
+        (m, n), device = bucket[0].shape, bucket[0].param.device
+        finite = finite.to(device)
+        states = [{key: block.of(value) for key, value in self._rows_of(block.param).items()} for block in bucket]
+        u = torch.empty(len(bucket), m, n, device=device)
+        for block, state, row in zip(bucket, states, u, strict=True):
+            grad = block.of(_dense_grad(block.param))
+            momentum, blended = blend(grad, state["momentum"], group["momentum"], group["nesterov"])
             commit_(state["momentum"], momentum, finite)
-            state["step"] += finite.to(p.device)
             # Zeros where the step is void: no backend sees a NaN, nor works for nothing.
-            inputs.append(torch.where(finite.to(p.device), u, 0.0))
-        d, fallbacks = directions.from_options(torch.stack(inputs), group)
-        m, n = bucket[0].shape
-        step = directions.scaled(d, directions.lr_scale(group["lr_scale"], m, n), polar=group["polar"])
-        for p, matrix in zip(bucket, step, strict=True):
-            commit_(p, updated(p, matrix, lr=group["lr"], weight_decay=group["weight_decay"]), finite)
-        return fallbacks.sum()
+            row.copy_(torch.where(finite, blended, 0.0))
+        second_moment = None
+        if directions.keeps_second_moment(group, m, n):
+            second_moment = torch.stack([state["second_moment"] for state in states])
+        found = directions.from_options(u, group, second_moment)
+        if found.second_moment is not None:
+            for state, values in zip(states, found.second_moment, strict=True):
+                commit_(state["second_moment"], values, finite)
+        self._apply(bucket, found.d, group, finite)
+        return torch.stack([found.fallbacks.sum(), found.retries.sum()])
+
+    def _apply(self, bucket: Sequence[Block], d: Tensor, group: dict[str, Any], finite: Tensor) -> None:
+        """Updates the weights of equally shaped blocks by their directions [k, m, n]."""
+        scale = directions.lr_scale(group["lr_scale"], *bucket[0].shape)
+        decay = {key: group[key] for key in ("lr", "weight_decay", "cautious")}
+        for block, matrix in zip(bucket, d, strict=True):
+            weight = block.of(block.param)
+            step = directions.scaled(matrix, scale, polar=group["polar"])
+            if group["uw_floor"]:
+                step = uw_floor(step, weight.float(), group["uw_floor"])
+            commit_(weight, updated(weight, step, **decay), finite)
 
     def _adamw_step(self, params: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> None:
-        tensors = [AdamwTensor(weight=p, grad=_dense_grad(p), **self._state_of(p, "adamw")) for p in params]
+        tensors = [AdamwTensor(weight=p, grad=_dense_grad(p), **self._state_of(p, None, group)) for p in params]
         adamw_step(tensors, group, finite)
 
-    def _state_of(self, p: Tensor, kind: str) -> dict[str, Tensor]:
+    def _state_of(self, p: Tensor, entry: tuple[int, ...] | None, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The state of a parameter, zeros before its first step."""
         state: dict[str, Tensor] = self.state[p]
-        for key in _STATE_KEYS[kind]:
+        for key, shape in _state_shapes(p, entry, group).items():
             if key not in state:
-                shape = () if key == "step" else p.shape
                 state[key] = torch.zeros(shape, dtype=torch.float32, device=p.device)
         return state
+
+    def _rows_of(self, p: Tensor) -> dict[str, Tensor]:
+        """What of a parameter's state has its rows."""
+        return {key: value for key, value in self.state[p].items() if key != "step"}
 
     def _device(self) -> torch.device:
         """Where the flag of a step lives: with the first parameter, though a wrapper may have taken them all."""
@@ -214,17 +257,18 @@ class Aurora(Optimizer):
     def _reset_report(self) -> None:
         self.last_step_finite = torch.ones((), dtype=torch.bool, device=self._device())
         self.last_step_fallbacks = torch.zeros((), dtype=torch.int64, device=self._device())
+        self.last_step_retries = torch.zeros((), dtype=torch.int64, device=self._device())
 
 
-def buckets(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Lists of parameters of one shape and device in the order given, up to BUCKET_ELEMENTS elements each."""
-    alike: dict[tuple[torch.Size, torch.device], list[Tensor]] = defaultdict(list)
-    for p in params:
-        alike[p.shape, p.device].append(p)
-    for (shape, _), members in alike.items():
-        size = max(1, BUCKET_ELEMENTS // max(1, shape.numel()))
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
+def _state_shapes(p: Tensor, entry: tuple[int, ...] | None, group: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """The state tensors of a parameter and their shapes."""
+    step, whole = torch.Size(), p.shape
+    if group["kind"] == "adamw":
+        return {"exp_avg": whole, "exp_avg_sq": whole, "step": step}
+    shapes = {"momentum": whole, "step": step}
+    if any(directions.keeps_second_moment(group, *block.shape) for block in blocks(p, entry)):
+        shapes["second_moment"] = whole[:1]
+    return shapes
 
 
 def _check_params(group: dict[str, Any]) -> None:
@@ -239,6 +283,10 @@ def _check_params(group: dict[str, Any]) -> None:
                 "or split (by DeepSpeed, FSDP), its direction cannot be found from the pieces; if it is no "
                 "matrix, put it into a group of kind 'adamw' (optimizers.param_groups does)"
             )
+    if group["kind"] == "adamw" and "row_blocks" in group:
+        raise ValueError("row_blocks in a group of kind 'adamw': only matrices have blocks")
+    if group["kind"] == "matrix":
+        row_blocks(group)
 
 
 def _dense_grad(p: Tensor) -> Tensor:
@@ -249,14 +297,13 @@ def _dense_grad(p: Tensor) -> Tensor:
     return grad
 
 
-def _loaded_state(p: Tensor, kind: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    if set(saved) != set(_STATE_KEYS[kind]):
-        raise ValueError(f"the loaded state of a {kind} parameter has {sorted(saved)}: expected {_STATE_KEYS[kind]}")
+def _loaded_state(p: Tensor, shapes: Mapping[str, torch.Size], saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    if set(saved) != set(shapes):
+        raise ValueError(f"the loaded state of a parameter has {sorted(saved)}: expected {sorted(shapes)}")
     for key, value in saved.items():
-        expected = torch.Size() if key == "step" else p.shape
-        if value.shape != expected:
+        if value.shape != shapes[key]:
             raise ValueError(
-                f"the loaded {key} has shape {tuple(value.shape)}, its parameter {tuple(expected)}: "
+                f"the loaded {key} has shape {tuple(value.shape)}, its parameter {tuple(shapes[key])}: "
                 "the parameters are in another order or of another model"
             )
     return {key: value.to(p.device, torch.float32, copy=True) for key, value in saved.items()}

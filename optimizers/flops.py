@@ -1,46 +1,154 @@
-"""Floating point operations of one optimizer step, for the run's budget.
+"""Floating point operations of directions and optimizer steps, counted while they run.
 
-Matrix products only, 2 per multiplication with addition; the elementwise work is left out.
+A direction runs on the meta device, where tensors have shapes and no values, under torch's own counter: no formula of
+a direction is written down a second time, so none can go stale. Torch counts matrix products, 2 operations for a
+multiplication with addition; `counter` adds the operations of linear algebra that torch counts as nothing.
+Elementwise work and reductions are left out, as everywhere.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Any
 
-from optimizers.directions import balances, form
-from optimizers.polar import QUINTIC_STEPS, backend_named
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+
+from optimizers import directions
+from optimizers.options import DEFAULTS
+from optimizers.polar import has_dtype_choice
+from optimizers.precision import DTYPES, resolve
+
+# Options of a group that its directions do not read: a learning rate that moves must not start a new count.
+_UNREAD = frozenset({"lr", "weight_decay", "momentum", "nesterov", "lr_scale", "cautious", "uw_floor"})
+
+aten = torch.ops.aten
 
 
-def polar_flops(m: int, n: int, method: str = "quintic") -> int:
-    """Operations of one polar call on an m x n matrix; symmetric in m and n.
+def counter() -> FlopCounterMode:
+    """A context manager that counts everything run inside it; `get_total_flops()` has the sum.
 
-    Quintic: 12 (4 l s^2 + 2 s^3) with s the smaller and l the larger side. Svd: the textbook estimate for thin
-    factors, 6 l s^2 + 20 s^3 (Golub & Van Loan, 8.6), and 2 l s^2 for their product.
+    Beside the products that torch counts it knows, for each n x n matrix of a stack: n^3/3 for a Cholesky factor and
+    for a triangular inverse, m n^2 for a triangular solve with m right-hand sides, products with a vector, products in
+    place, and the textbook estimates of `FORMULAS`.
 
-    Raises:
-        ValueError: an unknown method.
+    A triangular inverse is a solve whose right-hand side is an identity: what `torch.eye` made under this counter, or
+    a view of it. It is counted as LAPACK's trtri, which skips the zeros.
     """
-    backend_named(method)
-    small, large = sorted((m, n))
-    return _POLAR_FLOPS[method](small, large)
+    identities: set[StorageWeakRef] = set()
+
+    def eye(*_: object, out_val: Tensor, **__: object) -> int:
+        identities.add(StorageWeakRef(out_val.untyped_storage()))
+        return 0
+
+    def solve_triangular(a: Tensor, b: Tensor, *_: object, out_val: Tensor, **__: object) -> int:
+        if StorageWeakRef(b.untyped_storage()) in identities:
+            return _third_of_cube(out_val.shape)
+        return out_val.numel() * a.shape[-1]
+
+    with_values = {aten.eye: _Raw(eye), aten.linalg_solve_triangular: _Raw(solve_triangular)}
+    return FlopCounterMode(display=False, custom_mapping={**FORMULAS, **with_values})
 
 
-def direction_flops(m: int, n: int, options: Mapping[str, Any]) -> int:
-    """Operations of one direction under the complete options of a matrix group."""
-    is_balanced = options["direction"] == "aurora" and balances(options["scope"], form(m, n))
-    return (options["iterations"] if is_balanced else 1) * polar_flops(m, n, options["polar"])
+def direction_flops(m: int, n: int, options: Mapping[str, Any], *, device: torch.device | str = "cpu") -> int:
+    """Operations of the direction of one m x n matrix under the complete options of a matrix group.
+
+    Args:
+        m: rows of the weight.
+        n: columns.
+        options: of a group of `optimizers.Aurora` or for one; what is missing has its default.
+        device: where the direction is meant to run: options that are "auto" are resolved for it.
+
+    A loop that may end early because of its values is counted to its last turn. Counts are kept: asking again for the
+    same shape and options costs nothing.
+    """
+    complete = {**DEFAULTS["matrix"], **options}
+    given = {key: complete[key] for key in DEFAULTS["matrix"] if key not in _UNREAD}
+    return _counted(m, n, tuple(sorted(_resolved(given, torch.device(device)).items())))
 
 
-def step_flops(shapes: Iterable[tuple[int, int]], options: Mapping[str, Any]) -> int:
-    """Operations of one step of a matrix group with weights of these shapes."""
-    return sum(direction_flops(m, n, options) for m, n in shapes)
+def step_flops(
+    shapes: Iterable[tuple[int, int]], options: Mapping[str, Any], *, device: torch.device | str = "cpu"
+) -> int:
+    """Operations of one step of a matrix group with weights of these shapes: see `direction_flops`."""
+    return sum(direction_flops(m, n, options, device=device) for m, n in shapes)
 
 
-def _quintic_flops(small: int, large: int) -> int:
-    return QUINTIC_STEPS * (4 * large * small**2 + 2 * small**3)
+@functools.lru_cache(maxsize=1024)
+def _counted(m: int, n: int, options: tuple[tuple[str, Any], ...]) -> int:
+    given = dict(options)
+    u = torch.empty(1, m, n, device="meta")
+    v = u.new_empty(1, m) if directions.keeps_second_moment(given, m, n) else None
+    with counter() as count:
+        directions.from_options(u, given, v)
+    return int(count.get_total_flops())
 
 
-_POLAR_FLOPS: dict[str, Callable[[int, int], int]] = {
-    "quintic": _quintic_flops,
-    "quintic_exact": _quintic_flops,
-    "svd": lambda small, large: 8 * large * small**2 + 20 * small**3,
+def _resolved(options: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The options with what "auto" stands for on `device`; left as they are it would be the meta device's choice."""
+    chosen = dict(options)
+    if options["polar_dtype"] == "auto" and has_dtype_choice(options["polar"]):
+        dtype = resolve("auto", device)
+        chosen["polar_dtype"] = next(name for name, known in DTYPES.items() if known == dtype)
+    if options["row_balance"] == "auto":
+        chosen["row_balance"] = directions.automatic_row_balance(device)
+    return chosen
+
+
+class _Raw:
+    """A formula that is given the tensors rather than their shapes."""
+
+    _get_raw = True  # how torch's counter recognises one
+
+    def __init__(self, formula: Callable[..., int]) -> None:
+        self._formula = formula
+
+    def __call__(self, *args: object, **kwargs: object) -> int:
+        return self._formula(*args, **kwargs)
+
+
+# The formulas take the shapes of an operation's arguments, in their order, and that of its result as `out_shape`.
+Shape = tuple[int, ...]
+
+
+def _third_of_cube(a: Shape, *_: object, **__: object) -> int:
+    return prod(a[:-2]) * (a[-1] ** 3 // 3)
+
+
+def _svd(a: Shape, *_: object, **__: object) -> int:
+    """Thin factors of an l x s matrix, l >= s: 6 l s^2 + 20 s^3 (Golub & Van Loan, Matrix Computations, 8.6)."""
+    small, large = sorted(a[-2:])
+    return prod(a[:-2]) * (6 * large * small**2 + 20 * small**3)
+
+
+def _eigh(a: Shape, *_: object, **__: object) -> int:
+    """Eigenvalues and eigenvectors by symmetric QR: 9 n^3 (Golub & Van Loan, Matrix Computations, 8.3)."""
+    return prod(a[:-2]) * 9 * a[-1] ** 3
+
+
+def _vector_product(a: Shape, *_: object, **__: object) -> int:
+    return 2 * prod(a)
+
+
+def _vector_product_added(_c: Shape, a: Shape, *_: object, **__: object) -> int:
+    return 2 * prod(a)
+
+
+def _product_added(_c: Shape, a: Shape, b: Shape, *_: object, **__: object) -> int:
+    return 2 * prod(a) * b[-1]
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    aten.linalg_cholesky_ex: _third_of_cube,
+    aten._linalg_svd: _svd,
+    aten._linalg_eigh: _eigh,
+    aten.mv: _vector_product,
+    aten.dot: _vector_product,
+    aten.addmv: _vector_product_added,
+    aten.addmm_: _product_added,
+    aten.baddbmm_: _product_added,
 }
+"""What torch's counter does not know, by operation with all its overloads. `svd` and `eigh` are textbook estimates
+with all vectors: their iterations end when the values say so."""

@@ -12,12 +12,15 @@ from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 
-from optimizers.directions import LR_SCALES, RowBalance, Scope
-from optimizers.polar import BACKENDS
+from optimizers.directions import LR_SCALES, RowBalance, Scope, Target
+from optimizers.polar import BACKENDS, has_dtype_choice
+from optimizers.precision import PolarDtype
+from optimizers.riemannian import Variant
 from optimizers.row_balance import BalanceRule, EpsMode
 
 Kind = Literal["matrix", "adamw"]
-DirectionName = Literal["muon", "aurora"]
+DirectionName = Literal["aurora", "riemannian_aurora", "muon", "normuon", "u_normuon"]
+OptimizerName = Literal["aurora", "riemannian_aurora", "muon", "normuon", "u_normuon", "adamw"]
 PresetName = Literal["released"]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -28,13 +31,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "momentum": 0.95,
         "nesterov": True,
         "lr_scale": "aspect",
+        "polar": "gram",
+        "polar_dtype": "auto",
         "scope": "tall",
         "iterations": 2,
         "beta": 0.5,
         "balance_rule": "odds",
-        "row_balance": "polar",
-        "polar": "quintic",
+        "row_balance": "auto",
+        "tolerance": None,
         "eps_mode": "relative",
+        "riemannian": "exact",
+        "outer_steps": 3,
+        "normuon_target": "graft",
+        "running_norms": False,
+        "beta2": 0.95,
+        "contra": 0.0,
+        "uw_floor": 0.0,
+        "cautious": False,
     },
     "adamw": {"lr": 3e-3, "weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "fused": False},
 }
@@ -59,8 +72,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named sets of matrix options. "released" repeats the arithmetic of tilde-research/aurora-release. A learning
 rate is no part of a preset, and an option that is given beside one wins."""
 
-BALANCE_KEYS = ("scope", "iterations", "beta", "balance_rule", "row_balance", "eps_mode")
-"""Matrix options that only aurora has a use for."""
+_BALANCING = ("scope", "iterations", "beta", "balance_rule", "row_balance", "tolerance", "eps_mode")
+DIRECTION_KEYS: dict[str, tuple[str, ...]] = {
+    "aurora": _BALANCING,
+    "riemannian_aurora": ("scope", "riemannian", "outer_steps"),
+    "muon": (),
+    "normuon": ("normuon_target", "beta2"),
+    "u_normuon": ("running_norms", "beta2"),
+}
+"""Matrix options that not every direction has a use for, by the directions that have."""
 
 ONE_ITERATION = (
     "iterations = 1 only normalises the rows before the polar call: the rows of the direction can come out "
@@ -68,9 +88,20 @@ ONE_ITERATION = (
 )
 """What a config and the optimizer warn of."""
 
-# Keys that are no options of ours but that torch and its schedulers put into groups.
+# Keys of a group that are no options: what it consists of, and what torch and its schedulers put there.
 FOREIGN_KEYS = frozenset(
-    {"params", "param_names", "kind", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}
+    {
+        "params",
+        "param_names",
+        "row_blocks",
+        "kind",
+        "initial_lr",
+        "max_lr",
+        "min_lr",
+        "swa_lr",
+        "base_momentum",
+        "max_momentum",
+    }
 )
 
 
@@ -126,12 +157,30 @@ def expand_preset(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any
 
 
 def ineffective(options: Mapping[str, Any]) -> dict[str, str]:
-    """The matrix options that change nothing beside `direction`, `iterations` and `balance_rule`, with why."""
-    if options["direction"] != "aurora":
-        return dict.fromkeys(BALANCE_KEYS, f"the direction {options['direction']!r} balances no rows")
+    """The matrix options that change nothing beside the others of a complete set, with why."""
+    direction = options["direction"]
+    own = DIRECTION_KEYS[direction]
+    without = {
+        key: f"the direction {direction!r} does not use it"
+        for keys in DIRECTION_KEYS.values()
+        for key in keys
+        if key not in own
+    }
+    if not has_dtype_choice(options["polar"]):
+        without["polar_dtype"] = f"polar {options['polar']!r} has one dtype only"
+    if direction == "aurora":
+        without |= _ineffective_balancing(options)
+    if direction == "normuon" and options["normuon_target"] == "unit":
+        without["beta2"] = "normuon_target 'unit' gives every row norm 1, whatever it was before"
+    if direction == "u_normuon" and not options["running_norms"]:
+        without["beta2"] = "without running_norms nothing is averaged"
+    return without
+
+
+def _ineffective_balancing(options: Mapping[str, Any]) -> dict[str, str]:
     if options["iterations"] == 1:
         why = "with iterations = 1 the row scaling is never updated"
-        return {"beta": why, "balance_rule": why, "row_balance": why}
+        return {"beta": why, "balance_rule": why, "row_balance": why, "tolerance": why}
     if options["balance_rule"] == "odds":
         return {"beta": "the balance rule 'odds' has no step size; it is one of 'tyler'"}
     return {}
@@ -168,7 +217,8 @@ def _unknown(kind: Kind, key: str) -> str:
 class _Number:
     """A finite number in [low, high), or [low, high] if `closed`; low itself is out if `above`.
 
-    With `tensor` a scalar tensor will do; its value is not looked at, which would wait for its device.
+    With `tensor` a scalar tensor will do; its value is not looked at, which would wait for its device. With
+    `optional` so will None.
     """
 
     low: float = 0.0
@@ -177,10 +227,13 @@ class _Number:
     closed: bool = False
     whole: bool = False
     tensor: bool = False
+    optional: bool = False
 
     def holds(self, value: object) -> bool:
         if isinstance(value, torch.Tensor):
             return self.tensor and value.numel() == 1 and value.is_floating_point()
+        if value is None:
+            return self.optional
         if not _is_number(value) or (self.whole and not isinstance(value, int)):
             return False
         over = value > self.low if self.above else value >= self.low
@@ -192,7 +245,7 @@ class _Number:
         what = "a whole number" if self.whole else "a number"
         low = f"{'above' if self.above else 'of at least'} {self.low:g}"
         high = "" if math.isinf(self.high) else f" and {'at most' if self.closed else 'below'} {self.high:g}"
-        return f"{what} {low}{high}"
+        return f"{what} {low}{high}{' or null' if self.optional else ''}"
 
 
 @dataclass(frozen=True)
@@ -231,6 +284,16 @@ _CHECKS: dict[str, tuple[str, ...] | _Number | _Flag | _Betas] = {
     "row_balance": get_args(RowBalance),
     "polar": tuple(BACKENDS),
     "eps_mode": get_args(EpsMode),
+    "polar_dtype": get_args(PolarDtype),
+    "tolerance": _Number(above=True, high=1.0, optional=True),
+    "riemannian": get_args(Variant),
+    "outer_steps": _Number(low=1, whole=True),
+    "normuon_target": get_args(Target),
+    "running_norms": _Flag(),
+    "beta2": _Number(high=1.0),
+    "contra": _Number(high=1.0),
+    "uw_floor": _Number(),
+    "cautious": _Flag(),
     "betas": _Betas(),
     "eps": _Number(),
     "fused": _Flag(),

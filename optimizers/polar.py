@@ -5,35 +5,51 @@ rows or columns where X has full rank, a partial isometry where it has not, and 
 Its squared row norms are the leverage scores of X; they sum to the rank.
 
 Two errors describe a backend, both over the singular values above 2^-10 of the Frobenius norm:
-(a) max |sigma - 1| of the result, (b) |d - d_svd|_F / |d_svd|_F. In bf16 (b) grows with the condition
-number and (a) does not show it. Directions below that cut come back with 0 <= sigma <= 1 + (a).
+(a) max |sigma - 1| of the result, (b) |d - d_svd|_F / |d_svd|_F. Rounding the input already costs (b), the more the
+larger the condition number, and (a) does not show it. Directions below that cut come back with
+0 <= sigma <= 1 + (a). `ERRORS` states a bound of both.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from optimizers.precision import bf16_baddbmm, bf16_bmm, to_bf16, without_autocast
-
-QUINTIC_STEPS = 12
-# Guards the division by the Frobenius norm, as in the released code.
-NORM_EPS = 1e-7
+from optimizers import iterations
+from optimizers.gram import gram_polar
+from optimizers.precision import PolarDtype, as_stated, resolve
 
 # Inputs whose largest entry lies in this range are used as they are; others are scaled by a power of two.
 SMALLEST_UNSCALED, LARGEST_UNSCALED = 2.0**-20, 2.0**40
 
-Backend = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Backend:
+    """How one method finds polar factors."""
+
+    factor: Callable[[Tensor, torch.dtype], Tensor]
+    """Takes a stack [k, m, n] in fp32 (fp64 for "svd"), finite and scaled, and the dtype of its products; returns
+    [k, m, n] of any floating dtype. What it returns for a zero matrix is not used."""
+    dtype: torch.dtype | None = None
+    """The dtype of its products where it is no choice."""
+    is_guarded: bool = True
+    """Whether its input is scaled and freed of zero and non-finite matrices first."""
 
 
-def polar(x: Tensor, method: str = "quintic", *, exact: bool = False) -> Tensor:
+def polar(x: Tensor, method: str = "quintic", *, exact: bool = False, dtype: PolarDtype = "auto") -> Tensor:
     """The polar factor of every matrix of a stack.
 
     Args:
         x: [..., m, n] of any real floating dtype and any strides; it is not changed.
-        method: a key of `BACKENDS`.
+        method: a key of `BACKENDS`. "svd": exact, fp64. "quintic": the released code's 12 steps. "polar_express": 7
+            better steps. "cans": to the precision of fp32. "gram": Polar Express on the smaller Gram matrix, the
+            fastest for matrices that are not square. "quintic_exact": see `exact`.
         exact: with "quintic" the released code's operations in their order, one matrix at a time, in
             true bf16 and without the scaling below: the same as method "quintic_exact".
+        dtype: of the products of "polar_express" and "gram": "bf16", "fp16", "fp32", or "auto": bf16 where the
+            device is fast at it, else fp32. The other methods have one dtype: svd fp64, cans fp32, quintic bf16.
 
     Returns:
         [..., m, n] in fp32, of any strides. A zero matrix gives zeros. A matrix with a NaN or an infinity
@@ -46,8 +62,8 @@ def polar(x: Tensor, method: str = "quintic", *, exact: bool = False) -> Tensor:
     Nothing waits for the device, except that `svd` itself does on a GPU.
 
     Raises:
-        ValueError: x has fewer than two dimensions or is not real floating point, an unknown method, or
-            `exact` with another method than "quintic".
+        ValueError: x has fewer than two dimensions or is not real floating point, an unknown method or dtype,
+            `exact` with another method than "quintic", or a dtype for a method that has only one.
     """
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(
@@ -55,13 +71,17 @@ def polar(x: Tensor, method: str = "quintic", *, exact: bool = False) -> Tensor:
         )
     if exact and method not in ("quintic", "quintic_exact"):
         raise ValueError(f"exact=True repeats the released quintic; method {method!r} has no such form")
-    backend = backend_named("quintic_exact" if exact else method)
+    method = "quintic_exact" if exact else method
+    backend = backend_named(method)
+    product_dtype = backend.dtype or resolve(dtype, x.device)
+    if backend.dtype is not None and dtype != "auto":
+        raise ValueError(f"polar dtype {dtype!r} has no effect: {method!r} computes in {product_dtype}")
     if x.numel() == 0:
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    with torch.no_grad(), without_autocast(x.device):
+    with torch.no_grad(), as_stated(x.device):
         stack = x.detach().reshape(-1, *x.shape[-2:])
-        factor = _quintic_exact(stack) if backend is _quintic_exact else _guarded(stack, backend)
-        return factor.float().reshape(x.shape)
+        run = _guarded if backend.is_guarded else _as_it_is
+        return run(stack, backend, product_dtype).float().reshape(x.shape)
 
 
 def backend_named(method: str) -> Backend:
@@ -71,12 +91,17 @@ def backend_named(method: str) -> Backend:
     return BACKENDS[method]
 
 
+def has_dtype_choice(method: str) -> bool:
+    """Whether the products of a method can be had in several dtypes."""
+    return backend_named(method).dtype is None
+
+
 def working_dtype(method: str) -> torch.dtype:
     """The dtype in which a backend reads its input: fp64 for "svd", fp32 otherwise.
 
     A product D*u of fp32 numbers is exact in fp64, so it keeps the rank of u; rounded to fp32 it does not.
     """
-    return torch.float64 if backend_named(method) is _svd else torch.float32
+    return torch.float64 if backend_named(method).dtype == torch.float64 else torch.float32
 
 
 def prescale(x: Tensor) -> Tensor:
@@ -93,9 +118,14 @@ def _largest(x: Tensor) -> Tensor:
     return x.abs().amax(dim=(-2, -1), keepdim=True)
 
 
+def _is_outside(largest: Tensor) -> Tensor:
+    """Whether a matrix with this largest entry is to be scaled."""
+    outside = (largest < SMALLEST_UNSCALED) | (largest > LARGEST_UNSCALED)
+    return outside & largest.isfinite() & (largest > 0)
+
+
 def _prescale(x: Tensor, largest: Tensor) -> Tensor:
-    outside = ((largest < SMALLEST_UNSCALED) | (largest > LARGEST_UNSCALED)) & largest.isfinite()
-    exponent = torch.where(outside & (largest > 0), 1 - torch.frexp(largest).exponent, 0)
+    exponent = torch.where(_is_outside(largest), 1 - torch.frexp(largest).exponent, 0)
     # In two halves, since 2^exponent itself overflows for a subnormal input.
     half = exponent // 2
     return x * _power_of_two(half, x.dtype) * _power_of_two(exponent - half, x.dtype)
@@ -108,7 +138,11 @@ def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
-def _guarded(stack: Tensor, backend: Backend) -> Tensor:
+def _as_it_is(stack: Tensor, backend: Backend, dtype: torch.dtype) -> Tensor:
+    return backend.factor(stack, dtype)
+
+
+def _guarded(stack: Tensor, backend: Backend, dtype: torch.dtype) -> Tensor:
     """Runs a backend on a scaled, finite stack [k, m, n] and puts zero and NaN matrices in afterwards."""
     x = stack if stack.dtype == torch.float64 else stack.float()
     largest = _largest(x)
@@ -116,61 +150,70 @@ def _guarded(stack: Tensor, backend: Backend) -> Tensor:
     usable = finite & (largest > 0)
     # Zero matrices are common (every zero-initialised weight at its first step), and on a CPU the look
     # costs nothing; on an accelerator it would stall the queue.
-    if x.device.type == "cpu" and not usable.any():
-        return torch.where(finite, torch.zeros_like(x), torch.nan)
-    factor = backend(_prescale(torch.where(finite, x, 0), torch.where(finite, largest, 0)))
+    if x.device.type == "cpu":
+        if not usable.any():
+            return torch.where(finite, torch.zeros_like(x), torch.nan)
+        if usable.all() and not _is_outside(largest).any():
+            return backend.factor(x, dtype)
+    factor = backend.factor(_prescale(torch.where(finite, x, 0), torch.where(finite, largest, 0)), dtype)
     return torch.where(usable, factor, torch.where(finite, 0.0, torch.nan).to(factor.dtype))
 
 
-def _svd(x: Tensor) -> Tensor:
-    """Exact, in fp64: singular values up to max(m, n) * 2^-52 of the largest count as zero.
-
-    Error: (a) and (b) below 1e-7, the rounding of the result to fp32.
-    """
+def _svd(x: Tensor, _: torch.dtype) -> Tensor:
+    """Exact, in fp64: singular values up to max(m, n) * 2^-52 of the largest count as zero."""
     u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
     cut = max(x.shape[-2:]) * 2.0**-52 * sigma[..., :1]
     return (u * (sigma > cut).unsqueeze(-2)) @ vh
 
 
-def _quintic(x: Tensor) -> Tensor:
-    """12 steps X <- 2X - 1.5 (XX^T) X + 0.5 (XX^T)^2 X in bf16, equal shapes as one batched product.
-
-    The polynomial has its fixed point at 1 with slope 0 and doubles small values, so 12 steps lift
-    everything above about 2^-10 of the Frobenius norm. Error: (a) below 1 %; (b) below 1 % up to condition
-    number 10, 3 % at 50, 5 % at 100, 15 % at 500 (log-uniform spectra), most of it the rounding of X itself.
-    """
-    tall = x.shape[-2] > x.shape[-1]
-    wide = (x.mT if tall else x).float()
-    norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
-    X = to_bf16(wide / (norm + NORM_EPS))
-    for _ in range(QUINTIC_STEPS):
-        A = bf16_bmm(X, X.mT)
-        B = bf16_baddbmm(A, A, A, beta=-1.5, alpha=0.5)
-        X = bf16_baddbmm(X, B, X, beta=2.0)
-    return X.mT if tall else X
-
-
-def _quintic_exact(x: Tensor) -> Tensor:
-    """The released iteration: one matrix at a time, every operation rounded to bf16, in the same order.
+def _quintic_exact(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The released iteration, one matrix at a time.
 
     On one machine it repeats the released code bit for bit; between machines the summation order of the
     products differs. It has the released code's range: fails from about 1e-8 down and 1e18 up.
     """
     tall = x.shape[-2] > x.shape[-1]
-    factors = torch.stack([_released_quintic(matrix.mT if tall else matrix) for matrix in x.bfloat16()])
+    factors = torch.stack([iterations.released_quintic(matrix.mT if tall else matrix) for matrix in x.to(dtype)])
     return factors.mT if tall else factors
 
 
-def _released_quintic(X: Tensor) -> Tensor:
-    """On one wide bf16 matrix. The strides count too: products and sums run in the order that they give."""
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + NORM_EPS)
-    for _ in range(QUINTIC_STEPS):
-        A = X @ X.mT
-        B = -1.5 * A + (0.5 * A) @ A
-        X = 2 * X + B @ X
-    return X
+BACKENDS: dict[str, Backend] = {
+    "svd": Backend(_svd, torch.float64),
+    "quintic": Backend(iterations.quintic, torch.bfloat16),
+    "quintic_exact": Backend(_quintic_exact, torch.bfloat16, is_guarded=False),
+    "polar_express": Backend(iterations.express),
+    "cans": Backend(iterations.precise, torch.float32),
+    "gram": Backend(gram_polar),
+}
+"""Backends by name."""
 
 
-BACKENDS: dict[str, Backend] = {"quintic": _quintic, "quintic_exact": _quintic_exact, "svd": _svd}
-"""Backends by name. Each takes a stack [k, m, n] in its `working_dtype` or fp32, finite and scaled (but for
-"quintic_exact", which takes it as it is), and returns [k, m, n] of any floating dtype."""
+class StatedError(NamedTuple):
+    """What (a) and (b) stay below: measured over random and hard spectra, with a margin, and tested."""
+
+    floor: float
+    """For well conditioned matrices: what the polynomials leave and the products round."""
+    slope: float
+    """Grows with the spread, the Frobenius norm over the smallest singular value that counts (at most 2^10): the
+    rounding of X itself turns that direction by about spread times the unit roundoff."""
+
+    def at(self, spread: float) -> float:
+        """The bound for a matrix of this spread."""
+        return self.floor + self.slope * spread
+
+
+_BF16, _FP16, _FP32 = 2.0**-9, 2.0**-12, 2.0**-24
+
+ERRORS: dict[tuple[str, str], StatedError] = {
+    ("svd", "auto"): StatedError(1e-6, _FP32),
+    ("quintic", "auto"): StatedError(1e-2, 3 * _BF16),
+    ("quintic_exact", "auto"): StatedError(3e-2, 4 * _BF16),
+    ("polar_express", "bf16"): StatedError(2e-2, 2 * _BF16),
+    ("polar_express", "fp16"): StatedError(4e-3, 2 * _FP16),
+    ("polar_express", "fp32"): StatedError(2e-3, 8 * _FP32),
+    ("cans", "auto"): StatedError(1e-5, 8 * _FP32),
+    ("gram", "bf16"): StatedError(3e-2, 2 * _BF16),
+    ("gram", "fp16"): StatedError(1.5e-2, 3 * _FP16),
+    ("gram", "fp32"): StatedError(1e-4, 16 * _FP32),
+}
+"""The stated error of each method and dtype."""

@@ -5,14 +5,18 @@ is not 2-D go to AdamW; every other 2-D weight is a matrix. A regular expression
 """
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from optimizers import options
-from optimizers.directions import Form, balances, form, lr_scale
+from optimizers.directions import Form, form, lr_scale, treats
+
+RowBlocks = int | list[int]
+"""Into how many equal blocks of rows a weight is split, or the rows of each."""
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -22,7 +26,7 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 class Settings:
     """What `param_groups` needs to know beside the model."""
 
-    name: Literal["aurora", "muon", "adamw"] = "aurora"
+    name: options.OptimizerName = "aurora"
     """Direction of the matrices; "adamw" gives every parameter to AdamW."""
     matrix: Mapping[str, Any] = field(default_factory=dict)
     """Options of the matrix group (see optimizers.options), but for `direction`, which is `name`."""
@@ -32,6 +36,8 @@ class Settings:
     """A preset of matrix options, under those given in `matrix`."""
     overrides: Mapping[str, options.Kind] = field(default_factory=dict)
     """Regular expression, searched in the parameter's name -> "matrix" or "adamw"."""
+    row_blocks: Mapping[str, RowBlocks] = field(default_factory=dict)
+    """Regular expression, searched in the parameter's name -> the blocks of rows that get directions of their own."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +46,27 @@ class Route:
 
     name: str
     shape: tuple[int, ...]
+    """That of the parameter, or of a block of its rows where it is split: then `blocks` says how many there are."""
     form: Form | Literal["none"]
     """Tall (more rows), wide, square, or none: not 2-D."""
     optimizer: Literal["matrix", "adamw", "frozen"]
-    direction: Literal["aurora", "muon", "adamw", "none"]
-    """What is applied in the end: aurora leaves the forms outside its scope to muon."""
+    direction: options.OptimizerName | Literal["none"]
+    """What is applied in the end: most directions leave some forms to muon."""
     lr_scale: float | None
     """Factor on the learning rate of a matrix; None for the others."""
     why: str
+    blocks: int = 1
 
 
 def routes(model: nn.Module, settings: Settings) -> list[Route]:
-    """The routing table: one row per parameter, in the model's order; a tied one under its first name.
+    """The routing table, in the model's order: one row per parameter, a tied one under its first name, or one per
+    shape of its blocks.
 
     Only shapes are read, so the model may be on the meta device.
 
     Raises:
-        ValueError: bad settings; an override that is no regular expression, matches nothing, contradicts another
-            or makes a matrix of what is none; a matrix optimizer and no matrix, or a flattened one.
+        ValueError: bad settings; an override or row_blocks that is no regular expression, matches nothing, contradicts
+            another or makes a matrix of what is none; a matrix optimizer and no matrix, or a flattened one.
     """
     matrix = _matrix_options(settings)
     reasons = _adamw_reasons(model)
@@ -65,7 +74,7 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
     rows = []
     for p, names in _names(model).items():
         if not p.requires_grad:
-            rows.append(_row(names[0], p, "frozen", None, "requires_grad is False"))
+            rows.append(_row(names[0], tuple(p.shape), "frozen", None, "requires_grad is False"))
             continue
         kind, why = _choose(p, names, reasons.get(p), settings)
         if p in linear and p.ndim != 2 and settings.name != "adamw":
@@ -73,13 +82,17 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
                 f"{names[0]} is the weight of a Linear but has shape {tuple(p.shape)}: it was flattened or split (by "
                 "DeepSpeed, FSDP). Route the model before it is wrapped"
             )
-        rows.append(_row(names[0], p, kind, matrix, why))
+        split = _row_blocks(p, names, kind, settings)
+        shapes = [(height, *p.shape[1:]) for height in split] if split else [tuple(p.shape)]
+        rows += [_row(names[0], shape, kind, matrix, why, count) for shape, count in Counter(shapes).items()]
     if settings.name != "adamw" and not any(row.optimizer == "matrix" for row in rows):
         raise ValueError(
             f"optimizer {settings.name!r} found no matrix among {len(rows)} parameters: nothing would be stepped by "
             "it. Use name 'adamw' if that is meant"
         )
-    _check_overrides(settings.overrides, [name for names in _names(model).values() for name in names])
+    known = [name for names in _names(model).values() for name in names]
+    _check_patterns("override", settings.overrides, known)
+    _check_patterns("row_blocks", settings.row_blocks, known)
     return rows
 
 
@@ -87,7 +100,7 @@ def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """The groups for `Aurora(groups)`: one of all matrices, one adamw group of 2-D weights, one of the rest.
 
     Empty groups are left out, and so are parameters without requires_grad. Each group has `params`,
-    `param_names`, `kind` and all its options that have an effect.
+    `param_names`, `kind` and all its options that have an effect, and `row_blocks` if the settings split any.
 
     Raises:
         ValueError: as `routes`, or if nothing at all is to be trained.
@@ -101,12 +114,17 @@ def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     ]
     for row in routes(model, settings):
         if row.optimizer != "frozen":
-            plan[0 if row.optimizer == "matrix" else 1 if len(row.shape) == 2 else 2][2].append(row.name)
-    groups = [
+            members = plan[0 if row.optimizer == "matrix" else 1 if len(row.shape) == 2 else 2][2]
+            # A split parameter has a row for each shape of its blocks.
+            members += [row.name] if row.name not in members[-1:] else []
+    groups: list[dict[str, Any]] = [
         {"params": [parameters[name] for name in names], "param_names": names, "kind": kind, **given}
         for kind, given, names in plan
         if names
     ]
+    if settings.row_blocks and groups and groups[0]["kind"] == "matrix":
+        named = _names(model)
+        groups[0]["row_blocks"] = [_row_blocks(p, named[p], "matrix", settings) for p in groups[0]["params"]]
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient")
     return groups
@@ -114,14 +132,16 @@ def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
 
 def _matrix_options(settings: Settings) -> dict[str, Any] | None:
     """All options of the matrix group that have an effect; None if everything goes to AdamW."""
-    if settings.name not in ("aurora", "muon", "adamw"):
-        hint = options.did_you_mean(settings.name, ("aurora", "muon", "adamw"))
-        raise ValueError(f"optimizer name is {settings.name!r}: expected aurora, muon or adamw{hint}")
+    known = get_args(options.OptimizerName)
+    if settings.name not in known:
+        hint = options.did_you_mean(settings.name, known)
+        raise ValueError(f"optimizer name is {settings.name!r}: expected one of {', '.join(known)}{hint}")
     if settings.name == "adamw":
         given = [
             *settings.matrix,
             *(["preset"] if settings.preset else []),
             *(["overrides"] if settings.overrides else []),
+            *(["row_blocks"] if settings.row_blocks else []),
         ]
         if given:
             raise ValueError(f"without effect for the optimizer 'adamw': {', '.join(given)}")
@@ -200,28 +220,46 @@ def _matches(pattern: str, names: list[str]) -> bool:
         raise ValueError(f"override {pattern!r} is no regular expression: {error}") from error
 
 
-def _check_overrides(overrides: Mapping[str, options.Kind], names: list[str]) -> None:
-    for pattern, kind in overrides.items():
-        if kind not in options.DEFAULTS:
-            raise ValueError(f"override {pattern!r} says {kind!r}: expected one of {', '.join(options.DEFAULTS)}")
+def _row_blocks(p: Tensor, names: list[str], kind: options.Kind, settings: Settings) -> tuple[int, ...] | None:
+    """The rows of the blocks of a parameter, None if it is not split."""
+    wanted = {pattern: split for pattern, split in settings.row_blocks.items() if _matches(pattern, names)}
+    if not wanted or settings.name == "adamw":
+        return None
+    if len(wanted) > 1:
+        raise ValueError(f"row_blocks contradict each other for {names[0]}: {', '.join(map(repr, wanted))}")
+    ((pattern, split),) = wanted.items()
+    if kind != "matrix" or p.ndim != 2:
+        raise ValueError(f"row_blocks {pattern!r} splits {names[0]}, which is no matrix of the matrix optimizer")
+    rows = len(p)
+    heights = split
+    if isinstance(split, int):
+        heights = [rows // split] * split if split > 0 and rows % split == 0 else []
+    if not isinstance(heights, Sequence) or sum(heights) != rows or any(height < 1 for height in heights):
+        raise ValueError(f"row_blocks {pattern!r} splits {names[0]} into {split}: expected parts of its {rows} rows")
+    return tuple(heights)
+
+
+def _check_patterns(what: str, by_pattern: Mapping[str, object], names: list[str]) -> None:
+    for pattern, given in by_pattern.items():
+        if what == "override" and given not in options.DEFAULTS:
+            raise ValueError(f"override {pattern!r} says {given!r}: expected one of {', '.join(options.DEFAULTS)}")
         if not _matches(pattern, names):
-            raise ValueError(f"override {pattern!r} matches no parameter name; names look like {names[0]!r}")
+            raise ValueError(f"{what} {pattern!r} matches no parameter name; names look like {names[0]!r}")
 
 
 def _row(
     name: str,
-    p: Tensor,
+    shape: tuple[int, ...],
     optimizer: Literal["matrix", "adamw", "frozen"],
     matrix: Mapping[str, Any] | None,
     why: str,
+    blocks: int = 1,
 ) -> Route:
-    shape = tuple(p.shape)
     shape_form = form(*shape) if len(shape) == 2 else "none"
-    direction: Literal["aurora", "muon", "adamw", "none"] = "none" if optimizer == "frozen" else "adamw"
+    direction: options.OptimizerName | Literal["none"] = "none" if optimizer == "frozen" else "adamw"
     scale = None
     if optimizer == "matrix":
         assert matrix is not None, "only a matrix optimizer routes to itself"
-        is_aurora = matrix["direction"] == "aurora" and balances(matrix["scope"], shape_form)
-        direction = "aurora" if is_aurora else "muon"
+        direction = matrix["direction"] if treats(matrix, *shape) else "muon"
         scale = lr_scale(matrix["lr_scale"], *shape)
-    return Route(name, shape, shape_form, optimizer, direction, scale, why)
+    return Route(name, shape, shape_form, optimizer, direction, scale, why, blocks)

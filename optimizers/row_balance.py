@@ -44,6 +44,7 @@ def balance(
     rule: BalanceRule = "odds",
     beta: float = 0.5,
     eps_mode: EpsMode = "relative",
+    tolerance: float | None = None,
 ) -> RowScale:
     """Starts at D_i = 1/|u_i| and updates D `updates` times from the leverage scores of D u.
 
@@ -58,6 +59,7 @@ def balance(
         beta: the power of the tyler rule; 0.5 is the undamped step. Not used by "odds".
         eps_mode: "relative" floors row norms at 1e-7 of the largest. "absolute" floors them at 1e-7 and
             takes t = n/m, as the released code does (t scales all of D alike, which polar does not see).
+        tolerance: keep D once every row norm of polar(D u) is within this share of sqrt(t); None: never.
 
     Rows that are exactly zero keep D = 0. Where t > 0.999 D stays ("absolute" has no such rule): there is nothing
     to balance with.
@@ -72,6 +74,7 @@ def balance(
     D = _initial_scale(u, live, eps_mode)
     fallbacks = torch.zeros(u.shape[:-2], dtype=torch.int64, device=u.device)
     before: tuple[Tensor, Tensor, Tensor] | None = None
+    settled = torch.zeros_like(live_rows, dtype=torch.bool)
     for _ in range(updates):
         scores = torch.where(live, leverage(D), 0.0)
         spread = _spread(scores, live, live_rows)
@@ -84,13 +87,18 @@ def balance(
             fallbacks += raised[..., 0, 0]
         before = (D, scores, spread)
         mean = scores.sum(dim=-2, keepdim=True) / live_rows
+        if tolerance is not None:
+            settled = settled | (~raised & _is_even(scores, mean, live, tolerance))
+            # A look costs nothing on a CPU and would stall the queue of an accelerator, where D merely stays.
+            if D.device.type == "cpu" and bool(settled.all()):
+                break
         free = live & (mean <= NO_FREEDOM)
         if eps_mode == "absolute":
             mean, free = torch.full_like(mean, u.shape[-1] / u.shape[-2]), live
         stepped = D * (mean / scores.clamp(min=SMALLEST_LEVERAGE)).pow(beta if rule == "tyler" else 0.5)
         if rule == "odds":
             stepped = torch.where(raised, stepped, D * _odds_factor(mean, scores))
-        D = torch.where(free, stepped, D)
+        D = torch.where(free & ~settled, stepped, D)
     return RowScale(D, fallbacks)
 
 
@@ -109,6 +117,12 @@ def _odds_factor(mean: Tensor, scores: Tensor) -> Tensor:
     # Above NO_FREEDOM there is no division by zero, and the caller does not use the result.
     wanted = mean.clamp(LEVERAGE_MARGIN, NO_FREEDOM)
     return ((wanted / (1 - wanted)) * ((1 - inside) / inside)).sqrt()
+
+
+def _is_even(scores: Tensor, mean: Tensor, live: Tensor, tolerance: float) -> Tensor:
+    """Whether all rows that are not zero have a norm within `tolerance` of the root of the mean score."""
+    off = ((scores / mean.clamp(min=SMALLEST_LEVERAGE)).sqrt() - 1).abs()
+    return (torch.where(live, off, 0.0) <= tolerance).all(dim=-2, keepdim=True)
 
 
 def _spread(scores: Tensor, live: Tensor, live_rows: Tensor) -> Tensor:

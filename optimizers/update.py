@@ -29,13 +29,16 @@ def blend(grad: Tensor, momentum: Tensor, mu: float, nesterov: bool) -> tuple[Te
     return blended, torch.lerp(g, blended, mu) if nesterov else blended.clone()
 
 
-def updated(weight: Tensor, step: Tensor, *, lr: float | Tensor, weight_decay: float) -> Tensor:
+def updated(weight: Tensor, step: Tensor, *, lr: float | Tensor, weight_decay: float, cautious: bool = False) -> Tensor:
     """w - lr * weight_decay * w, then minus lr * step, as a new tensor of the weight's precision or fp32.
 
-    The decay is decoupled and takes the base lr; `step` is the direction times its learning-rate scale.
+    The decay is decoupled and takes the base lr; `step` is the direction times its learning-rate scale. With
+    `cautious` only the entries decay whose step does not point away from zero (step * w >= 0).
     """
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     decayed = w * (1 - lr * weight_decay)
+    if cautious:
+        decayed = torch.where(step * w >= 0, decayed, w)
     if isinstance(lr, Tensor):
         return decayed - lr * step
     return torch.add(decayed, step, alpha=-lr)

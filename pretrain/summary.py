@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from optimizers import param_groups, routes
+from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from pretrain.config import Config
 from pretrain.flops import flops_per_token, parameter_count
@@ -24,7 +25,7 @@ def format_routing(config: Config, model: nn.Module) -> list[str]:
     header = ("parameter", "shape", "form", "optimizer", "direction", "lr scale", "why")
     rows = [header]
     for route in routes(model, config.optimizer.settings()):
-        shape = " x ".join(map(str, route.shape))
+        shape = " x ".join(map(str, route.shape)) + (f" ({route.blocks} blocks)" if route.blocks > 1 else "")
         scale = "" if route.lr_scale is None else f"{route.lr_scale:.4g}"
         rows.append((route.name, shape, route.form, route.optimizer, route.direction, scale, route.why))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
@@ -58,7 +59,8 @@ def _optimizer(config: Config, model: nn.Module) -> str:
     matrix = next((g for g in param_groups(model, config.optimizer.settings()) if g["kind"] == "matrix"), None)
     if matrix is None:
         return "adamw for every parameter"
-    shapes = [tuple(weight.shape) for weight in matrix["params"]]
+    parts = zip(matrix["params"], row_blocks(matrix), strict=True)
+    shapes = [block.shape for weight, split in parts for block in blocks(weight, split)]
     flops = step_flops(shapes, matrix)
     share = flops / (flops_per_token(config.model, config.sequence_length) * config.train.global_batch_tokens)
     elements = sum(rows * columns for rows, columns in shapes)

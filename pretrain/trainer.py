@@ -186,10 +186,10 @@ class Trainer:
         """The step's loss and norm, whether it was skipped, and whether any rank wants to stop."""
         stop = torch.tensor(float(self.stop_requested()), device=loss.device)
         loss_sum, stops = self.engine.sum_over_ranks(torch.stack([loss, stop])).unbind()
-        reports = (self.optimizer.last_step_finite, self.optimizer.last_step_fallbacks)
-        finite, fallbacks = (report.to(loss.device, torch.float32) for report in reports)
-        values = torch.stack([loss_sum, grad_norm.to(loss.device), finite, fallbacks, stops]).tolist()
-        mean, norm, taken, stopping = values[0], values[1], values[2] > 0, values[4] > 0
+        optimizer = self.optimizer
+        reports = (grad_norm, optimizer.last_step_finite, optimizer.last_step_fallbacks, optimizer.last_step_retries)
+        values = torch.stack([loss_sum, stops, *(report.to(loss.device, torch.float32) for report in reports)])
+        mean, stopping, norm, taken, fallbacks, retries = values.tolist()
         state = self.state
         if taken:
             state.skipped_in_a_row, state.train_loss = 0, mean
@@ -197,10 +197,10 @@ class Trainer:
             state.skipped_in_a_row += 1
             state.skipped_steps += 1
         record = {"step": state.step, "tokens": state.tokens, "loss": mean, "grad_norm": norm}
-        record["balance_fallbacks"] = int(values[3])
+        record |= {"balance_fallbacks": int(fallbacks), "cholesky_retries": int(retries)}
         if not taken:
             record["skipped"] = True
-        return record, stopping
+        return record, stopping > 0
 
     def rates(self, seconds: float, data_seconds: float) -> dict[str, float]:
         """Throughput of the step just taken; `mfu` only where the device's peak is known."""

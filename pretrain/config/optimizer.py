@@ -2,14 +2,16 @@
 
 import re
 import warnings
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from optimizers import options
-from optimizers.directions import Scope
-from optimizers.routing import Settings
+from optimizers.directions import RowBalance, Scope, Target
+from optimizers.precision import PolarDtype
+from optimizers.riemannian import Variant
+from optimizers.routing import RowBlocks, Settings
 from optimizers.row_balance import BalanceRule
 from pretrain.config.base import Section
 
@@ -58,9 +60,11 @@ class OptimizerConfig(Section):
     A preset is written out into the options that it stands for.
     """
 
-    name: Literal["aurora", "muon", "adamw"] = "aurora"
+    name: options.OptimizerName = "aurora"
     """Direction of the matrices: all 2-D weights but embeddings and the output head. "aurora": orthogonal with
-    rows of equal norm; "muon": orthogonal; "adamw": no matrix optimizer, every parameter by `adamw`."""
+    rows of equal norm; "riemannian_aurora": the same, nearer to the gradient, at several times the cost; "muon":
+    orthogonal; "normuon": muon with each row divided by its running size; "u_normuon": muon with rows of equal norm, no
+    longer orthogonal; "adamw": no matrix optimizer, every parameter by `adamw`."""
 
     preset: options.PresetName | None = None
     """"released": the arithmetic of the released Aurora code, for parity runs (slow: true bf16, one matrix at a
@@ -83,17 +87,27 @@ class OptimizerConfig(Section):
     """Factor on the lr of an m x n weight (m outputs). "aspect": sqrt(max(1, m/n)); "rms": 0.2 sqrt(max(m, n)),
     a step as large as AdamW's, which wants AdamW's small lr; "spectral": sqrt(m/n)."""
 
-    scope: Scope = _MATRIX["scope"]
-    """Which forms aurora balances: "tall" (gate and up projections), "wide" (down projections) or "all". The others,
-    and always the square ones, go by muon."""
+    polar: Literal["gram", "cans", "polar_express", "quintic", "quintic_exact", "svd"] = _MATRIX["polar"]
+    """How polar factors are computed. "gram": Polar Express on the small Gram matrix, the fastest; "polar_express":
+    the same on the matrix itself; "cans": to the precision of fp32, some times slower; "quintic": the released 12
+    steps in bf16; "quintic_exact": in the released order of operations, slow on a CPU without bf16; "svd": exact in
+    fp64, for tests and small models."""
 
-    polar: Literal["quintic", "quintic_exact", "svd"] = _MATRIX["polar"]
-    """How polar factors are computed. "quintic": 12 steps in bf16 on stacks of equal shapes; "quintic_exact": the
-    released order of operations, slow on a CPU without bf16; "svd": exact in fp64, for tests and small models."""
+    polar_dtype: PolarDtype = _MATRIX["polar_dtype"]
+    """Precision of the products of "gram" and "polar_express": "auto" is fp16 on a GPU, bf16 on a CPU with
+    instructions for it, else fp32. bf16 turns directions by 1 to 4 %, fp16 by under 1 %, fp32 by under 0.01 %."""
+
+    scope: Scope = _MATRIX["scope"]
+    """Which forms the auroras balance: "tall" (gate and up projections), "wide" (down projections) or "all". The
+    others, and always the square ones, go by muon."""
 
     iterations: int = Field(_MATRIX["iterations"], ge=1)
-    """Polar calls of an aurora direction. 2 leaves row norms within about 1 %, 3 within 0.1 %, each call costs as
-    much as muon; 1 can leave rows less even than muon does and warns."""
+    """Polar calls of an aurora direction. 2 leaves row norms within about 1 %, 3 within 0.1 %; what each costs says
+    `row_balance`. 1 can leave rows less even than muon does and warns."""
+
+    tolerance: float | None = Field(_MATRIX["tolerance"], gt=0, lt=1)
+    """Stop balancing a matrix once all its rows are within this share of their norm, after `iterations` calls at the
+    latest: 0.01 is 1 %. null: always `iterations`."""
 
     balance_rule: BalanceRule = _MATRIX["balance_rule"]
     """How row scales move between the polar calls. "odds" sets each row exactly, at any shape; "tyler" is the
@@ -102,8 +116,40 @@ class OptimizerConfig(Section):
     beta: float = Field(_MATRIX["beta"], gt=0, le=1)
     """Power of a "tyler" step: 0.5 is undamped, less is slower and steadier, more overshoots."""
 
-    row_balance: Literal["polar"] = _MATRIX["row_balance"]
-    """Where the row norms between the polar calls come from: "polar", a polar factor."""
+    row_balance: RowBalance = _MATRIX["row_balance"]
+    """Where the row norms between the polar calls come from: "polar", a polar factor, as costly as muon; "leverage", a
+    Cholesky factor, a fifth of that; "gram", products alone, for a GPU. "auto": "leverage" on a CPU, else "gram"."""
+
+    riemannian: Variant = _MATRIX["riemannian"]
+    """Of "riemannian_aurora": "exact", or "released", whose ascent vanishes for gradients of real size."""
+
+    outer_steps: int = Field(_MATRIX["outer_steps"], ge=1)
+    """Ascent steps of "riemannian_aurora", each with two polar calls."""
+
+    normuon_target: Target = _MATRIX["normuon_target"]
+    """Size of a normuon direction: "graft", that of muon's; "unit", every row 1, on a tall m x n matrix a step
+    sqrt(m/n) times larger."""
+
+    running_norms: bool = _MATRIX["running_norms"]
+    """Let u_normuon divide by running instead of present row norms."""
+
+    beta2: float = Field(_MATRIX["beta2"], ge=0, lt=1)
+    """Share of the running row norms that a step of normuon, or of u_normuon with `running_norms`, keeps."""
+
+    contra: float = Field(_MATRIX["contra"], ge=0, lt=1)
+    """Contra-Muon: subtract this share of the normalised momentum from the direction; 0.2 in the 3,175-step speedrun
+    recipe, 0 is off."""
+
+    uw_floor: float = Field(_MATRIX["uw_floor"], ge=0)
+    """Enlarge a step whose Frobenius norm is below this share of its weight's, before the learning rate; 0.35 in the
+    speedrun recipe, 0 is off."""
+
+    cautious: bool = _MATRIX["cautious"]
+    """Decay only the entries of a matrix whose step does not point away from zero."""
+
+    row_blocks: dict[str, RowBlocks] = Field(default_factory=dict)
+    """Regular expression searched in the parameter's name -> number of equal row blocks, or their rows: each block
+    gets a direction of its own. [2048, 512, 512] for a fused q/k/v; 32 for the heads of a q_proj."""
 
     adamw: AdamWConfig = AdamWConfig()
     """AdamW for what is no matrix."""
@@ -124,10 +170,10 @@ class OptimizerConfig(Section):
         expanded = options.expand_preset(preset, {key: data[key] for key in _MATRIX if key in data})
         return {**{key: value for key, value in expanded.items() if key in cls.model_fields}, **data}
 
-    @field_validator("overrides")
+    @field_validator("overrides", "row_blocks")
     @classmethod
-    def _are_expressions(cls, overrides: dict[str, options.Kind]) -> dict[str, options.Kind]:
-        for pattern in overrides:
+    def _are_expressions(cls, by_name: dict[str, Any]) -> dict[str, Any]:
+        for pattern in by_name:
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -135,7 +181,7 @@ class OptimizerConfig(Section):
                 raise PydanticCustomError(
                     "regular_expression", "{pattern} is no regular expression ({error})", problem
                 ) from error
-        return overrides
+        return by_name
 
     @model_validator(mode="after")
     def _warn_of_one_iteration(self) -> Self:
@@ -152,12 +198,14 @@ class OptimizerConfig(Section):
             adamw=self.adamw.model_dump(),
             preset=self.preset,
             overrides=self.overrides,
+            row_blocks=self.row_blocks,
         )
 
     def ineffective(self) -> dict[str, str]:
-        """What the direction, the number of iterations and the balance rule leave without a use."""
+        """What the direction and its other options leave without a use."""
         if self.name == "adamw":
-            return dict.fromkeys(("preset", *_MATRIX_FIELDS, "overrides"), "with name 'adamw' nothing is a matrix")
+            keys = ("preset", *_MATRIX_FIELDS, "overrides", "row_blocks")
+            return dict.fromkeys(keys, "with name 'adamw' nothing is a matrix")
         without = {} if self.name == "aurora" else {"preset": "presets are of 'aurora'"}
-        facts = {"direction": self.name, "iterations": self.iterations, "balance_rule": self.balance_rule}
-        return without | options.ineffective(facts)
+        own = {key: getattr(self, key) for key in _MATRIX_FIELDS}
+        return without | options.ineffective({"direction": self.name, **own})

@@ -1,15 +1,19 @@
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from optimizers import Aurora
-from optimizers import aurora as aurora_module
-from optimizers.aurora import buckets
+from optimizers import Aurora, reference
+from optimizers import blocks as blocks_module
+from optimizers.blocks import blocks, buckets
 from optimizers.directions import aurora
-from tests.optimizers.oracle import aurora_oracle, error, polar_oracle, with_condition
+from optimizers.options import DEFAULTS, DirectionName
+from tests.optimizers.helpers import error, with_condition
+
+# What a group without these options does.
+OFF = {"contra": 0.0, "uw_floor": 0.0, "cautious": False, "tolerance": None}
 
 
 def weight(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -31,31 +35,23 @@ def run(optimizer: Aurora, w: nn.Parameter, grads: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(("m", "n"), [(12, 5), (5, 12), (6, 6)])
-@pytest.mark.parametrize("direction", ["muon", "aurora"])
-def test_steps_equal_the_formula_in_fp64(direction: str, m: int, n: int, nesterov: bool) -> None:
+@pytest.mark.parametrize("direction", get_args(DirectionName))
+def test_steps_equal_the_reference(direction: str, m: int, n: int, nesterov: bool) -> None:
     w = weight(m, n)
     grads = gradients(w, 4)
-    lr, mu, decay = 0.03, 0.9, 0.1
-    wanted = w.detach().double().numpy().copy()
-    b = torch.zeros(m, n, dtype=torch.float64)
+    given = {"lr": 0.03, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1, "polar": "svd"}
+    optimizer = Aurora([w], direction=direction, **given)
+    wanted, b, v = w.detach(), torch.zeros(m, n), None
     for g in grads:
-        b = mu * b + (1 - mu) * g.double()
-        u = g.double() + mu * (b - g.double()) if nesterov else b
-        d = aurora_oracle(u) if direction == "aurora" and m > n else polar_oracle(u)
-        wanted = wanted - lr * decay * wanted
-        wanted = wanted - lr * math.sqrt(max(1, m / n)) * d
-    options: dict[str, Any] = {"momentum": mu, "nesterov": nesterov, "weight_decay": decay, "polar": "svd"}
-    got = run(Aurora([w], lr=lr, direction=direction, **options), w, grads)
-    assert error(got, wanted) < 1e-5
+        wanted, b, v = reference.step(wanted, g, b, OFF | optimizer.param_groups[0], v)
+    assert error(run(optimizer, w, grads), wanted) < 1e-5
+    assert error(optimizer.state[w]["momentum"], b) < 1e-6
 
 
 def test_bare_matrices_are_one_group_with_the_documented_keys() -> None:
     optimizer = Aurora([weight(4, 2), weight(3, 3)], lr=0.05)
     (group,) = optimizer.param_groups
-    options = (
-        "lr weight_decay direction momentum nesterov lr_scale scope iterations beta balance_rule row_balance polar"
-    )
-    assert set(group) == {"params", "kind", "eps_mode", *options.split()}
+    assert set(group) == {"params", "kind", *DEFAULTS["matrix"]}
     assert group["lr"] == 0.05
     assert group["kind"] == "matrix"
     assert set(Aurora([{"params": [weight(1, 1)], "kind": "adamw"}]).param_groups[0]) == {
@@ -124,17 +120,17 @@ def test_equal_shapes_are_stacked_without_changing_the_result() -> None:
 
 
 def test_buckets_hold_equal_shapes_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aurora_module, "BUCKET_ELEMENTS", 50)
+    monkeypatch.setattr(blocks_module, "BUCKET_ELEMENTS", 50)
     params = [torch.zeros(shape) for shape in ((4, 5), (5, 4), (4, 5), (4, 5), (20, 20), (20, 20))]
-    found = list(buckets(params))
-    assert [[tuple(p.shape) for p in bucket] for bucket in found] == [
+    found = list(buckets(block for p in params for block in blocks(p, None)))
+    assert [[block.shape for block in bucket] for bucket in found] == [
         [(4, 5), (4, 5)],
         [(4, 5)],
         [(5, 4)],
         [(20, 20)],
         [(20, 20)],
     ]
-    assert {id(p) for bucket in found for p in bucket} == {id(p) for p in params}
+    assert {id(block.param) for bucket in found for block in bucket} == {id(p) for p in params}
 
 
 def test_wide_and_square_weights_are_muons_under_the_default_scope() -> None:
@@ -244,14 +240,14 @@ def test_fallbacks_of_a_step_are_reported() -> None:
     optimizer = Aurora([w], iterations=4)
     run(optimizer, w, gradients(w, 1))
     assert optimizer.last_step_fallbacks.dtype == torch.int64
-    assert int(optimizer.last_step_fallbacks) == 0
+    assert (int(optimizer.last_step_fallbacks), int(optimizer.last_step_retries)) == (0, 0)
 
 
 def test_reported_fallbacks_are_those_of_all_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     from optimizers import directions
 
-    def fallen_back(u: Tensor, options: Any) -> directions.Direction:
-        return directions.Direction(torch.zeros_like(u), torch.tensor([2, 3]))
+    def fallen_back(u: Tensor, *_: Any) -> directions.Direction:
+        return directions.Direction(torch.zeros_like(u), torch.tensor([2, 3]), torch.tensor([1, 0]))
 
     monkeypatch.setattr(directions, "from_options", fallen_back)
     params = [weight(6, 2), weight(6, 2)]
@@ -259,10 +255,10 @@ def test_reported_fallbacks_are_those_of_all_matrices(monkeypatch: pytest.Monkey
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
-    assert int(optimizer.last_step_fallbacks) == 5
+    assert (int(optimizer.last_step_fallbacks), int(optimizer.last_step_retries)) == (5, 1)
     params[0].grad[0, 0] = float("inf")  # type: ignore[index]
     optimizer.step()
-    assert int(optimizer.last_step_fallbacks) == 0
+    assert (int(optimizer.last_step_fallbacks), int(optimizer.last_step_retries)) == (0, 0)
 
 
 def test_nothing_waits_for_the_device() -> None:

@@ -25,7 +25,8 @@ def test_defaults_are_those_of_the_optimizer() -> None:
     assert settings.name == "aurora"
     for key, value in settings.matrix.items():
         assert value == options.DEFAULTS["matrix"][key]
-    assert set(options.DEFAULTS["matrix"]) - set(settings.matrix) == {"direction", "eps_mode", "beta"}
+    of_others = {"riemannian", "outer_steps", "normuon_target", "running_norms", "beta2"}
+    assert set(options.DEFAULTS["matrix"]) - set(settings.matrix) == {"direction", "eps_mode", "beta", *of_others}
     assert settings.adamw == options.DEFAULTS["adamw"]
 
 
@@ -60,6 +61,27 @@ def test_every_option_without_effect_is_an_error_of_its_own() -> None:
     assert problems(beta=0.5).keys() == {"beta"}
     assert problems(balance_rule="odds", beta=0.5).keys() == {"beta"}
     assert problems(iterations=1, balance_rule="tyler", beta=0.4).keys() == {"balance_rule", "beta"}
+    assert problems(polar="cans", polar_dtype="fp32").keys() == {"polar_dtype"}
+    assert problems(name="riemannian_aurora", iterations=2, outer_steps=2).keys() == {"iterations"}
+    assert problems(name="normuon", riemannian="exact", normuon_target="unit", beta2=0.9).keys() == {
+        "riemannian",
+        "beta2",
+    }
+    assert problems(name="u_normuon", beta2=0.9).keys() == {"beta2"}
+    assert problems(name="adamw", contra=0.2, row_blocks={"q": 4}).keys() == {"contra", "row_blocks"}
+
+
+def test_every_direction_loads_with_its_own_options() -> None:
+    for data in (
+        {"name": "aurora", "tolerance": 0.01, "row_balance": "gram", "polar_dtype": "fp16"},
+        {"name": "riemannian_aurora", "riemannian": "released", "outer_steps": 2, "scope": "all"},
+        {"name": "muon", "contra": 0.2, "uw_floor": 0.35, "cautious": True, "row_blocks": {"qkv": [8, 4, 4]}},
+        {"name": "normuon", "normuon_target": "graft", "beta2": 0.9},
+        {"name": "u_normuon", "running_norms": True, "beta2": 0.9},
+    ):
+        settings = OptimizerConfig.model_validate(data).settings()
+        given = {**settings.matrix, "name": settings.name, "row_blocks": settings.row_blocks}
+        assert {key: given[key] for key in data} == data
 
 
 def test_order_in_the_file_does_not_matter() -> None:
@@ -104,7 +126,7 @@ def test_a_dump_shows_what_acts_and_loads_again(data: dict[str, Any]) -> None:
         dumped = config.model_dump(mode=mode)
         assert OptimizerConfig.model_validate(dumped) == config
         assert OptimizerConfig.model_validate(dumped).settings() == config.settings()
-    assert ("beta" in config.model_dump()) == (config.balance_rule == "tyler")
+    assert ("beta" in config.model_dump()) == (config.name == "aurora" and config.balance_rule == "tyler")
     assert ("scope" in config.model_dump()) == (config.name == "aurora")
     assert ("momentum" in config.model_dump()) == (config.name != "adamw")
 

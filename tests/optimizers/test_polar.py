@@ -5,18 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizers import polar as polar_module
+from optimizers import reference
 from optimizers.polar import BACKENDS, polar, prescale
-from optimizers.precision import bf16_bmm, to_bf16
-from tests.optimizers.oracle import error, low_rank, polar_oracle, with_condition
+from tests.optimizers.helpers import error, low_rank, with_condition
 
 SHAPES = [(64, 16), (16, 64), (24, 24), (33, 32), (7, 1), (1, 7), (1, 1)]
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_svd_equals_the_oracle(m: int, n: int) -> None:
+def test_svd_equals_the_reference(m: int, n: int) -> None:
     x = torch.randn(m, n, generator=torch.Generator().manual_seed(1))
-    assert error(polar(x, "svd"), polar_oracle(x)) < 1e-6
+    assert error(polar(x, "svd"), reference.polar(x)) < 1e-6
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
@@ -24,7 +23,7 @@ def test_svd_equals_the_oracle(m: int, n: int) -> None:
 def test_svd_of_a_deficient_matrix_is_the_partial_isometry(m: int, n: int, rank: int) -> None:
     x = low_rank(m, n, rank)
     d = polar(x, "svd")
-    assert error(d, polar_oracle(x)) < 1e-6
+    assert error(d, reference.polar(x)) < 1e-6
     assert float(d.double().square().sum()) == pytest.approx(rank, abs=1e-5)
 
 
@@ -36,7 +35,7 @@ def test_svd_of_a_deficient_matrix_is_the_partial_isometry(m: int, n: int, rank:
 def test_quintic_is_within_its_stated_error(m: int, n: int, condition: float, direction_error: float) -> None:
     x = with_condition(m, n, condition)
     d = polar(x.float(), "quintic")
-    assert error(d, polar_oracle(x)) < direction_error
+    assert error(d, reference.polar(x)) < direction_error
     above = int((torch.linalg.svdvals(x) > 2.0**-10 * x.norm()).sum())
     sigma = torch.linalg.svdvals(d.double())
     assert float((sigma[:above] - 1).abs().max()) < 0.01
@@ -50,13 +49,13 @@ def test_quintic_leaves_no_singular_value_between_zero_and_one_of_a_full_rank_ma
     assert float((sigma - 1).abs().max()) < 0.02
 
 
-@pytest.mark.parametrize("method", ["svd", "quintic"])
+@pytest.mark.parametrize("method", ["svd", "quintic", "polar_express", "cans", "gram"])
 @pytest.mark.parametrize("exponent", [-38, -20, -8, 0, 8, 18, 20, 38])
 def test_direction_has_no_scale(method: str, exponent: int) -> None:
     x = torch.randn(3, 12, 5, generator=torch.Generator().manual_seed(2)).clamp(-3, 3)
     scaled = (x.double() * 10.0**exponent).float()
     scaled = scaled.clamp(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
-    wanted = [polar_oracle(matrix) for matrix in scaled]
+    wanted = [reference.polar(matrix) for matrix in scaled]
     tolerance = 1e-6 if method == "svd" else 0.02
     for got, want in zip(polar(scaled, method), wanted, strict=True):
         assert error(got, want) < tolerance
@@ -131,7 +130,7 @@ def test_any_batch_shape_strides_and_dtype(method: str) -> None:
         typed = x[0, 0].to(dtype)
         got = polar(typed, method)
         assert got.dtype == torch.float32
-        assert error(got, polar_oracle(typed)) < max(tolerance, 1e-6)
+        assert error(got, reference.polar(typed)) < max(tolerance, 1e-6)
     assert polar(torch.zeros(0, 3, 2), method).shape == (0, 3, 2)
     assert polar(torch.zeros(3, 0), method).shape == (3, 0)
 
@@ -146,18 +145,10 @@ def test_the_input_is_untouched_and_not_shared(method: str) -> None:
     assert torch.equal(x.detach(), before)
 
 
-@pytest.mark.parametrize("method", ["svd", "quintic"])
-def test_autocast_changes_neither_results_nor_dtypes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", sorted(BACKENDS))
+def test_autocast_changes_neither_results_nor_dtypes(method: str) -> None:
     x = torch.randn(2, 16, 8)
     expected = polar(x, method)
-    carried = to_bf16(x).dtype
-
-    def checked(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        product = bf16_bmm(a, b)
-        assert product.dtype == carried
-        return product
-
-    monkeypatch.setattr(polar_module, "bf16_bmm", checked)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(polar(x, method), expected)
 
@@ -188,8 +179,10 @@ def test_exact_takes_one_matrix_at_a_time() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected one of quintic"):
+    with pytest.raises(ValueError, match=r"expected one of .*quintic"):
         polar(torch.randn(3, 3), "quintik")
+    with pytest.raises(ValueError, match="dtype 'fp32' has no effect: 'quintic' computes in"):
+        polar(torch.randn(3, 3), "quintic", dtype="fp32")
     for x in (torch.randn(3), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.complex64)):
         with pytest.raises(ValueError, match="real floating point"):
             polar(x)
@@ -197,6 +190,6 @@ def test_bad_input_is_refused() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(m=st.integers(1, 12), n=st.integers(1, 12), seed=st.integers(0, 99), exponent=st.integers(-60, 60))
-def test_svd_equals_the_oracle_everywhere(m: int, n: int, seed: int, exponent: int) -> None:
+def test_svd_equals_the_reference_everywhere(m: int, n: int, seed: int, exponent: int) -> None:
     x = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
-    assert error(polar(x, "svd"), polar_oracle(x)) < 1e-6
+    assert error(polar(x, "svd"), reference.polar(x)) < 1e-6

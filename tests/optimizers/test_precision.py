@@ -1,8 +1,12 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from optimizers import precision
-from optimizers.precision import bf16_baddbmm, bf16_bmm, has_fast_bf16, to_bf16
+from optimizers.polar import polar
+from optimizers.precision import Products, as_stated, gram_matrix, has_fast_bf16, resolve, triangular_inverse
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -35,14 +39,16 @@ def test_other_devices_are_not_assumed_to_be_fast() -> None:
     assert not has_fast_bf16("meta")
 
 
-def test_rounding_is_to_bf16_and_shares_nothing() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_is_to_the_dtype_and_shares_nothing(dtype: torch.dtype) -> None:
+    products = Products.on(CPU, dtype)
     x = torch.randn(2, 5, 3)
-    rounded = to_bf16(x.mT)
-    assert torch.equal(rounded.bfloat16().to(rounded.dtype), rounded)
-    assert torch.equal(rounded.bfloat16(), x.mT.bfloat16())
+    rounded = products.round(x.mT)
+    assert torch.equal(rounded.to(dtype), x.mT.to(dtype))
+    assert torch.equal(rounded.to(dtype).to(rounded.dtype), rounded)
     assert rounded.is_contiguous()
-    already = x.bfloat16()
-    to_bf16(already).zero_()
+    already = x.to(dtype)
+    products.round(already).zero_()
     assert bool(already.any())
 
 
@@ -59,21 +65,80 @@ def test_the_emulation_is_native_bf16_arithmetic_up_to_summation_order(monkeypat
     results = []
     for fast in (True, False):
         native(monkeypatch, fast)
-        x, y, z = to_bf16(a), to_bf16(b), to_bf16(c)
+        products = Products.on(CPU, torch.bfloat16)
+        x, y, z = products.round(a), products.round(b), products.round(c)
         assert x.dtype == (torch.bfloat16 if fast else torch.float32)
-        results.append((bf16_bmm(x, y).float(), bf16_baddbmm(z, x, y, beta=-1.5, alpha=0.5).float()))
+        results.append((products.mm(x, y).float(), products.mm_add(z, x, y, beta=-1.5, alpha=0.5).float()))
     for fast_result, emulated in zip(*results, strict=True):
         assert torch.equal(fast_result, emulated)
     # Rounded once, from exact sums: not the unrounded fp32 product.
     assert not torch.equal(results[1][0], torch.bmm(a, b))
 
 
-def test_both_forms_give_one_polar_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optimizers.polar import polar
-
+@pytest.mark.parametrize("method", ["quintic", "polar_express", "gram"])
+def test_both_forms_give_one_polar_factor(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     x = torch.randn(2, 24, 8)
     factors = []
     for fast in (True, False):
         native(monkeypatch, fast)
-        factors.append(polar(x))
-    assert float((factors[0] - factors[1]).norm() / factors[1].norm()) < 0.006
+        factors.append(polar(x, method, dtype="auto" if method == "quintic" else "bf16"))
+    assert float((factors[0] - factors[1]).norm() / factors[1].norm()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [3, 511, 512, 700, 1100])
+def test_mirrored_products_are_the_products(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Whole numbers again: strips change the order of summation only.
+    x = torch.randint(-2, 3, (2, size, 9), generator=generator).float()
+    c = torch.randint(-9, 10, (2, size, size), generator=generator).float()
+    c = c + c.mT
+    products, whole = (Products.on(CPU, dtype, mirrored=mirrored) for mirrored in (True, False))
+    for given in ({}, {"c": c, "beta": 2.0, "alpha": -1.0}):
+        out = torch.full_like(c, torch.nan)
+        mirrored = products.symmetric(x, x.mT, out=out, **given)
+        assert mirrored is out
+        assert torch.equal(mirrored, whole.symmetric(x, x.mT, **given))
+        assert torch.equal(products.symmetric(x, x.mT, **given), mirrored)
+        assert torch.equal(mirrored, mirrored.mT)
+
+
+def test_a_large_symmetric_product_costs_five_eighths() -> None:
+    x = torch.empty(1, 2048, 64, device="meta")
+    with FlopCounterMode(display=False) as count:
+        Products(torch.float32, torch.float32).symmetric(x, x.mT)
+    assert count.get_total_flops() == 2 * 2048 * 2048 * 64 * 5 // 8
+
+
+def test_auto_is_the_fastest_dtype_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        native(monkeypatch, fast)
+        assert resolve("auto", "cpu") == dtype
+        assert resolve("auto", "cuda:0") == torch.float16
+        assert resolve("fp32", "cpu") == torch.float32
+    with pytest.raises(ValueError, match="unknown polar dtype 'bf8'"):
+        resolve("bf8", "cpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_products_are_fp32_whatever_the_process_allows_elsewhere(allowed: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), as_stated(CPU):
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+            assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
+        assert torch.get_float32_matmul_precision() == allowed
+        with pytest.raises(RuntimeError, match="inside"), as_stated(CPU):
+            raise RuntimeError("inside")
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_gram_matrix_and_triangular_inverse() -> None:
+    x = torch.randn(3, 40, 7)
+    gram = gram_matrix(x)
+    assert torch.allclose(gram, x.mT @ x, atol=1e-5)
+    lower = torch.linalg.cholesky(gram)
+    assert torch.allclose(triangular_inverse(lower) @ lower, torch.eye(7).expand(3, 7, 7), atol=1e-5)

@@ -1,0 +1,77 @@
+"""The matrices that a matrix group consists of: whole weights, or blocks of rows of fused ones.
+
+A fused q/k/v projection is three matrices, and one may want a direction for every attention head: the singular
+values of each block count, and tall or wide is a property of the block. `row_blocks` of a group says so, one entry
+per parameter. Blocks are views; the state stays in the shape of the parameter.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BUCKET_ELEMENTS = 2**24
+"""Most elements that equal shapes are stacked to (one matrix may be larger alone). The directions of a bucket
+need about six fp32 tensors of this size at a time (64 MiB each), however many weights a model has."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [start, stop) of a 2-D parameter."""
+
+    param: Tensor
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.stop - self.start, self.param.shape[1]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view of a tensor whose first dimension is the parameter's rows."""
+        return tensor[self.start : self.stop]
+
+
+def row_blocks(group: Mapping[str, Any]) -> list[tuple[int, ...] | None]:
+    """The entry of every parameter of a group: the rows of its blocks, or None for the whole.
+
+    Raises:
+        ValueError: not one entry per parameter, or block rows that do not add up to the parameter's.
+    """
+    params = group["params"]
+    given = group.get("row_blocks")
+    if given is None:
+        return [None] * len(params)
+    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != len(params):
+        raise ValueError(
+            f"row_blocks is {given!r}: expected one entry for each of the {len(params)} parameters of the group, "
+            "None or the rows of its blocks"
+        )
+    entries = [None if entry is None else tuple(entry) for entry in given]
+    for p, entry in zip(params, entries, strict=True):
+        if entry is not None and (sum(entry) != len(p) or any(rows < 1 for rows in entry)):
+            raise ValueError(f"row_blocks {entry} of a parameter of shape {tuple(p.shape)}: expected {len(p)} in sum")
+    return entries
+
+
+def blocks(p: Tensor, entry: tuple[int, ...] | None) -> Iterator[Block]:
+    """The blocks of one parameter."""
+    start = 0
+    for rows in entry or (len(p),):
+        yield Block(p, start, start + rows)
+        start += rows
+
+
+def buckets(members: Iterable[Block]) -> Iterator[list[Block]]:
+    """Lists of blocks of one shape and device in the order given, up to BUCKET_ELEMENTS elements each."""
+    alike: dict[tuple[tuple[int, int], torch.device], list[Block]] = defaultdict(list)
+    for block in members:
+        alike[block.shape, block.param.device].append(block)
+    for (shape, _), equal in alike.items():
+        size = max(1, BUCKET_ELEMENTS // max(1, shape[0] * shape[1]))
+        for start in range(0, len(equal), size):
+            yield equal[start : start + size]

@@ -1,0 +1,100 @@
+"""The polar factor by way of the n x n Gram matrix: of an iteration's products only two in a restart are m x n.
+
+polar(X) = X (X^T X)^(-1/2). An odd polynomial p(x) = x r(x^2) of X is X R with R = r(A) and A = X^T X, and the Gram
+matrix of the result is R A R. So a chain of polynomials needs n x n products only, which collect in Q, and one
+product X Q at the end. All matrices in between are polynomials of A: symmetric, and they commute.
+
+What rounding does: A has the squares of the singular values, so the small ones are lost in it, and A <- R A R
+multiplies the error of a value that is 0 by up to 68 a step until it is large and negative. A *restart* forms X Q
+and a fresh A from it before that happens. How often is needed was measured (docs/decisions, 2026-11-22, Gram
+iteration): in bf16, whose products keep 8 bits, the first steps cannot be joined at all. Q is kept as q I + Q', since
+rounding the identity's share would cost 0.4 % in bf16, and in the short types a last step X <- X - X E / 2 with the
+residual E = X^T X - I takes out what rounding has left.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from optimizers.coefficients import Quintic, polar_express
+from optimizers.precision import Products
+
+# All singular values from 2^-11 of the Frobenius norm arrive within 2e-5 of 1, before rounding.
+EXPRESS = polar_express(7, lower=2.0**-11, cushion=0.024, safety=1.01)
+
+SEGMENTS = {torch.float32: (3, 4), torch.float16: (2, 2, 3), torch.bfloat16: (1, 1, 1, 2, 2)}
+"""How many steps are taken between restarts, by dtype of the products."""
+
+
+def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The polar factor of a stack [k, m, n], scaled by its Frobenius norm first, with all products in `dtype`.
+
+    7 steps of Polar Express with restarts; for every dtype but fp32 the residual step follows.
+    """
+    is_wide = x.shape[-2] < x.shape[-1]
+    tall = (x.mT if is_wide else x).float()
+    products = Products.on(x.device, dtype)
+    # A power of two near sqrt(n) keeps the first Gram matrix out of fp16's smallest numbers; the first polynomial
+    # takes it out again.
+    size = 2.0 ** (tall.shape[-1].bit_length() // 2)
+    X = products.round(tall * (size / torch.linalg.vector_norm(tall, dim=(-2, -1), keepdim=True)))
+    polynomials = (EXPRESS[0].stretched(size), *EXPRESS[1:])
+    spare, A = torch.empty_like(X), _gram_like(X)
+    step = 0
+    for length in SEGMENTS[dtype]:
+        products.symmetric(X.mT, X, out=A)
+        share, Q = _chain(polynomials[step : step + length], A, products)
+        products.mm_add(X, X, Q, beta=share, out=spare)
+        X, spare = spare, X
+        step += length
+    factor = X if dtype == torch.float32 else _without_residual(X, products)
+    return factor.mT if is_wide else factor
+
+
+def inverse_sqrt(A: Tensor) -> Tensor:
+    """A^(-1/2) of a stack of positive definite matrices [k, n, n] in fp32, by the same chain without a restart.
+
+    A needs a ridge: where its eigenvalues are below the rounding error of its largest they become negative.
+    """
+    products = Products(torch.float32, torch.float32)
+    # The trace bounds the largest eigenvalue as the squared Frobenius norm of X does for X^T X.
+    size = A.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None]
+    share, Q = _chain(EXPRESS, A / size, products)
+    Q.diagonal(dim1=-2, dim2=-1).add_(share)
+    return Q / size.sqrt()
+
+
+def _chain(polynomials: Sequence[Quintic], A: Tensor, products: Products) -> tuple[float, Tensor]:
+    """q and Q' with q I + Q' = r_1(A) r_2(A_1) ... for the polynomials x r_i(x^2) in turn. A is used up."""
+    R, spare = torch.empty_like(A), torch.empty_like(A)
+    q, Q = 1.0, torch.zeros_like(A)
+    for i, (a, b, c) in enumerate(polynomials):
+        # R is what a I leaves of r(A): r(A) = a I + R.
+        products.symmetric(A, A, c=A, beta=b, alpha=c, out=R)
+        if i == 0:
+            Q.copy_(R)
+        else:
+            # (q I + Q)(a I + R) = q a I + (q R + a Q) + Q R
+            products.symmetric(Q, R, c=torch.add(a * Q, R, alpha=q), out=spare)
+            Q, spare = spare, Q
+        q *= a
+        if i + 1 < len(polynomials):
+            products.symmetric(A, R, c=A, beta=a, out=spare)
+            products.symmetric(spare, R, c=spare, beta=a, out=A)
+    return q, Q
+
+
+def _without_residual(X: Tensor, products: Products) -> Tensor:
+    """X - X E / 2 in fp32 with E = X^T X - I: the Newton step, which squares the distance from orthogonality.
+
+    Off the diagonal E is small and so are its rounding errors; its diagonal is the difference of numbers near 1 and
+    comes from sums of squares in fp32.
+    """
+    E = products.symmetric(X.mT, X)
+    E.diagonal(dim1=-2, dim2=-1).copy_(X.float().square().sum(dim=-2) - 1)
+    return torch.add(X.float(), products.mm(X, E).float(), alpha=-0.5)
+
+
+def _gram_like(X: Tensor) -> Tensor:
+    return X.new_empty(X.shape[0], X.shape[-1], X.shape[-1])

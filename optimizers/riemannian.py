@@ -1,0 +1,98 @@
+"""Riemannian Aurora: climb towards u inside the set of matrices with orthonormal columns and rows of equal norm.
+
+Aurora's row scaling finds *a* member of that set near u. This variant starts from the polar factor U of u and takes
+a few steps of projected gradient ascent on <u, U>. The tangent space at U is what changes neither U^T U nor the row
+norms; the multipliers of the second condition, one per row, solve a linear system whose m x m matrix is never formed.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Variant = Literal["exact", "released"]
+
+STEP_SIZE = 0.1
+RETRACTIONS = 2
+MOST_CG_STEPS, CG_TOLERANCE, SMALLEST_CURVATURE = 20, 1e-8, 1e-30
+# The released system is shifted until its diagonal dominates by this much.
+RELEASED_MARGIN = 1e-3
+
+
+def ascend(u: Tensor, polar: Callable[[Tensor], Tensor], *, variant: Variant, steps: int) -> Tensor:
+    """`steps` ascent steps from polar(u), each followed by two retractions: rows to sqrt(n/m), then polar.
+
+    Args:
+        u: [k, m, n] fp32, tall.
+        polar: the polar factor of a stack in fp32.
+        variant: "exact": u is brought to the Frobenius norm sqrt(n) first, and the multipliers solve with
+            M = diag(|U_i|^2) - P.P, P = U U^T: a graph Laplacian, positive semi-definite, the constants its kernel.
+            "released": no normalisation, so that the ascent vanishes for small u, and M = r I - P.P with r = n/m
+            raised until the diagonal dominates.
+        steps: how many.
+
+    Returns:
+        [k, m, n] fp32, a polar factor. A step with a NaN or an infinity ends the ascent of its matrix; rows that are
+        zero stay zero.
+    """
+    m, n = u.shape[-2:]
+    if variant == "exact":
+        norm = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
+        u = u * torch.where(norm > 0, n**0.5 / norm, 0.0)
+    U = polar(u)
+    climbing = torch.ones(len(u), 1, 1, dtype=torch.bool, device=u.device)
+    for _ in range(steps):
+        Z = _tangent(u, U, variant)
+        climbing = climbing & Z.isfinite().all(dim=(-2, -1), keepdim=True)
+        Y = U + STEP_SIZE * torch.where(climbing, Z, 0.0)
+        for _ in range(RETRACTIONS):
+            norms = torch.linalg.vector_norm(Y, dim=-1, keepdim=True)
+            Y = polar(Y * torch.where(norms > 0, (n / m) ** 0.5 / norms, 0.0))
+        U = torch.where(climbing, Y, U)
+    return U
+
+
+def _tangent(u: Tensor, U: Tensor, variant: Variant) -> Tensor:
+    """The gradient u with its components off the tangent space at U taken away."""
+    product = U.mT @ u
+    S = (product + product.mT) / 2
+    US = U @ S
+    multipliers = _multipliers(U, _centred(((u - US) * U).sum(dim=-1, keepdim=True)), variant)
+    return u - US + U @ (U.mT @ (multipliers * U)) - multipliers * U
+
+
+def _multipliers(U: Tensor, q: Tensor, variant: Variant) -> Tensor:
+    """lambda [k, m, 1] with M lambda = q, centred, by conjugate gradients; 0 where that fails."""
+    squares = U.square().sum(dim=-1, keepdim=True)
+    diagonal = squares
+    if variant == "released":
+        r = U.shape[-1] / U.shape[-2]
+        largest = squares.square().amax(dim=-2, keepdim=True)
+        diagonal = (r + (largest - r + RELEASED_MARGIN).clamp(min=0)).expand_as(squares)
+
+    def apply(v: Tensor) -> Tensor:
+        return diagonal * v - ((U @ (U.mT @ (v * U))) * U).sum(dim=-1, keepdim=True)
+
+    x, residual, p = torch.zeros_like(q), q, q
+    square = _dot(residual, residual)
+    enough = CG_TOLERANCE**2 * square
+    for _ in range(MOST_CG_STEPS):
+        Mp = apply(p)
+        curvature = _dot(p, Mp)
+        # Matrices that have arrived stay where they are; nothing of them is divided by zero.
+        going = (square > enough) & (curvature >= SMALLEST_CURVATURE)
+        alpha = torch.where(going, square / torch.where(going, curvature, 1.0), 0.0)
+        x, residual = x + alpha * p, residual - alpha * Mp
+        before, square = square, torch.where(going, _dot(residual, residual), 0.0)
+        p = residual + torch.where(going, square / torch.where(going, before, 1.0), 0.0) * p
+    x = _centred(x)
+    return torch.where(x.isfinite().all(dim=-2, keepdim=True), x, 0.0)
+
+
+def _centred(v: Tensor) -> Tensor:
+    return v - v.mean(dim=-2, keepdim=True)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=-2, keepdim=True)

@@ -1,0 +1,36 @@
+"""Two additions to a direction from the modded-nanoGPT optimization track, off by default.
+
+Both take stacks [..., m, n] in fp32 and return a new tensor; a zero direction stays zero.
+"""
+
+import torch
+from torch import Tensor
+
+from optimizers.polar import prescale
+
+# Power iterations for the largest singular value, and what norms are clamped at before a division.
+POWER_STEPS, SMALLEST_NORM = 5, 1e-8
+
+
+def contra(d: Tensor, u: Tensor, strength: float) -> Tensor:
+    """Contra-Muon: d - strength * u / sigma_1(u), brought to the Frobenius norm of d.
+
+    A polar factor has all singular values alike; this makes the small ones of u the larger ones of the step.
+    sigma_1 comes from 5 power iterations on a constant vector.
+    """
+    u = prescale(u.float())
+    v = u.new_ones(*u.shape[:-2], u.shape[-1], 1)
+    for _ in range(POWER_STEPS):
+        v = u.mT @ (u @ v)
+        v = v / _norm(v).clamp(min=SMALLEST_NORM)
+    leaning = d - u * (strength / _norm(u @ v).clamp(min=SMALLEST_NORM))
+    return leaning * (_norm(d) / _norm(leaning).clamp(min=SMALLEST_NORM))
+
+
+def uw_floor(step: Tensor, w: Tensor, floor: float) -> Tensor:
+    """The step, enlarged where its Frobenius norm is below `floor` times that of the weight w."""
+    return step * (floor * _norm(w) / _norm(step).clamp(min=SMALLEST_NORM)).clamp(min=1)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)

@@ -1,0 +1,77 @@
+"""Every backend in every dtype against the reference, over shapes, condition numbers and spectra."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from optimizers import gram
+from optimizers.polar import ERRORS, polar
+
+SHAPES = [(512, 64), (64, 512), (96, 96), (300, 256), (33, 32), (40, 2), (3, 3)]
+SPECTRA = ["log", "power", "half", "first", "last"]
+CONDITIONS = [1.0, 3.0, 10.0, 30.0, 100.0, 500.0, 2000.0]
+
+
+def with_spectrum(m: int, n: int, spectrum: str, condition: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A matrix in fp64 with its singular vectors and values: log-uniform, a power law, two-valued in three ways."""
+    generator = torch.Generator().manual_seed(m * n)
+    k = min(m, n)
+    left = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))[0]
+    place = torch.arange(k, dtype=torch.float64) / max(1, k - 1)
+    low = torch.tensor(1 / condition, dtype=torch.float64)
+    sigma = {
+        "log": low**place,
+        "power": (1 + place * (k - 1)) ** (low.log() / torch.tensor(float(max(2, k)), dtype=torch.float64).log()),
+        "half": torch.where(place < 0.5, 1.0, low),
+        "first": torch.where(place == 0, 1.0, low),
+        "last": torch.where(place == 1, low, 1.0),
+    }[spectrum]
+    return (left * sigma) @ right.T, left, sigma, right
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize(("method", "dtype"), sorted(ERRORS))
+def test_a_backend_is_within_its_stated_error(method: str, dtype: str, m: int, n: int, spectrum: str) -> None:
+    for condition in CONDITIONS:
+        x, left, sigma, right = with_spectrum(m, n, spectrum, condition)
+        d = polar(x.float(), method, dtype=dtype).double()  # type: ignore[arg-type]
+        counted = sigma > 2.0**-10 * sigma.norm()
+        bound = ERRORS[method, dtype].at(float(sigma.norm() / sigma[counted].min()))
+        # d between the singular vectors that count: an identity in exact arithmetic.
+        inner = left[:, counted].T @ d @ right[:, counted]
+        identity = torch.eye(len(inner), dtype=torch.float64)
+        assert float((torch.linalg.svdvals(inner) - 1).abs().max()) < bound, condition
+        assert float((inner - identity).norm() / identity.norm()) < bound, condition
+        assert float(torch.linalg.svdvals(d).max()) < 1 + bound, condition
+
+
+@pytest.mark.parametrize("condition", [3.0, 10.0, 30.0])
+@pytest.mark.parametrize(("m", "n"), [(1024, 512), (512, 512)])
+def test_gram_in_bf16_survives_spectra_of_two_values(m: int, n: int, condition: float) -> None:
+    # Restarting every second step from the start, results of 1e6 were seen here.
+    x, *_ = with_spectrum(m, n, "half", condition)
+    sigma = torch.linalg.svdvals(polar(x.float(), "gram", dtype="bf16").double())
+    assert float((sigma - 1).abs().max()) < 0.03
+
+
+def test_gram_needs_its_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, *_ = with_spectrum(512, 128, "log", 500.0)
+    errors = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for segments in (gram.SEGMENTS[dtype], (7,)):
+            monkeypatch.setitem(gram.SEGMENTS, dtype, segments)
+            sigma = torch.linalg.svdvals(polar(x.float(), "gram", dtype=name).nan_to_num(1e9).double())
+            errors[dtype, segments] = float((sigma - 1).abs().max())
+    assert errors[torch.float32, (3, 4)] < 1e-3
+    assert errors[torch.bfloat16, (1, 1, 1, 2, 2)] < 0.2
+    assert errors[torch.bfloat16, (7,)] > 1
+
+
+def test_inverse_sqrt_inverts_the_root() -> None:
+    x, _, sigma, right = with_spectrum(200, 40, "log", 100.0)
+    a = (x.mT @ x)[None].float()
+    root = gram.inverse_sqrt(a)[0].double()
+    wanted = (right / sigma) @ right.T
+    assert float((root - wanted).norm() / wanted.norm()) < 1e-3
