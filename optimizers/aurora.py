@@ -207,11 +207,7 @@ class Aurora(Optimizer):
         states = [{key: block.of(value) for key, value in self._rows_of(block.param).items()} for block in bucket]
         u = torch.empty(len(bucket), m, n, device=device)
         for block, state, row in zip(bucket, states, u, strict=True):
-            grad = block.of(_dense_grad(block.param))
-            momentum, blended = blend(grad, state["momentum"], group["momentum"], group["nesterov"])
-            commit_(state["momentum"], momentum, finite)
-            # Zeros where the step is void: no backend sees a NaN, nor works for nothing.
-            row.copy_(torch.where(finite, blended, 0.0))
+            self._blend(block, state["momentum"], row, group, finite)
         second_moment = None
         if directions.keeps_second_moment(group, m, n):
             second_moment = torch.stack([state["second_moment"] for state in states])
@@ -221,6 +217,13 @@ class Aurora(Optimizer):
                 commit_(state["second_moment"], values, finite)
         self._apply(bucket, found.d, group, finite)
         return torch.stack([found.fallbacks.sum(), found.retries.sum()])
+
+    def _blend(self, block: Block, momentum: Tensor, u: Tensor, group: dict[str, Any], finite: Tensor) -> None:
+        """Moves the momentum of a block and fills in u; zeros where the step is void, so that no backend sees a NaN."""
+        grad = block.of(_dense_grad(block.param))
+        moved, blended = blend(grad, momentum, group["momentum"], group["nesterov"])
+        commit_(momentum, moved, finite)
+        u.copy_(torch.where(finite, blended, 0.0))
 
     def _apply(self, bucket: Sequence[Block], d: Tensor, group: dict[str, Any], finite: Tensor) -> None:
         """Updates the weights of equally shaped blocks by their directions [k, m, n]."""

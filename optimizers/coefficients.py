@@ -93,20 +93,22 @@ def best_quintic(low: float, high: float) -> Quintic:
 
 
 @functools.cache
-def cans(lower: float, tolerance: float) -> tuple[Quintic, ...]:
+def cans(lower: float, tolerance: float, *, cushion: float) -> tuple[Quintic, ...]:
     """Chebyshev-optimised Newton-Schulz (Grishina, Smirnov & Rakhuba, arXiv 2506.10935): best cubics, as many as
     bring [lower, 1] to within `tolerance` of 1.
 
     The best cubic has a closed form (their proposition 2): with s = l^2 + l u + u^2,
-    p(x) = 2 (s x - x^3) / (2 (s/3)^(3/2) + l^2 u + l u^2). A Quintic with c = 0.
+    p(x) = 2 (s x - x^3) / (2 (s/3)^(3/2) + l^2 u + l u^2). A Quintic with c = 0. As in `polar_express`, no step is
+    made for an interval wider than [cushion * u, u]: it would send 1 to nearly 0, the difference of two numbers
+    that are 1 / cushion times larger, and lose as much precision.
     """
     low, high = lower, 1.0
     chain: list[Quintic] = []
-    while high - 1 > tolerance or not chain:
-        s = low * low + low * high + high * high
-        size = 2 / (2 * (s / 3) ** 1.5 + low * low * high + low * high * high)
+    while max(high - 1, 1 - low) > tolerance:
+        end = max(low, cushion * high)
+        s = end * end + end * high + high * high
+        size = 2 / (2 * (s / 3) ** 1.5 + end * end * high + end * high * high)
         p = Quintic(size * s, -size, 0.0)
         chain.append(p)
-        low = p(low)
-        high = 2 - low
+        low, high = p(low), 2 - p(end)
     return tuple(chain)

@@ -38,7 +38,7 @@ def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
     # A power of two near sqrt(n) keeps the first Gram matrix out of fp16's smallest numbers; the first polynomial
     # takes it out again.
     size = 2.0 ** (tall.shape[-1].bit_length() // 2)
-    X = products.round(tall * (size / torch.linalg.vector_norm(tall, dim=(-2, -1), keepdim=True)))
+    X = products.round_(tall * (size / torch.linalg.vector_norm(tall, dim=(-2, -1), keepdim=True)))
     polynomials = (EXPRESS[0].stretched(size), *EXPRESS[1:])
     spare, A = torch.empty_like(X), _gram_like(X)
     step = 0
@@ -68,20 +68,20 @@ def inverse_sqrt(A: Tensor) -> Tensor:
 def _chain(polynomials: Sequence[Quintic], A: Tensor, products: Products) -> tuple[float, Tensor]:
     """q and Q' with q I + Q' = r_1(A) r_2(A_1) ... for the polynomials x r_i(x^2) in turn. A is used up."""
     R, spare = torch.empty_like(A), torch.empty_like(A)
-    q, Q = 1.0, torch.zeros_like(A)
+    q, Q = 1.0, R
     for i, (a, b, c) in enumerate(polynomials):
         # R is what a I leaves of r(A): r(A) = a I + R.
         products.symmetric(A, A, c=A, beta=b, alpha=c, out=R)
-        if i == 0:
-            Q.copy_(R)
-        else:
+        if i:
             # (q I + Q)(a I + R) = q a I + (q R + a Q) + Q R
-            products.symmetric(Q, R, c=torch.add(a * Q, R, alpha=q), out=spare)
+            products.settle(torch.mul(Q, a, out=spare).add_(R, alpha=q))
+            products.symmetric(Q, R, c=spare, out=spare)
             Q, spare = spare, Q
         q *= a
         if i + 1 < len(polynomials):
             products.symmetric(A, R, c=A, beta=a, out=spare)
             products.symmetric(spare, R, c=spare, beta=a, out=A)
+            R = torch.empty_like(A) if i == 0 else R
     return q, Q
 
 
@@ -93,6 +93,7 @@ def _without_residual(X: Tensor, products: Products) -> Tensor:
     """
     E = products.symmetric(X.mT, X)
     E.diagonal(dim1=-2, dim2=-1).copy_(X.float().square().sum(dim=-2) - 1)
+    products.settle(E)
     return torch.add(X.float(), products.mm(X, E).float(), alpha=-0.5)
 
 

@@ -22,7 +22,7 @@ NORM_EPS = 1e-7
 
 # 2^-12: with the safety below, all from 2^-11 of the Frobenius norm arrives (see polar.ERRORS).
 EXPRESS = polar_express(7, lower=2.0**-12, cushion=0.024, safety=1.01)
-PRECISE = cans(2.0**-11, 1e-6)
+PRECISE = cans(2.0**-11, 1e-6, cushion=0.1)
 
 
 def quintic(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,7 @@ def _iterate(x: Tensor, polynomials: Iterable[Quintic], products: Products) -> T
     """The polynomials in turn on the wide orientation."""
     tall = x.shape[-2] > x.shape[-1]
     wide = (x.mT if tall else x).float()
-    X = products.round(wide / (torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True) + NORM_EPS))
+    X = products.round_(wide / (torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True) + NORM_EPS))
     spare, A, B = torch.empty_like(X), _square_like(X), _square_like(X)
     for p in polynomials:
         products.symmetric(X, X.mT, out=A)

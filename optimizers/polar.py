@@ -108,9 +108,14 @@ def prescale(x: Tensor) -> Tensor:
     """Multiplies each matrix of [..., m, n] by a power of two if its largest entry is outside [2^-20, 2^40].
 
     The largest entry of a scaled matrix is in [1, 2). Exact, but for entries that underflow beside one
-    about 1e38 times larger. Zero and non-finite matrices pass unchanged.
+    about 1e38 times larger. Zero and non-finite matrices pass unchanged; x itself is returned where it is known
+    that nothing is to be scaled.
     """
-    return _prescale(x, _largest(x))
+    largest = _largest(x)
+    # Again a look that costs nothing on a CPU alone.
+    if x.device.type == "cpu" and not _is_outside(largest).any():
+        return x
+    return _prescale(x, largest)
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -163,7 +168,10 @@ def _svd(x: Tensor, _: torch.dtype) -> Tensor:
     """Exact, in fp64: singular values up to max(m, n) * 2^-52 of the largest count as zero."""
     u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
     cut = max(x.shape[-2:]) * 2.0**-52 * sigma[..., :1]
-    return (u * (sigma > cut).unsqueeze(-2)) @ vh
+    factor = (u * (sigma > cut).unsqueeze(-2)) @ vh
+    # Rows and columns of zeros come back with entries of 1e-17: a direction that evens out rows would enlarge them.
+    live = (x != 0).any(dim=-1, keepdim=True) & (x != 0).any(dim=-2, keepdim=True)
+    return torch.where(live, factor, 0.0)
 
 
 def _quintic_exact(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -95,7 +95,7 @@ def _has_autocast(device: torch.device) -> bool:
 class Products:
     """Products of stacks [k, p, q] whose entries are values of `dtype`, held in tensors of `carrier`.
 
-    Every result is rounded once. `out` receives the result and is returned; it may be no operand.
+    Every result is rounded once. `out` receives the result and is returned; it may be the addend c, but no factor.
     """
 
     dtype: torch.dtype
@@ -116,17 +116,21 @@ class Products:
         rounded = x.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
         return rounded.to(self.carrier)
 
+    def round_(self, x: Tensor) -> Tensor:
+        """`round` for an x that the caller does not need any more: no copy where x has the form already."""
+        return x.to(self.dtype).to(self.carrier).contiguous()
+
     def mm(self, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
         """a @ b."""
-        return self._rounded(torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out))
+        return self.settle(torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out))
 
     def mm_add(
         self, c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
         """beta * c + alpha * (a @ b)."""
         if out is None:
-            return self._rounded(torch.baddbmm(c, a, b, beta=beta, alpha=alpha))
-        return self._rounded(torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=out))
+            return self.settle(torch.baddbmm(c, a, b, beta=beta, alpha=alpha))
+        return self.settle(torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=out))
 
     def symmetric(
         self,
@@ -158,9 +162,9 @@ class Products:
             result[:, :top, top:bottom] = strip[:, :, :top].mT
         return result
 
-    def _rounded(self, product: Tensor) -> Tensor:
-        """Rounds a fresh product in place, unless the product itself has done so."""
-        return product if self.carrier == self.dtype else product.copy_(product.to(self.dtype))
+    def settle(self, x: Tensor) -> Tensor:
+        """Rounds x in place to values of `dtype`, which a native result is already."""
+        return x if self.carrier == self.dtype else x.copy_(x.to(self.dtype))
 
 
 def gram_matrix(x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def row_scale(
     By Sherman and Morrison l_i/(1-l_i) is linear in D_i^2 while the other rows are held: the odds rule sets each
     row exactly. Both rules have one fixed point, l_i = t. For t > 0.999 there is no freedom left, and D stays.
 
-    An odds step that raised the spread of the row norms (deviation over mean, above 2^-8) is taken back for a
+    An odds step that raised the spread of the row norms (deviation over mean) by over 2^-8 is taken back for a
     tyler step with beta = 0.5. That is seen at the next evaluation of l, so the last step is never judged.
     With a `tolerance` the first evaluation at which all live rows have |sqrt(l_i/t) - 1| <= tolerance is the last.
 
@@ -130,7 +130,7 @@ def row_scale(
         scores, rule, power = leverage_scores(D[:, None] * u), balance_rule, beta
         if tolerance is not None and ((scores[live] / scores[live].mean()).sqrt() - 1).abs().max() <= tolerance:
             break
-        if rule == "odds" and before is not None and spread(scores) > max(spread(before[1]), 2.0**-8):
+        if rule == "odds" and before is not None and spread(scores) > spread(before[1]) + 2.0**-8:
             D, scores = before
             fallbacks, rule, power = fallbacks + 1, "tyler", 0.5
         before, t = (D, scores), target(scores)
@@ -255,7 +255,8 @@ def conjugate_gradient(M: Tensor, q: Tensor, *, steps: int = 20) -> Tensor:
 def contra(d: Tensor, u: Tensor, strength: float) -> Tensor:
     """d - strength u / sigma_1(u), rescaled to |d|_F.
 
-    sigma_1 by 5 power iterations v <- u^T (u v), normalised, from a constant vector, on u with a largest entry of 1.
+    sigma_1 by 5 power iterations v <- u^T (u v), normalised, from a constant vector, on u with a largest entry of 1;
+    at least the largest row norm, which bounds it where the constant vector meets nothing.
     """
     d, u = d.double(), u.double()
     if not d.any():
@@ -265,7 +266,8 @@ def contra(d: Tensor, u: Tensor, strength: float) -> Tensor:
     for _ in range(5):
         v = u.T @ (u @ v)
         v = v / v.norm().clamp(min=1e-8)
-    turned = d - strength * u / (u @ v).norm().clamp(min=1e-8)
+    sigma = max(float((u @ v).norm()), float(u.norm(dim=1).max()))
+    turned = d - strength * u / sigma
     return turned * (d.norm() / turned.norm().clamp(min=1e-8))
 
 

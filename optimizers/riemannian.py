@@ -27,7 +27,8 @@ def ascend(u: Tensor, polar: Callable[[Tensor], Tensor], *, variant: Variant, st
         u: [k, m, n] fp32, tall.
         polar: the polar factor of a stack in fp32.
         variant: "exact": u is brought to the Frobenius norm sqrt(n) first, and the multipliers solve with
-            M = diag(|U_i|^2) - P.P, P = U U^T: a graph Laplacian, positive semi-definite, the constants its kernel.
+            M = diag(row sums of P.P) - P.P, P = U U^T: a graph Laplacian, positive semi-definite, with the constants
+            in its kernel.
             "released": no normalisation, so that the ascent vanishes for small u, and M = r I - P.P with r = n/m
             raised until the diagonal dominates.
         steps: how many.
@@ -58,22 +59,31 @@ def _tangent(u: Tensor, U: Tensor, variant: Variant) -> Tensor:
     product = U.mT @ u
     S = (product + product.mT) / 2
     US = U @ S
-    multipliers = _multipliers(U, _centred(((u - US) * U).sum(dim=-1, keepdim=True)), variant)
+    multipliers = _multipliers(U, ((u - US) * U).sum(dim=-1, keepdim=True), variant)
     return u - US + U @ (U.mT @ (multipliers * U)) - multipliers * U
 
 
 def _multipliers(U: Tensor, q: Tensor, variant: Variant) -> Tensor:
-    """lambda [k, m, 1] with M lambda = q, centred, by conjugate gradients; 0 where that fails."""
-    squares = U.square().sum(dim=-1, keepdim=True)
-    diagonal = squares
+    """lambda [k, m, 1] with M lambda = q, both centred, by conjugate gradients; 0 where that fails."""
+    live = (U != 0).any(dim=-1, keepdim=True)
+
+    def overlap(v: Tensor) -> Tensor:
+        """(P.P) v, with P = U U^T."""
+        return ((U @ (U.mT @ (v * U))) * U).sum(dim=-1, keepdim=True)
+
     if variant == "released":
         r = U.shape[-1] / U.shape[-2]
-        largest = squares.square().amax(dim=-2, keepdim=True)
-        diagonal = (r + (largest - r + RELEASED_MARGIN).clamp(min=0)).expand_as(squares)
+        largest = U.square().sum(dim=-1, keepdim=True).square().amax(dim=-2, keepdim=True)
+        diagonal = r + (largest - r + RELEASED_MARGIN).clamp(min=0)
+    else:
+        # The row sums of P.P are |U_i|^2 where U^T U = I. Taken as sums they leave the constants in the kernel of a U
+        # that is orthonormal to a few digits only.
+        diagonal = overlap(torch.ones_like(q))
 
     def apply(v: Tensor) -> Tensor:
-        return diagonal * v - ((U @ (U.mT @ (v * U))) * U).sum(dim=-1, keepdim=True)
+        return diagonal * v - overlap(v)
 
+    q = _centred(q, live)
     x, residual, p = torch.zeros_like(q), q, q
     square = _dot(residual, residual)
     enough = CG_TOLERANCE**2 * square
@@ -86,12 +96,14 @@ def _multipliers(U: Tensor, q: Tensor, variant: Variant) -> Tensor:
         x, residual = x + alpha * p, residual - alpha * Mp
         before, square = square, torch.where(going, _dot(residual, residual), 0.0)
         p = residual + torch.where(going, square / torch.where(going, before, 1.0), 0.0) * p
-    x = _centred(x)
+    x = _centred(x, live)
     return torch.where(x.isfinite().all(dim=-2, keepdim=True), x, 0.0)
 
 
-def _centred(v: Tensor) -> Tensor:
-    return v - v.mean(dim=-2, keepdim=True)
+def _centred(v: Tensor, live: Tensor) -> Tensor:
+    """v without its mean over the rows that are not zero; 0 on the others."""
+    mean = torch.where(live, v, 0.0).sum(dim=-2, keepdim=True) / live.sum(dim=-2, keepdim=True).clamp(min=1)
+    return torch.where(live, v - mean, 0.0)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ LEVERAGE_MARGIN = 1e-6
 SMALLEST_LEVERAGE = 1e-14
 # Mean leverage above which the rows have no freedom left to be balanced with.
 NO_FREEDOM = 0.999
-# Two spreads below the resolution of bf16 differ by rounding, not because a step went wrong.
+# Two spreads that differ by less than the resolution of bf16 differ by rounding, not because a step went wrong.
 SPREAD_RESOLUTION = 2.0**-8
 
 
@@ -78,20 +78,21 @@ def balance(
     for _ in range(updates):
         scores = torch.where(live, leverage(D), 0.0)
         spread = _spread(scores, live, live_rows)
-        raised = torch.zeros_like(spread, dtype=torch.bool)
+        mean = scores.sum(dim=-2, keepdim=True) / live_rows
+        if tolerance is not None:
+            settled = settled | _is_even(scores, mean, live, tolerance)
+            # A look costs nothing on a CPU and would stall the queue of an accelerator, where D merely stays.
+            if D.device.type == "cpu" and bool(settled.all()):
+                break
+        raised = torch.zeros_like(settled)
         if rule == "odds" and before is not None:
-            raised = (spread > before[2]) & (spread > SPREAD_RESOLUTION)
+            raised = (spread > before[2] + SPREAD_RESOLUTION) & ~settled
             D, scores, spread = (
                 torch.where(raised, old, new) for old, new in zip(before, (D, scores, spread), strict=True)
             )
             fallbacks += raised[..., 0, 0]
         before = (D, scores, spread)
         mean = scores.sum(dim=-2, keepdim=True) / live_rows
-        if tolerance is not None:
-            settled = settled | (~raised & _is_even(scores, mean, live, tolerance))
-            # A look costs nothing on a CPU and would stall the queue of an accelerator, where D merely stays.
-            if D.device.type == "cpu" and bool(settled.all()):
-                break
         free = live & (mean <= NO_FREEDOM)
         if eps_mode == "absolute":
             mean, free = torch.full_like(mean, u.shape[-1] / u.shape[-2]), live

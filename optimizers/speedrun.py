@@ -6,8 +6,6 @@ Both take stacks [..., m, n] in fp32 and return a new tensor; a zero direction s
 import torch
 from torch import Tensor
 
-from optimizers.polar import prescale
-
 # Power iterations for the largest singular value, and what norms are clamped at before a division.
 POWER_STEPS, SMALLEST_NORM = 5, 1e-8
 
@@ -16,14 +14,20 @@ def contra(d: Tensor, u: Tensor, strength: float) -> Tensor:
     """Contra-Muon: d - strength * u / sigma_1(u), brought to the Frobenius norm of d.
 
     A polar factor has all singular values alike; this makes the small ones of u the larger ones of the step.
-    sigma_1 comes from 5 power iterations on a constant vector.
+    sigma_1 comes from 5 power iterations on a constant vector; the largest row norm bounds it from below, for rows that
+    sum to zero.
     """
-    u = prescale(u.float())
+    # u^T u of gradients of real size would fall below the clamp.
+    u = u.float()
+    largest = u.abs().amax(dim=(-2, -1), keepdim=True)
+    u = u / torch.where(largest > 0, largest, 1.0)
     v = u.new_ones(*u.shape[:-2], u.shape[-1], 1)
     for _ in range(POWER_STEPS):
         v = u.mT @ (u @ v)
         v = v / _norm(v).clamp(min=SMALLEST_NORM)
-    leaning = d - u * (strength / _norm(u @ v).clamp(min=SMALLEST_NORM))
+    longest_row = torch.linalg.vector_norm(u, dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
+    sigma = torch.maximum(_norm(u @ v), longest_row).clamp(min=SMALLEST_NORM)
+    leaning = d - u * (strength / sigma)
     return leaning * (_norm(d) / _norm(leaning).clamp(min=SMALLEST_NORM))
 
 

@@ -1,13 +1,25 @@
+"""The package works outside this project, with nothing but torch."""
+
 import ast
+import re
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
 
 import optimizers
+from optimizers import Aurora, Settings, param_groups
+from optimizers import directions as directions_module
+
+PACKAGE = Path(optimizers.__file__).parent
 
 
 def test_the_package_needs_nothing_but_torch() -> None:
     allowed = {"optimizers", "torch", *sys.stdlib_module_names}
-    files = sorted(Path(optimizers.__file__).parent.rglob("*.py"))
+    files = sorted(PACKAGE.rglob("*.py"))
     assert files
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -19,3 +31,81 @@ def test_the_package_needs_nothing_but_torch() -> None:
             else:
                 continue
             assert found <= allowed, f"{file.name} imports {found - allowed}"
+
+
+def test_the_readmes_example_trains() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (PACKAGE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    body = example.split("\n\n", 1)[1].strip().splitlines()
+    assert len(body) <= 10
+    names: dict[str, Any] = {}
+    exec(
+        example.replace("    loss.backward()", "    first = loss.item() if step == 0 else first\n    loss.backward()"),
+        names,
+    )
+    assert names["loss"].item() < 0.5 * names["first"]
+    kinds = {group["kind"] for group in names["optimizer"].param_groups}
+    assert kinds == {"matrix", "adamw"}
+
+
+class Regression(nn.Module):
+    """A model as Hugging Face's Trainer wants it: it returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 4))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        prediction = self.layers(x)
+        return {"loss": nn.functional.mse_loss(prediction, labels), "logits": prediction}
+
+
+@pytest.mark.parametrize("direction", ["aurora", "normuon"])
+def test_hugging_faces_trainer_trains_with_it_and_resumes(direction: str, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    x = torch.randn(64, 8)
+    data = [{"x": row, "labels": row[:4] - row[4:]} for row in x]
+
+    def trainer(folder: str, steps: int) -> Trainer:
+        torch.manual_seed(0)
+        model = Regression()
+        optimizer = Aurora(param_groups(model, Settings(name=direction)))  # type: ignore[arg-type]
+        arguments = TrainingArguments(
+            str(tmp_path / folder),
+            max_steps=steps,
+            per_device_train_batch_size=16,
+            save_steps=15,
+            logging_steps=5,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            lr_scheduler_type="constant",
+        )
+        return Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))  # type: ignore[arg-type]
+
+    whole = trainer("whole", 30)
+    whole.train()
+    losses = [line["loss"] for line in whole.state.log_history if "loss" in line]
+    assert losses[-1] < 0.3 * losses[0]
+    resumed = trainer("resumed", 30)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-15"))
+    for expected, found in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_a_thousand_small_matrices_take_one_polar_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(tuple(x.shape))
+        return polar(x, *args, **kwargs)
+
+    polar = directions_module.polar_factor
+    monkeypatch.setattr(directions_module, "polar_factor", counted)
+    weights = [nn.Parameter(torch.randn(8, 4)) for _ in range(1000)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    before = [weight.detach().clone() for weight in weights]
+    Aurora(weights).step()
+    assert calls == [(1000, 8, 4)]
+    assert all(not torch.equal(w, old) for w, old in zip(weights, before, strict=True))
