@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 BUCKET_ELEMENTS = 2**24
-"""Most elements that equal shapes are stacked to (one matrix may be larger alone). The directions of a bucket
-need about six fp32 tensors of this size at a time (64 MiB each), however many weights a model has."""
+"""Most elements that equal shapes are stacked to (one matrix may be larger alone). Beside weights, gradients and state
+a step needs six fp32 tensors of this size (64 MiB each) where matrices are four times as tall as wide, eight where they
+are square, up to ten for riemannian_aurora: however many weights a model has."""
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,9 @@ def prescale(x: Tensor) -> Tensor:
 
 def _largest(x: Tensor) -> Tensor:
     """The largest absolute entry of each matrix, [..., 1, 1]; NaN where there is a NaN."""
-    return x.abs().amax(dim=(-2, -1), keepdim=True)
+    # Two reductions rather than one of |x|, which would be a tensor as large as x.
+    dims = (-2, -1)
+    return torch.maximum(x.amax(dim=dims, keepdim=True), -x.amin(dim=dims, keepdim=True))
 
 
 def _is_outside(largest: Tensor) -> Tensor:

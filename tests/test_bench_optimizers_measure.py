@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from optimizers import Aurora, blocks
 from optimizers.options import complete
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -149,3 +150,38 @@ def test_all_take_turns_in_every_round_and_preparing_is_not_timed() -> None:
     assert all(sorted(order[1::2]) == ["a", "b", "c"] for order in orders)
     assert len(orders) > 1
     assert len(timed_rounds(calls, torch.device("cpu"), rounds=8, at_least=2, budget=0.0)["a"]) == 2
+
+
+def peak_of_a_step(shapes: list[tuple[int, int]], **options: Any) -> int:
+    """Bytes that a step of these matrices needs beside weights, gradients and state."""
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer = Aurora(weights, **options)
+    optimizer.step()
+    with PeakMemory() as memory:
+        optimizer.step()
+    return memory.peak
+
+
+@pytest.mark.parametrize(
+    ("options", "tensors"),
+    [
+        ({"direction": "aurora"}, {(96, 24): 6, (24, 24): 8.2}),
+        ({"direction": "aurora", "row_balance": "gram"}, {(96, 24): 6, (24, 24): 8.2}),
+        ({"direction": "aurora", "polar_dtype": "bf16"}, {(96, 24): 7, (24, 24): 8.7}),
+        ({"direction": "normuon"}, {(96, 24): 5, (24, 24): 8.2}),
+        ({"direction": "riemannian_aurora"}, {(96, 24): 10, (24, 24): 8.2}),
+    ],
+)
+def test_a_step_needs_the_memory_that_is_stated_and_no_more_for_more_buckets(
+    options: dict[str, Any], tensors: dict[tuple[int, int], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shape, most in tensors.items():
+        elements = shape[0] * shape[1]
+        monkeypatch.setattr(blocks, "BUCKET_ELEMENTS", 64 * elements)
+        bucket = 4 * 64 * elements
+        one = peak_of_a_step([shape] * 64, **options)
+        assert one < most * bucket
+        # Four buckets instead of one: nothing stays.
+        assert peak_of_a_step([shape] * 256, **options) < one + 0.1 * bucket
