@@ -170,9 +170,3 @@ class Products:
 def gram_matrix(x: Tensor) -> Tensor:
     """x^T x in fp32 of a stack [k, m, n] in fp32. (In bf16 it is indefinite from a condition number of 200 on.)"""
     return Products(torch.float32, torch.float32).symmetric(x.mT, x)
-
-
-def triangular_inverse(lower: Tensor) -> Tensor:
-    """The inverse of a stack of lower triangular matrices [k, n, n]."""
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)

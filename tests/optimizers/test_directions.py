@@ -1,6 +1,7 @@
 import itertools
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimizers import directions, reference
-from optimizers.directions import aurora, lr_scale, muon
+from optimizers import Aurora, directions, leverage, reference
+from optimizers.directions import aurora, aurora_counted, lr_scale, muon
 from optimizers.options import DEFAULTS
-from tests.optimizers.helpers import error, low_rank, row_spread
+from optimizers.precision import gram_matrix
+from tests.optimizers.helpers import error, low_rank, row_spread, with_condition
 
 TALL = [(16, 4), (64, 16), (33, 30), (9, 1), (40, 36)]
 RULES: list[dict[str, Any]] = [
@@ -252,3 +254,40 @@ def test_aurora_equals_the_reference_everywhere(n: int, more: int, seed: int, ex
     got = aurora(x * 2.0**exponent, polar="svd", iterations=3)
     # One row more than columns: leverages near 1, of which fp32 holds 1 - l to few digits.
     assert error(got, oracle(x, 3, RULES[0])) < 1e-3
+
+
+@pytest.mark.parametrize(("row_balance", "polar"), [("leverage", "gram"), ("polar", "quintic")])
+def test_hard_matrices_reach_the_fallback_which_is_counted(row_balance: str, polar: str) -> None:
+    u = torch.stack([with_condition(40, 12, 1e5, seed).float() for seed in range(12)])
+    found = aurora_counted(u, iterations=6, row_balance=row_balance, polar=polar)  # type: ignore[arg-type]
+    assert int(found.fallbacks.sum()) >= 3
+    assert bool(found.d.isfinite().all())
+    # It is rounding that raises the spread of these: exact scores never do.
+    assert not aurora_counted(u, iterations=6, row_balance="polar", polar="svd").fallbacks.any()
+    weights = [torch.nn.Parameter(torch.zeros(40, 12)) for _ in u]
+    optimizer = Aurora(weights, iterations=6, polar=polar, row_balance=row_balance, momentum=0.0, nesterov=False)
+    for p, grad in zip(weights, u, strict=True):
+        p.grad = grad
+
+    optimizer.step()
+    assert int(optimizer.last_step_fallbacks) == int(found.fallbacks.sum())
+    assert int(optimizer.last_step_retries) == int(found.retries.sum())
+
+
+def test_a_failed_factorisation_is_retried_and_counted() -> None:
+    x = torch.randn(3, 20, 4)
+    x[1, :, 3] = x[1, :, 2] * (1 + 1e-7)
+    bad = -torch.eye(4)
+
+    def planted(stack: torch.Tensor) -> torch.Tensor:
+        gram = gram_matrix(stack)
+        gram[2] = bad
+        return gram
+
+    with mock.patch.object(leverage, "gram_matrix", planted):
+        scores, retries = leverage.from_cholesky(x, lambda stack: (torch.full((len(stack), 20, 1), 0.5), stack))
+    assert retries.tolist()[0] == 0
+    # Not positive definite with any ridge: one retry for the second ridge, one for the polar factor in its place.
+    assert retries.tolist()[2] == 2
+    assert torch.equal(scores[2], torch.full((20, 1), 0.5))
+    assert float(scores[0].sum()) == pytest.approx(4, rel=1e-4)

@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from optimizers import precision
 from optimizers.polar import polar
-from optimizers.precision import Products, as_stated, gram_matrix, has_fast_bf16, resolve, triangular_inverse
+from optimizers.precision import Products, as_stated, gram_matrix, has_fast_bf16, resolve
 
 CPU = torch.device("cpu")
 
@@ -136,9 +136,6 @@ def test_products_are_fp32_whatever_the_process_allows_elsewhere(allowed: str) -
         torch.set_float32_matmul_precision(before)
 
 
-def test_gram_matrix_and_triangular_inverse() -> None:
+def test_the_gram_matrix() -> None:
     x = torch.randn(3, 40, 7)
-    gram = gram_matrix(x)
-    assert torch.allclose(gram, x.mT @ x, atol=1e-5)
-    lower = torch.linalg.cholesky(gram)
-    assert torch.allclose(triangular_inverse(lower) @ lower, torch.eye(7).expand(3, 7, 7), atol=1e-5)
+    assert torch.allclose(gram_matrix(x), x.mT @ x, atol=1e-5)
