@@ -178,9 +178,10 @@ class Aurora(Optimizer):
         saved_ids = [index for saved in saved_groups for index in saved["params"]]
         # The loaded options win, so they say which state belongs to a parameter.
         own = [
-            (p, _state_shapes(p, entry, saved))
+            (p, _state_shapes(p, entry, full))
             for group, saved in zip(self.param_groups, saved_groups, strict=False)
-            for p, entry in zip(group["params"], row_blocks({**saved, "params": group["params"]}), strict=True)
+            for full in [{**options.DEFAULTS[group["kind"]], **saved, "params": group["params"]}]
+            for p, entry in zip(group["params"], row_blocks(full), strict=True)
         ]
         states = {
             p: _loaded_state(p, shapes, state_dict["state"][index])
@@ -205,7 +206,7 @@ class Aurora(Optimizer):
         (m, n), device = bucket[0].shape, bucket[0].param.device
         finite = finite.to(device)
         states = [{key: block.of(value) for key, value in self._rows_of(block.param).items()} for block in bucket]
-        u = torch.empty(len(bucket), m, n, device=device)
+        u = torch.empty(len(bucket), m, n, dtype=torch.float32, device=device)
         for block, state, row in zip(bucket, states, u, strict=True):
             self._blend(block, state["momentum"], row, group, finite)
         second_moment = None

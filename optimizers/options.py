@@ -94,6 +94,7 @@ FOREIGN_KEYS = frozenset(
         "params",
         "param_names",
         "row_blocks",
+        "role",
         "kind",
         "initial_lr",
         "max_lr",

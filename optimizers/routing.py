@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from optimizers import options
 from optimizers.directions import Form, form, lr_scale, treats
 
+Role = Literal["hidden", "embedding", "head", "vector"]
+"""What a parameter is in its model: input embedding (a tied head too), output head, what is not 2-D, or the rest."""
+
 RowBlocks = int | list[int]
 """Into how many equal blocks of rows a weight is split, or the rows of each."""
 
@@ -32,6 +35,8 @@ class Settings:
     """Options of the matrix group (see optimizers.options), but for `direction`, which is `name`."""
     adamw: Mapping[str, Any] = field(default_factory=dict)
     """Options of the adamw groups. `weight_decay` acts on 2-D weights only, never on norm gains and biases."""
+    adamw_lrs: Mapping[Role, float] = field(default_factory=dict)
+    """Learning rates of adamw groups that differ from the one in `adamw`, by role."""
     preset: str | None = None
     """A preset of matrix options, under those given in `matrix`."""
     overrides: Mapping[str, options.Kind] = field(default_factory=dict)
@@ -55,6 +60,7 @@ class Route:
     lr_scale: float | None
     """Factor on the learning rate of a matrix; None for the others."""
     why: str
+    role: Role = "hidden"
     blocks: int = 1
 
 
@@ -76,6 +82,7 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
         if not p.requires_grad:
             rows.append(_row(names[0], tuple(p.shape), "frozen", None, "requires_grad is False"))
             continue
+        role = _role(p, reasons.get(p, ""))
         kind, why = _choose(p, names, reasons.get(p), settings)
         if p in linear and p.ndim != 2 and settings.name != "adamw":
             raise ValueError(
@@ -84,12 +91,15 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
             )
         split = _row_blocks(p, names, kind, settings)
         shapes = [(height, *p.shape[1:]) for height in split] if split else [tuple(p.shape)]
-        rows += [_row(names[0], shape, kind, matrix, why, count) for shape, count in Counter(shapes).items()]
+        rows += [_row(names[0], shape, kind, matrix, why, role, count) for shape, count in Counter(shapes).items()]
     if settings.name != "adamw" and not any(row.optimizer == "matrix" for row in rows):
         raise ValueError(
             f"optimizer {settings.name!r} found no matrix among {len(rows)} parameters: nothing would be stepped by "
             "it. Use name 'adamw' if that is meant"
         )
+    for role in settings.adamw_lrs:
+        if not any(row.optimizer == "adamw" and row.role == role for row in rows):
+            raise ValueError(f"adamw learning rate of role {role!r} has no effect: no such parameter goes to adamw")
     known = [name for names in _names(model).values() for name in names]
     _check_patterns("override", settings.overrides, known)
     _check_patterns("row_blocks", settings.row_blocks, known)
@@ -97,31 +107,33 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
 
 
 def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """The groups for `Aurora(groups)`: one of all matrices, one adamw group of 2-D weights, one of the rest.
+    """The groups for `Aurora(groups)`: one of all matrices, and an adamw group for each role.
 
-    Empty groups are left out, and so are parameters without requires_grad. Each group has `params`,
-    `param_names`, `kind` and all its options that have an effect, and `row_blocks` if the settings split any.
+    Empty groups are left out, and so are parameters without requires_grad. Each group has `params`, `param_names`,
+    `kind`, `role` ("hidden" for the matrices) and all its options that have an effect, and `row_blocks` if the settings
+    split any. Vectors have no weight decay.
 
     Raises:
         ValueError: as `routes`, or if nothing at all is to be trained.
     """
     parameters = {names[0]: p for p, names in _names(model).items()}
     matrix, adamw = _matrix_options(settings), options.complete("adamw", settings.adamw)
-    plan: list[tuple[options.Kind, dict[str, Any], list[str]]] = [
-        ("matrix", matrix or {}, []),
-        ("adamw", adamw, []),
-        ("adamw", {**adamw, "weight_decay": 0.0}, []),
-    ]
+    members: dict[tuple[options.Kind, Role], dict[str, None]] = {("matrix", "hidden"): {}}
+    members |= {("adamw", role): {} for role in ("embedding", "head", "hidden", "vector")}
     for row in routes(model, settings):
         if row.optimizer != "frozen":
-            members = plan[0 if row.optimizer == "matrix" else 1 if len(row.shape) == 2 else 2][2]
-            # A split parameter has a row for each shape of its blocks.
-            members += [row.name] if row.name not in members[-1:] else []
-    groups: list[dict[str, Any]] = [
-        {"params": [parameters[name] for name in names], "param_names": names, "kind": kind, **given}
-        for kind, given, names in plan
-        if names
-    ]
+            # A split parameter has a row for each shape of its blocks, hence a dict; all matrices are in one group.
+            role = "hidden" if row.optimizer == "matrix" else row.role
+            members[row.optimizer, role][row.name] = None
+    groups: list[dict[str, Any]] = []
+    for (kind, role), names in members.items():
+        given = dict(matrix or {}) if kind == "matrix" else {**adamw, "lr": settings.adamw_lrs.get(role, adamw["lr"])}
+        if kind == "adamw" and role == "vector":
+            given["weight_decay"] = 0.0
+        if names:
+            listed = list(names)
+            params = [parameters[name] for name in listed]
+            groups.append({"params": params, "param_names": listed, "kind": kind, "role": role, **given})
     if settings.row_blocks and groups and groups[0]["kind"] == "matrix":
         named = _names(model)
         groups[0]["row_blocks"] = [_row_blocks(p, named[p], "matrix", settings) for p in groups[0]["params"]]
@@ -179,6 +191,12 @@ def _adamw_reasons(model: nn.Module) -> dict[Tensor, str]:
         p: "embedding, tied to the output head" if why == ["embedding", "output head"] else ", ".join(why)
         for p, why in reasons.items()
     }
+
+
+def _role(p: Tensor, reason: str) -> Role:
+    if p.ndim != 2:
+        return "vector"
+    return "embedding" if reason.startswith("embedding") else "head" if "output head" in reason else "hidden"
 
 
 def _weight_of(module: nn.Module, getter: str) -> Tensor | None:
@@ -253,6 +271,7 @@ def _row(
     optimizer: Literal["matrix", "adamw", "frozen"],
     matrix: Mapping[str, Any] | None,
     why: str,
+    role: Role = "hidden",
     blocks: int = 1,
 ) -> Route:
     shape_form = form(*shape) if len(shape) == 2 else "none"
@@ -262,4 +281,4 @@ def _row(
         assert matrix is not None, "only a matrix optimizer routes to itself"
         direction = matrix["direction"] if treats(matrix, *shape) else "muon"
         scale = lr_scale(matrix["lr_scale"], *shape)
-    return Route(name, shape, shape_form, optimizer, direction, scale, why, blocks)
+    return Route(name, shape, shape_form, optimizer, direction, scale, why, role, blocks)

@@ -178,9 +178,13 @@ class Trainer:
         factor = lr_factor(self.config.schedule, self.state.tokens, train.global_batch_tokens, train.total_tokens)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-        lrs = {"lr": self.optimizer.param_groups[0]["lr"]}
-        adamw = [g["lr"] for g in self.optimizer.param_groups if g.get("kind") == "adamw"]
-        return lrs | ({"adamw_lr": adamw[0]} if adamw else {})
+        groups = self.optimizer.param_groups
+        lrs = {"lr": next((group for group in groups if group["role"] == "hidden"), groups[0])["lr"]}
+        own = self.config.optimizer.adamw.lrs()
+        for group in groups:
+            if group["kind"] == "adamw":
+                lrs[f"{group['role']}_lr" if group["role"] in own else "adamw_lr"] = group["lr"]
+        return lrs
 
     def measure(self, loss: Tensor, grad_norm: Tensor) -> tuple[dict[str, Any], bool]:
         """The step's loss and norm, whether it was skipped, and whether any rank wants to stop."""
@@ -253,8 +257,9 @@ def accumulation(config: Config, world_size: int) -> int:
 def base_lrs(config: Config, optimizer: Aurora) -> list[float]:
     """Each group's rate before the schedule. From the config, since a restored group holds a scheduled one."""
     optimizer_config = config.optimizer
+    adamw = optimizer_config.adamw
     return [
-        optimizer_config.lr if group["kind"] == "matrix" else optimizer_config.adamw.lr
+        optimizer_config.lr if group["kind"] == "matrix" else adamw.lrs().get(group["role"], adamw.lr)
         for group in optimizer.param_groups
     ]
 

@@ -355,3 +355,15 @@ def test_wandb_goes_on_offline_when_the_server_cannot_be_reached(
     assert list((config.run_folder / "wandb").glob("offline-run-*"))
     for file in config.run_folder.rglob("*"):
         assert not file.is_file() or secret.encode() not in file.read_bytes(), file
+
+
+def test_embedding_and_vectors_follow_the_schedule_at_rates_of_their_own(tiny_config: MakeConfig) -> None:
+    config = tiny_config({"optimizer.adamw.embedding_lr": 0.05, "optimizer.adamw.vector_lr": 0.0})
+    for stop in (2, 5):
+        assert train(config, "auto", stop) == 75
+    lines = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    for line in lines:
+        assert line["embedding_lr"] == pytest.approx(line["lr"] * 0.05 / 0.02)
+        assert line["vector_lr"] == 0
+        assert "adamw_lr" not in line

@@ -11,7 +11,7 @@ from optimizers import options
 from optimizers.directions import RowBalance, Scope, Target
 from optimizers.precision import PolarDtype
 from optimizers.riemannian import Variant
-from optimizers.routing import RowBlocks, Settings
+from optimizers.routing import Role, RowBlocks, Settings
 from optimizers.row_balance import BalanceRule
 from pretrain.config.base import Section
 
@@ -27,6 +27,15 @@ class AdamWConfig(Section):
     lr: float = Field(_ADAMW["lr"], ge=0)
     """Peak learning rate, multiplied by the schedule. About ten times smaller than the matrix lr; too large and the
     embeddings blow up within the first hundred steps."""
+
+    embedding_lr: float | None = Field(None, ge=0)
+    """Peak learning rate of the input embedding, tied or not; null: `lr`."""
+
+    head_lr: float | None = Field(None, ge=0)
+    """Peak learning rate of an output head of its own; null: `lr`."""
+
+    vector_lr: float | None = Field(None, ge=0)
+    """Peak learning rate of norm gains, biases and all else that is not 2-D; null: `lr`."""
 
     betas: tuple[float, float] = _ADAMW["betas"]
     """Averaging factors of the gradient and of its square, each in [0, 1). A second one above 0.99 averages over
@@ -52,6 +61,11 @@ class AdamWConfig(Section):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("expected two numbers of at least 0 and below 1")
         return betas
+
+    def lrs(self) -> dict[Role, float]:
+        """The rates that differ from `lr`, by the role of a parameter."""
+        given = {"embedding": self.embedding_lr, "head": self.head_lr, "vector": self.vector_lr}
+        return {role: lr for role, lr in given.items() if lr is not None}  # type: ignore[misc]
 
 
 class OptimizerConfig(Section):
@@ -195,7 +209,8 @@ class OptimizerConfig(Section):
         return Settings(
             name=self.name,
             matrix={key: getattr(self, key) for key in _MATRIX_FIELDS if key not in without},
-            adamw=self.adamw.model_dump(),
+            adamw={key: getattr(self.adamw, key) for key in _ADAMW},
+            adamw_lrs=self.adamw.lrs(),
             preset=self.preset,
             overrides=self.overrides,
             row_blocks=self.row_blocks,

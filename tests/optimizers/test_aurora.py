@@ -261,14 +261,23 @@ def test_reported_fallbacks_are_those_of_all_matrices(monkeypatch: pytest.Monkey
     assert (int(optimizer.last_step_fallbacks), int(optimizer.last_step_retries)) == (0, 0)
 
 
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"polar": polar, "iterations": 3} for polar in ("quintic", "quintic_exact", "svd", "cans", "polar_express")),
+        *({"direction": name, "polar_dtype": "fp16"} for name in get_args(DirectionName)),
+        {"row_balance": "gram", "tolerance": 0.01, "iterations": 4, "polar_dtype": "bf16"},
+        {"contra": 0.2, "uw_floor": 0.35, "cautious": True, "weight_decay": 0.1},
+    ],
+)
+def test_nothing_waits_for_the_device(options: dict[str, Any]) -> None:
     # Tensors of the meta device have no values: reading one on the host, as .item() or an `if` would, raises.
-    for polar in ("quintic", "quintic_exact", "svd"):
-        w = nn.Parameter(torch.empty(8, 4, device="meta"))
-        optimizer = Aurora([w], polar=polar, iterations=3, weight_decay=0.1)
+    weights = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((12, 4), (12, 4), (4, 12), (5, 5))]
+    for w in weights:
         w.grad = torch.empty_like(w)
-        optimizer.step()
-        assert optimizer.last_step_finite.device.type == "meta"
+    optimizer = Aurora(weights, **options)
+    optimizer.step()
+    assert optimizer.last_step_finite.device.type == "meta"
 
 
 def test_gradients_it_cannot_use_are_refused() -> None:

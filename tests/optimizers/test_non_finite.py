@@ -12,11 +12,13 @@ from optimizers import Aurora
 BAD = [float("nan"), float("inf"), -float("inf")]
 
 
-def build(polar: str, fused: bool, dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], Aurora]:
+def build(
+    polar: str, fused: bool, dtype: torch.dtype = torch.float32, direction: str = "aurora"
+) -> tuple[list[nn.Parameter], Aurora]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 3), (8, 3), (3, 8), (4, 4), (6,), (5, 2)]
     params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-    matrix = {"params": params[:4], "polar": polar, "weight_decay": 0.1}
+    matrix = {"params": params[:4], "polar": polar, "weight_decay": 0.1, "direction": direction}
     adamw = {"params": params[4:], "kind": "adamw", "fused": fused, "weight_decay": 0.1}
     return params, Aurora([matrix, adamw])
 
@@ -44,10 +46,21 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1)
 
 
-@pytest.mark.parametrize(("polar", "fused"), [("quintic", False), ("svd", True), ("quintic_exact", False)])
+@pytest.mark.parametrize(
+    ("polar", "fused", "direction"),
+    [
+        ("quintic", False, "aurora"),
+        ("svd", True, "aurora"),
+        ("quintic_exact", False, "aurora"),
+        ("gram", False, "normuon"),
+        ("gram", False, "riemannian_aurora"),
+    ],
+)
 @pytest.mark.parametrize(("where", "bad"), [(0, BAD[0]), (3, BAD[1]), (4, BAD[2]), (5, BAD[0])])
-def test_one_bad_entry_anywhere_voids_the_step_everywhere(where: int, bad: float, polar: str, fused: bool) -> None:
-    params, optimizer = build(polar, fused)
+def test_one_bad_entry_anywhere_voids_the_step_everywhere(
+    where: int, bad: float, polar: str, fused: bool, direction: str
+) -> None:
+    params, optimizer = build(polar, fused, direction=direction)
     for seed in (1, 2):
         set_gradients(params, seed)
         optimizer.step()

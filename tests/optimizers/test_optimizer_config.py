@@ -71,6 +71,14 @@ def test_every_option_without_effect_is_an_error_of_its_own() -> None:
     assert problems(name="adamw", contra=0.2, row_blocks={"q": 4}).keys() == {"contra", "row_blocks"}
 
 
+def test_roles_of_adamw_have_rates_of_their_own() -> None:
+    config = OptimizerConfig.model_validate({"adamw": {"lr": 0.01, "embedding_lr": 0.3, "vector_lr": 0.0}})
+    assert config.settings().adamw_lrs == {"embedding": 0.3, "vector": 0.0}
+    assert config.settings().adamw["lr"] == 0.01
+    assert OptimizerConfig().settings().adamw_lrs == {}
+    assert problems(adamw={"head_lr": -1}).keys() == {"adamw.head_lr"}
+
+
 def test_every_direction_loads_with_its_own_options() -> None:
     for data in (
         {"name": "aurora", "tolerance": 0.01, "row_balance": "gram", "polar_dtype": "fp16"},

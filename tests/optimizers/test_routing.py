@@ -70,8 +70,12 @@ def test_llama_is_routed_by_identity(tied: bool) -> None:
 def test_groups_hold_every_parameter_once_and_all_matrices_in_one(tied: bool) -> None:
     model = llama(tied)
     groups = param_groups(model, Settings(matrix={"lr": 0.05}, adamw={"weight_decay": 0.1}))
-    assert [group["kind"] for group in groups] == ["matrix", "adamw", "adamw"]
-    assert [group["weight_decay"] for group in groups] == [0.0, 0.1, 0.0]
+    head = [] if tied else ["head"]
+    assert [(group["kind"], group["role"]) for group in groups] == [
+        ("matrix", "hidden"),
+        *(("adamw", role) for role in ("embedding", *head, "vector")),
+    ]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.1, *(0.1 for _ in head), 0.0]
     listed = [p for group in groups for p in group["params"]]
     assert {id(p) for p in listed} == {id(p) for p in model.parameters()}
     assert len(listed) == len(list(model.parameters()))
@@ -166,9 +170,13 @@ def test_adamw_takes_everything_when_asked() -> None:
     rows = routes(model, Settings(name="adamw"))
     assert {row.optimizer for row in rows} == {"adamw"}
     groups = param_groups(model, Settings(name="adamw", adamw={"lr": 0.01, "weight_decay": 0.1}))
-    assert [group["kind"] for group in groups] == ["adamw", "adamw"]
-    assert all(p.ndim == 2 for p in groups[0]["params"])
-    assert groups[1]["weight_decay"] == 0
+    assert [(group["kind"], group["role"]) for group in groups] == [
+        ("adamw", "embedding"),
+        ("adamw", "hidden"),
+        ("adamw", "vector"),
+    ]
+    assert all(p.ndim == 2 for group in groups[:2] for p in group["params"])
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0]
     Aurora(groups)
     with pytest.raises(ValueError, match="without effect for the optimizer 'adamw': momentum, preset"):
         param_groups(model, Settings(name="adamw", matrix={"momentum": 0.9}, preset="released"))
@@ -217,3 +225,50 @@ def test_the_preset_reaches_the_group() -> None:
     optimizer = Aurora(param_groups(llama(True), Settings(preset="released", matrix={"lr": 0.05})))
     group = optimizer.param_groups[0]
     assert (group["eps_mode"], group["polar"], group["scope"]) == ("absolute", "quintic_exact", "all")
+
+
+def test_embedding_head_and_vectors_have_learning_rates_of_their_own() -> None:
+    settings = Settings(adamw={"lr": 0.01}, adamw_lrs={"embedding": 0.3, "head": 0.003})
+    groups = {group["role"]: group for group in param_groups(llama(False), settings) if group["kind"] == "adamw"}
+    assert {role: group["lr"] for role, group in groups.items()} == {"embedding": 0.3, "head": 0.003, "vector": 0.01}
+    assert groups["embedding"]["param_names"] == ["model.embed_tokens.weight"]
+    assert groups["head"]["param_names"] == ["lm_head.weight"]
+    with pytest.raises(ValueError, match="role 'head' has no effect"):
+        param_groups(llama(True), settings)
+
+
+def test_row_blocks_split_by_name_and_show_in_the_table() -> None:
+    model = llama(True)
+    rows = model.model.layers[0].self_attn.q_proj.weight.shape[0]
+    settings = Settings(row_blocks={r"0\.self_attn\.q_proj": 2, r"1\.self_attn\.q_proj": [rows - 1, 1]})
+    table = [row for row in routes(model, settings) if "q_proj" in row.name]
+    columns = model.model.layers[0].self_attn.q_proj.weight.shape[1]
+    assert [(row.shape, row.blocks) for row in table] == [
+        ((rows // 2, columns), 2),
+        ((rows - 1, columns), 1),
+        ((1, columns), 1),
+    ]
+    (group,) = (group for group in param_groups(model, settings) if group["kind"] == "matrix")
+    split = dict(zip(group["param_names"], group["row_blocks"], strict=True))
+    assert split["model.layers.0.self_attn.q_proj.weight"] == (rows // 2, rows // 2)
+    assert split["model.layers.1.self_attn.q_proj.weight"] == (rows - 1, 1)
+    assert split["model.layers.0.mlp.up_proj.weight"] is None
+    assert len(set(group["param_names"])) == len(group["param_names"])
+    Aurora(param_groups(model, settings))
+
+
+@pytest.mark.parametrize(
+    ("row_blocks", "message"),
+    [
+        ({"q_proj": 7}, "splits .*q_proj.* into 7: expected parts of its"),
+        ({"q_proj": [1, 2]}, "into \\[1, 2\\]"),
+        ({"q_proj": 0}, "into 0"),
+        ({"nothing": 2}, "row_blocks 'nothing' matches no parameter"),
+        ({"(": 2}, "no regular expression"),
+        ({"norm": 2}, "no matrix of the matrix optimizer"),
+        ({"q_proj": 2, "self_attn.q": 2}, "contradict each other"),
+    ],
+)
+def test_bad_row_blocks_are_refused(row_blocks: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        param_groups(llama(True), Settings(row_blocks=row_blocks))

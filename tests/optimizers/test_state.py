@@ -25,8 +25,18 @@ def step(params: list[nn.Parameter], optimizer: Aurora, *seeds: int) -> None:
 
 @pytest.mark.parametrize("through_file", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resumed_run_is_the_same_bit_for_bit(dtype: torch.dtype, through_file: bool) -> None:
-    params, optimizer = build(dtype, polar="svd", weight_decay=0.1)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"polar": "svd"},
+        {"direction": "riemannian_aurora"},
+        {"direction": "muon", "contra": 0.2, "uw_floor": 0.35},
+        {"direction": "normuon"},
+        {"direction": "u_normuon", "running_norms": True, "row_blocks": [(4, 4), None]},
+    ],
+)
+def test_a_resumed_run_is_the_same_bit_for_bit(options: dict[str, Any], dtype: torch.dtype, through_file: bool) -> None:
+    params, optimizer = build(dtype, weight_decay=0.1, **options)
     step(params, optimizer, 1, 2)
     saved = copy.deepcopy(optimizer.state_dict())
     if through_file:
@@ -108,3 +118,24 @@ def test_a_refused_state_changes_nothing() -> None:
     assert after["param_groups"] == before["param_groups"]
     for index, state in before["state"].items():
         assert all(torch.equal(value, after["state"][index][key]) for key, value in state.items())
+
+
+def test_a_state_from_before_an_option_existed_takes_its_default() -> None:
+    params, optimizer = build(polar="svd")
+    step(params, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key in ("contra", "uw_floor", "running_norms", "tolerance", "polar_dtype"):
+        del saved["param_groups"][0][key]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["contra"] == 0
+    step(params, optimizer, 2)
+
+
+def test_state_is_fp32_whatever_the_default_dtype_of_the_process() -> None:
+    params, optimizer = build()
+    torch.set_default_dtype(torch.float64)
+    try:
+        step(params, optimizer, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for p in params for value in optimizer.state[p].values()} == {torch.float32}
