@@ -314,13 +314,18 @@ def scaled(d: Tensor, factor: float, *, polar: str) -> Tensor:
 def from_options(u: Tensor, options: Mapping[str, Any], second_moment: Tensor | None = None) -> Direction:
     """The direction that the options of a matrix group name (see optimizers.options).
 
-    `second_moment` [..., m] is asked for by the directions for which `keeps_second_moment` is true.
+    `second_moment` [..., m] is needed where `keeps_second_moment` is true, and only there.
+
+    Raises:
+        ValueError: it is missing.
     """
 
     def given(*keys: str) -> dict[str, Any]:
         return {key: options[key] for key in ("polar", "polar_dtype", *keys)}
 
     direction = options["direction"]
+    if second_moment is None and keeps_second_moment(options, *u.shape[-2:]):
+        raise ValueError(f"{direction!r} of a stack {tuple(u.shape)} needs its second moment, got None")
     if direction == "aurora":
         balancing = ("iterations", "beta", "balance_rule", "scope", "row_balance", "eps_mode", "tolerance")
         counted = aurora_counted(u, **given(*balancing))

@@ -84,7 +84,7 @@ def test_every_direction_trains_and_applies_what_the_reference_says(tmp_path: Pa
 def test_every_direction_trains_the_quickstart(tmp_path: Path) -> None:
     runs = {}
     for name in NAMES:
-        command = [sys.executable, "-m", "pretrain.cli", "train", "configs/quickstart.yaml", f"optimizer.name={name}"]
+        command = [sys.executable, "-m", "pretrain", "train", "configs/quickstart.yaml", f"optimizer.name={name}"]
         command += [f"run.root={tmp_path}", f"run.name={name}", "optimizer.polar_dtype=fp32", "validation=null"]
         for stop in (STEP - 1, STEP):
             done = subprocess.run([*command, "--stop-at", str(stop)], cwd=REPOSITORY, check=False)

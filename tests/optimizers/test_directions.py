@@ -291,3 +291,13 @@ def test_a_failed_factorisation_is_retried_and_counted() -> None:
     assert retries.tolist()[2] == 2
     assert torch.equal(scores[2], torch.full((20, 1), 0.5))
     assert float(scores[0].sum()) == pytest.approx(4, rel=1e-4)
+
+
+def test_a_missing_second_moment_is_no_silent_muon() -> None:
+    for named in ({"direction": "normuon"}, {"direction": "u_normuon", "running_norms": True}):
+        options = DEFAULTS["matrix"] | named
+        with pytest.raises(ValueError, match="needs its second moment"):
+            directions.from_options(torch.randn(6, 2), options)
+        # A wide matrix has unit rows without it.
+        x = torch.randn(2, 6)
+        assert torch.equal(directions.from_options(x, options).d, muon(x))
