@@ -3,6 +3,7 @@
 The environment (1.1 GB) is kept in .cache/ and made once.
 """
 
+import fcntl
 import json
 import random
 import shutil
@@ -58,13 +59,17 @@ json.dump({
 def python4() -> Path:
     """The interpreter of an environment with transformers 4.57 and our torch."""
     python, complete = ENVIRONMENT / "bin/python", ENVIRONMENT / "complete"
-    if not complete.exists():
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
-        ours = f"torch=={torch.__version__.partition('+')[0]}"
-        install = [python, "-m", "pip", "install", "-q", "transformers==4.57.*", ours, "numpy"]
-        subprocess.run(install, check=True)
-        complete.touch()
+    ENVIRONMENT.parent.mkdir(exist_ok=True)
+    # The tests of this file may run in several processes, of which one installs.
+    with ENVIRONMENT.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
+            ours = f"torch=={torch.__version__.partition('+')[0]}"
+            install = [python, "-m", "pip", "install", "-q", "transformers==4.57.*", ours, "numpy"]
+            subprocess.run(install, check=True)
+            complete.touch()
     return python
 
 
