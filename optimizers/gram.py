@@ -35,9 +35,9 @@ def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
     is_wide = x.shape[-2] < x.shape[-1]
     tall = (x.mT if is_wide else x).float()
     products = Products.on(x.device, dtype)
-    # A power of two near sqrt(n) keeps the first Gram matrix out of fp16's smallest numbers; the first polynomial
-    # takes it out again.
-    size = 2.0 ** (tall.shape[-1].bit_length() // 2)
+    # A power of two near sqrt(n) keeps the first Gram matrix out of fp16's smallest numbers (and, up to 2^7, below its
+    # largest); the first polynomial takes it out again.
+    size = 2.0 ** min(tall.shape[-1].bit_length() // 2, 7)
     X = products.round_(tall * (size / torch.linalg.vector_norm(tall, dim=(-2, -1), keepdim=True)))
     polynomials = (EXPRESS[0].stretched(size), *EXPRESS[1:])
     spare, A = torch.empty_like(X), _gram_like(X)

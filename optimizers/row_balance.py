@@ -65,9 +65,9 @@ def balance(
     to balance with.
 
     If a step of the odds rule is seen to raise the spread of the row norms (their deviation over their
-    mean), D goes back and takes a tyler step instead, and the step is counted. A step is seen at the next
-    evaluation of `leverage`, so the last one is not: with one update the rule is never checked. (In exact
-    arithmetic a search of a million random matrices found no such step; rounding and the clamps can make one.)
+    mean) by more than 2^-8, D goes back and takes a tyler step instead, and the step is counted. A step is seen at
+    the next evaluation of `leverage`, so the last one is not: with one update the rule is never checked. (With exact
+    scores a search of a million random matrices found no such step; rounding makes them from condition 1e4 on.)
     """
     live = (u != 0).any(dim=-1, keepdim=True)
     live_rows = live.sum(dim=-2, keepdim=True).clamp(min=1)
