@@ -93,7 +93,7 @@ def test_shares_variation_and_percentiles_by_hand() -> None:
     assert values is not None
     assert values.tolist() == [0.0, 0.5, 1.5, 2.0]
     assert neurons.share_below(values, 0.1) == 0.25
-    assert neurons.variation(values) == pytest.approx((0.625**0.5))
+    assert neurons.variation(values) == pytest.approx(0.625**0.5)
     assert neurons.percentiles(values)["p50"] == 1.0
     assert neurons.relative(torch.zeros(3)) is None
     assert neurons.relative(torch.tensor([1.0, torch.inf])) is None

@@ -23,7 +23,6 @@ from pretrain.launch import train
 from pretrain.metrics import JsonLines
 from pretrain.model import build_model
 from pretrain.telemetry import load_arrays, measurements, watched_matrices
-from pretrain.trainer import Trainer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import metrics, run, tensors
 
@@ -93,7 +92,7 @@ def test_leverage_is_that_of_the_averaged_clipped_gradients(optimizer: str, tiny
         expected[step] = {name: torch.linalg.svd(b, full_matrices=False) for name, b in averages.items()}
     for step, by_matrix in expected.items():
         found = arrays(config, step)
-        for name, (u, sigma, _) in by_matrix.items():
+        for name, (u, _sigma, _) in by_matrix.items():
             scores = u.square().sum(dim=1)
             assert float((found[f"{name}.leverage"] - scores / scores.mean()).abs().max()) < 1e-4
         assert len(by_matrix) == 6
