@@ -70,7 +70,7 @@ def test_training_is_bit_identical_with_it_and_without(optimizer: str, tmp_path:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_leverage_is_that_of_the_averaged_clipped_gradients(optimizer: str, tiny_config: MakeConfig) -> None:
     """Against an average and an SVD in fp64, with gradients squeezed to condition 1e4."""
-    config = tiny_config(OPTIMIZERS[optimizer] | SHORT | ON | {"train.grad_clip": 0.05})
+    config = tiny_config(OPTIMIZERS[optimizer] | SHORT | ON | {"train.grad_clip": 0.05, "telemetry.every_steps": 1})
     averages: dict[str, Tensor] = {}
     clip = PlainEngine.clip_gradients
 
@@ -86,7 +86,7 @@ def test_leverage_is_that_of_the_averaged_clipped_gradients(optimizer: str, tiny
         return norm
 
     expected = {}
-    for step in (5, 10, 20):
+    for step in (1, 5, 20):
         with mock.patch.object(PlainEngine, "clip_gradients", squeeze):
             train(config, stop_at=step)
         expected[step] = {name: torch.linalg.svd(b, full_matrices=False) for name, b in averages.items()}
@@ -96,28 +96,33 @@ def test_leverage_is_that_of_the_averaged_clipped_gradients(optimizer: str, tiny
             scores = u.square().sum(dim=1)
             assert float((found[f"{name}.leverage"] - scores / scores.mean()).abs().max()) < 1e-4
         assert len(by_matrix) == 6
-    conditions = [float(sigma[0] / sigma[-1]) for _, sigma, _ in expected[5].values()]
-    assert max(conditions) > 1e3
+    assert min(float(sigma[0] / sigma[-1]) for _, sigma, _ in expected[1].values()) > 0.99e4
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_planted_dead_neurons_are_found_exactly(optimizer: str, tiny_config: MakeConfig) -> None:
     """Gate and up rows whose gradients are zeroed, in 3 layers: their leverage and their direction are zero."""
-    config = tiny_config(OPTIMIZERS[optimizer] | SHORT | ON | {"model.num_layers": 4})
+    config = tiny_config(
+        OPTIMIZERS[optimizer]
+        | SHORT
+        | ON
+        | {"model.num_layers": 4, "train.total_tokens": 10 * 768, "telemetry.reference_step": 5}
+    )
     planted = {0: [3, 40], 2: [0, 1, 2, 63], 3: [31]}
     with planted_dead(planted):
         train(config)
-    found = arrays(config, 20)
+    found = arrays(config, 10)
     for layer in range(4):
         for name in ("gate_proj", "up_proj"):
             for kind in ("leverage", "direction"):
-                dead = (found[f"layers.{layer}.{name}.{kind}"] < 0.1).nonzero().flatten().tolist()
+                dead = (found[f"layers.{layer}.{name}.{kind}"] < 0.01).nonzero().flatten().tolist()
                 assert dead == planted.get(layer, []), (layer, name, kind)
-    record = records(config)[20]
-    assert record["telemetry/leverage_dead"] == record["telemetry/starved"] == pytest.approx(7 / 256)
+    record = records(config)[10]
+    assert record["telemetry/leverage_below_0.01"] == pytest.approx(7 / 256)
+    assert record["telemetry/starved"] >= 7 / 256
     assert record["telemetry/layers.2.up_proj/leverage_below_0.01"] == pytest.approx(4 / 64)
-    assert record["telemetry/dead_forever"] == 1.0
-    assert records(config)[10]["telemetry/dead_forever"] is None
+    assert record["telemetry/dead_forever"] > 0.9  # all 14 planted ones, and what else was dead at step 5
+    assert records(config)[5]["telemetry/dead_forever"] is None
 
 
 @contextmanager
