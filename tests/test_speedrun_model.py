@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,29 +18,15 @@ from pretrain.data.masks import attention_inputs
 from pretrain.flops import flops_per_token, parameter_count
 from pretrain.model import IGNORED, LossModel, build_model
 from pretrain.speedrun_model import SpeedrunModel
+from tests.conftest import SPEEDRUN
 
 MakeConfig = Callable[..., Config]
-
-SPEEDRUN: dict[str, Any] = {
-    "model": {
-        "architecture": "speedrun",
-        "vocab_size": 8192,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_layers": 3,
-        "num_heads": 2,
-        "num_kv_heads": 2,
-        "context_length": 32,
-        "rope_theta": 1024,
-        "norm_eps": 1e-6,
-    }
-}
 
 
 @pytest.fixture
 def speedrun(tiny_config: MakeConfig) -> MakeConfig:
     """Builds a small config of the architecture."""
-    return lambda changes=None: tiny_config({**copy.deepcopy(SPEEDRUN), **(changes or {})})
+    return lambda changes=None: tiny_config({"model": SPEEDRUN, **(changes or {})})
 
 
 def scrambled(config: Config) -> SpeedrunModel:
