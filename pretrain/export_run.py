@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.checkpoint import INDEX, CheckpointError, CheckpointReader, newest_intact
 from pretrain.config import Config, parse_config
-from pretrain.export import ModelCard, export_folder
+from pretrain.export import ExportError, ModelCard, export_folder
 from pretrain.files import file_sha256
 from pretrain.model import llama_config
 from pretrain.runs import TOKENIZER_FILE, RunFolder
@@ -39,10 +39,15 @@ def export_checkpoint(source: Path, out: Path) -> CheckpointReader:
 
     Raises:
         CheckpointError: nothing intact to export, or its tokenizer is gone.
-        ExportError: `out` holds something else.
+        ExportError: a model without a Hugging Face form, or `out` holds something else.
     """
     reader = open_checkpoint(source)
     config = parse_config(reader.index["config"])
+    if config.model.architecture != "llama":
+        raise ExportError(
+            f"{reader.folder}: model.architecture is {config.model.architecture!r}, which has no Hugging Face form: "
+            "only 'llama' can be exported, and evaluated from an export"
+        )
     tokenizer = _tokenizer_file(reader, config)
     export_folder(
         reader.weights(),

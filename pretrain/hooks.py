@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from transformers import GenerationMixin
 
 from pretrain.config import Config
 from pretrain.config.train import SamplesConfig, ValidationConfig
@@ -127,6 +128,7 @@ class Sampler(Hook):
         if room < 1:
             return ""
         devices = [engine.device] if engine.device.type == "cuda" else []
+        assert isinstance(model, GenerationMixin), "the config refuses samples of a model that cannot write any"
         model.eval()
         with torch.random.fork_rng(devices=devices), engine.autocast():
             torch.manual_seed(self.seed + draw)

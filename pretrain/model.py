@@ -1,4 +1,4 @@
-"""The model: transformers' `LlamaForCausalLM` built from our config, and the loss that is trained on."""
+"""The model, transformers' `LlamaForCausalLM` or our `SpeedrunModel`, built from our config, and its loss."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pretrain.config.model import ModelConfig
 from pretrain.config.train import TrainConfig
+from pretrain.speedrun_model import SpeedrunModel
 
 IGNORED = -100  # label of positions that are padding
 
@@ -38,19 +39,24 @@ def llama_config(config: ModelConfig) -> LlamaConfig:
     )
 
 
-def build_model(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> LlamaForCausalLM:
-    """A freshly initialised model with fp32 weights.
+def build_model(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> LlamaForCausalLM | SpeedrunModel:
+    """A freshly initialised model with fp32 weights, but for an embedding that the config wants in bf16.
 
     The weights depend on `config` and `seed` alone: they are drawn on the CPU from a generator of their own,
     so every rank and every kind of device starts from the same ones. On the meta device nothing is drawn.
     """
     with torch.device("meta"):
-        model = LlamaForCausalLM(llama_config(config))
+        speedrun = config.architecture == "speedrun"
+        model = SpeedrunModel(config) if speedrun else LlamaForCausalLM(llama_config(config))
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(model, SpeedrunModel):
+        model.init_weights(generator)
+        return model.to(device)
     model.tie_weights()
-    _init_weights(model, config, torch.Generator().manual_seed(seed))
+    _init_weights(model, config, generator)
     # to_empty() left the rotary buffers without values: they are not parameters, nothing else sets them.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model.to(device)
@@ -80,7 +86,7 @@ class LossModel(nn.Module):
         train: for activation checkpointing and the size of the loss's chunks.
     """
 
-    def __init__(self, model: LlamaForCausalLM, train: TrainConfig) -> None:
+    def __init__(self, model: LlamaForCausalLM | SpeedrunModel, train: TrainConfig) -> None:
         super().__init__()
         self.model = model
         self.chunk = train.loss_chunk_tokens
@@ -99,10 +105,7 @@ class LossModel(nn.Module):
             mask: bool attention mask [batch, 1, length, length], or None for plain causal attention.
             positions: int64 position ids [batch, length], or None for 0, 1, 2, ...
         """
-        hidden = self.model.model(
-            input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        hidden, labels = hidden.flatten(0, 1), labels.flatten()
+        hidden, labels = self._hidden(inputs, mask, positions).flatten(0, 1), labels.flatten()
         if self.chunk is None or self.chunk >= len(labels):
             return self._loss(hidden, labels)
         # Each chunk's logits are recomputed in the backward pass instead of kept.
@@ -111,6 +114,14 @@ class LossModel(nn.Module):
             for h, y in zip(hidden.split(self.chunk), labels.split(self.chunk), strict=True)
         ]
         return torch.stack(parts).sum()
+
+    def _hidden(self, inputs: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """What the head reads, [batch, length, hidden]."""
+        if isinstance(self.model, SpeedrunModel):
+            return self.model.hidden(inputs, mask, positions)
+        return self.model.model(
+            input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = self.model.lm_head(hidden)

@@ -39,10 +39,11 @@ def describe(config: Config, model: nn.Module, world_size: int) -> list[str]:
     per_token = flops_per_token(config.model, length)
     sequences, rounds = config.global_batch_sequences, accumulation(config, world_size)
     head = "tied head" if config.model.tie_embeddings else f"head {counts['head']:,}"
-    inner = counts["blocks"] + counts["norms"]
+    bf16 = " in bf16" if config.model.embedding_dtype == "bf16" else ""
+    inner = counts["blocks"] + counts["biases"] + counts["norms"]
     return [
         f"model     {counts['total']:,} parameters: {inner:,} without embeddings, "
-        f"embedding {counts['embedding']:,}, {head}",
+        f"embedding {counts['embedding']:,}{bf16}, {head}",
         f"batch     {train.global_batch_tokens:,} tokens = {sequences} sequences of {length} = {world_size} ranks x "
         f"{rounds} micro-batches x {train.micro_batch_sequences} sequences",
         f"length    {train.total_tokens:,} tokens = {config.total_steps:,} steps x {train.global_batch_tokens:,}, "

@@ -43,11 +43,25 @@ TINY: dict[str, Any] = {
     "checkpoint": {"save_every_steps": 1000},
 }
 
+# The `model` section of a small speedrun model, in place of TINY's.
+SPEEDRUN: dict[str, Any] = {
+    "architecture": "speedrun",
+    "vocab_size": 8192,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_layers": 3,
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "context_length": 32,
+    "rope_theta": 1024,
+    "norm_eps": 1e-6,
+}
+
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with dotted keys replaced."""
     data = copy.deepcopy(base)
-    for path, value in changes.items():
+    for path, value in copy.deepcopy(changes).items():
         *parents, last = path.split(".")
         section = data
         for key in parents:

@@ -35,20 +35,28 @@ def test_help_lists_every_verb_without_loading_torch() -> None:
     assert done.stdout.strip().endswith("False")
 
 
-@pytest.mark.parametrize("name", ["quickstart", "aurora-1.1b"])
+@pytest.mark.parametrize("name", ["quickstart", "aurora-1.1b", "aurora-340m", "speedrun-3175"])
 def test_check_shows_what_a_shipped_config_amounts_to(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert main(["check", f"configs/{name}.yaml"]) == 0
     out = capsys.readouterr().out
-    for part in ("model.layers.0.mlp.gate_proj.weight", "tall", "wide", "square", "aurora", "adamw", "lr scale"):
+    tall = "up_proj" if name == "speedrun-3175" else "gate_proj"
+    for part in (f"model.layers.0.mlp.{tall}.weight", "tall", "wide", "square", "aurora", "adamw", "lr scale"):
         assert part in out
     for part in ("parameters", "steps", "tokens", "FLOPs", "per token"):
         assert part in out
     if name == "aurora-1.1b":
         assert "8192 x 2048" in out
         assert "190,735 steps" in out
+    if name == "aurora-340m":
+        assert "339,776,640 without embeddings" in out
+        assert "16,384 steps" in out
+    if name == "speedrun-3175":
+        assert "162,354,816 parameters" in out
+        assert "3,200 steps" in out
+        assert "decay over the last 1,174,405,120 tokens (2,240 steps)" in out
 
 
 def test_train_export_and_load(config_file: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:

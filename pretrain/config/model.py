@@ -1,5 +1,6 @@
-"""Config section `model`: the shape of the Llama-style model and how it is initialised."""
+"""Config section `model`: the kind of model, its shape and how it is initialised."""
 
+from collections.abc import Collection
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,7 +10,12 @@ from pretrain.config.fields import PositiveFloat, PositiveInt
 
 
 class ModelConfig(Section):
-    """A `LlamaForCausalLM`: RMSNorm, rotary positions, grouped-query attention, SwiGLU MLP."""
+    """Which model, and its shape."""
+
+    architecture: Literal["llama", "speedrun"] = "llama"
+    """`llama`: a `LlamaForCausalLM`: RMSNorm, rotary positions, grouped-query attention, SwiGLU MLP. `speedrun`: the
+    model of the modded-nanoGPT optimization track (see pretrain.speedrun_model), which can be trained and validated
+    but neither sampled nor exported."""
 
     vocab_size: PositiveInt
     """Rows of the embedding and of the head. May exceed the tokenizer's entries (padding to a
@@ -34,7 +40,7 @@ class ModelConfig(Section):
     """Longest sequence, in tokens, that the model is built for."""
 
     rope_theta: PositiveFloat = 10_000.0
-    """Base of the rotary frequencies; larger for longer contexts."""
+    """Base of the rotary frequencies; larger for longer contexts. The record of `speedrun` has 1024."""
 
     tie_embeddings: bool = False
     """Use the input embedding as the output head as well."""
@@ -49,6 +55,24 @@ class ModelConfig(Section):
     """The matrices that write into the residual stream (o_proj, down_proj): drawn as the others,
     drawn with `init_std / sqrt(2 * num_layers)` (GPT-2), or zero."""
 
+    embedding_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which `speedrun` keeps the weight and the gradient of its input embedding; the optimizer's state of it
+    stays fp32. With `bf16` (the record) steps below 1/512 of a weight are rounded away, and the sum of its gradients
+    over micro-batches and ranks is rounded at each addition."""
+
+    def implied(self) -> Collection[str]:
+        """The architecture, where it is what it always was."""
+        return ("architecture",) if self.architecture == "llama" else ()
+
+    def ineffective(self) -> dict[str, str]:
+        """What the architecture has settled."""
+        if self.architecture == "llama":
+            return {"embedding_dtype": "a llama's weights have one dtype, that of the engine"}
+        return {
+            "tie_embeddings": "the speedrun architecture has a head of its own",
+            **dict.fromkeys(("init_std", "init_residual"), "the speedrun architecture has its own initialisation"),
+        }
+
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         problems = []
@@ -59,7 +83,17 @@ class ModelConfig(Section):
                 "num_heads: expected an even head size for rotary positions, "
                 f"got {self.hidden_size} / {self.num_heads} = {self.hidden_size // self.num_heads}"
             )
-        if self.num_heads % self.num_kv_heads:
+        elif self.architecture == "speedrun" and self.hidden_size // self.num_heads % 4:
+            problems.append(
+                "num_heads: expected a head size that is a multiple of 4, half of whose pairs are rotated, "
+                f"got {self.hidden_size} / {self.num_heads} = {self.hidden_size // self.num_heads}"
+            )
+        if self.architecture == "speedrun" and self.num_kv_heads != self.num_heads:
+            problems.append(
+                f"num_kv_heads: expected num_heads ({self.num_heads}), for the speedrun architecture has no "
+                f"grouped-query attention, got {self.num_kv_heads}"
+            )
+        elif self.num_heads % self.num_kv_heads:
             problems.append(
                 f"num_kv_heads: expected a divisor of num_heads ({self.num_heads}), got {self.num_kv_heads}"
             )

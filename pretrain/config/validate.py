@@ -182,6 +182,12 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
         problems += _not_multiple(
             "train.total_tokens", train.total_tokens, "train.global_batch_tokens", train.global_batch_tokens
         )
+    samples = sections.get("samples")
+    if model and samples and model.architecture != "llama" and samples.every_steps is not None:
+        problems.append(
+            f"samples.every_steps: expected null, for model.architecture {model.architecture} cannot generate text, "
+            f"got {samples.every_steps}"
+        )
     data, validation = sections.get("data"), sections.get("validation")
     if data and validation and data.validation_fraction == 0 and validation.model_fields_set:
         problems += [

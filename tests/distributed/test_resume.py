@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import SPEEDRUN
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import metrics, newest, run, run_consuming_generators, tensors
 
+RECIPE = {
+    "model": {**SPEEDRUN, "embedding_dtype": "bf16"},
+    "optimizer.scope": "all",
+    "optimizer.contra": 0.2,
+    "optimizer.uw_floor": 0.35,
+    "train.grad_clip": None,
+}
 EXACT = ("step", "tokens", "loss", "lr", "adamw_lr", "grad_norm", "batch_sha256")
 
 
@@ -29,6 +37,8 @@ EXACT = ("step", "tokens", "loss", "lr", "adamw_lr", "grad_norm", "batch_sha256"
         pytest.param(2, {"optimizer.name": "normuon", "optimizer.polar": "gram"}, id="normuon"),
         pytest.param(1, {"optimizer.name": "u_normuon", "optimizer.running_norms": True}, id="u_normuon"),
         pytest.param(1, {"optimizer.polar": "gram", "optimizer.row_blocks": {"q_proj": 2}}, id="split heads"),
+        pytest.param(1, RECIPE, id="speedrun, bf16 embedding"),
+        pytest.param(2, RECIPE, id="speedrun, 2 processes"),
     ],
 )
 def test_stopping_twice_changes_nothing(world_size: int, changes: dict[str, Any], tmp_path: Path) -> None:
