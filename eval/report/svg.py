@@ -43,6 +43,7 @@ _STYLE: dict[RcKeyType, Any] = {
 # None for all of them leaves the metadata out, and with it the date.
 _METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _GEOMETRY = re.compile(r' (?:d|x|y|points|transform)="[^"]*"')
+_OWN_STYLE = re.compile(r"<defs>\s*<style.*?</style>\s*</defs>", re.DOTALL)  # its rules would apply to the whole page
 _LONG_NUMBER = re.compile(r"(\.\d\d)\d+")
 
 
@@ -70,6 +71,7 @@ def to_svg(drawn: Figure, name: str, label: str) -> Markup:
     head, _, body = text.partition(">")
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None
+    body = _OWN_STYLE.sub("", body, count=1)
     body = _GEOMETRY.sub(lambda match: _LONG_NUMBER.sub(r"\1", match[0]), body)
     body = body.replace("xlink:href", "href").replace(' id="', f' id="{name}-')
     body = body.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")

@@ -127,7 +127,7 @@ def job(
 
 
 def write_sweep(
-    root: Path, axes: Mapping[str, Sequence[str]], jobs: Sequence[Mapping[str, Any]], **changes: Any
+    root: Path, axes: Mapping[str, Sequence[str]], jobs: Sequence[Mapping[str, Any]], /, **changes: Any
 ) -> Path:
     """A sweep folder `root`/sweeps/made-up; the runs lie in `root`."""
     folder = root / "sweeps" / "made-up"
