@@ -228,5 +228,5 @@ def _number(value: Any) -> bool:
 
 
 def _labels(data: Mapping[str, Any]) -> dict[str, str]:
-    """Labels as text: YAML reads `expansion: 4` as a number."""
-    return {axis: str(label) for axis, label in data.items()}
+    """Labels as text: YAML reads `expansion: 4` as a number and `nesterov: true` as a truth value."""
+    return {axis: str(label).lower() if isinstance(label, bool) else str(label) for axis, label in data.items()}

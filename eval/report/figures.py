@@ -20,7 +20,7 @@ from eval.report.sweep import Series
 
 _POINTS = 160  # of a curve
 _SMOOTH = 60  # means that a noisy curve is reduced to
-_SKIPPED = 0.15  # of the x axis: a loss may lie above its panel there
+_SKIPPED = 0.25  # of the x axis: a loss may lie above its panel there
 _COLUMNS = 100  # of a heatmap
 _MOST_LAYERS = 8  # heatmaps a series
 _EMPTY: Curve = (np.empty(0), np.empty(0))

@@ -21,9 +21,10 @@ from eval.report.figures import (
     neuron_plots,
     survival_plots,
 )
-from eval.report.schema import FinalRow, ReportResult, Summary
+from eval.report.schema import ReportResult, Summary
 from eval.report.styles import Style, arrange
 from eval.report.sweep import Series, Sweep
+from eval.report.trends import Trend, trends
 
 _FOLDER = Path(__file__).parent
 _MOST_HEATMAPS = 12  # series
@@ -65,6 +66,7 @@ class Figures:
     """The figures of the page, and what has to be said about them.
 
     Attributes:
+        trends: final numbers over numeric axes.
         losses: validation and training loss.
         neurons: shares and variation over steps, and what became of dead rows.
         references: steps at which the dead rows were taken whose fate is shown.
@@ -75,6 +77,7 @@ class Figures:
         legend: what the styles mean.
     """
 
+    trends: list[Trend]
     losses: list[Row]
     neurons: list[Row]
     references: list[int]
@@ -110,12 +113,12 @@ def render(sweep: Sweep, found: ReportResult) -> str:
     environment.filters.update(filters)
     return environment.get_template("page.html.j2").render(
         report=found,
-        figures=_figures(sweep),
+        figures=_figures(sweep, found),
         style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
         state=state_line(sweep),
         configs=[(series.name, series.first.config_text) for series in sweep.series if series.first],
         slowest=max((sum(row["seconds"].values()) for row in found["timing"] if row["seconds"]), default=1.0) or 1.0,
-        final_notes=[note for row in found["final"] if (note := _final_note(row))],
+        final_notes=_final_notes(found),
         unfinished=[row for row in found["jobs"] if row["state"] != "done"],
         DASH=DASH,
     )
@@ -132,7 +135,7 @@ def state_line(sweep: Sweep) -> str:
     return ", ".join([f"{counts['done']} of {len(sweep.jobs)} jobs done", *rest])
 
 
-def _figures(sweep: Sweep) -> Figures:
+def _figures(sweep: Sweep, found: ReportResult) -> Figures:
     arranged = arrange(sweep)
     runs = [run for series in sweep.series for run in series.shown.values()]
     survivals, references = survival_plots(runs)
@@ -151,6 +154,7 @@ def _figures(sweep: Sweep) -> Figures:
             drawn, layers = heatmap_panels(series.first, f"map{i}")
             heatmaps += [Heatmaps(series.name, series.first.name, drawn, layers)] if drawn else []
     return Figures(
+        trends=trends(sweep, found["final"], arranged.styles),
         losses=rows(loss_plots(runs), "loss"),
         neurons=rows(neuron_plots() + survivals, "neurons"),
         references=references,
@@ -177,11 +181,15 @@ def _with_heatmaps(sweep: Sweep) -> list[Series]:
     return [series for series in sweep.series if matters(series)][:_MOST_HEATMAPS]
 
 
-def _final_note(row: FinalRow) -> str:
-    if not row["not_finite"]:
-        return ""
-    seeds = ", ".join(seed for seed in row["not_finite"] if seed)
-    return f"{row['series']}: the last validation loss was not finite" + (f" (seed {seeds})" if seeds else "")
+def _final_notes(found: ReportResult) -> list[str]:
+    """Losses that were not finite, and steps that were skipped."""
+    notes = []
+    for row in found["final"]:
+        seeds = ", ".join(seed for seed in row["not_finite"] if seed)
+        if row["not_finite"]:
+            notes.append(f"{row['series']}: last validation loss not finite" + (f", seed {seeds}" if seeds else ""))
+    skipped = [(job["run"], job["skipped_steps"]) for job in found["jobs"] if job["skipped_steps"]]
+    return notes + [f"{run}: gradients not finite and the step skipped, {count} times" for run, count in skipped]
 
 
 def share(value: float | None) -> str:

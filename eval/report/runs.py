@@ -22,7 +22,7 @@ from eval.report.statistics import Curve
 State = Literal["done", "running", "failed", "missing"]
 CPU_SHARE = 0.9  # a single thread that computed for less of its time shared its core
 _QUIET_SECONDS = 120.0  # a run whose lock cannot be seen from here counts as running that long after its last write
-_LOCKS = Path("/proc/locks")
+LOCKS = Path("/proc/locks")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class Run:
         train = self.section("train")
         tokens, batch = train.get("total_tokens"), train.get("global_batch_tokens")
         return math.ceil(tokens / batch) if isinstance(tokens, int) and isinstance(batch, int) and batch else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because their gradients were not finite."""
+        return sum(bool(record.get("skipped")) for record in self.records)
 
     @property
     def config_text(self) -> str:
@@ -227,7 +232,7 @@ def _is_held(path: Path) -> bool:
     """
     try:
         inode = (path / ".lock").stat().st_ino
-        if any(line.split()[5].endswith(f":{inode}") for line in _LOCKS.read_text().splitlines() if "FLOCK" in line):
+        if any(line.split()[5].endswith(f":{inode}") for line in LOCKS.read_text().splitlines() if "FLOCK" in line):
             return True
     except OSError:
         pass

@@ -105,7 +105,10 @@ class JobRow(TypedDict):
     step: int
     total_steps: int | None
     chosen: bool
+    # Why its times say little; empty if they can be used.
     disturbances: list[str]
+    # Steps that changed nothing because their gradients were not finite.
+    skipped_steps: int
 
 
 class Provenance(TypedDict):

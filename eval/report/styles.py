@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from eval.report.sweep import Series, Sweep
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A")
-_DASHES = ("", "5 2", "1.5 1.5", "7 2 1.5 2")
+DASHES = ("", "5 2", "1.5 1.5", "7 2 1.5 2")
 _MOST_IN_A_PANEL = 6
 
 
@@ -75,7 +75,7 @@ def arrange(sweep: Sweep) -> Arrangement:
         rest = _rest(series, varying, coloured)
         colour = sweep.axes[coloured].index(series.labels[coloured]) if coloured else 0
         dash = colour // len(_COLOURS) if spread else colour // len(_COLOURS) + rests.index(rest)
-        styles[series.name] = Style(_COLOURS[colour % len(_COLOURS)], _DASHES[dash % len(_DASHES)])
+        styles[series.name] = Style(_COLOURS[colour % len(_COLOURS)], DASHES[dash % len(DASHES)])
         members.setdefault(rest if spread else (), []).append(series)
     groups = [Group(", ".join(f"{a} {label}" for a, label in rest), group) for rest, group in members.items()]
     legend = list(styles.items())

@@ -195,6 +195,7 @@ def _job_row(sweep: Sweep, job: Job) -> JobRow:
         "total_steps": job.run.total_steps,
         "chosen": job.chosen,
         "disturbances": job.run.disturbances,
+        "skipped_steps": job.run.skipped_steps,
     }
 
 

@@ -150,6 +150,8 @@ def _scale(sweep: Sweep, claim: Claim) -> str:
     parts += [f"{span(tokens)} tokens"] if tokens and not claim.equal_time else []
     if steps and not claim.equal_time:
         parts.append(f"step {span(steps)}" + (f" of {span(totals)}" if totals else ""))
+    if claim.equal_time and totals:
+        parts.append(f"runs of {span(totals)} steps")
     return ", ".join(parts)
 
 

@@ -91,8 +91,9 @@ def write_run(
     launches: Sequence[Mapping[str, Any]] = (LAUNCH,),
     finished: bool = True,
     arrays: Sequence[int] = (),
+    layers: int = 2,
 ) -> Path:
-    """A run folder; `arrays` are the steps with telemetry arrays."""
+    """A run folder; `arrays` are the steps with telemetry arrays of so many layers."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {"run": folder.name, "launches": list(launches)}
     if finished:
@@ -101,11 +102,11 @@ def write_run(
     (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, **(config or {})}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in arrays:
-        write_arrays(folder, step, step / 500)
+        write_arrays(folder, step, step / 500, layers)
     return folder
 
 
-def write_arrays(folder: Path, step: int, spread: float, layers: int = 4, rows: int = 64) -> None:
+def write_arrays(folder: Path, step: int, spread: float, layers: int, rows: int = 64) -> None:
     """Log-normal leverages whose spread grows, the same neurons always lowest."""
     (folder / "telemetry").mkdir(exist_ok=True)
     arrays = {}

@@ -46,6 +46,7 @@ def test_a_claim_is_read_and_put_into_words() -> None:
         "at equal training time" in parse_claim(changed(step=None, at="equal_time", minus={"optimizer": "a"})).reading
     )
     assert parse_claim(changed(step="last")).step is None
+    assert parse_claim(changed(where={"nesterov": True})).where == {"nesterov": "true"}
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_the_page_of_a_sweep_says_what_was_found(tmp_path: Path) -> None:
         *("A made-up sweep", "Does it work?", "5 of 5 jobs done", "AMD EPYC", LAUNCH["git_commit"], "2026-11-24"),
         *("Muon starves", "above 0.25", "holds", "4.2M parameters without embeddings", "step 600 of 500"),
         *("4.6249 ±", "−0.1000 ± 0.0000", "baseline", "30.0 %", "chosen", "at the edge of the alternatives"),
-        *("Starved rows", "still dead", "layer 3", "Time of a step", "train.total_tokens: 2048000", "name: aurora"),
+        *("Starved rows", "still dead", "layer 1", "Time of a step", "train.total_tokens: 2048000", "name: aurora"),
     ):
         assert part in page.text
     found = json.loads((folder / "report.json").read_text())
@@ -210,7 +210,7 @@ def test_thirty_runs_of_500_steps_stay_under_5_mb(tmp_path: Path) -> None:
         for expansion in axes["expansion"]:
             for seed in axes["seed"]:
                 run = f"{optimizer}-{expansion}-{seed}"
-                write_run(tmp_path / run, records(500, seed=int(seed)), arrays=range(50, 501, 50))
+                write_run(tmp_path / run, records(500, seed=int(seed)), arrays=range(50, 501, 50), layers=4)
                 jobs.append(job(run, {"optimizer": optimizer, "expansion": expansion, "seed": seed}))
     where = {"optimizer": "aurora", "expansion": "4"}
     claim = {"claim": "x", "measure": "validation_loss", "where": where, "minus": BASELINE, "below": 0}
@@ -238,7 +238,40 @@ def test_a_loss_that_is_not_finite_is_said_and_not_replaced(tmp_path: Path) -> N
     final = results(folder)["final"][1]
     assert final["not_finite"] == ["2"]
     assert set(final["validation_loss"]["values"]) == set(final["difference"]["values"]) == {"1"}
-    assert "aurora: the last validation loss was not finite (seed 2)" in Page(write_report(folder).read_text()).text
+    assert "aurora: last validation loss not finite, seed 2" in Page(write_report(folder).read_text()).text
+
+
+def test_skipped_steps_are_counted(tmp_path: Path) -> None:
+    rows = records(20)
+    rows[3] |= {"loss": None, "grad_norm": None, "skipped": True}
+    folder = write_run(tmp_path / "run", rows)
+    assert results(folder)["jobs"][0]["skipped_steps"] == 1
+    assert "gradients not finite and the step skipped, 1 times" in Page(write_report(folder).read_text()).text
+
+
+def test_final_numbers_over_a_numeric_axis(tmp_path: Path) -> None:
+    """The axis' name is text in a figure: escaped, and no mathematics."""
+    jobs = []
+    for optimizer in ("muon", "aurora"):
+        for width in ("2", "4", "8"):
+            run = f"{optimizer}-{width}"
+            write_run(tmp_path / run, records(50))
+            jobs.append(job(run, {"optimizer": optimizer, NASTY: width}))
+    folder = write_sweep(tmp_path, {"optimizer": ["muon", "aurora"], NASTY: ["2", "4", "8"]}, jobs)
+    html = write_report(folder).read_text()
+    page = Page(html)
+    assert f"Over {NASTY}" in page.text
+    assert "<script" not in html
+    section = html[html.index("<h2>Over ") :].partition("</section>")[0]
+    figures = re.findall(r"<svg viewBox.*?</svg>", section, re.DOTALL)
+    assert len(figures) == 4
+    for figure in figures:
+        assert [text for text in re.findall(r"<text[^>]*>(.*?)</text>", figure) if text in {"2", "4", "8"}] == [
+            "2",
+            "4",
+            "8",
+        ]
+        assert NASTY in Page(figure).text
 
 
 def test_disturbed_runs_are_named_and_left_out_of_times(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_states_of_a_run(tmp_path: Path) -> None:
     assert load_run(broken_off).state == "failed"
 
 
-@pytest.mark.skipif(not runs_module._LOCKS.exists(), reason="not run: no /proc/locks here")
+@pytest.mark.skipif(not runs_module.LOCKS.exists(), reason="not run: no /proc/locks here")
 def test_a_run_whose_lock_is_held_is_running_and_its_lock_is_left_alone(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "held", records(3), finished=False)
     age(folder)
