@@ -15,7 +15,7 @@ from eval.report.runs import Run
 from eval.report.statistics import Curve
 
 DEAD = 0.1  # of the mean leverage
-REFERENCE_STEP = 500  # or the measurement nearest below
+_REFERENCE_STEP = 500  # where the config names none
 LOG_BINS = np.linspace(-3.0, 1.0, 41)  # log10 of leverage; what lies outside is counted in the first or last bin
 _LEVERAGE = re.compile(r"layers\.(\d+)\.(gate_proj|up_proj)\.leverage")
 
@@ -63,8 +63,11 @@ def histograms(run: Run) -> list[Histograms]:
 
 
 def survival(run: Run) -> Survival | None:
-    """What became of the rows dead at the reference step; None without a later measurement or dead rows."""
-    before = [step for step in run.telemetry_files if step <= REFERENCE_STEP]
+    """What became of the rows dead at the config's reference step, or else at the measurement nearest below it; None
+    without a later measurement or dead rows."""
+    wanted = run.section("telemetry").get("reference_step")
+    limit: int = wanted if isinstance(wanted, int) else _REFERENCE_STEP
+    before = [step for step in run.telemetry_files if step <= limit]
     if not before:
         return None
     reference = before[-1]

@@ -7,6 +7,7 @@ A claim is written in a sweep's file as
     step: 500                           # or "last", the default; or `at: equal_time` instead
     where: {optimizer: muon}            # the series; every axis but the seed's must be named ...
     minus: {optimizer: aurora}          # optional: difference to this series, other axes and seed equal
+    over: {optimizer: aurora}           # instead of minus: ratio to it
     slope_over: expansion               # optional: ... but this one: slope over log2 of its labels
     above: 0.05                         # or `below`
     source: where the claim comes from  # optional
@@ -24,7 +25,8 @@ from typing import Any, Literal
 
 from eval.errors import EvalError
 
-_KEYS = ("claim", "measure", "step", "at", "where", "minus", "slope_over", "above", "below", "source")
+_KEYS = ("claim", "measure", "step", "at", "where", "minus", "over", "slope_over", "above", "below", "source")
+_RELATIONS: tuple[Literal["minus", "over"], ...] = ("minus", "over")
 Labels = Mapping[str, str]
 
 
@@ -42,7 +44,8 @@ class Claim:
         step: step at which it is read; None for each run's last one.
         equal_time: read at the training time of the faster of the paired runs, instead of at a step.
         where: the series, axis -> label.
-        minus: axes in which the series that is subtracted differs, axis -> label; None for no difference.
+        other: axes in which the series that it is compared with differs, axis -> label; None for no comparison.
+        relation: whether the other series is subtracted or divided by; None for no comparison.
         slope_over: axis over whose log2(label) the slope is taken; None for the number itself.
         side: on which side of the threshold the numbers must lie.
         threshold: in the unit of the measure (per doubling of the label, for a slope).
@@ -54,7 +57,8 @@ class Claim:
     step: int | None
     equal_time: bool
     where: Labels
-    minus: Labels | None
+    other: Labels | None
+    relation: Literal["minus", "over"] | None
     slope_over: str | None
     side: Literal["above", "below"]
     threshold: float
@@ -63,9 +67,14 @@ class Claim:
     @property
     def reading(self) -> str:
         """What is measured, in words."""
-        minus = "" if self.minus is None else f" minus {format_labels(self.minus)}, paired by seed"
+        other = "" if self.other is None else f" {self.relation} {format_labels(self.other)}, paired by seed"
         slope = "" if self.slope_over is None else f", slope per doubling of {self.slope_over}"
-        return f"{self.measure} {self._moment}: {format_labels(self.where) or 'all runs'}{minus}{slope}"
+        return f"{self.measure} {self._moment}: {format_labels(self.where) or 'all runs'}{other}{slope}"
+
+    @property
+    def is_timing(self) -> bool:
+        """Whether its numbers depend on how fast the runs were."""
+        return self.equal_time or self.measure.endswith(("seconds", "_per_second", "mfu"))
 
     @property
     def _moment(self) -> str:
@@ -106,19 +115,30 @@ def parse_claim(data: Any) -> Claim:
     if problems:
         name = repr(text) if _text(text) else "a claim"
         raise ClaimError("\n".join(f"{name}: {problem}" for problem in problems))
-    step, minus = data.get("step", "last"), data.get("minus")
+    step = data.get("step", "last")
+    relation: Literal["minus", "over"] | None = next((key for key in _RELATIONS if data.get(key) is not None), None)
     return Claim(
         text=data["claim"],
         measure=data["measure"],
         step=None if step == "last" else step,
         equal_time=data.get("at") is not None,
         where=_labels(data["where"]),
-        minus=None if minus is None else _labels(minus),
+        other=None if relation is None else _labels(data[relation]),
+        relation=relation,
         slope_over=data.get("slope_over"),
         side="above" if sides == ["above"] else "below",
         threshold=float(data[sides[0]]),
         source=data.get("source") or "",
     )
+
+
+def claim_problems(data: Any, axes: Mapping[str, Sequence[str]], seed_axis: str | None) -> list[str]:
+    """What is wrong with a claim as it stands in a sweep's file, a line each; arguments as of `check_claim`."""
+    try:
+        check_claim(parse_claim(data), axes, seed_axis)
+    except ClaimError as error:
+        return str(error).splitlines()
+    return []
 
 
 def check_claim(claim: Claim, axes: Mapping[str, Sequence[str]], seed_axis: str | None) -> None:
@@ -134,7 +154,7 @@ def check_claim(claim: Claim, axes: Mapping[str, Sequence[str]], seed_axis: str 
     """
     open_axes = {axis: list(labels) for axis, labels in axes.items() if axis != seed_axis}
     problems = []
-    for key, labels in (("where", claim.where), ("minus", claim.minus or {})):
+    for key, labels in (("where", claim.where), (claim.relation or "", claim.other or {})):
         for axis, label in labels.items():
             if axis == claim.slope_over:
                 problems.append(f"{key}.{axis} and slope_over name the same axis; leave it to slope_over")
@@ -148,8 +168,8 @@ def check_claim(claim: Claim, axes: Mapping[str, Sequence[str]], seed_axis: str 
     problems += [f"where leaves the axis {axis} open; choose one of {', '.join(open_axes[axis])}" for axis in left]
     if claim.slope_over is not None:
         problems += _problems_of_slope(claim.slope_over, open_axes)
-    if claim.minus is not None and not problems and all(claim.where[axis] == claim.minus[axis] for axis in claim.minus):
-        problems.append("minus is the same series as where")
+    if claim.other and not problems and all(claim.where[axis] == label for axis, label in claim.other.items()):
+        problems.append(f"{claim.relation} is the same series as where")
     if problems:
         raise ClaimError("\n".join(f"{claim.text!r}: {problem}" for problem in problems))
 
@@ -164,8 +184,11 @@ def _problems_of_reading(data: Mapping[str, Any]) -> list[str]:
         problems.append(f"at is {at!r}; expected equal_time")
     if at is not None and step is not None:
         problems.append("step and at exclude each other; leave one out")
-    if at is not None and data.get("minus") is None:
-        problems.append("at: equal_time compares two runs; name the other series under minus")
+    compared = [key for key in _RELATIONS if data.get(key) is not None]
+    if len(compared) > 1:
+        problems.append("minus and over exclude each other; leave one out")
+    if at is not None and not compared:
+        problems.append("at: equal_time compares two runs; name the other series under minus or over")
     for key in ("slope_over", "source"):
         if data.get(key) is not None and not _text(data[key]):
             problems.append(f"{key} is {data[key]!r}; expected text")
@@ -173,18 +196,18 @@ def _problems_of_reading(data: Mapping[str, Any]) -> list[str]:
 
 
 def _problems_of_labels(data: Mapping[str, Any]) -> list[str]:
-    """Of where and minus."""
+    """Of where, minus and over."""
     problems = []
-    for key in ("where", "minus"):
+    for key in ("where", *_RELATIONS):
         labels = data.get(key)
-        if labels is None and key == "minus":
+        if labels is None and key in _RELATIONS:
             continue
         if not isinstance(labels, Mapping) or not all(
             _text(axis) and isinstance(label, str | int | float) for axis, label in labels.items()
         ):
             problems.append(f"{key} is {labels!r}; expected a mapping of axes to labels, such as {{optimizer: muon}}")
-        elif key == "minus" and not labels:
-            problems.append("minus is empty; name the axis in which the other series differs, or leave it out")
+        elif key in _RELATIONS and not labels:
+            problems.append(f"{key} is empty; name the axis in which the other series differs, or leave it out")
     return problems
 
 
@@ -228,5 +251,5 @@ def _number(value: Any) -> bool:
 
 
 def _labels(data: Mapping[str, Any]) -> dict[str, str]:
-    """Labels as text: YAML reads `expansion: 4` as a number and `nesterov: true` as a truth value."""
-    return {axis: str(label).lower() if isinstance(label, bool) else str(label) for axis, label in data.items()}
+    """Labels as text: YAML reads `expansion: 4` as a number."""
+    return {axis: str(label) for axis, label in data.items()}

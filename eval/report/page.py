@@ -131,7 +131,7 @@ def state_line(sweep: Sweep) -> str:
         run = sweep.jobs[0].run
         steps = f"step {run.last_step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")
         return f"{run.state}, {steps}"
-    rest = [f"{counts[state]} {state}" for state in ("running", "failed", "missing") if counts[state]]
+    rest = [f"{counts[state]} {state}" for state in ("running", "stopped", "failed", "missing") if counts[state]]
     return ", ".join([f"{counts['done']} of {len(sweep.jobs)} jobs done", *rest])
 
 
@@ -172,9 +172,7 @@ def _with_heatmaps(sweep: Sweep) -> list[Series]:
         return sweep.series
 
     def matters(series: Series) -> bool:
-        named = [{**claim.where, **(claim.minus or {})} for claim in sweep.claims] + [
-            claim.where for claim in sweep.claims
-        ]
+        named = [{**claim.where, **other} for claim in sweep.claims for other in ({}, claim.other or {})]
         wanted = [*named, *([sweep.baseline] if sweep.baseline else [])]
         return any(all(series.labels.get(axis) == label for axis, label in labels.items()) for labels in wanted)
 

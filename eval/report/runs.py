@@ -19,7 +19,8 @@ import yaml
 from eval.errors import EvalError
 from eval.report.statistics import Curve
 
-State = Literal["done", "running", "failed", "missing"]
+State = Literal["done", "running", "stopped", "failed", "missing"]
+_GOOD_EXITS = (0, 75)  # done, stopped on request
 CPU_SHARE = 0.9  # a single thread that computed for less of its time shared its core
 _QUIET_SECONDS = 120.0  # a run whose lock cannot be seen from here counts as running that long after its last write
 LOCKS = Path("/proc/locks")
@@ -53,12 +54,14 @@ class Run:
         config: config.yaml, empty if absent.
         manifest: manifest.json, empty if absent.
         records: of metrics.jsonl, by rising step, each step once.
+        exit_code: of the process that a sweep started for it; None if not known.
     """
 
     path: Path
     config: dict[str, Any]
     manifest: dict[str, Any]
     records: list[dict[str, Any]]
+    exit_code: int | None = None
 
     @property
     def name(self) -> str:
@@ -94,12 +97,15 @@ class Run:
 
     @cached_property
     def state(self) -> State:
-        """done: the manifest says so; running: a process holds the run; missing: nothing there."""
+        """done: the manifest says so; running: a process holds the run; failed: its process said so; stopped: none of
+        these; missing: nothing there."""
         if self.manifest.get("finished"):
             return "done"
-        if not self.manifest and not self.records:
-            return "missing"
-        return "running" if _is_held(self.path) else "failed"
+        if _is_held(self.path, recently=self.exit_code is None):
+            return "running"
+        if self.exit_code not in (None, *_GOOD_EXITS):
+            return "failed"
+        return "stopped" if self.manifest or self.records else "missing"
 
     @cached_property
     def disturbances(self) -> list[str]:
@@ -178,8 +184,12 @@ class Run:
         return inner + tables, inner
 
 
-def load_run(path: Path) -> Run:
+def load_run(path: Path, exit_code: int | None = None) -> Run:
     """Read a run folder; absent files are empty.
+
+    Args:
+        path: the folder.
+        exit_code: of the process that a sweep started for it; None if not known.
 
     Raises:
         EvalError: a file is there and cannot be read.
@@ -195,7 +205,7 @@ def load_run(path: Path) -> Run:
     for file, data in (("config.yaml", parsed_config), ("manifest.json", parsed_manifest)):
         if not isinstance(data, dict):
             raise EvalError(f"{path / file}: expected a mapping, got {type(data).__name__}")
-    return Run(path, parsed_config, parsed_manifest, _records(path / "metrics.jsonl"))
+    return Run(path, parsed_config, parsed_manifest, _records(path / "metrics.jsonl"), exit_code)
 
 
 def is_number(value: Any) -> bool:
@@ -225,8 +235,9 @@ def _text(path: Path) -> str | None:
         raise EvalError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _is_held(path: Path) -> bool:
-    """Whether a process trains in the folder: its lock is held on this machine, or it was written to just now.
+def _is_held(path: Path, recently: bool) -> bool:
+    """Whether a process trains in the folder: its lock is held on this machine, or (if `recently` counts) it was
+    written to just now, perhaps from another one.
 
     The lock is looked up, not tried: a trainer that starts at this moment would find it taken.
     """
@@ -237,4 +248,4 @@ def _is_held(path: Path) -> bool:
     except OSError:
         pass
     written = [file.stat().st_mtime for name in ("metrics.jsonl", "manifest.json") if (file := path / name).exists()]
-    return bool(written) and time.time() - max(written) < _QUIET_SECONDS
+    return recently and bool(written) and time.time() - max(written) < _QUIET_SECONDS

@@ -98,10 +98,11 @@ class TimingRow(TypedDict):
 class JobRow(TypedDict):
     """One run."""
 
-    run: str
+    # Its name; null while it waits for the runs that choose its values.
+    run: str | None
     series: str
     seed: str
-    state: Literal["done", "running", "failed", "missing"]
+    state: Literal["done", "running", "stopped", "failed", "missing"]
     step: int
     total_steps: int | None
     chosen: bool

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.errors import EvalError
-from eval.report.claims import Claim, Labels, check_claim, parse_claim, positive_number
+from eval.report.claims import Claim, Labels, claim_problems, parse_claim, positive_number
 from eval.report.runs import Run, load_run
 
 SWEEP_FILE = "sweep.json"
@@ -26,16 +26,18 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-        run: its folder, read.
+        run: its folder, read; an empty one while the job waits for the runs that choose its values.
         labels: axis -> label.
         tuned: dotted config keys that were chosen among alternatives -> value.
-        chosen: it enters the comparison; False for a trial of another tuned value.
+        chosen: it enters the comparison; False for a trial of another tuned value, or while none is chosen.
+        is_waiting: it waits for the runs that choose its values.
     """
 
     run: Run
     labels: Labels
     tuned: dict[str, Any]
     chosen: bool
+    is_waiting: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Series:
     Attributes:
         labels: axis -> label, without the seed's.
         name: short, unique in its sweep.
-        jobs: seed -> job, all of them, done or not.
+        jobs: seed -> job, all that enter the comparison, done or not.
     """
 
     labels: Labels
@@ -101,9 +103,9 @@ class Sweep:
         found: dict[tuple[str, ...], dict[str, Job]] = {}
         axes = [axis for axis in self.axes if axis != self.seed_axis]
         for job in self.jobs:
+            members = found.setdefault(tuple(job.labels[axis] for axis in axes), {})
             if job.chosen:
-                seed = job.labels[self.seed_axis] if self.seed_axis else ""
-                found.setdefault(tuple(job.labels[axis] for axis in axes), {})[seed] = job
+                members[job.labels[self.seed_axis] if self.seed_axis else ""] = job
         order = {key: tuple(self.axes[a].index(label) for a, label in zip(axes, key, strict=True)) for key in found}
         return [
             Series(
@@ -157,24 +159,10 @@ def _load_sweep(path: Path) -> Sweep:
         raise EvalError(f"{file}: cannot be read: {error}") from None
     _raise(file, _problems(data))
     axes = {axis: [str(label) for label in labels] for axis, labels in data["axes"].items()}
-    seed_axis, claims, problems = data.get("seed_axis"), [], []
-    for entry in data.get("claims") or []:
-        try:
-            claim = parse_claim(entry)
-            check_claim(claim, axes, seed_axis)
-            claims.append(claim)
-        except EvalError as error:
-            problems += str(error).splitlines()
-    _raise(file, problems)
-    jobs = [
-        Job(
-            run=load_run(path / entry["run"]),
-            labels={axis: str(label) for axis, label in entry["labels"].items()},
-            tuned=entry.get("tuned") or {},
-            chosen=entry.get("chosen", True),
-        )
-        for entry in data["jobs"]
-    ]
+    seed_axis = data["seed_axis"] if data.get("seed_axis") in axes else None
+    claims = data.get("claims") or []
+    _raise(file, [problem for claim in claims for problem in claim_problems(claim, axes, seed_axis)])
+    jobs = [_job(path, entry) for entry in data["jobs"]]
     _raise(file, _problems_of_jobs(jobs, axes))
     baseline = data.get("baseline")
     return Sweep(
@@ -188,8 +176,22 @@ def _load_sweep(path: Path) -> Sweep:
         axes=axes,
         seed_axis=seed_axis,
         baseline=None if baseline is None else {axis: str(label) for axis, label in baseline.items()},
-        claims=claims,
+        claims=[parse_claim(claim) for claim in claims],
         jobs=jobs,
+    )
+
+
+def _job(folder: Path, entry: dict[str, Any]) -> Job:
+    """A job of sweep.json, its run read."""
+    run = folder / (entry["run"] or "no run yet")
+    exit_file = folder / "jobs" / f"{run.name}.exit"
+    code = exit_file.read_text(encoding="utf-8").strip() if exit_file.is_file() else ""
+    return Job(
+        run=load_run(run, int(code) if code.removeprefix("-").isdecimal() else None),
+        labels={axis: str(label) for axis, label in entry["labels"].items()},
+        tuned=entry.get("tuned") or {},
+        chosen=entry.get("chosen", True),
+        is_waiting=entry["run"] is None,
     )
 
 
@@ -206,8 +208,6 @@ def _problems(data: Any) -> list[str]:
     axes = data.get("axes")
     if not isinstance(axes, dict) or not all(isinstance(labels, list) and labels for labels in axes.values()):
         return [*problems, f"axes is {axes!r}; expected a mapping of axes to lists of labels"]
-    if data.get("seed_axis") is not None and data["seed_axis"] not in axes:
-        problems.append(f"seed_axis is {data['seed_axis']!r}; expected one of {', '.join(axes)}, or null")
     for key, kind in (("overrides", dict), ("baseline", dict), ("claims", list)):
         if data.get(key) is not None and not isinstance(data[key], kind):
             problems.append(f"{key} is {data[key]!r}; expected a {'mapping' if kind is dict else 'list'}")
@@ -218,7 +218,11 @@ def _problems(data: Any) -> list[str]:
     if not isinstance(data.get("jobs"), list) or not data["jobs"]:
         return [*problems, "jobs is missing or empty; expected a list"]
     for number, job in enumerate(data["jobs"]):
-        if not isinstance(job, dict) or not isinstance(job.get("run"), str) or not isinstance(job.get("labels"), dict):
+        if (
+            not isinstance(job, dict)
+            or not isinstance(job.get("run", 0), str | None)
+            or not isinstance(job.get("labels"), dict)
+        ):
             problems.append(f"jobs[{number}]: expected a mapping with run and labels")
         elif not isinstance(job.get("tuned") or {}, dict):
             problems.append(f"jobs[{number}].tuned is {job['tuned']!r}; expected a mapping")

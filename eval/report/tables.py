@@ -187,7 +187,7 @@ def _job_row(sweep: Sweep, job: Job) -> JobRow:
     series = sweep.find(labels)
     tuned = "" if job.chosen else f" ({', '.join(f'{key}={value}' for key, value in job.tuned.items())})"
     return {
-        "run": job.run.name,
+        "run": None if job.is_waiting else job.run.name,
         "series": (series.name if series else " · ".join(labels.values())) + tuned,
         "seed": seed,
         "state": job.run.state,

@@ -78,30 +78,42 @@ def _decide(claim: Claim, values: list[float], interval: Interval | None, broken
 def _number(sweep: Sweep, claim: Claim, seed: str) -> Reading:
     """The claim's number for one seed."""
     if claim.slope_over is None:
-        return _difference(sweep, claim, claim.where, seed)
+        return _compared(sweep, claim, claim.where, seed)
     labels = sweep.axes[claim.slope_over]
-    points = [_difference(sweep, claim, {**claim.where, claim.slope_over: label}, seed) for label in labels]
+    points = [_compared(sweep, claim, {**claim.where, claim.slope_over: label}, seed) for label in labels]
     values = [point.value for point in points if point.value is not None]
     if len(values) < len(points):
         return next(point for point in sorted(points, key=lambda p: not p.broken) if point.value is None)
     return Reading(log2_slope([positive_number(label) or 1.0 for label in labels], values))
 
 
-def _difference(sweep: Sweep, claim: Claim, labels: Labels, seed: str) -> Reading:
-    """The measure of one series, less that of the other one if the claim has one."""
-    pair = [labels] if claim.minus is None else [labels, {**labels, **claim.minus}]
+def _compared(sweep: Sweep, claim: Claim, labels: Labels, seed: str) -> Reading:
+    """The measure of one series, less that of the other one or divided by it if the claim says so."""
+    pair = [labels] if claim.other is None else [labels, {**labels, **claim.other}]
     runs = [_run(sweep, wanted, seed) for wanted in pair]
     for run in runs:
         if isinstance(run, Reading):
             return run
     found = [run for run in runs if isinstance(run, Run)]
-    readings = (
-        _at_equal_time(claim, found) if claim.equal_time else [run.read(claim.measure, claim.step) for run in found]
-    )
+    readings = _readings(claim, found)
     values = [reading.value for reading in readings if reading.value is not None]
     if len(values) < len(pair):
         return _lacking(found, readings)
-    return Reading(values[0] - sum(values[1:]), step=readings[0].step, tokens=readings[0].tokens)
+    value = values[0]
+    if claim.relation == "minus":
+        value -= values[1]
+    elif claim.relation == "over":
+        if values[1] == 0:
+            return Reading(None, f"{found[1].name} has {claim.measure} 0, by which nothing can be divided")
+        value /= values[1]
+    return Reading(value, step=readings[0].step, tokens=readings[0].tokens)
+
+
+def _readings(claim: Claim, runs: list[Run]) -> list[Reading]:
+    """The measure of each run; none where it depends on times and they were disturbed."""
+    if claim.is_timing and any(run.disturbances for run in runs):
+        return [Reading(None, " and ".join(f"was disturbed: {why}" for why in run.disturbances)) for run in runs]
+    return _at_equal_time(claim, runs) if claim.equal_time else [run.read(claim.measure, claim.step) for run in runs]
 
 
 def _lacking(runs: list[Run], readings: list[Reading]) -> Reading:
@@ -115,14 +127,12 @@ def _run(sweep: Sweep, labels: Labels, seed: str) -> Run | Reading:
     series = sweep.find(labels)
     job = series.jobs.get(seed) if series else None
     if series is None or job is None:
-        return Reading(None, "no such job")
+        return Reading(None, f"{series.name if series else 'the series'} has no chosen run")
     return job.run if job.run.state == "done" else Reading(None, f"{series.name} is {job.run.state}")
 
 
 def _at_equal_time(claim: Claim, runs: list[Run]) -> list[Reading]:
     """The measure of paired runs at the training time at which the first of them had finished."""
-    if any(run.disturbances for run in runs):
-        return [Reading(None, " and ".join(f"was disturbed: {why}" for why in run.disturbances)) for run in runs]
     ends = [run.read("train_seconds") for run in runs]
     known = [end.value for end in ends if end.value is not None]
     if len(known) < len(ends):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eval.errors import EvalError
-from eval.report.claims import ClaimError, check_claim, parse_claim
+from eval.report.claims import ClaimError, check_claim, claim_problems, parse_claim
 
 AXES = {"optimizer": ["muon", "aurora"], "expansion": ["2", "4", "8"], "seed": ["1", "2"]}
 CLAIM: dict[str, Any] = {
@@ -46,7 +46,6 @@ def test_a_claim_is_read_and_put_into_words() -> None:
         "at equal training time" in parse_claim(changed(step=None, at="equal_time", minus={"optimizer": "a"})).reading
     )
     assert parse_claim(changed(step="last")).step is None
-    assert parse_claim(changed(where={"nesterov": True})).where == {"nesterov": "true"}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,10 @@ def test_a_claim_is_read_and_put_into_words() -> None:
         ({"step": 0}, ["step is 0"]),
         ({"at": "equal_tokens", "step": None, "minus": {"optimizer": "aurora"}}, ["at is 'equal_tokens'"]),
         ({"at": "equal_time", "minus": {"optimizer": "aurora"}}, ["step and at exclude each other"]),
-        ({"at": "equal_time", "step": None}, ["equal_time compares two runs; name the other series under minus"]),
+        (
+            {"at": "equal_time", "step": None},
+            ["equal_time compares two runs; name the other series under minus or over"],
+        ),
         ({"above": None}, ["exactly one of above and below is needed, got neither"]),
         ({"below": 1}, ["exactly one of above and below is needed, got above and below"]),
         ({"above": "much"}, ["above is 'much'; expected a finite number"]),
@@ -69,6 +71,8 @@ def test_a_claim_is_read_and_put_into_words() -> None:
         ({"where": None}, ["where is None; expected a mapping"]),
         ({"where": ["muon"]}, ["where is ['muon']"]),
         ({"minus": {}}, ["minus is empty"]),
+        ({"over": {}}, ["over is empty"]),
+        ({"minus": {"optimizer": "a"}, "over": {"optimizer": "b"}}, ["minus and over exclude each other"]),
         ({"minus": {"optimizer": None}}, ["minus is {'optimizer': None}"]),
         ({"slope_over": 3, "source": 4}, ["slope_over is 3", "source is 4"]),
         ({"measure": "", "where": 1, "above": None}, ["measure is ''", "where is 1", "exactly one"]),
@@ -83,6 +87,17 @@ def test_a_malformed_claim_is_refused_with_every_problem(changes: dict[str, Any]
         assert any(part in line for line in lines)
     if "claim" not in changes:
         assert all(line.startswith("'Muon starves neurons': ") for line in lines)
+
+
+def test_problems_as_a_list() -> None:
+    assert claim_problems(CLAIM, AXES, "seed") == []
+    assert len(claim_problems({"claim": "x"}, AXES, "seed")) == 3
+
+
+def test_claims_on_speed_are_told_apart() -> None:
+    """Disturbed runs do not count for them."""
+    for measure, timing in (("train_seconds", True), ("tokens_per_second", True), ("validation_loss", False)):
+        assert parse_claim(changed(measure=measure)).is_timing is timing
 
 
 def test_what_is_no_mapping_is_refused() -> None:
@@ -100,6 +115,8 @@ def test_what_is_no_mapping_is_refused() -> None:
         ({"where": {**CLAIM["where"], "seed": "1"}}, "where.seed: a claim is about all seeds"),
         ({"minus": {"optimizer": "sgd"}}, "minus.optimizer is 'sgd'"),
         ({"minus": {"optimizer": "muon"}}, "minus is the same series as where"),
+        ({"over": {"optimizer": "muon"}}, "over is the same series as where"),
+        ({"over": {"optimizer": "sgd"}}, "over.optimizer is 'sgd'"),
         ({"slope_over": "expansion"}, "where.expansion and slope_over name the same axis"),
         (
             {"where": {"expansion": "4"}, "slope_over": "optimizer"},
@@ -110,9 +127,11 @@ def test_what_is_no_mapping_is_refused() -> None:
     ],
 )
 def test_a_claim_that_does_not_fit_the_axes_is_refused(changes: dict[str, Any], part: str) -> None:
+    claim = changed(**changes)
     with pytest.raises(ClaimError) as caught:
-        check_claim(parse_claim(changed(**changes)), AXES, "seed")
+        check_claim(parse_claim(claim), AXES, "seed")
     assert part in str(caught.value)
+    assert claim_problems(claim, AXES, "seed") == str(caught.value).splitlines()
 
 
 def test_a_slope_needs_two_labels() -> None:

@@ -18,7 +18,11 @@ from eval.report import runs as runs_module
 from eval.report.arrays import LOG_BINS, histograms, survival
 from eval.report.runs import load_run
 from eval.report.sweep import load
+from eval.report.tables import tables
 from tests.eval.report_folders import BASELINE, LAUNCH, job, records, write_run, write_sweep
+
+AXES = {"optimizer": ["muon", "aurora"], "seed": ["1"]}
+JOBS = [job("muon-1", {"optimizer": "muon", "seed": "1"})]
 
 
 def age(folder: Path, seconds: float = 3600) -> None:
@@ -34,8 +38,11 @@ def test_states_of_a_run(tmp_path: Path) -> None:
     assert load_run(done).state == "done"
     broken_off = write_run(tmp_path / "broken-off", records(3), finished=False)
     assert load_run(broken_off).state == "running"  # written to just now
+    assert load_run(broken_off, exit_code=1).state == "failed"
     age(broken_off)
-    assert load_run(broken_off).state == "failed"
+    assert load_run(broken_off).state == "stopped"
+    assert load_run(broken_off, exit_code=75).state == "stopped"
+    assert load_run(done, exit_code=1).state == "done"
 
 
 @pytest.mark.skipif(not runs_module.LOCKS.exists(), reason="not run: no /proc/locks here")
@@ -43,7 +50,7 @@ def test_a_run_whose_lock_is_held_is_running_and_its_lock_is_left_alone(tmp_path
     folder = write_run(tmp_path / "held", records(3), finished=False)
     age(folder)
     with (folder / ".lock").open("w") as lock:
-        assert load_run(folder).state == "failed"
+        assert load_run(folder).state == "stopped"
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert load_run(folder).state == "running"
 
@@ -85,6 +92,36 @@ def test_parameters_are_counted_as_the_trainer_does(tmp_path: Path) -> None:
         assert run.total_steps == config.total_steps
 
 
+def test_the_exit_codes_that_a_sweep_keeps_tell_failed_runs(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path, AXES, JOBS)
+    assert load(folder).jobs[0].run.state == "missing"
+    (folder / "jobs").mkdir()
+    (folder / "jobs" / "muon-1.exit").write_text("2\n")
+    assert load(folder).jobs[0].run.state == "failed"
+
+
+def test_jobs_may_wait_for_the_runs_that_choose_their_values(tmp_path: Path) -> None:
+    """No trial is chosen yet; the other seeds have no run. The axis of the seeds may also be absent."""
+    axes = {"optimizer": ["muon"], "seed": ["1", "2"]}
+    trials = [
+        job(f"muon-{lr}", {"optimizer": "muon", "seed": "1"}, {"optimizer.lr": lr}, chosen=False) for lr in (0.1, 0.2)
+    ]
+    write_run(tmp_path / "muon-0.1", records(3))
+    waiting = {"run": None, "labels": {"optimizer": "muon", "seed": "2"}, "tuned": {}, "chosen": True}
+    sweep = load(write_sweep(tmp_path, axes, [*trials, waiting]))
+    assert [(one.run.state, one.is_waiting) for one in sweep.jobs] == [
+        ("done", False),
+        ("missing", False),
+        ("missing", True),
+    ]
+    assert [(series.name, list(series.jobs)) for series in sweep.series] == [("muon", ["2"])]
+    rows = tables(sweep)
+    assert [row["run"] for row in rows["jobs"]] == ["muon-0.1", "muon-0.2", None]
+    assert [(row["chosen"], row["mean"] is None) for row in rows["tuned"]] == [(False, False), (False, True)]
+    only_trials = load(write_sweep(tmp_path, {"optimizer": ["muon"]}, [{**waiting, "labels": {"optimizer": "muon"}}]))
+    assert only_trials.seed_axis is None
+
+
 def write_leverages(run: Path, step: int, rows: list[float], matrix: str = "layers.0.gate_proj") -> None:
     (run / "telemetry").mkdir(exist_ok=True)
     save_file(
@@ -105,6 +142,15 @@ def test_survival_of_the_rows_dead_at_the_reference_step(tmp_path: Path) -> None
     np.testing.assert_allclose(found.still[0], [450, 550, 600])
     np.testing.assert_allclose(found.still[1], [1, 1 / 3, 2 / 3])
     np.testing.assert_allclose(found.throughout[1], [1, 1 / 3, 1 / 3])
+
+
+def test_survival_starts_at_the_configs_reference_step(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", records(3), config={"telemetry": {"reference_step": 250}})
+    for step in (200, 250, 300):
+        write_leverages(folder, step, [0.01, 2.0])
+    found = survival(load_run(folder))
+    assert found is not None
+    assert found.reference == 250
 
 
 def test_survival_is_undefined_without_a_later_measurement_or_dead_rows(tmp_path: Path) -> None:
@@ -139,17 +185,12 @@ def test_damaged_arrays_are_named(tmp_path: Path) -> None:
         histograms(load_run(folder))
 
 
-AXES = {"optimizer": ["muon", "aurora"], "seed": ["1"]}
-JOBS = [job("muon-1", {"optimizer": "muon", "seed": "1"})]
-
-
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
         ({"format": "other"}, ["expected format 'aurora-sweep' and version 1"]),
         ({"version": 2}, ["expected format 'aurora-sweep' and version 1"]),
         ({"axes": []}, ["axes is []"]),
-        ({"seed_axis": "sede"}, ["seed_axis is 'sede'; expected one of optimizer, seed"]),
         ({"baseline": {"optimizer": "sgd"}, "jobs": []}, ["baseline.optimizer is 'sgd'", "jobs is missing or empty"]),
         ({"baseline": ["muon"]}, ["baseline is ['muon']; expected a mapping"]),
         ({"jobs": [{"run": "x"}, 3]}, ["jobs[0]: expected a mapping with run and labels", "jobs[1]: expected"]),

@@ -108,7 +108,9 @@ def test_unfinished_runs_do_not_count_and_are_named(tmp_path: Path) -> None:
         tmp_path, {"muon": [4.0, 4.1, 1.0]}, {"where": {"optimizer": "muon"}, "below": 5.0}, unfinished=["muon-3"]
     )
     assert found.outcome == "holds"
-    assert found.note in {f"provisional, seeds are missing; seed 3: muon is {state}" for state in ("running", "failed")}
+    assert found.note in {
+        f"provisional, seeds are missing; seed 3: muon is {state}" for state in ("running", "stopped")
+    }
     assert found.numbers["3"] is None
 
 
@@ -142,6 +144,25 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     found = sweep_of(tmp_path, {"muon": [4.0, 5.0, 6.0], "aurora": [3.9, 4.88, 5.9]}, claim)
     assert list(found.numbers.values()) == pytest.approx([-0.1, -0.12, -0.1])
     assert found.outcome == "holds"
+
+
+def test_ratios_are_paired_by_seed(tmp_path: Path) -> None:
+    claim = {"where": {"optimizer": "aurora"}, "over": {"optimizer": "muon"}, "below": 0.99}
+    found = sweep_of(tmp_path / "a", {"muon": [4.0, 5.0], "aurora": [3.6, 4.51]}, claim)
+    assert list(found.numbers.values()) == pytest.approx([0.9, 0.902])
+    assert found.outcome == "holds"
+    zero = sweep_of(tmp_path / "b", {"muon": [0.0, 5.0], "aurora": [3.6, 4.51]}, claim)
+    assert "muon-1 has validation_loss 0, by which nothing can be divided" in zero.note
+
+
+def test_disturbed_runs_do_not_count_for_claims_on_times(tmp_path: Path) -> None:
+    claim = {"where": {"optimizer": "aurora"}, "over": {"optimizer": "muon"}, "below": 1.1, "measure": "train_seconds"}
+    losses = {"muon": [4.0] * 3, "aurora": [4.0] * 3}
+    found = sweep_of(
+        tmp_path, losses, claim, seconds={"muon": 1.0, "aurora": 1.05}, launches={"muon-3": [LAUNCH, LAUNCH]}
+    )
+    assert found.numbers == {"1": pytest.approx(1.05), "2": pytest.approx(1.05), "3": None}
+    assert "seed 3: muon-3 was disturbed: 2 launches" in found.note
 
 
 def test_equal_time_interpolates_the_slower_run(tmp_path: Path) -> None:
@@ -205,4 +226,4 @@ def test_a_slope_needs_every_label(tmp_path: Path) -> None:
     found = width_sweep(tmp_path, {"2": [0.1, 0.1], "4": [0.2], "8": [0.3, 0.3]}, claim)
     assert found.numbers["2"] is None
     assert found.outcome == "not tested"
-    assert "seed 2: no such job" in found.note
+    assert "seed 2: aurora · expansion 4 has no chosen run" in found.note
