@@ -19,6 +19,7 @@ from eval.report.svg import figure, percent_axis, short_number, tidy, to_svg
 from eval.report.sweep import Series
 
 _POINTS = 160  # of a curve
+_FEW = 12  # points that get a dot each
 _SMOOTH = 60  # means that a noisy curve is reduced to
 _SKIPPED = 0.25  # of the x axis: a loss may lie above its panel there
 _COLUMNS = 100  # of a heatmap
@@ -157,8 +158,8 @@ def _draw(axes: Axes, found: Band, style: Style) -> None:
     x, mean, lowest, highest = found
     if not np.array_equal(lowest, highest):
         axes.fill_between(x, lowest, highest, color=style.colour, alpha=0.18, linewidth=0)
-    marker = "o" if len(x) == 1 else None
-    axes.plot(x, mean, color=style.colour, linestyle=style.pattern, linewidth=1.7, marker=marker, markersize=4)
+    marker = "o" if len(x) <= _FEW else None
+    axes.plot(x, mean, color=style.colour, linestyle=style.pattern, linewidth=1.7, marker=marker, markersize=3.5)
 
 
 def heatmap_panels(run: Run, name: str) -> tuple[list[Panel], int]:

@@ -116,7 +116,7 @@ class Run:
         threads = ((self.launches or [{}])[-1].get("hardware") or {}).get("threads")
         share = self.median(lambda record: record["cpu_seconds"] / record["step_seconds"])
         if threads == 1 and share is not None and share < CPU_SHARE:
-            found.append(f"its thread had a core for {share:.0%} of the time")
+            found.append(f"its thread had a core for {100 * share:.0f} % of the time")
         return found
 
     @cached_property

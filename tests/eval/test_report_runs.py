@@ -68,7 +68,7 @@ def test_disturbed_runs(tmp_path: Path) -> None:
         return load_run(write_run(tmp_path / "run", rows, **changes)).disturbances
 
     assert with_share(0.95) == []
-    assert with_share(0.5) == ["its thread had a core for 50% of the time"]
+    assert with_share(0.5) == ["its thread had a core for 50 % of the time"]
     threads = {**LAUNCH, "hardware": {**LAUNCH["hardware"], "threads": 2}}
     assert with_share(0.5, launches=[threads]) == []  # says nothing about several threads
     assert with_share(0.95, launches=[LAUNCH, LAUNCH]) == ["2 launches"]
