@@ -41,11 +41,13 @@ class Survival:
 
     Attributes:
         reference: the step.
+        count: how many there were.
         still: share of them dead at each measurement from there on.
         throughout: share of them dead at every measurement until then.
     """
 
     reference: int
+    count: int
     still: Curve
     throughout: Curve
 
@@ -86,7 +88,7 @@ def survival(run: Run) -> Survival | None:
     if len(points) < 2:
         return None
     table = np.array(points, dtype=np.float64)
-    return Survival(reference, (table[:, 0], table[:, 1]), (table[:, 0], table[:, 2]))
+    return Survival(reference, count, (table[:, 0], table[:, 1]), (table[:, 0], table[:, 2]))
 
 
 def _leverages(path: Path) -> dict[tuple[int, str], NDArray[np.float64]]:

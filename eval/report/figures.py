@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from eval.report.arrays import DEAD, LOG_BINS, Histograms, Survival, histograms, survival
+from eval.report.arrays import DEAD, LOG_BINS, Histograms, Survival, histograms
 from eval.report.runs import Run
 from eval.report.statistics import Array, Curve, band, smoothed
 from eval.report.styles import Group, Style
@@ -98,18 +99,16 @@ def neuron_plots() -> list[Plot]:
     ]
 
 
-def survival_plots(runs: Sequence[Run]) -> tuple[list[Plot], list[int]]:
-    """What became of the rows dead at the reference step: plots, and the reference steps of the runs."""
-    found = {run.path: result for run in runs if (result := survival(run))}
+def survival_plots(found: Mapping[Path, Survival]) -> list[Plot]:
+    """What became of the rows dead at the reference step; `found` by the run's path."""
 
     def plot(title: str, curve: Callable[[Survival], Curve]) -> Plot:
         return Plot(title, "steps", lambda run: curve(found[run.path]) if run.path in found else _EMPTY, "share")
 
-    plots = [
+    return [
         plot("Dead rows of the reference step, still dead", lambda result: result.still),
         plot("Dead rows of the reference step, dead ever since", lambda result: result.throughout),
     ]
-    return plots, sorted({result.reference for result in found.values()})
 
 
 def line_panels(plot: Plot, groups: Sequence[Group], styles: dict[str, Style], name: str) -> list[Panel]:

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from eval.report.arrays import survival
 from eval.report.figures import (
     Panel,
     Plot,
@@ -70,6 +71,7 @@ class Figures:
         losses: validation and training loss.
         neurons: shares and variation over steps, and what became of dead rows.
         references: steps at which the dead rows were taken whose fate is shown.
+        dead_rows: how many there were, by series; smallest and largest seed.
         heatmaps: histograms by series.
         heatmaps_left_out: number of series without any because there are too many.
         facets: panels of a plot.
@@ -81,6 +83,7 @@ class Figures:
     losses: list[Row]
     neurons: list[Row]
     references: list[int]
+    dead_rows: dict[str, list[int]]
     heatmaps: list[Heatmaps]
     heatmaps_left_out: int
     facets: int
@@ -138,7 +141,11 @@ def state_line(sweep: Sweep) -> str:
 def _figures(sweep: Sweep, found: ReportResult) -> Figures:
     arranged = arrange(sweep)
     runs = [run for series in sweep.series for run in series.shown.values()]
-    survivals, references = survival_plots(runs)
+    survivals = {run.path: result for run in runs if (result := survival(run))}
+    dead_rows = {
+        series.name: [survivals[run.path].count for run in series.shown.values() if run.path in survivals]
+        for series in sweep.series
+    }
 
     def rows(plots: list[Plot], name: str) -> list[Row]:
         drawn = [
@@ -156,8 +163,9 @@ def _figures(sweep: Sweep, found: ReportResult) -> Figures:
     return Figures(
         trends=trends(sweep, found["final"], arranged.styles),
         losses=rows(loss_plots(runs), "loss"),
-        neurons=rows(neuron_plots() + survivals, "neurons"),
-        references=references,
+        neurons=rows(neuron_plots() + survival_plots(survivals), "neurons"),
+        references=sorted({result.reference for result in survivals.values()}),
+        dead_rows={name: sorted({min(counts), max(counts)}) for name, counts in dead_rows.items() if counts},
         heatmaps=heatmaps,
         heatmaps_left_out=len(sweep.series) - len(mapped),
         facets=len(arranged.groups),

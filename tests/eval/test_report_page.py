@@ -67,7 +67,15 @@ def test_the_page_of_a_sweep_says_what_was_found(tmp_path: Path) -> None:
         *("A made-up sweep", "Does it work?", "5 of 5 jobs done", "AMD EPYC", LAUNCH["git_commit"], "2026-11-24"),
         *("Muon starves", "above 0.25", "holds", "4.2M parameters without embeddings", "step 600 of 500"),
         *("4.6249 ±", "−0.1000 ± 0.0000", "baseline", "30.0 %", "chosen", "at the edge of the alternatives"),
-        *("Starved rows", "still dead", "layer 1", "Time of a step", "train.total_tokens: 2048000", "name: aurora"),
+        *(
+            "Starved rows",
+            "still dead",
+            "Rows dead at that step: muon ",
+            "layer 1",
+            "Time of a step",
+            "train.total_tokens: 2048000",
+            "name: aurora",
+        ),
     ):
         assert part in page.text
     found = json.loads((folder / "report.json").read_text())
