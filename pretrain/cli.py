@@ -131,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         help="run code that comes with a Hub model (default: never)",
     )
     evaluate.set_defaults(run=evaluate_model)
+
+    report = verbs.add_parser("report", help="write the HTML page of a run or a sweep", description=report_runs.__doc__)
+    report.add_argument("path", metavar="PATH", type=Path, help="the folder of a run or a sweep")
+    report.add_argument("--out", metavar="FILE", type=Path, help="the page (default: PATH/report.html)")
+    report.set_defaults(run=report_runs)
     return parser
 
 
@@ -254,4 +259,12 @@ def evaluate_model(options: argparse.Namespace) -> int:
     path = write_result(result, options.out)
     print(format_table(result))
     print(f"result in {path}")
+    return 0
+
+
+def report_runs(options: argparse.Namespace) -> int:
+    """Write one self-contained HTML page about a run or a sweep, finished or not, and its numbers as JSON beside it."""
+    from eval.report.write import write_report
+
+    print(write_report(options.path, options.out))
     return 0

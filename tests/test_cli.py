@@ -30,7 +30,7 @@ def config_file(tiny_config: MakeConfig, tmp_path: Path) -> Path:
 def test_help_lists_every_verb_without_loading_torch() -> None:
     code = "import sys; from pretrain.cli import _parser; print(_parser().format_help()); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    for verb in ("check", "train", "export", "eval"):
+    for verb in ("check", "train", "export", "eval", "report"):
         assert verb in done.stdout
     assert done.stdout.strip().endswith("False")
 
@@ -91,6 +91,19 @@ def test_train_export_and_load(config_file: Path, tiny_config: MakeConfig, tmp_p
     assert json.loads((out / "aurora.json").read_text())["step"] == 4
 
 
+def test_report_of_a_run_that_is_not_finished(
+    config_file: Path, tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config_file), "--stop-at", "2"]) == 75
+    capsys.readouterr()
+    folder = tiny_config().run_folder
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+    assert "Training loss" in (folder / "report.html").read_text()
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    assert json.loads((tmp_path / "page.json").read_text())["jobs"][0]["step"] == 2
+
+
 def test_an_export_needs_only_the_run_folder(config_file: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:
     import shutil
 
@@ -106,6 +119,8 @@ def test_an_export_needs_only_the_run_folder(config_file: Path, tiny_config: Mak
         (["export", "nowhere", "out"], "neither a checkpoint nor a run"),
         (["train", "nowhere.yaml"], "no such config file"),
         (["check", "nowhere.yaml"], "no such config file"),
+        (["report", "nowhere"], "no such folder"),
+        (["report", "."], "neither a run nor a sweep"),
         (["eval", "nowhere", "--tasks", "helaswag", "--out", "out"], "hellaswag"),
     ],
 )

@@ -1,0 +1,99 @@
+"""The few statistics of the report: t intervals, slopes, values at a time, bands over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+Array = NDArray[np.float64]
+Curve = tuple[Array, Array]
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of some numbers and the t interval around it.
+
+    Attributes:
+        mean: their mean.
+        half_width: of the 95 % interval; None with a single number.
+        count: how many numbers.
+    """
+
+    mean: float
+    half_width: float | None
+    count: int
+
+    @property
+    def low(self) -> float:
+        """Lower end; -inf with a single number."""
+        return -math.inf if self.half_width is None else self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end; inf with a single number."""
+        return math.inf if self.half_width is None else self.mean + self.half_width
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Mean and 95 % interval: mean ± t(0.975, n - 1) * s / sqrt(n), s the sample standard deviation.
+
+    None without a value; no half-width with one.
+    """
+    if not values:
+        return None
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return Interval(mean, None, count)
+    quantile = float(student.ppf((1 + CONFIDENCE) / 2, count - 1))
+    return Interval(mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(count), count)
+
+
+def log2_slope(labels: Sequence[float], values: Sequence[float]) -> float:
+    """Least-squares slope of `values` over log2(`labels`): the change per doubling."""
+    x = np.log2(np.asarray(labels, dtype=np.float64))
+    x -= x.mean()
+    return float(x @ np.asarray(values, dtype=np.float64) / (x @ x))
+
+
+def value_at(curve: Curve, where: float) -> float | None:
+    """Linear interpolation in a curve of rising x; None outside of it."""
+    x, y = curve
+    if not len(x) or not x[0] <= where <= x[-1]:
+        return None
+    return float(np.interp(where, x, y))
+
+
+def smoothed(curve: Curve, points: int) -> Curve:
+    """Means over at most `points` stretches of equal length, each placed at the middle of its x."""
+    x, y = curve
+    if len(x) <= points:
+        return curve
+    edges = np.linspace(0, len(x), points + 1).round().astype(int)
+    widths = np.diff(edges)
+    return np.add.reduceat(x, edges[:-1]) / widths, np.add.reduceat(y, edges[:-1]) / widths
+
+
+def band(curves: Sequence[Curve], points: int) -> tuple[Array, Array, Array, Array] | None:
+    """Mean, minimum and maximum of several curves over the x that all of them cover.
+
+    Returns:
+        x, mean, minimum, maximum, of at most `points` entries; None where the curves have no x in common.
+    """
+    curves = [curve for curve in curves if len(curve[0])]
+    if not curves:
+        return None
+    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    first = curves[0][0]
+    grid = first[(first >= low) & (first <= high)]
+    if not len(grid):
+        return None
+    if len(grid) > points:
+        grid = np.linspace(low, high, points)
+    rows = np.stack([np.interp(grid, x, y) for x, y in curves])
+    return grid, rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0)
