@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=evaluate_model)
 
     report = verbs.add_parser("report", help="write the HTML page of a run or a sweep", description=report_runs.__doc__)
-    report.add_argument("path", metavar="PATH", type=Path, help="the folder of a run or a sweep")
+    report.add_argument("path", metavar="PATH", type=Path, help="the folder of a run or a sweep, or a sweep's file")
     report.add_argument("--out", metavar="FILE", type=Path, help="the page (default: PATH/report.html)")
     report.set_defaults(run=report_runs)
     return parser
@@ -192,9 +192,10 @@ def _check_sweep(path: Path, overrides: Sequence[str]) -> int:
 
 
 def _load_sweep(path: Path) -> Sweep:
+    from eval.report.claims import claim_problems
     from pretrain.sweep import load_sweep
 
-    return load_sweep(path)
+    return load_sweep(path, claim_problems)
 
 
 def sweep_runs(options: argparse.Namespace) -> int:
@@ -266,5 +267,6 @@ def report_runs(options: argparse.Namespace) -> int:
     """Write one self-contained HTML page about a run or a sweep, finished or not, and its numbers as JSON beside it."""
     from eval.report.write import write_report
 
-    print(write_report(options.path, options.out))
+    path = _load_sweep(options.path).folder if options.path.suffix in (".yaml", ".yml") else options.path
+    print(write_report(path, options.out))
     return 0

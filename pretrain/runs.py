@@ -125,8 +125,11 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has been trained to its end."""
-        return "finished" in (self.manifest() or {})
+        """Whether the run has been trained to its end; not, if its manifest cannot be read (training it says why)."""
+        try:
+            return "finished" in (self.manifest() or {})
+        except RunError:
+            return False
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

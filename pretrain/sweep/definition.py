@@ -33,8 +33,8 @@ from pretrain.config.loader import assign, read_yaml
 from pretrain.config.run import valid_run_name
 from pretrain.config.validate import validate_section
 
-ClaimProblems = Callable[[Mapping[str, Any], Mapping[str, Sequence[str]]], list[str]]
-"""What is wrong with an entry of `claims`, given the axes and their labels."""
+ClaimProblems = Callable[[Mapping[str, Any], Mapping[str, Sequence[str]], str], list[str]]
+"""What is wrong with an entry of `claims`, given the axes with their labels, and the seed's axis."""
 
 
 def _with_text_labels(axes: Any) -> Any:
@@ -140,7 +140,7 @@ def is_sweep_file(path: Path) -> bool:
     return "axes" in read_yaml(path)
 
 
-def load_sweep(path: Path, claim_problems: ClaimProblems = lambda claim, axes: []) -> Sweep:
+def load_sweep(path: Path, claim_problems: ClaimProblems = lambda claim, axes, seed_axis: []) -> Sweep:
     """The sweep in a YAML file, every job of it validated.
 
     Raises:
@@ -187,7 +187,7 @@ def _problems(file: SweepFile, claim_problems: ClaimProblems) -> list[str]:
         if label not in labels.get(axis, ()):
             found.append(f"baseline.{axis}: {label!r} is not among the labels of an axis of that name")
     for index, claim in enumerate(file.claims):
-        found += [f"claims.{index}: {problem}" for problem in claim_problems(claim, labels)]
+        found += [f"claims.{index}: {problem}" for problem in claim_problems(claim, labels, file.seed_axis)]
     return found
 
 
