@@ -57,6 +57,8 @@ class Aurora(Optimizer):
         last_step_finite: scalar bool tensor, whether the last step was taken.
         last_step_fallbacks: scalar int64 tensor, how often the odds rule fell back to tyler in the last step.
         last_step_retries: scalar int64 tensor, how often a Cholesky factorisation failed in the last step.
+        direction_observer: called with every block of a matrix and the direction that is applied to it, [m, n] fp32
+            without scale and rate, to be read during the call; None, the default, is no call.
 
     Raises:
         ValueError: an unknown option, a value out of range, an option without effect in the combination; a matrix
@@ -66,6 +68,7 @@ class Aurora(Optimizer):
     last_step_finite: Tensor
     last_step_fallbacks: Tensor
     last_step_retries: Tensor
+    direction_observer: Callable[[Block, Tensor], None] | None = None
 
     def __init__(
         self,
@@ -231,6 +234,8 @@ class Aurora(Optimizer):
         scale = directions.lr_scale(group["lr_scale"], *bucket[0].shape)
         decay = {key: group[key] for key in ("lr", "weight_decay", "cautious")}
         for block, matrix in zip(bucket, d, strict=True):
+            if self.direction_observer is not None:
+                self.direction_observer(block, matrix)
             weight = block.of(block.param)
             step = directions.scaled(matrix, scale, polar=group["polar"])
             if group["uw_floor"]:

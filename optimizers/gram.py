@@ -9,7 +9,9 @@ multiplies the error of a value that is 0 by up to 68 a step until it is large a
 and a fresh A from it before that happens. How often is needed was measured (docs/decisions, 2026-11-22, Gram
 iteration): in bf16, whose products keep 8 bits, the first steps cannot be joined at all. Q is kept as q I + Q', since
 rounding the identity's share would cost 0.4 % in bf16, and in the short types a last step X <- X - X E / 2 with the
-residual E = X^T X - I takes out what rounding has left.
+residual E = X^T X - I takes out what rounding has left. In bf16 rounding X itself would be the largest error of all, in
+the directions of the small singular values: the first product X Q takes X in two parts, what it rounds to and the rest.
+(After it the small values are larger. The Gram matrix, where they are lost anyway, is that of the first part.)
 """
 
 from collections.abc import Sequence
@@ -38,7 +40,10 @@ def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
     # A power of two near sqrt(n) keeps the first Gram matrix out of fp16's smallest numbers (and, up to 2^7, below its
     # largest); the first polynomial takes it out again.
     size = 2.0 ** min(tall.shape[-1].bit_length() // 2, 7)
-    X = products.round_(tall * (size / torch.linalg.vector_norm(tall, dim=(-2, -1), keepdim=True)))
+    scaled = tall * (size / torch.linalg.vector_norm(tall, dim=(-2, -1), keepdim=True))
+    X = products.round_(scaled)
+    rest = products.round_(scaled - X) if dtype == torch.bfloat16 else None
+    del scaled
     polynomials = (EXPRESS[0].stretched(size), *EXPRESS[1:])
     spare, A = torch.empty_like(X), _gram_like(X)
     step = 0
@@ -46,6 +51,10 @@ def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
         products.symmetric(X.mT, X, out=A)
         share, Q = _chain(polynomials[step : step + length], A, products)
         products.mm_add(X, X, Q, beta=share, out=spare)
+        if rest is not None:
+            products.mm_add(spare, rest, Q, out=spare)
+            products.settle(spare.add_(rest, alpha=share))
+            rest = None
         X, spare = spare, X
         step += length
     factor = X if dtype == torch.float32 else _without_residual(X, products)

@@ -6,11 +6,11 @@ A checkpoint is a folder ``step-00000500``::
     state-00000.safetensors   fragments of tensors written by rank 0, and so on for each rank that has any
     rng-00000.safetensors     random generators of rank 0, and so on for every rank
 
-Every tensor of the run is named by its parameter and a *slot*: ``weight``, or the name of an optimizer state such
-as ``momentum``. A slot is stored flat, in one or more fragments (file, start, length) that together cover it, so
-that any engine on any number of ranks can write its own part and read any other part. The index holds the slots'
-shapes and dtypes, the optimizer's groups with their hyper-parameters, the counters, the data stream's state, the
-config, the identity of the run, and the sha256 of every file.
+Every tensor of the run is named by its parameter and a *slot*: ``weight``, the name of an optimizer state such as
+``momentum``, or ``telemetry_average``. A slot is stored flat, in one or more fragments (file, start, length) that
+together cover it, so that any engine on any number of ranks can write its own part and read any other part. The index
+holds the slots' shapes and dtypes, the optimizer's groups with their hyper-parameters, the counters, the data stream's
+state, the config, the identity of the run, and the sha256 of every file.
 
 A checkpoint is written to ``step-N.tmp``, synced, and renamed; a folder without an index does not exist.
 """
@@ -34,6 +34,8 @@ from pretrain.files import file_sha256, publish_folder, sync
 
 FORMAT = 1
 INDEX = "index.json"
+TELEMETRY_SLOT = "telemetry_average"
+"""The slot of `pretrain.telemetry`; like every slot but ``weight`` it may be absent."""
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 

@@ -12,8 +12,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain.exit_codes import BAD_INPUT, FAILED
+
+if TYPE_CHECKING:
+    from pretrain.sweep import Sweep
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +92,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=train_run)
 
+    sweep = verbs.add_parser("sweep", help="run many configs, or say how far they are", description=sweep_runs.__doc__)
+    sweep.add_argument("action", nargs="?", choices=("run", "status"), default="run", help="default: %(default)s")
+    sweep.add_argument("sweep", metavar="SWEEP", type=Path, help="a YAML file (see pretrain/sweep/definition.py)")
+    sweep.add_argument(
+        "--jobs",
+        type=_positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="runs at once, with one thread each (default: the cores, here %(default)s)",
+    )
+    sweep.add_argument("--index", type=int, metavar="I", help="run this job of `status` alone, as in a job array")
+    sweep.set_defaults(run=sweep_runs)
+
     export = verbs.add_parser("export", help="write a Hugging Face folder", description=export_model.__doc__)
     export.add_argument("source", metavar="RUN_OR_CHECKPOINT", type=Path)
     export.add_argument("out", metavar="OUT", type=Path)
@@ -136,19 +153,60 @@ def _positive(text: str) -> int:
 
 def check_config(options: argparse.Namespace) -> int:
     """Validate a config and everything it names; print the resolved config, how each parameter is trained, and
-    what the run amounts to. Touches no network."""
+    what the run amounts to. Of a sweep: every config, and the jobs. Touches no network."""
     from pretrain.config import load_config
     from pretrain.data import load_tokenizer
     from pretrain.launch import check_inputs
     from pretrain.model import build_model
     from pretrain.summary import describe, format_routing
+    from pretrain.sweep import is_sweep_file
 
+    if is_sweep_file(Path(options.config)):
+        return _check_sweep(Path(options.config), options.overrides)
     config = load_config(options.config, options.overrides)
     check_inputs(config, load_tokenizer(config.tokenizer))
     model = build_model(config.model, config.run.seed, device="meta")
     print(config.to_yaml())
     print("\n".join([*format_routing(config, model), "", *describe(config, model, world_size=1)]))
     return 0
+
+
+def _check_sweep(path: Path, overrides: Sequence[str]) -> int:
+    """The same for a sweep."""
+    from pretrain.config import ConfigError
+    from pretrain.data import load_tokenizer
+    from pretrain.launch import check_inputs
+    from pretrain.sweep import format_status, plan_jobs
+
+    if overrides:
+        raise ConfigError([f"{overrides[0]}: a sweep takes no overrides on the command line; put them into the file"])
+    sweep = _load_sweep(path)
+    checked = set()
+    for config in (job.config for job in plan_jobs(sweep) if job.config):
+        inputs = (config.data.model_dump_json(), config.tokenizer.model_dump_json(), config.model.vocab_size)
+        if inputs not in checked:
+            check_inputs(config, load_tokenizer(config.tokenizer))
+            checked.add(inputs)
+    print("\n".join(format_status(sweep)))
+    return 0
+
+
+def _load_sweep(path: Path) -> Sweep:
+    from pretrain.sweep import load_sweep
+
+    return load_sweep(path)
+
+
+def sweep_runs(options: argparse.Namespace) -> int:
+    """Run every job of a sweep that is not complete, or say how far each is. A sweep may be stopped or killed and
+    started again: complete runs are not run again, others go on from their checkpoint."""
+    from pretrain.sweep import format_status, run_job, run_sweep
+
+    sweep = _load_sweep(options.sweep)
+    if options.action == "status":
+        print("\n".join(format_status(sweep)))
+        return 0
+    return run_sweep(sweep, options.jobs) if options.index is None else run_job(sweep, options.index)
 
 
 def train_run(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pretrain.checkpoint import CheckpointError, CheckpointReader, Fragment
+from pretrain.checkpoint import TELEMETRY_SLOT, CheckpointError, CheckpointReader, Fragment
 
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
@@ -53,7 +53,7 @@ def load_dense(reader: CheckpointReader, model: nn.Module, optimizer: Optimizer)
     if [g["param_names"] for g in groups] != [g["param_names"] for g in group_settings(model, optimizer)]:
         raise CheckpointError(f"{reader.folder}: its optimizer groups are not those of this config")
     for name, parameter in parameters.items():
-        for slot in saved[name]:
+        for slot in saved[name].keys() - {TELEMETRY_SLOT}:
             values = reader.read(name, slot)
             if slot == "weight":
                 parameter.copy_(values)

@@ -13,14 +13,15 @@ from pretrain.config import Config
 from pretrain.config.train import SamplesConfig, ValidationConfig
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.metrics import JsonLines
-from pretrain.trainer import Trainer
+from pretrain.trainer import Hook, Trainer
 
 
-def _due(every_steps: int | None, step: int, last: bool) -> bool:
+def is_due(every_steps: int | None, step: int, last: bool) -> bool:
+    """Whether work of every n steps, and after the last, is due; null is after the last only."""
     return last or (every_steps is not None and step % every_steps == 0)
 
 
-class Validator:
+class Validator(Hook):
     """Loss and bits per byte on the validation split, read once and kept in memory.
 
     Args:
@@ -38,7 +39,7 @@ class Validator:
 
     def due(self, step: int, last: bool) -> bool:
         """Every `validation.every_steps` steps and after the last."""
-        return _due(self.settings.every_steps, step, last)
+        return is_due(self.settings.every_steps, step, last)
 
     def batches(self) -> list[TokenBatch]:
         """The whole validation split, `rows` sequences at a time."""
@@ -80,7 +81,7 @@ def _drain(stream: TokenStream, rows: int, max_sequences: int) -> Iterator[Token
         yield batch
 
 
-class Sampler:
+class Sampler(Hook):
     """Lets the model continue the configured prompts; the texts go to samples.jsonl and the screen.
 
     Args:
@@ -106,7 +107,7 @@ class Sampler:
 
     def due(self, step: int, last: bool) -> bool:
         """Every `samples.every_steps` steps and after the last; never if that is null."""
-        return self.settings.every_steps is not None and _due(self.settings.every_steps, step, last)
+        return self.settings.every_steps is not None and is_due(self.settings.every_steps, step, last)
 
     def run(self, trainer: Trainer) -> dict[str, Any]:
         """Write the samples, on rank 0."""

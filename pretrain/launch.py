@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -40,10 +41,12 @@ from pretrain.exit_codes import DONE, STOPPED
 from pretrain.files import file_sha256
 from pretrain.hooks import Sampler, Validator
 from pretrain.model import LossModel, build_model
+from pretrain.processes import is_orphaned
 from pretrain.runs import TOKENIZER_FILE, RunError, RunFolder, check_identity, git_commit
 from pretrain.summary import describe, routing_table
+from pretrain.telemetry import Telemetry, set_aside_after
 from pretrain.tracking import Display, make_tracker
-from pretrain.trainer import Trainer, TrainState, accumulation, checkpoint_index
+from pretrain.trainer import Hook, Trainer, TrainState, accumulation, checkpoint_index
 
 T = TypeVar("T")
 
@@ -79,6 +82,7 @@ class _Launch:
         self.config, self.engine = config, engine
         self.display = Display(engine.rank, config.logging.every_steps)
         self.folder = RunFolder(config.run_folder)
+        self.telemetry: Telemetry | None = None
         self.stop = False
 
     def run(self, resume: str, stop_at: int | None) -> int:
@@ -119,11 +123,14 @@ class _Launch:
             group=engine.cpu_group,
             state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
         )
+        hooks = self.hooks(model)
         state = TrainState()
         if reader:
             load_dense(reader, model, optimizer)
             state = TrainState(**reader.index["counters"])
             self.restore_generators(reader)
+            if self.telemetry:
+                self.telemetry.restore(reader)
         launch = self.on_rank_0(lambda: self.open_run_folder(state.step, model))
         tracker = make_tracker(config, self.folder.path, launch, engine.rank, display.warn)
         trainer = Trainer(
@@ -133,10 +140,10 @@ class _Launch:
             stream,
             eos_id=self.eos_id,
             state=state,
-            hooks=self.hooks(),
+            hooks=hooks,
             log=lambda record: self.log(record, tracker.log),
             save=self.save,
-            stop_requested=lambda: self.stop,
+            stop_requested=lambda: self.stop or is_orphaned(),
         )
         self.announce(model, reader)
         display.start(state.step, config.total_steps)
@@ -150,6 +157,7 @@ class _Launch:
         if outcome == "stopped":
             display.say(f"stopped after step {state.step}; start the same command again to continue")
             return STOPPED
+        self.on_rank_0(lambda: self.folder.mark_finished(state.step))
         display.say(
             f"done: {state.step} steps, {state.tokens:,} tokens, {state.train_seconds:,.0f} seconds of training; "
             f"everything is in {self.folder.path}"
@@ -185,6 +193,7 @@ class _Launch:
         """Put aside what lies past `step`, write config and manifest; returns the run's wandb id."""
         discarded = self.folder.metrics.discard_after(step)
         self.folder.samples.discard_after(step)
+        set_aside_after(self.folder.telemetry, step)
         if discarded:
             self.display.say(f"{discarded} metric lines past step {step} moved to metrics.discarded.jsonl")
         set_aside_newer(self.folder.checkpoints, step)
@@ -214,8 +223,8 @@ class _Launch:
         if reader:
             self.display.say(f"resuming from {reader.folder} (step {reader.index['step']})")
 
-    def hooks(self) -> list[Any]:
-        """The periodic work that the config asks for."""
+    def hooks(self, model: torch.nn.Module) -> list[Hook]:
+        """The periodic work that the config asks for; `self.telemetry` is the one among it with a state to save."""
         config, engine = self.config, self.engine
 
         def open_validation() -> TokenStream:
@@ -228,9 +237,15 @@ class _Launch:
                 group=engine.cpu_group,
             )
 
-        hooks: list[Any] = []
-        if config.data.validation_fraction > 0:
-            hooks.append(Validator(config, open_validation))
+        hooks: list[Hook] = []
+        validator = Validator(config, open_validation) if config.data.validation_fraction > 0 else None
+        if validator:
+            hooks.append(validator)
+        if config.telemetry.every_steps is not None:
+            batches = validator.batches if validator else list
+            folder = self.folder.telemetry
+            self.telemetry = Telemetry(config.telemetry, model, folder, batches, self.display.say)
+            hooks.append(self.telemetry)
         if config.samples.every_steps is not None:
             samples = self.folder.samples
             hooks.append(
@@ -255,7 +270,8 @@ class _Launch:
             "data": self.inputs["data"],
         }
         # Every rank of the plain engine holds everything: one of them writes it.
-        fragments = dense_fragments(model, trainer.optimizer) if engine.rank == 0 else []
+        watched = self.telemetry.fragments() if self.telemetry else ()
+        fragments = itertools.chain(dense_fragments(model, trainer.optimizer), watched) if engine.rank == 0 else ()
         path = save_checkpoint(self.folder.checkpoints, index, fragments, random_generators(), engine)
         if engine.rank == 0:
             keep = self.config.checkpoint

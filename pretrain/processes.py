@@ -1,4 +1,4 @@
-"""Several processes on this machine: torchrun, with our exit codes.
+"""Several processes on this machine: torchrun, with our exit codes; and what a training process owes its parent.
 
 torchrun ends with code 1 and a traceback whatever its processes ended with; a stop on request (75) and bad input (2)
 must stay what they are.
@@ -12,6 +12,15 @@ import sys
 from collections.abc import Sequence
 
 from pretrain.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
+
+PARENT_VARIABLE = "AURORA_PARENT"
+"""Environment variable with the id of the process that a training process belongs to, for example a sweep's."""
+
+
+def is_orphaned() -> bool:
+    """Whether the process that started this one, and said so in `PARENT_VARIABLE`, is gone."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    return parent is not None and parent != str(os.getppid())
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:

@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def telemetry(self) -> Path:
+        """Folder of the neuron measurements."""
+        return self.path / "telemetry"
+
+    @property
     def manifest_path(self) -> Path:
         """manifest.json."""
         return self.path / "manifest.json"
@@ -82,6 +87,17 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written: {error}") from None
 
+    def is_locked(self) -> bool:
+        """Whether some process trains in the folder now."""
+        try:
+            with (self.path / ".lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+
     def unlock(self) -> None:
         """Release the lock."""
         if self._lock is not None:
@@ -100,6 +116,17 @@ class RunFolder:
         replace_text(self.path / "config.yaml", config.to_yaml())
         manifest = {"run": config.run.name, **facts, "launches": [*launches, {**environment(), **launch}]}
         replace_text(self.manifest_path, json.dumps(manifest, indent=1))
+
+    def mark_finished(self, step: int) -> None:
+        """Note in the manifest that the run is complete at `step`."""
+        manifest = self.manifest() or {}
+        manifest["finished"] = {"step": step, "time": _now()}
+        replace_text(self.manifest_path, json.dumps(manifest, indent=1))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has been trained to its end."""
+        return "finished" in (self.manifest() or {})
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -155,12 +182,16 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         hardware["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": _now(),
         "git_commit": git_commit(),
         "python": sys.version.split()[0],
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "hardware": hardware,
     }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _cpu_name() -> str:

@@ -138,7 +138,7 @@ class WandbTracker:
 
     def log(self, record: dict[str, Any]) -> None:
         """One step's record."""
-        self.run.log({key: value for key, value in record.items() if not isinstance(value, str)})
+        self.run.log({key: value for key, value in record.items() if value is not None and not isinstance(value, str)})
 
     def close(self) -> None:
         """Flush and finish."""

@@ -5,10 +5,9 @@ Setting up, choosing what to resume from, signals and errors are one level up, i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from pretrain.engine import PlainEngine
 from pretrain.flops import flops_per_token, peak_flops
 from pretrain.model import IGNORED
 from pretrain.schedule import lr_factor
+from pretrain.timing import PhaseClock
 
 
 class TrainingError(RuntimeError):
@@ -51,14 +51,19 @@ class TrainState:
     """Last validation bits per byte."""
 
 
-class Hook(Protocol):
-    """Periodic work that changes nothing in the run."""
+class Hook:
+    """Periodic work that changes nothing in the run: same weights with it or without, bit for bit."""
+
+    def observe(self, trainer: Trainer, finite: Tensor) -> None:
+        """Look at the clipped gradients before each step; `finite` is a scalar bool tensor, false for a void step."""
 
     def due(self, step: int, last: bool) -> bool:
         """Whether it runs after this step; `last` is the run's last."""
+        raise NotImplementedError
 
     def run(self, trainer: Trainer) -> dict[str, Any]:
         """Do it, on every rank; what is returned joins the step's line in metrics.jsonl."""
+        raise NotImplementedError
 
 
 class Trainer:
@@ -111,20 +116,24 @@ class Trainer:
         """
         config, state = self.config, self.state
         while state.step < config.total_steps:
-            started = time.perf_counter()
+            clock = PhaseClock(self.engine.device)
             batch = self.stream.next_batch(config.global_batch_sequences)
-            data_seconds = time.perf_counter() - started
-
+            clock.mark("data")
             loss = self.forward_backward(batch)
+            clock.mark("forward_backward")
             grad_norm = self.engine.clip_gradients(config.train.grad_clip)
+            for hook in self.hooks:
+                hook.observe(self, grad_norm.isfinite())
             lrs = self.set_learning_rates()
+            clock.mark("clip_and_observe")
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            clock.mark("optimizer")
 
             state.step += 1
             state.tokens += config.train.global_batch_tokens
             record, stop = self.measure(loss, grad_norm)  # the one host sync of the step
-            record |= lrs | self.rates(time.perf_counter() - started, data_seconds)
+            record |= lrs | self.rates(clock)
             record["batch_sha256"] = batch.sha256()
             self.check_ranks(record["batch_sha256"])
 
@@ -159,8 +168,11 @@ class Trainer:
         first = self.engine.rank * self.micro_batches
         return [slice((first + i) * size, (first + i + 1) * size) for i in range(self.micro_batches)]
 
-    def loss_sum(self, rows: TokenBatch, module: torch.nn.Module | None = None) -> Tensor:
-        """Cross-entropy summed over the targets of `rows`, under the engine's precision."""
+    def loss_sum(self, rows: TokenBatch, module: Callable[..., Tensor] | None = None) -> Tensor:
+        """Cross-entropy summed over the targets of `rows`, under the engine's precision.
+
+        `module` is what to call instead of the engine's wrapped model.
+        """
         tokens = rows.tokens.to(self.engine.device, torch.int64)
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         lengths = rows.lengths.to(self.engine.device)
@@ -206,14 +218,16 @@ class Trainer:
             record["skipped"] = True
         return record, stopping > 0
 
-    def rates(self, seconds: float, data_seconds: float) -> dict[str, float]:
-        """Throughput of the step just taken; `mfu` only where the device's peak is known."""
+    def rates(self, clock: PhaseClock) -> dict[str, float]:
+        """Throughput and timings of the step just taken; `mfu` only where the device's peak is known."""
+        seconds = clock.total()
         self.state.train_seconds += seconds
         per_second = self.config.train.global_batch_tokens / seconds
         record = {
             "tokens_per_second": round(per_second, 1),
+            "train_seconds": round(self.state.train_seconds, 3),
             "step_seconds": round(seconds, 6),
-            "data_seconds": round(data_seconds, 6),
+            **clock.seconds(),
         }
         if self.peak_flops:
             peak = self.peak_flops * self.engine.world_size

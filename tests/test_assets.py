@@ -30,9 +30,15 @@ def corpus() -> dict[str, list[dict[str, str]]]:
     return {name: pq.read_table(ASSETS / "corpus" / f"{name}.parquet").to_pylist() for name in SOURCES}
 
 
+@pytest.fixture(scope="module", params=[8192, 2048])
+def vocab_size(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(ASSETS / "tokenizer" / "tokenizer.json"))
+def tokenizer(vocab_size: int) -> Tokenizer:
+    name = {8192: "tokenizer.json", 2048: "tokenizer-2048.json"}[vocab_size]
+    return Tokenizer.from_file(str(ASSETS / "tokenizer" / name))
 
 
 def held_out(text: str) -> bool:
@@ -46,7 +52,8 @@ def held_out(text: str) -> bool:
 def test_committed_files_match_their_checksums() -> None:
     assert build_assets.main(["--check"]) == 0
     listed = [line.split()[1] for line in (ASSETS / "SHA256SUMS").read_text().splitlines()]
-    assert listed == [f"corpus/{name}.parquet" for name in sorted(SOURCES)] + ["tokenizer/tokenizer.json"]
+    tokenizers = ["tokenizer/tokenizer-2048.json", "tokenizer/tokenizer.json"]
+    assert listed == [f"corpus/{name}.parquet" for name in sorted(SOURCES)] + tokenizers
 
 
 def test_check_names_every_changed_missing_and_unlisted_file(
@@ -188,18 +195,20 @@ def test_tokenizer_round_trips_any_text(tokenizer: Tokenizer, text: str) -> None
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
-def test_tokenizer_round_trips_the_held_out_text(tokenizer: Tokenizer, corpus: dict[str, list[dict[str, str]]]) -> None:
+def test_tokenizer_round_trips_the_held_out_text(
+    tokenizer: Tokenizer, vocab_size: int, corpus: dict[str, list[dict[str, str]]]
+) -> None:
     texts = [row["text"] for rows in corpus.values() for row in rows if held_out(row["text"])]
     encodings = tokenizer.encode_batch(texts)
     assert tokenizer.decode_batch([encoding.ids for encoding in encodings]) == texts
     # Unseen text of the same kind: a tokenizer that had learned nothing would need a token a byte.
     tokens = sum(len(encoding.ids) for encoding in encodings)
-    assert sum(len(text.encode()) for text in texts) / tokens > 4
+    assert sum(len(text.encode()) for text in texts) / tokens > {8192: 4, 2048: 3}[vocab_size]
 
 
-def test_tokenizer_has_8192_entries_of_which_the_first_two_are_special(tokenizer: Tokenizer) -> None:
-    assert tokenizer.get_vocab_size(with_added_tokens=True) == 8192
-    assert sorted(tokenizer.get_vocab().values()) == list(range(8192))
+def test_tokenizer_has_its_entries_of_which_the_first_two_are_special(tokenizer: Tokenizer, vocab_size: int) -> None:
+    assert tokenizer.get_vocab_size(with_added_tokens=True) == vocab_size
+    assert sorted(tokenizer.get_vocab().values()) == list(range(vocab_size))
     special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     assert special == {0: "<|endoftext|>", 1: "<|padding|>"}
     assert set(tokenizer.get_added_tokens_decoder()) == {0, 1}
@@ -212,10 +221,10 @@ def test_tokenizer_adds_no_tokens_by_itself(tokenizer: Tokenizer) -> None:
     assert not {0, 1} & set(plain)
 
 
-def test_tokenizer_is_what_the_committed_corpus_trains(tokenizer: Tokenizer) -> None:
+def test_tokenizer_is_what_the_committed_corpus_trains(tokenizer: Tokenizer, vocab_size: int) -> None:
     documents = build_assets.read_corpus(ASSETS / "corpus")
     texts = [document.text for document in documents if not held_out(document.text)]
-    assert build_assets.train_tokenizer(texts).to_str() == tokenizer.to_str()
+    assert build_assets.train_tokenizer(texts, vocab_size).to_str() == tokenizer.to_str()
 
 
 def test_rewriting_the_committed_documents_gives_the_same_bytes(tmp_path: Path) -> None:

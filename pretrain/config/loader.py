@@ -101,8 +101,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]
     problems = []
     for override in overrides:
         path, equals, text = override.partition("=")
-        keys = path.split(".")
-        if not equals or not all(keys):
+        if not equals or not all(path.split(".")):
             problems.append(f"{override}: expected an override of the form section.key=value")
             continue
         try:
@@ -111,14 +110,19 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]
             problems.append(f"{path}: the value {text!r} is not valid YAML")
             continue
         problems += [f"{path}: {duplicate}" for duplicate in duplicates]
-        if problem := _assign(data, keys, value):
+        if problem := assign(data, path, value):
             problems.append(f"{path}: {problem}")
     return problems
 
 
-def _assign(data: Any, keys: list[str], value: Any) -> str | None:
-    """Put `value` at `keys`, creating sections on the way; a number addresses a list's item."""
-    *parents, last = keys
+def assign(data: Any, path: str, value: Any) -> str | None:
+    """Put `value` at a dotted path, creating sections on the way; a number addresses a list's item.
+
+    Returns what is wrong with the path, or None.
+    """
+    *parents, last = keys = path.split(".")
+    if not all(keys):
+        return "expected a key of the form section.key"
     for depth, key in enumerate([*parents, last]):
         final = depth == len(parents)
         if isinstance(data, list):

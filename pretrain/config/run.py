@@ -9,7 +9,8 @@ from pretrain.config.base import Section
 from pretrain.config.fields import NonNegativeInt
 
 
-def _run_name(name: str) -> str:
+def valid_run_name(name: str) -> str:
+    """The name, if it can be a folder's; ValueError otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) or ".." in name or name == ".":
         raise ValueError("expected 1 to 64 of letters, digits, '.', '_' and '-', without '..'")
     return name
@@ -18,7 +19,7 @@ def _run_name(name: str) -> str:
 class RunConfig(Section):
     """Name, place and seed of a run."""
 
-    name: Annotated[str, AfterValidator(_run_name)]
+    name: Annotated[str, AfterValidator(valid_run_name)]
     """The run's name: its folder is `<root>/<name>`, and wandb shows it."""
 
     root: Annotated[str, Field(min_length=1)] = "runs"

@@ -17,6 +17,7 @@ from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.run import RunConfig
 from pretrain.config.schedule import ScheduleConfig
+from pretrain.config.telemetry import TelemetryConfig
 from pretrain.config.train import (
     CheckpointConfig,
     EngineConfig,
@@ -44,6 +45,7 @@ EXECUTION_KEYS = (
     "engine.",
     "validation.",
     "samples.",
+    "telemetry.",
     "checkpoint.",
     "logging.",
     "wandb.",
@@ -63,6 +65,7 @@ class Config(Section):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)

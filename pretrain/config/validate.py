@@ -50,7 +50,7 @@ def parse_config(data: Mapping[str, Any]) -> Config:
         if name not in data:
             problems.append(f"{name}: section is missing")
             continue
-        section, found = _validate_section(field.annotation, data[name], name)
+        section, found = validate_section(field.annotation, data[name], name)
         problems += found
         if section is not None:
             sections[name] = section
@@ -60,7 +60,7 @@ def parse_config(data: Mapping[str, Any]) -> Config:
     return Config(**sections)
 
 
-def _validate_section(model: Any, value: Any, name: str) -> tuple[Any, list[str]]:
+def validate_section(model: Any, value: Any, name: str) -> tuple[Any, list[str]]:
     """A validated section, or None, and the problems.
 
     What is wrong with single keys must not hide what is wrong between the others, so the section is looked at again
@@ -79,7 +79,7 @@ def _validate_section(model: Any, value: Any, name: str) -> tuple[Any, list[str]
     removed = [_delete(rest, item["loc"]) for item in errors if item["type"] != "missing" and item["loc"]]
     if any(removed):
         # A key that was removed is not missing.
-        again = _validate_section(model, rest, name)[1]
+        again = validate_section(model, rest, name)[1]
         problems += [p for p in again if p not in problems and not p.endswith(MISSING)]
     return None, problems
 

@@ -1,0 +1,24 @@
+"""Config section `telemetry`: whether the MLP neurons are watched."""
+
+from pretrain.config.base import Section
+from pretrain.config.fields import PositiveInt
+
+
+class TelemetryConfig(Section):
+    """Measurements of the MLP neurons, see `pretrain.telemetry`. They change nothing in the run."""
+
+    every_steps: PositiveInt | None = None
+    """Measure every n steps, at `reference_step` and at the end; null: never. A measurement costs a QR factorisation
+    in fp64 of each MLP matrix and a forward pass; watching costs an fp32 average of these matrices' gradients."""
+
+    reference_step: PositiveInt = 500
+    """The step whose dead neurons are followed: `dead_forever` is the share of them that never came back."""
+
+    activation_sequences: PositiveInt = 16
+    """Sequences (not tokens) of the validation split over which activations are averaged, rounded up to whole
+    validation batches."""
+
+    def ineffective(self) -> dict[str, str]:
+        """Everything, where nothing is measured."""
+        fields = ("reference_step", "activation_sequences") if self.every_steps is None else ()
+        return dict.fromkeys(fields, "telemetry.every_steps is null, so nothing is measured")

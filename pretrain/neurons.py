@@ -1,0 +1,81 @@
+"""Measures of single neurons, as pure functions of one matrix.
+
+A neuron of an MLP is a row of gate_proj, a row of up_proj and a column of down_proj. Whether it still learns shows in
+two quantities, each relative to the mean over the layer's neurons: its *leverage*, a property of the gradients, and the
+squared norm of its row in the *direction* that the optimizer applied. For Muon they are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DEAD = 0.1
+"""A neuron is dead, or starved, whose leverage, or squared direction norm, is below this share of the mean."""
+
+PERCENTILES = (1, 5, 50, 95, 99)
+
+# Rounding an m x n matrix of Frobenius norm F to fp32 adds noise whose singular values reach about
+# 2^-24 F / sqrt(min(m, n)); what is not above it by this factor does not count towards the rank.
+_ABOVE_ROUNDING = 4 * 2.0**-24
+
+
+def leverage(b: Tensor) -> Tensor | None:
+    """The leverage scores of the rows of a tall matrix, over their mean.
+
+    They are the squared row norms of polar(b), the partial isometry where b is rank-deficient: b (b^T b)^+ b^T has them
+    on its diagonal. Found in fp64 as the row norms of Q U, with b = Q R and R = U S V^T: exact to rounding at any
+    condition number, unlike a Cholesky factor of b^T b, whose ridge shows from condition 1e5 on.
+
+    Args:
+        b: [m, n], m > n, of any real floating dtype.
+
+    Returns:
+        [m] fp64 with mean 1, or None where it says nothing: b is zero, not finite, or of rank under n/2.
+
+    Raises:
+        ValueError: b is not tall (the rows of a square or wide polar factor all have norm 1).
+    """
+    m, n = b.shape
+    if m <= n:
+        raise ValueError(f"leverage scores of a {m} x {n} matrix are all alike: expected more rows than columns")
+    largest = b.detach().abs().max().double()
+    if not (largest > 0 and largest.isfinite()):
+        return None
+    x = b.detach().double() / largest
+    Q, R = torch.linalg.qr(x)
+    U, sigma, _ = torch.linalg.svd(R)
+    above = sigma > _ABOVE_ROUNDING * torch.linalg.vector_norm(sigma) / n**0.5
+    if 2 * int(above.sum()) < n:
+        return None
+    return relative((Q @ U[:, above]).square().sum(dim=1))
+
+
+def squared_rows(x: Tensor) -> Tensor:
+    """The squared norms of the rows of x [m, n]: [m] fp64."""
+    return x.detach().double().square().sum(dim=1)
+
+
+def relative(values: Tensor) -> Tensor | None:
+    """Non-negative values over their mean; None where they are all zero or not all finite."""
+    mean = values.double().mean()
+    return values.double() / mean if mean > 0 and mean.isfinite() else None
+
+
+def share_below(values: Tensor | None, threshold: float) -> float | None:
+    """The share of relative values under a threshold."""
+    return None if values is None else float((values < threshold).double().mean())
+
+
+def variation(values: Tensor | None) -> float | None:
+    """Coefficient of variation: standard deviation over mean."""
+    return None if values is None else float(values.std(correction=0) / values.mean())
+
+
+def percentiles(values: Tensor | None) -> dict[str, float | None]:
+    """`p01`, `p05`, ... of `PERCENTILES`."""
+    names = [f"p{percent:02d}" for percent in PERCENTILES]
+    if values is None:
+        return dict.fromkeys(names)
+    points = torch.tensor(PERCENTILES, dtype=torch.float64, device=values.device) / 100
+    return dict(zip(names, torch.quantile(values.double(), points).tolist(), strict=True))

@@ -1,0 +1,24 @@
+"""Sweeps: one base config, axes of changes to it, and the list of runs that follows.
+
+definition  the sweep file, validated
+plan        the file into jobs, each a run config; which of tuned values is taken
+runner      some jobs at once, each a training process of its own
+status      how far each job is
+"""
+
+from pretrain.sweep.definition import Sweep, is_sweep_file, load_sweep
+from pretrain.sweep.plan import Job, plan_jobs, write_plan
+from pretrain.sweep.runner import run_job, run_sweep
+from pretrain.sweep.status import format_status
+
+__all__ = [
+    "Job",
+    "Sweep",
+    "format_status",
+    "is_sweep_file",
+    "load_sweep",
+    "plan_jobs",
+    "run_job",
+    "run_sweep",
+    "write_plan",
+]

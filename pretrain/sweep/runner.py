@@ -1,0 +1,198 @@
+"""Runs the jobs of a sweep, some at once, each in a training process of its own.
+
+The sweep keeps no state beside the run folders: a job that is complete is not run again, one that was stopped goes on
+from its checkpoint, and which values are chosen is found anew. So a sweep may be killed at any time and started again,
+by several processes at once if need be: a run that another process trains is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from pretrain.exit_codes import DONE, FAILED, STOPPED
+from pretrain.files import replace_text
+from pretrain.processes import PARENT_VARIABLE
+from pretrain.runs import RunError
+from pretrain.sweep.definition import Sweep
+from pretrain.sweep.plan import Job, plan_jobs, write_plan
+
+POLL_SECONDS = 0.5
+LOCKED_POLL_SECONDS = 5.0  # how often to look whether a run that another process trains has ended
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    log: Path
+    started: float
+
+
+def run_sweep(sweep: Sweep, at_once: int) -> int:
+    """Run every job that is not complete; returns the exit code.
+
+    Args:
+        sweep: validated.
+        at_once: training processes at a time, with one thread each.
+
+    Returns:
+        0 all jobs are complete, 1 some failed (the others are complete), 75 stopped on request.
+    """
+    return _Runner(sweep, at_once).run()
+
+
+def run_job(sweep: Sweep, index: int) -> int:
+    """Run one job of the plan, as a task of a job array does; returns its exit code.
+
+    Raises:
+        RunError: there is no such job, or it waits for others.
+    """
+    jobs = plan_jobs(sweep)
+    write_plan(sweep, jobs)
+    if not 0 <= index < len(jobs):
+        raise RunError(f"--index: the sweep has the jobs 0 to {len(jobs) - 1}, got {index}")
+    if jobs[index].config is None:
+        last = sum(job.is_trial for job in jobs) - 1
+        raise RunError(f"--index: job {index} waits for the jobs 0 to {last}, which choose its values; run them first")
+    runner = _Runner(sweep, 1, only=jobs[index].run.path)
+    return runner.run()
+
+
+class _Runner:
+    """The loop that keeps jobs running."""
+
+    def __init__(self, sweep: Sweep, at_once: int, only: Path | None = None) -> None:
+        self.sweep, self.at_once, self.only = sweep, at_once, only
+        self.running: list[_Running] = []
+        self.ended: dict[Path, int] = {}
+        """Exit codes by run folder of the jobs that ended here."""
+        self.stop = False
+        self.look_again = 0.0
+        """When to look again at runs that another process trains."""
+
+    def run(self) -> int:
+        """Until everything that can be done is done."""
+        jobs = self.plan()
+        done = sum(job.config is not None and job.run.finished for job in jobs)
+        print(f"{len(jobs)} jobs, {done} complete, {self.at_once} at once; runs in {self.sweep.file.root}", flush=True)
+        with self.stop_on_signals():
+            while True:
+                changed = self.collect()
+                if not self.stop and (changed or not self.running or time.monotonic() > self.look_again):
+                    jobs = self.plan()
+                    self.start(jobs)
+                if not self.running and (self.stop or not self.waiting(jobs)):
+                    break
+                time.sleep(POLL_SECONDS)
+        return self.outcome(self.plan())
+
+    def plan(self) -> list[Job]:
+        """The jobs as they are now."""
+        jobs = plan_jobs(self.sweep)
+        write_plan(self.sweep, jobs)
+        self.look_again = time.monotonic() + LOCKED_POLL_SECONDS
+        return jobs if self.only is None else [job for job in jobs if job.config and job.run.path == self.only]
+
+    def open_jobs(self, jobs: list[Job]) -> list[Job]:
+        """Those that have a config, are not complete, were not run here, and are not running here."""
+        here = {running.job.run.path for running in self.running} | set(self.ended)
+        return [job for job in jobs if job.config and not job.run.finished and job.run.path not in here]
+
+    def waiting(self, jobs: list[Job]) -> bool:
+        """Whether something may still become possible: an open job, if only in another process."""
+        return bool(self.open_jobs(jobs))
+
+    def start(self, jobs: list[Job]) -> None:
+        """Fill the free places."""
+        for job in self.open_jobs(jobs):
+            if len(self.running) >= self.at_once:
+                return
+            if not job.run.is_locked() and all(r.job.run.path != job.run.path for r in self.running):
+                self.running.append(self.launch(job))
+
+    def launch(self, job: Job) -> _Running:
+        """Start the training process of a job; it stops by itself, with a checkpoint, should this process vanish."""
+        assert job.config is not None
+        folder = self.sweep.folder / "jobs"
+        folder.mkdir(parents=True, exist_ok=True)
+        config, log = (folder / f"{job.config.run.name}{suffix}" for suffix in (".yaml", ".log"))
+        replace_text(config, job.config.to_yaml())
+        environment = os.environ | {"OMP_NUM_THREADS": "1", PARENT_VARIABLE: str(os.getpid())}
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pretrain", "train", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for this process, which passes it on as a request to stop
+            )
+        print(f"{_clock()} started  {job} -> {job.run.path}", flush=True)
+        return _Running(job, process, log, time.monotonic())
+
+    def collect(self) -> bool:
+        """Take note of the jobs that ended; whether there were any."""
+        ended = [running for running in self.running if running.process.poll() is not None]
+        for running in ended:
+            self.running.remove(running)
+            code = running.process.returncode
+            self.ended[running.job.run.path] = code
+            replace_text(running.log.with_suffix(".exit"), f"{code}\n")
+            took = f"{(time.monotonic() - running.started) / 60:.1f} min"
+            if code == DONE:
+                print(f"{_clock()} complete {running.job} ({took})", flush=True)
+            elif code == STOPPED:
+                print(f"{_clock()} stopped  {running.job} ({took})", flush=True)
+            else:
+                print(f"{_clock()} FAILED   {running.job}: {_last_error(running.log)} (see {running.log})", flush=True)
+        return bool(ended)
+
+    def outcome(self, jobs: list[Job]) -> int:
+        """The exit code, and a last line."""
+        done = sum(job.config is not None and job.run.finished for job in jobs)
+        failed = sum(code not in (DONE, STOPPED) for code in self.ended.values())
+        print(f"{done} of {len(jobs)} jobs complete" + (f", {failed} failed" if failed else ""), flush=True)
+        if failed:
+            return FAILED
+        if done < len(jobs):
+            print("start the same command again to continue", flush=True)
+            return STOPPED
+        print(f"aurora report {self.sweep.folder} shows the result", flush=True)
+        return DONE
+
+    @contextlib.contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM let every running job save and stop."""
+
+        def request(number: int, frame: FrameType | None) -> None:
+            self.stop = True
+            os.write(2, f"\n{signal.Signals(number).name}: stopping the running jobs after their step\n".encode())
+            for running in self.running:
+                running.process.send_signal(signal.SIGTERM)
+
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _clock() -> str:
+    return time.strftime("%H:%M:%S")
+
+
+def _last_error(log: Path) -> str:
+    """The last error line of a job's log, else its last line."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines)[-1]
