@@ -24,8 +24,9 @@ def leverage(b: Tensor) -> Tensor | None:
     """The leverage scores of the rows of a tall matrix, over their mean.
 
     They are the squared row norms of polar(b), the partial isometry where b is rank-deficient: b (b^T b)^+ b^T has them
-    on its diagonal. Found in fp64 as the row norms of Q U, with b = Q R and R = U S V^T: exact to rounding at any
-    condition number, unlike a Cholesky factor of b^T b, whose ridge shows from condition 1e5 on.
+    on its diagonal. Found in fp64 from b = Q R: the squared row norms of Q, or where b lacks rank of Q U, with
+    R = U S V^T. Exact to rounding at any condition number, unlike a Cholesky factor of b^T b, whose ridge shows from
+    condition 1e5 on.
 
     Args:
         b: [m, n], m > n, of any real floating dtype.
@@ -42,13 +43,15 @@ def leverage(b: Tensor) -> Tensor | None:
     largest = b.detach().abs().max().double()
     if not (largest > 0 and largest.isfinite()):
         return None
-    x = b.detach().double() / largest
-    Q, R = torch.linalg.qr(x)
+    Q, R = torch.linalg.qr(b.detach().double() / largest)
+    cut = _ABOVE_ROUNDING * torch.linalg.vector_norm(R) / n**0.5
+    # 1/|R^-1|_F is no larger than the smallest singular value, and far cheaper than all of them.
+    inverse = torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True)
+    if 1 / torch.linalg.vector_norm(inverse) > cut:
+        return relative(squared_rows(Q))
     U, sigma, _ = torch.linalg.svd(R)
-    above = sigma > _ABOVE_ROUNDING * torch.linalg.vector_norm(sigma) / n**0.5
-    if 2 * int(above.sum()) < n:
-        return None
-    return relative((Q @ U[:, above]).square().sum(dim=1))
+    above = sigma > cut
+    return None if 2 * int(above.sum()) < n else relative(squared_rows(Q @ U[:, above]))
 
 
 def squared_rows(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,7 @@ from pretrain.files import replace_text
 from pretrain.metrics import JsonLines
 
 TOKENIZER_FILE = "tokenizer.json"  # the run folder's copy: an export needs nothing from outside
+LOCK_ATTEMPTS = 5
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "pyarrow", "numpy", "lm-eval")
 
 
@@ -79,7 +81,14 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for attempt in range(LOCK_ATTEMPTS):
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if attempt + 1 == LOCK_ATTEMPTS:
+                        raise
+                    time.sleep(0.1)  # it may be `is_locked` of another process that holds it for a moment
         except BlockingIOError:
             raise RunError(
                 f"{self.path}: another process is training in this run folder; wait for it or change run.name"
