@@ -35,6 +35,8 @@ class _Running:
     process: subprocess.Popen[bytes]
     log: Path
     started: float
+    asked: int = 0
+    """How often it was asked to stop."""
 
 
 def run_sweep(sweep: Sweep, at_once: int) -> int:
@@ -75,7 +77,8 @@ class _Runner:
         self.running: list[_Running] = []
         self.ended: dict[Path, int] = {}
         """Exit codes by run folder of the jobs that ended here."""
-        self.stop = False
+        self.requests = 0
+        """How often this process was asked to stop."""
         self.look_again = 0.0
         """When to look again at runs that another process trains."""
 
@@ -85,14 +88,13 @@ class _Runner:
         done = sum(job.config is not None and job.run.finished for job in jobs)
         print(f"{len(jobs)} jobs, {done} complete, {self.at_once} at once; runs in {self.sweep.file.root}", flush=True)
         with self.stop_on_signals():
-            while True:
-                changed = self.collect()
-                if not self.stop and (changed or not self.running or time.monotonic() > self.look_again):
+            self.start(jobs)
+            while self.running or (self.open_jobs(jobs) and not self.requests):
+                time.sleep(POLL_SECONDS)
+                self.pass_on_requests()
+                if (self.collect() or time.monotonic() > self.look_again) and not self.requests:
                     jobs = self.plan()
                     self.start(jobs)
-                if not self.running and (self.stop or not self.waiting(jobs)):
-                    break
-                time.sleep(POLL_SECONDS)
         return self.outcome(self.plan())
 
     def plan(self) -> list[Job]:
@@ -106,10 +108,6 @@ class _Runner:
         """Those that have a config, are not complete, were not run here, and are not running here."""
         here = {running.job.run.path for running in self.running} | set(self.ended)
         return [job for job in jobs if job.config and not job.run.finished and job.run.path not in here]
-
-    def waiting(self, jobs: list[Job]) -> bool:
-        """Whether something may still become possible: an open job, if only in another process."""
-        return bool(self.open_jobs(jobs))
 
     def start(self, jobs: list[Job]) -> None:
         """Fill the free places."""
@@ -139,12 +137,21 @@ class _Runner:
         print(f"{_clock()} started  {job} -> {job.run.path}", flush=True)
         return _Running(job, process, log, time.monotonic())
 
+    def pass_on_requests(self) -> None:
+        """Ask every training process as often as this one was asked; the second time it ends at once."""
+        for running in self.running:
+            while running.asked < self.requests:
+                running.process.send_signal(signal.SIGTERM)
+                running.asked += 1
+
     def collect(self) -> bool:
         """Take note of the jobs that ended; whether there were any."""
         ended = [running for running in self.running if running.process.poll() is not None]
         for running in ended:
             self.running.remove(running)
             code = running.process.returncode
+            if self.requests and code < 0:
+                code = STOPPED  # it had not come to listen to signals yet, or was not given the time
             self.ended[running.job.run.path] = code
             replace_text(running.log.with_suffix(".exit"), f"{code}\n")
             took = f"{(time.monotonic() - running.started) / 60:.1f} min"
@@ -174,10 +181,8 @@ class _Runner:
         """SIGINT and SIGTERM let every running job save and stop."""
 
         def request(number: int, frame: FrameType | None) -> None:
-            self.stop = True
+            self.requests += 1
             os.write(2, f"\n{signal.Signals(number).name}: stopping the running jobs after their step\n".encode())
-            for running in self.running:
-                running.process.send_signal(signal.SIGTERM)
 
         previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
