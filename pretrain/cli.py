@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     options = _parse(arguments)
     _set_defaults_of_torch()
+    # What a config warns of, in our own form and once however often the config is read.
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.filterwarnings("once", message=r"optimizer\.", category=UserWarning)
     try:
         return options.run(options)
     except ValueError as error:  # ConfigError, RunError, CheckpointError, DataError, EvalError, ...
