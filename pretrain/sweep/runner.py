@@ -77,6 +77,8 @@ class _Runner:
         self.running: list[_Running] = []
         self.ended: dict[Path, int] = {}
         """Exit codes by run folder of the jobs that ended here."""
+        self.minutes: list[float] = []
+        """How long the jobs took that were completed here."""
         self.requests = 0
         """How often this process was asked to stop."""
         self.look_again = 0.0
@@ -92,9 +94,12 @@ class _Runner:
             while self.running or (self.open_jobs(jobs) and not self.requests):
                 time.sleep(POLL_SECONDS)
                 self.pass_on_requests()
-                if (self.collect() or time.monotonic() > self.look_again) and not self.requests:
+                ended = self.collect()
+                if (ended or time.monotonic() > self.look_again) and not self.requests:
                     jobs = self.plan()
                     self.start(jobs)
+                    if ended:
+                        self.show_progress(jobs)
         return self.outcome(self.plan())
 
     def plan(self) -> list[Job]:
@@ -154,14 +159,25 @@ class _Runner:
                 code = STOPPED  # it had not come to listen to signals yet, or was not given the time
             self.ended[running.job.run.path] = code
             replace_text(running.log.with_suffix(".exit"), f"{code}\n")
-            took = f"{(time.monotonic() - running.started) / 60:.1f} min"
+            minutes = (time.monotonic() - running.started) / 60
+            took = f"{minutes:.1f} min"
             if code == DONE:
+                self.minutes.append(minutes)
                 print(f"{_clock()} complete {running.job} ({took})", flush=True)
             elif code == STOPPED:
                 print(f"{_clock()} stopped  {running.job} ({took})", flush=True)
             else:
                 print(f"{_clock()} FAILED   {running.job}: {_last_error(running.log)} (see {running.log})", flush=True)
         return bool(ended)
+
+    def show_progress(self, jobs: list[Job]) -> None:
+        """How many jobs are complete, and about how long the others take, as long as those before on average."""
+        left = sum(job.config is None or not job.run.finished for job in jobs)
+        if left and self.minutes:
+            estimate = left * sum(self.minutes) / len(self.minutes) / self.at_once
+            print(
+                f"{_clock()} {len(jobs) - left} of {len(jobs)} jobs complete, about {estimate:.0f} min left", flush=True
+            )
 
     def outcome(self, jobs: list[Job]) -> int:
         """The exit code, and a last line."""
