@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 
@@ -33,11 +34,14 @@ def publish_folder(partial: Path, final: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file in the place of an earlier one, in one rename."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    """Write a text file in the place of an earlier one, in one rename; several processes may do so at once."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 from pretrain.config import Config
 from pretrain.files import replace_text
-from pretrain.metrics import JsonLines
 from pretrain.runs import RunFolder
 from pretrain.sweep.definition import Cell, Sweep
 
@@ -101,7 +100,7 @@ def final_loss(run: RunFolder) -> float | None:
 
 def steps_taken(run: RunFolder) -> int:
     """Steps in the run's metrics."""
-    records = JsonLines(run.metrics.path).read()
+    records = run.metrics.read()
     return records[-1]["step"] if records else 0
 
 
