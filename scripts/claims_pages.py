@@ -84,7 +84,7 @@ def tables(found: ReportResult) -> list[str]:
     ]
     if claims:
         header = ["claim", "criterion", "mean ± 95 % interval", "by seed", "verdict"]
-        lines += ["Criteria and thresholds stood in the sweep file before the runs.", "", *table(header, claims), ""]
+        lines += ["Criteria and thresholds are those of the sweep file.", "", *table(header, claims), ""]
     header = ["", "runs", "validation loss", "difference, paired", "starved", "leverage-dead", "activation-dead"]
     lines += ["At the last step:", "", *table(header, final)]
     if tuned:
