@@ -48,8 +48,8 @@ def polar(x: Tensor, method: str = "quintic", *, exact: bool = False, dtype: Pol
             fastest for matrices that are not square. "quintic_exact": see `exact`.
         exact: with "quintic" the released code's operations in their order, one matrix at a time, in
             true bf16 and without the scaling below: the same as method "quintic_exact".
-        dtype: of the products of "polar_express" and "gram": "bf16", "fp16", "fp32", or "auto": bf16 where the
-            device is fast at it, else fp32. The other methods have one dtype: svd fp64, cans fp32, quintic bf16.
+        dtype: of the products of "polar_express" and "gram": "bf16", "fp16", "fp32", or "auto": fp16 on a
+            GPU, bf16 on a CPU with AMX, else fp32. The other methods have one dtype: svd fp64, cans fp32, quintic bf16.
 
     Returns:
         [..., m, n] in fp32, of any strides. A zero matrix gives zeros. A matrix with a NaN or an infinity

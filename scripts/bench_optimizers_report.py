@@ -26,7 +26,7 @@ class Machine(TypedDict):
     amx_bf16: bool
     amx_fp16: bool
     avx512_bf16: bool
-    # Whether optimizers.has_fast_bf16 says that bf16 is the faster type here: what "auto" goes by.
+    # Whether optimizers.has_fast_bf16 says that a bf16 product is the faster one here.
     fast_bf16: bool
     torch: str
     python: str

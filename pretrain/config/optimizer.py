@@ -108,9 +108,9 @@ class OptimizerConfig(Section):
     fp64, for tests and small models."""
 
     polar_dtype: PolarDtype = _MATRIX["polar_dtype"]
-    """Precision of the products of "gram" and "polar_express": "auto" is fp16 on a GPU, bf16 on a CPU with
-    instructions for it, else fp32. At condition numbers up to 2,000 bf16 turns directions by 1 to 4 %, fp16 by under
-    1 %, fp32 by under 0.01 %."""
+    """Precision of the products of "gram" and "polar_express": "auto" is fp16 on a GPU, bf16 on a CPU with AMX,
+    else fp32. At condition numbers up to 2,000 bf16 turns directions by 1 to 4 %, fp16 by under 1 %, fp32 by under
+    0.01 %."""
 
     scope: Scope = _MATRIX["scope"]
     """Which forms the auroras balance: "tall" (gate and up projections), "wide" (down projections) or "all". The
