@@ -51,7 +51,7 @@ class Plot:
         x_label: name of the x axis.
         curve: a run's curve.
         kind: how the y axis is read: a loss, a share of something, or a plain number from 0 on.
-        timing: only runs whose times can be used.
+        timing: runs whose times can be used, where a series has any; the caption names the series that has none.
     """
 
     title: str
@@ -133,12 +133,18 @@ def line_panels(plot: Plot, groups: Sequence[Group], styles: dict[str, Style], n
             tidy(axes, plot.x_label)
             if plot.kind == "share":
                 percent_axis(axes)
-            panels.append(Panel(group.name or plot.title, to_svg(canvas, f"{name}-{number}", label)))
+            panels.append(Panel(_caption(plot, group), to_svg(canvas, f"{name}-{number}", label)))
     return panels
 
 
+def _caption(plot: Plot, group: Group) -> str:
+    """What tells a panel from its neighbours, and which of its curves come from disturbed runs alone."""
+    disturbed = [series.name for series in group.series if plot.timing and series.shown and not series.timed]
+    return (group.name or plot.title) + (f"; disturbed: {', '.join(disturbed)}" if disturbed else "")
+
+
 def _band(plot: Plot, series: Series) -> Band | None:
-    runs = series.timed if plot.timing else series.shown
+    runs = (series.timed if plot.timing else {}) or series.shown
     return band([plot.curve(run) for run in runs.values()], _POINTS)
 
 

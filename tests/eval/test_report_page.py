@@ -289,7 +289,9 @@ def test_disturbed_runs_are_named_and_left_out_of_times(tmp_path: Path) -> None:
     assert found["timing"][0]["left_out"] == ["muon-2: 2 launches"]
     assert found["timing"][0]["seconds"]["forward_backward"] == 0.75
     assert set(found["final"][0]["tokens_per_second"]["values"]) == {"1"}
-    assert "left out of every statement on time: muon-2: 2 launches" in Page(write_report(folder).read_text()).text
+    assert (
+        "left out of every number and claim on time: muon-2: 2 launches" in Page(write_report(folder).read_text()).text
+    )
 
 
 def test_numbers_for_people() -> None:
