@@ -102,9 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--jobs",
         type=_positive,
-        default=os.cpu_count() or 1,
         metavar="N",
-        help="runs at once, with one thread each (default: the cores, here %(default)s)",
+        help="runs at once, each with one thread or one GPU (default: as many as GPUs, or without any as cores)",
     )
     sweep.add_argument("--index", type=int, metavar="I", help="run this job of `status` alone, as in a job array")
     sweep.set_defaults(run=sweep_runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from pretrain.config import ConfigError
 from pretrain.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from pretrain.metrics import JsonLines
 from pretrain.runs import RunError, RunFolder
-from pretrain.sweep import format_status, load_sweep, plan_jobs, run_job, run_sweep
+from pretrain.sweep import format_status, load_sweep, plan_jobs, run_job, run_sweep, runner
 from tests.conftest import REPOSITORY, TINY, merged
 
 AXES: dict[str, Any] = {
@@ -227,6 +228,40 @@ def test_a_job_array_runs_one_job_and_says_what_must_come_first(sweep_file: Call
         False,
         False,
     ]
+
+
+def test_every_job_has_a_gpu_or_a_thread_of_its_own(
+    sweep_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **_: Any) -> None:
+            environments.append({key: env.get(key) for key in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")})
+            self.returncode = DONE
+            run = RunFolder(Path(command[-1]).parents[3] / Path(command[-1]).stem)
+            finish(run, 1.0)
+
+        def poll(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Process)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    axes = {"seed": {seed: {"run.seed": seed} for seed in range(4)}}
+    for visible, expected in ((None, ["0", "1"]), ("3,GPU-7", ["3", "GPU-7"])):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        environments.clear()
+        assert run_sweep(load_sweep(sweep_file(name=f"gpus-{expected[0]}", axes=axes))) == DONE
+        assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == [*expected, *expected]
+        shutil.rmtree(sweep_file().parent / "runs")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    environments.clear()
+    assert run_sweep(load_sweep(sweep_file(axes=axes)), 4) == DONE
+    assert [env["OMP_NUM_THREADS"] for env in environments] == ["1"] * 4
 
 
 def test_shipped_sweeps_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:

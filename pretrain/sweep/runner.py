@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from pretrain.exit_codes import DONE, FAILED, STOPPED
 from pretrain.files import replace_text
 from pretrain.processes import PARENT_VARIABLE
@@ -35,21 +37,36 @@ class _Running:
     process: subprocess.Popen[bytes]
     log: Path
     started: float
+    gpu: str | None = None
+    """The GPU that it has to itself, as in CUDA_VISIBLE_DEVICES; None on a machine without."""
     asked: int = 0
     """How often it was asked to stop."""
 
 
-def run_sweep(sweep: Sweep, at_once: int) -> int:
+def visible_gpus() -> list[str]:
+    """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return [name for name in named.split(",") if name][:count] if named else [str(index) for index in range(count)]
+
+
+def default_at_once() -> int:
+    """One job a GPU, or without any one a core."""
+    return len(visible_gpus()) or len(os.sched_getaffinity(0))
+
+
+def run_sweep(sweep: Sweep, at_once: int | None = None) -> int:
     """Run every job that is not complete; returns the exit code.
 
     Args:
         sweep: validated.
-        at_once: training processes at a time, with one thread each.
+        at_once: training processes at a time, each with one thread, or with one GPU as far as there are any; None:
+            `default_at_once`.
 
     Returns:
         0 all jobs are complete, 1 some failed (the others are complete), 75 stopped on request.
     """
-    return _Runner(sweep, at_once).run()
+    return _Runner(sweep, at_once or default_at_once()).run()
 
 
 def run_job(sweep: Sweep, index: int) -> int:
@@ -74,6 +91,7 @@ class _Runner:
 
     def __init__(self, sweep: Sweep, at_once: int, only: Path | None = None) -> None:
         self.sweep, self.at_once, self.only = sweep, at_once, only
+        self.gpus = visible_gpus()
         self.running: list[_Running] = []
         self.ended: dict[Path, int] = {}
         """Exit codes by run folder of the jobs that ended here."""
@@ -129,7 +147,13 @@ class _Runner:
         folder.mkdir(parents=True, exist_ok=True)
         config, log = (folder / f"{job.config.run.name}{suffix}" for suffix in (".yaml", ".log"))
         replace_text(config, job.config.to_yaml())
-        environment = os.environ | {"OMP_NUM_THREADS": "1", PARENT_VARIABLE: str(os.getpid())}
+        environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}
+        taken = {running.gpu for running in self.running}
+        gpu = next((name for name in self.gpus if name not in taken), None)
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        else:
+            environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with log.open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "pretrain", "train", str(config)],
@@ -140,7 +164,7 @@ class _Runner:
                 start_new_session=True,  # Ctrl-C is for this process, which passes it on as a request to stop
             )
         print(f"{_clock()} started  {job} -> {job.run.path}", flush=True)
-        return _Running(job, process, log, time.monotonic())
+        return _Running(job, process, log, time.monotonic(), gpu)
 
     def pass_on_requests(self) -> None:
         """Ask every training process as often as this one was asked; the second time it ends at once."""
