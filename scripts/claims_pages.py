@@ -78,7 +78,7 @@ def tables(found: ReportResult) -> list[str]:
     source = Path(found["source"])
     lines = [
         f"`aurora sweep {source}`, then `aurora report {source}`: {done} of {len(jobs)} jobs complete; "
-        f"{', '.join(where['dates'])}; {'; '.join(where['machines'])}; "
+        f"{' to '.join(dict.fromkeys(where['dates']))}; {'; '.join(where['machines'])}; "
         f"commits {', '.join(commit[:10] for commit in where['commits'])}.",
         "",
     ]
