@@ -76,9 +76,11 @@ def survival(run: Run) -> Survival | None:
     start = {key: rows < DEAD for key, rows in _leverages(run.telemetry_files[reference]).items()}
     throughout = {key: dead.copy() for key, dead in start.items()}
     count = sum(int(dead.sum()) for dead in start.values())
+    if not count:
+        return None
     points = [(reference, 1.0, 1.0)]
     for step, path in run.telemetry_files.items():
-        later = _leverages(path) if step > reference and count else {}
+        later = _leverages(path) if step > reference else {}
         if not start.keys() <= later.keys() or any(len(later[key]) != len(start[key]) for key in start):
             continue  # not defined in some matrix at this step
         still = sum(int((later[key] < DEAD)[dead].sum()) for key, dead in start.items())

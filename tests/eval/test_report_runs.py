@@ -160,9 +160,10 @@ def test_survival_is_undefined_without_a_later_measurement_or_dead_rows(tmp_path
     assert survival(load_run(folder)) is None
     write_leverages(folder, 550, [float("nan"), 1.0])  # not defined there
     assert survival(load_run(folder)) is None
-    write_leverages(folder, 500, [1.0, 1.0])
-    write_leverages(folder, 550, [1.0, 1.0])
-    assert survival(load_run(folder)) is None
+    for rows in ([1.0, 1.0], [float("nan"), 1.0]):  # nothing dead; a square MLP, of which nothing is defined
+        write_leverages(folder, 500, rows)
+        write_leverages(folder, 550, rows)
+        assert survival(load_run(folder)) is None
 
 
 def test_histograms_hold_every_row(tmp_path: Path) -> None:
