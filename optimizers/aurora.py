@@ -1,8 +1,9 @@
 """The optimizer: a torch Optimizer that holds the state and leaves the mathematics to pure functions."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from optimizers.adamw import AdamwTensor, adamw_step
 from optimizers.blocks import Block, blocks, buckets, row_blocks
 from optimizers.speedrun import uw_floor
 from optimizers.update import all_finite, blend, commit_, updated
+
+if TYPE_CHECKING:
+    from optimizers.sharded.matrices import ShardedMatrices
 
 
 class Aurora(Optimizer):
@@ -53,12 +57,16 @@ class Aurora(Optimizer):
     Equal shapes are stacked to buckets of at most `optimizers.blocks.BUCKET_ELEMENTS` elements, and a step needs
     memory for one bucket at a time.
 
+    Where an engine cuts its flattened parameters between processes (DeepSpeed's ZeRO), `bind` says how: the groups then
+    hold flat shards, and a `step` may come for one group at a time.
+
     Attributes:
         last_step_finite: scalar bool tensor, whether the last step was taken.
         last_step_fallbacks: scalar int64 tensor, how often the odds rule fell back to tyler in the last step.
         last_step_retries: scalar int64 tensor, how often a Cholesky factorisation failed in the last step.
         direction_observer: called with every block of a matrix and the direction that is applied to it, [m, n] fp32
-            without scale and rate, to be read during the call; None, the default, is no call.
+            without scale and rate, to be read during the call; None, the default, is no call. Not for shards.
+        sharded: what `bind` was given; None where every parameter is whole.
 
     Raises:
         ValueError: an unknown option, a value out of range, an option without effect in the combination; a matrix
@@ -69,6 +77,8 @@ class Aurora(Optimizer):
     last_step_fallbacks: Tensor
     last_step_retries: Tensor
     direction_observer: Callable[[Block, Tensor], None] | None = None
+    sharded: "ShardedMatrices | None" = None
+    _paused = False
 
     def __init__(
         self,
@@ -93,7 +103,7 @@ class Aurora(Optimizer):
         if idle:
             problems = "; ".join(f"{key} has no effect: {why}" for key, why in idle.items())
             raise ValueError(f"bad options of Aurora: {problems}")
-        self._reset_report()
+        self.reset_report()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -102,7 +112,7 @@ class Aurora(Optimizer):
         for group in self.param_groups:
             for key, default in options.DEFAULTS[group["kind"]].items():
                 group.setdefault(key, default)
-        self._reset_report()
+        self.reset_report()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, completed by the options given to the constructor. The dict itself is not changed."""
@@ -149,19 +159,50 @@ class Aurora(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._paused:
+            return loss
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         grads = [_dense_grad(p) for _, params in work for p in params]
         finite = all_finite(grads, self._device())
+        if self.sharded is None:
+            self.reset_report()
+        else:
+            finite = self.sharded.agree(finite)
         counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
         for group, params in work:
-            if group["kind"] == "matrix":
+            if group["kind"] == "adamw":
+                self._adamw_step(params, group, finite)
+            elif self.sharded is None:
                 _check_params(group)
                 counts += self._matrix_steps(params, group, finite)
             else:
-                self._adamw_step(params, group, finite)
-        self.last_step_finite = finite
-        self.last_step_fallbacks, self.last_step_retries = torch.where(finite, counts, 0).unbind()
+                counts += self._shard_steps(params, group, finite)
+        self.last_step_finite &= finite
+        fallbacks, retries = torch.where(finite, counts, 0).unbind()
+        self.last_step_fallbacks += fallbacks
+        self.last_step_retries += retries
         return loss
+
+    def bind(self, sharded: "ShardedMatrices") -> None:
+        """From now on the groups hold flat shards, of which `sharded` knows the matrices."""
+        self.sharded = sharded
+        self.reset_report()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which `step` does nothing: some wrappers call it once while they are set up."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def reset_report(self) -> None:
+        """Begin a new step's report. Over shards its caller does that, since one step may be several calls."""
+        device = self._device()
+        self.last_step_finite = torch.ones((), dtype=torch.bool, device=device)
+        self.last_step_fallbacks = torch.zeros((), dtype=torch.int64, device=device)
+        self.last_step_retries = torch.zeros((), dtype=torch.int64, device=device)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Takes over a state and the options of its groups; tensors are copied and stay fp32.
@@ -169,8 +210,11 @@ class Aurora(Optimizer):
         (torch alone would round the momentum of a bf16 weight to bf16.)
 
         Raises:
-            ValueError: groups that differ in number, size or kind, or a state of another shape than its weight.
+            ValueError: groups that differ in number, size or kind, or a state of another shape than its weight; an
+                optimizer of shards, whose state is not this process's alone.
         """
+        if self.sharded is not None:
+            raise ValueError("a state_dict holds one process's shards: load a checkpoint of all of them instead")
         saved_groups = state_dict["param_groups"]
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
             if saved.get("kind") != group["kind"]:
@@ -194,11 +238,21 @@ class Aurora(Optimizer):
         super().load_state_dict(state_dict)
         self.state.update(states)
 
+    def _shard_steps(self, shards: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> Tensor:
+        """Steps a shard of the matrix group; returns the fallbacks and retries of all processes."""
+        assert self.sharded is not None, "the caller looks"
+        counts = torch.zeros(2, dtype=torch.int64, device=self.sharded.device)
+        for flat in shards:
+            state = self.state_of(flat, group)
+            state["step"] += finite.to(flat.device)
+            counts += self.sharded.step(flat, state, group, finite)
+        return counts
+
     def _matrix_steps(self, params: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> Tensor:
         """Steps matrices; returns the fallbacks and retries that their directions took, an int64 tensor [2]."""
         entries = dict(zip(group["params"], row_blocks(group), strict=True))
         for p in params:
-            self._state_of(p, entries[p], group)["step"] += finite.to(p.device)
+            self.state_of(p, group, entries[p])["step"] += finite.to(p.device)
         counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
         for bucket in buckets(block for p in params for block in blocks(p, entries[p])):
             counts += self._bucket_step(bucket, group, finite).to(finite.device)
@@ -243,13 +297,15 @@ class Aurora(Optimizer):
             commit_(weight, updated(weight, step, **decay), finite)
 
     def _adamw_step(self, params: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> None:
-        tensors = [AdamwTensor(weight=p, grad=_dense_grad(p), **self._state_of(p, None, group)) for p in params]
+        tensors = [AdamwTensor(weight=p, grad=_dense_grad(p), **self.state_of(p, group)) for p in params]
         adamw_step(tensors, group, finite)
 
-    def _state_of(self, p: Tensor, entry: tuple[int, ...] | None, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The state of a parameter, zeros before its first step."""
+    def state_of(self, p: Tensor, group: Mapping[str, Any], entry: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+        """The state of a parameter or shard of a group, zeros before its first step; `entry` is its row_blocks."""
         state: dict[str, Tensor] = self.state[p]
-        for key, shape in _state_shapes(p, entry, group).items():
+        is_shard = self.sharded is not None and group["kind"] == "matrix"
+        shapes = self.sharded.state_shapes(group) if is_shard else _state_shapes(p, entry, group)  # type: ignore[union-attr]
+        for key, shape in shapes.items():
             if key not in state:
                 state[key] = torch.zeros(shape, dtype=torch.float32, device=p.device)
         return state
@@ -260,13 +316,10 @@ class Aurora(Optimizer):
 
     def _device(self) -> torch.device:
         """Where the flag of a step lives: with the first parameter, though a wrapper may have taken them all."""
+        if self.sharded is not None:
+            return self.sharded.device
         params = (p for group in self.param_groups for p in group["params"])
         return next((p.device for p in params), torch.device("cpu"))
-
-    def _reset_report(self) -> None:
-        self.last_step_finite = torch.ones((), dtype=torch.bool, device=self._device())
-        self.last_step_fallbacks = torch.zeros((), dtype=torch.int64, device=self._device())
-        self.last_step_retries = torch.zeros((), dtype=torch.int64, device=self._device())
 
 
 def _state_shapes(p: Tensor, entry: tuple[int, ...] | None, group: Mapping[str, Any]) -> dict[str, torch.Size]:

@@ -19,6 +19,7 @@ from optimizers.polar import prescale, working_dtype
 from optimizers.precision import PolarDtype
 from optimizers.riemannian import Variant, ascend
 from optimizers.row_balance import BalanceRule, EpsMode, balance
+from optimizers.rows import HERE, Rows
 from optimizers.speedrun import contra
 
 Scope = Literal["tall", "all", "wide"]
@@ -79,11 +80,18 @@ def normuon(
     factor = muon(u, polar=polar, polar_dtype=polar_dtype)
     if factor.shape[-2] <= factor.shape[-1]:
         return factor, v.clone()
+    return _over_running_norms(factor, v, beta2, target)
+
+
+def _over_running_norms(
+    factor: Tensor, v: Tensor, beta2: float, target: Target, rows: Rows = HERE
+) -> tuple[Tensor, Tensor]:
+    """What normuon makes of the rows of a tall polar factor."""
     v = torch.lerp(v, factor.square().mean(dim=-1), 1 - beta2)
     scaled_rows = factor / (v.sqrt().unsqueeze(-1) + MOMENT_EPS)
     if target == "unit":
         return _with_row_norms(scaled_rows, 1.0), v
-    wanted, present = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (factor, scaled_rows))
+    wanted, present = rows.norm(factor), rows.norm(scaled_rows)
     return scaled_rows * torch.where(present > 0, wanted / present, 0.0), v
 
 
@@ -106,11 +114,37 @@ def u_normuon_running(
     """
     factor = muon(u, polar=polar, polar_dtype=polar_dtype)
     m, n = factor.shape[-2:]
-    if m <= n:
-        return factor, v.clone()
+    return (factor, v.clone()) if m <= n else _to_even_running_norms(factor, v, beta2, m)
+
+
+def _to_even_running_norms(factor: Tensor, v: Tensor, beta2: float, m: int) -> tuple[Tensor, Tensor]:
+    """What u_normuon_running makes of the rows of a tall polar factor that has m of them."""
     now = factor.square().mean(dim=-1)
     v = torch.where(v > 0, torch.lerp(v, now, 1 - beta2), now)
     return factor * (math.sqrt(1 / m) / (v.sqrt().unsqueeze(-1) + MOMENT_EPS)), v
+
+
+def even_rows(
+    factor: Tensor, options: Mapping[str, Any], shape: tuple[int, int], second_moment: Tensor | None, rows: Rows
+) -> tuple[Tensor, Tensor | None]:
+    """What "normuon" and "u_normuon" make of the rows of a tall polar factor, of which a part may be here.
+
+    Args:
+        factor: [..., rows here, n].
+        options: those of the matrix group.
+        shape: (m, n) of the whole.
+        second_moment: [..., rows here], if there is one.
+        rows: reductions over all rows.
+
+    Returns:
+        The direction and the new second moment.
+    """
+    m, n = shape
+    if second_moment is None:
+        return _with_row_norms(factor, math.sqrt(n / m)), None
+    if options["direction"] == "normuon":
+        return _over_running_norms(factor, second_moment, options["beta2"], options["normuon_target"], rows)
+    return _to_even_running_norms(factor, second_moment, options["beta2"], m)
 
 
 def aurora(

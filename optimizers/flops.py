@@ -64,9 +64,7 @@ def direction_flops(m: int, n: int, options: Mapping[str, Any], *, device: torch
     A loop that may end early because of its values is counted to its last turn. Counts are kept: asking again for the
     same shape and options costs nothing.
     """
-    complete = {**DEFAULTS["matrix"], **options}
-    given = {key: complete[key] for key in DEFAULTS["matrix"] if key not in _UNREAD}
-    return _counted(m, n, tuple(sorted(_resolved(given, torch.device(device)).items())))
+    return _counted(m, n, tuple(sorted(read_options(options, device).items())))
 
 
 def step_flops(
@@ -86,14 +84,18 @@ def _counted(m: int, n: int, options: tuple[tuple[str, Any], ...]) -> int:
     return int(count.get_total_flops())
 
 
-def _resolved(options: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The options with what "auto" stands for on `device`; left as they are it would be the meta device's choice."""
-    chosen = dict(options)
-    if options["polar_dtype"] == "auto" and has_dtype_choice(options["polar"]):
+def read_options(options: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """All options that a direction reads, with what "auto" stands for on `device`.
+
+    On the meta device "auto" would be that device's choice.
+    """
+    complete = {**DEFAULTS["matrix"], **options}
+    chosen = {key: complete[key] for key in DEFAULTS["matrix"] if key not in _UNREAD}
+    if chosen["polar_dtype"] == "auto" and has_dtype_choice(chosen["polar"]):
         dtype = resolve("auto", device)
         chosen["polar_dtype"] = next(name for name, known in DTYPES.items() if known == dtype)
-    if options["row_balance"] == "auto":
-        chosen["row_balance"] = directions.automatic_row_balance(device)
+    if chosen["row_balance"] == "auto":
+        chosen["row_balance"] = directions.automatic_row_balance(torch.device(device))
     return chosen
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from optimizers.coefficients import Quintic, polar_express
 from optimizers.precision import Products
+from optimizers.rows import HERE, Rows
 
 # All singular values from 2^-11 of the Frobenius norm arrive within 2e-5 of 1, before rounding.
 EXPRESS = polar_express(7, lower=2.0**-11, cushion=0.024, safety=1.01)
@@ -35,12 +36,17 @@ def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
     7 steps of Polar Express with restarts; for every dtype but fp32 the residual step follows.
     """
     is_wide = x.shape[-2] < x.shape[-1]
-    tall = (x.mT if is_wide else x).float()
-    products = Products.on(x.device, dtype)
+    factor = tall_gram_polar((x.mT if is_wide else x).float(), dtype)
+    return factor.mT if is_wide else factor
+
+
+def tall_gram_polar(tall: Tensor, dtype: torch.dtype, rows: Rows = HERE) -> Tensor:
+    """`gram_polar` of an fp32 stack of tall or square matrices, of which `rows` may know more rows than are here."""
+    products = Products.on(tall.device, dtype)
     # A power of two near sqrt(n) keeps the first Gram matrix out of fp16's smallest numbers (and, up to 2^7, below its
     # largest); the first polynomial takes it out again.
     size = 2.0 ** min(tall.shape[-1].bit_length() // 2, 7)
-    scaled = tall * (size / torch.linalg.vector_norm(tall, dim=(-2, -1), keepdim=True))
+    scaled = tall * (size / rows.norm(tall))
     X = products.round_(scaled)
     rest = products.round_(scaled - X) if dtype == torch.bfloat16 else None
     del scaled
@@ -48,7 +54,7 @@ def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
     spare, A = torch.empty_like(X), _gram_like(X)
     step = 0
     for length in SEGMENTS[dtype]:
-        products.symmetric(X.mT, X, out=A)
+        A = products.settle(rows.total(products.symmetric(X.mT, X, out=A)))
         share, Q = _chain(polynomials[step : step + length], A, products)
         products.mm_add(X, X, Q, beta=share, out=spare)
         if rest is not None:
@@ -57,8 +63,7 @@ def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
             rest = None
         X, spare = spare, X
         step += length
-    factor = X if dtype == torch.float32 else _without_residual(X, products)
-    return factor.mT if is_wide else factor
+    return X if dtype == torch.float32 else _without_residual(X, products, rows)
 
 
 def inverse_sqrt(A: Tensor) -> Tensor:
@@ -94,14 +99,14 @@ def _chain(polynomials: Sequence[Quintic], A: Tensor, products: Products) -> tup
     return q, Q
 
 
-def _without_residual(X: Tensor, products: Products) -> Tensor:
+def _without_residual(X: Tensor, products: Products, rows: Rows) -> Tensor:
     """X - X E / 2 in fp32 with E = X^T X - I: the Newton step, which squares the distance from orthogonality.
 
     Off the diagonal E is small and so are its rounding errors; its diagonal is the difference of numbers near 1 and
     comes from sums of squares in fp32.
     """
-    E = products.symmetric(X.mT, X)
-    E.diagonal(dim1=-2, dim2=-1).copy_(X.float().square().sum(dim=-2) - 1)
+    E = rows.total(products.symmetric(X.mT, X))
+    E.diagonal(dim1=-2, dim2=-1).copy_(rows.sum(X.float().square())[..., 0, :] - 1)
     products.settle(E)
     return torch.add(X.float(), products.mm(X, E).float(), alpha=-0.5)
 

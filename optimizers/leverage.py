@@ -2,7 +2,7 @@
 
 l_i = x_i (X^T X)^-1 x_i^T needs a factorisation of the n x n Gram matrix only. The rows of X = D u have norm 1 or
 near it, so X is well conditioned where u is not. Every function takes a tall stack X [k, m, n] in fp32 and returns
-the scores [k, m, 1] in fp32 with the number of retries [k].
+the scores [k, m, 1] in fp32 with the number of retries [k]. `rows` may know of more rows than are here.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor
 from optimizers.gram import inverse_sqrt
 from optimizers.polar import polar
 from optimizers.precision import PolarDtype, as_stated, gram_matrix
+from optimizers.rows import HERE, Rows
 
 RIDGES = (1e-8, 1e-6)
 """Shares of the trace that are added to the diagonal of a Gram matrix, the second where Cholesky's factorisation
@@ -25,14 +26,16 @@ def from_polar(x: Tensor, method: str, dtype: PolarDtype) -> tuple[Tensor, Tenso
     return scores, torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
 
-def from_cholesky(x: Tensor, fallback: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def from_cholesky(
+    x: Tensor, fallback: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Rows = HERE
+) -> tuple[Tensor, Tensor]:
     """|L^-1 x_i|^2 with L L^T = X^T X + ridge: 2 m n^2 for the Gram matrix, m n^2 to solve, n^3 / 3.
 
     Where the factorisation fails with the first ridge it is tried with the second, and then `fallback` finds the
     scores; each is one retry. Looking whether it failed waits for the device.
     """
     with torch.no_grad(), as_stated(x.device):
-        A = gram_matrix(x)
+        A = rows.total(gram_matrix(x))
         L, failed = _cholesky(A, RIDGES[0])
         retries = failed.long()
         if _any(failed):
@@ -45,10 +48,10 @@ def from_cholesky(x: Tensor, fallback: Callable[[Tensor], tuple[Tensor, Tensor]]
     return scores, retries
 
 
-def from_gram(x: Tensor) -> tuple[Tensor, Tensor]:
+def from_gram(x: Tensor, rows: Rows = HERE) -> tuple[Tensor, Tensor]:
     """The squared row norms of X (X^T X + ridge)^(-1/2), by products of matrices only and without waiting."""
     with torch.no_grad(), as_stated(x.device):
-        Q = inverse_sqrt(_ridged(gram_matrix(x), RIDGES[0]))
+        Q = inverse_sqrt(_ridged(rows.total(gram_matrix(x)), RIDGES[0]))
         scores = _squared_rows(torch.bmm(x, Q))
     return scores, torch.zeros(len(x), dtype=torch.int64, device=x.device)
 

@@ -111,14 +111,14 @@ def prescale(x: Tensor) -> Tensor:
     about 1e38 times larger. Zero and non-finite matrices pass unchanged; x itself is returned where it is known
     that nothing is to be scaled.
     """
-    largest = _largest(x)
+    largest = largest_entry(x)
     # Again a look that costs nothing on a CPU alone.
     if x.device.type == "cpu" and not _is_outside(largest).any():
         return x
-    return _prescale(x, largest)
+    return prescale_by(x, largest)
 
 
-def _largest(x: Tensor) -> Tensor:
+def largest_entry(x: Tensor) -> Tensor:
     """The largest absolute entry of each matrix, [..., 1, 1]; NaN where there is a NaN."""
     # Two reductions rather than one of |x|, which would be a tensor as large as x.
     dims = (-2, -1)
@@ -131,7 +131,8 @@ def _is_outside(largest: Tensor) -> Tensor:
     return outside & largest.isfinite() & (largest > 0)
 
 
-def _prescale(x: Tensor, largest: Tensor) -> Tensor:
+def prescale_by(x: Tensor, largest: Tensor) -> Tensor:
+    """x times the power of two that a matrix with this largest entry is scaled by."""
     exponent = torch.where(_is_outside(largest), 1 - torch.frexp(largest).exponent, 0)
     # In two halves, since 2^exponent itself overflows for a subnormal input.
     half = exponent // 2
@@ -152,7 +153,7 @@ def _as_it_is(stack: Tensor, backend: Backend, dtype: torch.dtype) -> Tensor:
 def _guarded(stack: Tensor, backend: Backend, dtype: torch.dtype) -> Tensor:
     """Runs a backend on a scaled, finite stack [k, m, n] and puts zero and NaN matrices in afterwards."""
     x = stack if stack.dtype == torch.float64 else stack.float()
-    largest = _largest(x)
+    largest = largest_entry(x)
     finite = largest.isfinite()
     usable = finite & (largest > 0)
     # Zero matrices are common (every zero-initialised weight at its first step), and on a CPU the look
@@ -162,7 +163,7 @@ def _guarded(stack: Tensor, backend: Backend, dtype: torch.dtype) -> Tensor:
             return torch.where(finite, torch.zeros_like(x), torch.nan)
         if usable.all() and not _is_outside(largest).any():
             return backend.factor(x, dtype)
-    factor = backend.factor(_prescale(torch.where(finite, x, 0), torch.where(finite, largest, 0)), dtype)
+    factor = backend.factor(prescale_by(torch.where(finite, x, 0), torch.where(finite, largest, 0)), dtype)
     return torch.where(usable, factor, torch.where(finite, 0.0, torch.nan).to(factor.dtype))
 
 

@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from optimizers.rows import HERE, Rows
+
 BalanceRule = Literal["odds", "tyler"]
 EpsMode = Literal["relative", "absolute"]
 
@@ -45,6 +47,7 @@ def balance(
     beta: float = 0.5,
     eps_mode: EpsMode = "relative",
     tolerance: float | None = None,
+    rows: Rows = HERE,
 ) -> RowScale:
     """Starts at D_i = 1/|u_i| and updates D `updates` times from the leverage scores of D u.
 
@@ -60,6 +63,7 @@ def balance(
         eps_mode: "relative" floors row norms at 1e-7 of the largest. "absolute" floors them at 1e-7 and
             takes t = n/m, as the released code does (t scales all of D alike, which polar does not see).
         tolerance: keep D once every row norm of polar(D u) is within this share of sqrt(t); None: never.
+        rows: sums over all rows, of which u may have a part only ("absolute" needs them all here).
 
     Rows that are exactly zero keep D = 0. Where t > 0.999 D stays ("absolute" has no such rule): there is nothing
     to balance with.
@@ -70,17 +74,17 @@ def balance(
     scores a search of a million random matrices found no such step; rounding makes them from condition 1e4 on.)
     """
     live = (u != 0).any(dim=-1, keepdim=True)
-    live_rows = live.sum(dim=-2, keepdim=True).clamp(min=1)
-    D = _initial_scale(u, live, eps_mode)
+    live_rows = rows.sum(live).clamp(min=1)
+    D = _initial_scale(u, live, eps_mode, rows)
     fallbacks = torch.zeros(u.shape[:-2], dtype=torch.int64, device=u.device)
     before: tuple[Tensor, Tensor, Tensor] | None = None
     settled = torch.zeros_like(live_rows, dtype=torch.bool)
     for _ in range(updates):
         scores = torch.where(live, leverage(D), 0.0)
-        spread = _spread(scores, live, live_rows)
-        mean = scores.sum(dim=-2, keepdim=True) / live_rows
+        spread = _spread(scores, live, live_rows, rows)
+        mean = rows.sum(scores) / live_rows
         if tolerance is not None:
-            settled = settled | _is_even(scores, mean, live, tolerance)
+            settled = settled | _is_even(scores, mean, live, tolerance, rows)
             # A look costs nothing on a CPU and would stall the queue of an accelerator, where D merely stays.
             if D.device.type == "cpu" and bool(settled.all()):
                 break
@@ -92,7 +96,7 @@ def balance(
             )
             fallbacks += raised[..., 0, 0]
         before = (D, scores, spread)
-        mean = scores.sum(dim=-2, keepdim=True) / live_rows
+        mean = rows.sum(scores) / live_rows
         free = live & (mean <= NO_FREEDOM)
         if eps_mode == "absolute":
             mean, free = torch.full_like(mean, u.shape[-1] / u.shape[-2]), live
@@ -103,12 +107,12 @@ def balance(
     return RowScale(D, fallbacks)
 
 
-def _initial_scale(u: Tensor, live: Tensor, eps_mode: EpsMode) -> Tensor:
+def _initial_scale(u: Tensor, live: Tensor, eps_mode: EpsMode, rows: Rows) -> Tensor:
     norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
     if eps_mode == "absolute":
         floored = norms.clamp(min=ROW_NORM_EPS)
     else:
-        floored = torch.maximum(norms, ROW_NORM_EPS * norms.amax(dim=-2, keepdim=True))
+        floored = torch.maximum(norms, ROW_NORM_EPS * rows.max(norms))
     return torch.where(live, 1.0 / floored, 0.0)
 
 
@@ -120,15 +124,15 @@ def _odds_factor(mean: Tensor, scores: Tensor) -> Tensor:
     return ((wanted / (1 - wanted)) * ((1 - inside) / inside)).sqrt()
 
 
-def _is_even(scores: Tensor, mean: Tensor, live: Tensor, tolerance: float) -> Tensor:
+def _is_even(scores: Tensor, mean: Tensor, live: Tensor, tolerance: float, rows: Rows) -> Tensor:
     """Whether all rows that are not zero have a norm within `tolerance` of the root of the mean score."""
     off = ((scores / mean.clamp(min=SMALLEST_LEVERAGE)).sqrt() - 1).abs()
-    return (torch.where(live, off, 0.0) <= tolerance).all(dim=-2, keepdim=True)
+    return rows.max(torch.where(live, off, 0.0)) <= tolerance
 
 
-def _spread(scores: Tensor, live: Tensor, live_rows: Tensor) -> Tensor:
+def _spread(scores: Tensor, live: Tensor, live_rows: Tensor, rows: Rows) -> Tensor:
     """Standard deviation over mean of the norms of the rows that are not zero, [..., 1, 1]."""
     norms = scores.sqrt()
-    mean = norms.sum(dim=-2, keepdim=True) / live_rows
-    variance = torch.where(live, (norms - mean).square(), 0.0).sum(dim=-2, keepdim=True) / live_rows
+    mean = rows.sum(norms) / live_rows
+    variance = rows.sum(torch.where(live, (norms - mean).square(), 0.0)) / live_rows
     return variance.sqrt() / mean

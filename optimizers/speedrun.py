@@ -6,6 +6,8 @@ Both take stacks [..., m, n] in fp32 and return a new tensor; a zero direction s
 import torch
 from torch import Tensor
 
+from optimizers.rows import HERE, Rows
+
 # Power iterations for the largest singular value, and what norms are clamped at before a division.
 POWER_STEPS, SMALLEST_NORM = 5, 1e-8
 
@@ -33,7 +35,12 @@ def contra(d: Tensor, u: Tensor, strength: float) -> Tensor:
 
 def uw_floor(step: Tensor, w: Tensor, floor: float) -> Tensor:
     """The step, enlarged where its Frobenius norm is below `floor` times that of the weight w."""
-    return step * (floor * _norm(w) / _norm(step).clamp(min=SMALLEST_NORM)).clamp(min=1)
+    return enlarged(step, floor * _norm(w))
+
+
+def enlarged(step: Tensor, norm: Tensor, rows: Rows = HERE) -> Tensor:
+    """The step, enlarged where its Frobenius norm is below `norm`, [..., 1, 1]; a part of its rows may be here."""
+    return step * (norm / rows.norm(step).clamp(min=SMALLEST_NORM)).clamp(min=1)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -1,0 +1,140 @@
+"""Where the elements of every parameter lie when an engine has flattened its parameters and cut them between ranks.
+
+An optimizer group of the engine is one flat tensor a rank, its *shard*. A *fragment* is a run of elements of one
+flattened parameter in a shard. The layout is the table of all fragments of all ranks: planning, the exchange and
+checkpoints read nothing else, so a layout that was read from DeepSpeed (see `deepspeed`) and one that was computed here
+for any number of ranks serve alike.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from math import prod
+
+Shape = tuple[int, ...]
+Groups = Sequence[Mapping[str, Shape]]
+"""The parameters of each optimizer group in their order: name -> shape."""
+
+# DeepSpeed pads a flat group to a multiple of this many elements a rank (nccl_start_alignment_factor).
+ALIGNMENT = 2
+
+
+class LayoutError(ValueError):
+    """Fragments that do not make up the parameters."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of elements of one parameter in one shard."""
+
+    name: str
+    start: int
+    """First element, in the flattened parameter."""
+    length: int
+    shard: int
+    """Index of the optimizer group whose flat tensor holds it."""
+    offset: int
+    """First element, in that tensor."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last element, in the flattened parameter."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All fragments of all ranks.
+
+    Raises:
+        LayoutError: fragments that overlap, leave a gap or are of an unknown parameter.
+    """
+
+    shapes: Mapping[str, Shape]
+    """Every parameter's own shape."""
+    fragments: tuple[tuple[Fragment, ...], ...]
+    """By rank."""
+    shard_sizes: tuple[int, ...]
+    """Elements of each shard of a rank, padding included: the same on every rank."""
+
+    def __post_init__(self) -> None:
+        pieces: dict[str, list[tuple[int, int]]] = {name: [] for name in self.shapes}
+        for rank, own in enumerate(self.fragments):
+            for fragment in own:
+                if fragment.name not in pieces:
+                    raise LayoutError(f"rank {rank} holds a fragment of {fragment.name!r}, which is no parameter")
+                pieces[fragment.name].append((fragment.start, fragment.stop))
+        for name, shape in self.shapes.items():
+            end = 0
+            for start, stop in sorted(pieces[name]):
+                if start != end:
+                    fault = "overlap at" if start < end else "leave a gap before"
+                    raise LayoutError(f"the fragments of {name} {fault} element {start} (expected {end})")
+                end = stop
+            if end != prod(shape):
+                raise LayoutError(f"the fragments of {name} cover {end} of its {prod(shape)} elements")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return len(self.fragments)
+
+    def digest(self) -> str:
+        """sha256 of the table, to be compared between ranks."""
+        table = [sorted(self.shapes.items()), [[astuple(f) for f in own] for own in self.fragments], self.shard_sizes]
+        return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+
+
+def flat_layout(groups: Groups, world_size: int) -> Layout:
+    """That of DeepSpeed's stages 1 and 2 and of its bf16 optimizer.
+
+    The parameters of a group end to end, padded at the end, cut into as many equal shards as there are ranks.
+    """
+    fragments: list[list[Fragment]] = [[] for _ in range(world_size)]
+    sizes = []
+    for shard, parameters in enumerate(groups):
+        total = sum(prod(shape) for shape in parameters.values())
+        size = -(-total // (ALIGNMENT * world_size)) * ALIGNMENT
+        sizes.append(size)
+        first = 0
+        for name, shape in parameters.items():
+            stop = first + prod(shape)
+            for rank in range(first // size, -(-stop // size)):
+                low, high = max(first, rank * size), min(stop, (rank + 1) * size)
+                fragments[rank].append(Fragment(name, low - first, high - low, shard, low - rank * size))
+            first = stop
+    return Layout(_shapes(groups), tuple(map(tuple, fragments)), tuple(sizes))
+
+
+def chunked_layout(groups: Groups, world_size: int) -> Layout:
+    """That of DeepSpeed's stage 3: every parameter in as many equal chunks as there are ranks, the last ones short."""
+    fragments: list[list[Fragment]] = [[] for _ in range(world_size)]
+    sizes = []
+    for shard, parameters in enumerate(groups):
+        offset = 0
+        for name, shape in parameters.items():
+            total = prod(shape)
+            chunk = -(-total // world_size)
+            for rank in range(world_size):
+                start = rank * chunk
+                if start < total:
+                    fragments[rank].append(Fragment(name, start, min(chunk, total - start), shard, offset))
+            offset += chunk
+        sizes.append(offset)
+    return Layout(_shapes(groups), tuple(map(tuple, fragments)), tuple(sizes))
+
+
+def zero_layout(groups: Groups, world_size: int, stage: int) -> Layout:
+    """The layout of a ZeRO stage, 1 to 3, as DeepSpeed makes it.
+
+    Raises:
+        ValueError: another stage.
+    """
+    if stage not in (1, 2, 3):
+        raise ValueError(f"ZeRO stage {stage} does not shard the optimizer: expected 1, 2 or 3")
+    return chunked_layout(groups, world_size) if stage == 3 else flat_layout(groups, world_size)
+
+
+def _shapes(groups: Groups) -> dict[str, Shape]:
+    return {name: tuple(shape) for parameters in groups for name, shape in parameters.items()}
