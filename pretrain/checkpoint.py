@@ -159,6 +159,8 @@ def _write_rank(folder: Path, rank: int, fragments: list[Fragment], generators: 
     files = {f"rng-{rank:05d}.safetensors": generators}
     if fragments:
         state = {f.key: f.values.detach().reshape(-1).cpu().contiguous() for f in fragments}
+        # Several parameters may have one step counter; safetensors refuses to save a tensor under two names.
+        state = {key: values.clone() if values.numel() == 1 else values for key, values in state.items()}
         files[f"state-{rank:05d}.safetensors"] = state
     for name, tensors in files.items():
         save_file(tensors, folder / name)

@@ -1,8 +1,8 @@
 """What carries out a training step: placement, precision, the backward pass and its reduction over ranks.
 
-The trainer talks to an engine only through the methods of `PlainEngine`; a second engine offers the same ones.
-Gradients arrive in the optimizer summed over every rank and micro-batch, never averaged: the loss is divided by the
-global number of target tokens before the backward pass.
+The trainer talks to an engine only through the methods of `Engine`; `PlainEngine` is one, `pretrain.deepspeed_engine`
+has the other. Gradients arrive in the optimizer summed over every rank and micro-batch, never averaged: the loss is
+divided by the global number of target tokens before the backward pass.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from optimizers import Aurora
 from optimizers.precision import has_fast_bf16
+from optimizers.sharded import Held
 from pretrain.config import Config
 from pretrain.model import LossModel
 
@@ -36,8 +38,14 @@ class Precision:
     autocast: torch.dtype | None
 
     def __str__(self) -> str:
+        if self.weights != torch.float32:
+            return f"{_name(self.weights)} weights beside fp32 ones"
         products = "no autocast" if self.autocast is None else f"{_name(self.autocast)} autocast"
         return f"{_name(self.weights)} weights, {products}"
+
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits for the other ranks."""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -50,51 +58,51 @@ def resolve_precision(setting: str, device: torch.device) -> Precision:
     return Precision(torch.float32, torch.bfloat16 if bf16 else None)
 
 
-class PlainEngine:
-    """Accelerate on one process, or data parallel over several started by torchrun (gloo on CPUs, NCCL on GPUs).
+class Engine:
+    """What every engine has.
+
+    Args:
+        config: the run's.
+        accelerator: set up for the processes of this run.
+        precision: dtypes of weights and products.
 
     Attributes:
         rank, world_size: of this process.
         device: where the model lives.
         precision: dtypes of weights and products.
         cpu_group: a process group for CPU tensors, None on a single process.
+        model: what to call for training; set by `prepare`.
+        module: the model with its loss, inside it.
 
     Raises:
         RuntimeError: the processes did not find each other (each would train alone without noticing).
     """
 
-    def __init__(self, config: Config) -> None:
-        on_cpu = not torch.cuda.is_available()
-        # DDP re-sorts its buckets after the first backward pass, by the order in which gradients came, unless it
-        # looks for unused parameters. With three or more ranks that changes the order of summation, so the first
-        # step after a resume would differ from the uninterrupted run: keep the order of the parameters.
-        ddp = DistributedDataParallelKwargs(
-            find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        # On CPUs Accelerate sees the other processes only with cpu=True.
-        self.accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="no",
-            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
-        )
-        self.rank: int = self.accelerator.process_index
-        self.world_size: int = self.accelerator.num_processes
-        self.device: torch.device = self.accelerator.device
-        self.precision = resolve_precision(config.train.precision, self.device)
-        self._check_world()
-        self.cpu_group = self._make_cpu_group()
-        self.model: torch.nn.Module
-        self.module: LossModel
+    model: torch.nn.Module
+    module: LossModel
+    say: Callable[[str], None] = staticmethod(lambda line: None)
+    """Prints a line on rank 0."""
 
-    def _check_world(self) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator, expected: DistributedType) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+        self.precision = self.resolve_precision(config.train.precision)
+        self._check_world(expected)
+        self.cpu_group = self._make_cpu_group()
+
+    def resolve_precision(self, setting: str) -> Precision:
+        """The dtypes for `train.precision`."""
+        raise NotImplementedError
+
+    def _check_world(self, expected_type: DistributedType) -> None:
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         kind = self.accelerator.distributed_type
-        alone = kind == DistributedType.NO
-        if self.world_size != expected or alone != (expected == 1):
+        if self.world_size != expected or kind != expected_type:
             raise RuntimeError(
-                f"{expected} processes were started, but Accelerate sees {self.world_size} (type {kind}): "
-                "each would train alone. Start them with torchrun, and without ACCELERATE_* variables"
+                f"{expected} processes were started, but Accelerate sees {self.world_size} (type {kind}, expected "
+                f"{expected_type}): each would train alone. Start them with torchrun, without ACCELERATE_* variables"
             )
 
     def _make_cpu_group(self) -> dist.ProcessGroup | None:
@@ -102,15 +110,18 @@ class PlainEngine:
             return None
         return dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
 
-    def prepare(self, module: LossModel, compile_model: bool) -> None:
-        """Move the model to the device, compile it if asked, and wrap it for data parallelism."""
-        module.to(self.device)
-        if compile_model:
-            module.compile()  # in place: the names of the parameters stay
-        self.module = module
-        self.model = self.accelerator.prepare(module)
-        wrapped = isinstance(self.model, DistributedDataParallel)
-        assert wrapped == (self.world_size > 1), f"{type(self.model)} on {self.world_size} ranks"
+    def prepare(self, module: LossModel, optimizer: Aurora) -> None:
+        """Take over a model and its optimizer, whose weights are those to start from."""
+        raise NotImplementedError
+
+    def describe(self) -> list[str]:
+        """What was set up, for the start of a run, a line each."""
+        return [f"device    {self.device}, {self.world_size} ranks, {self.precision}"]
+
+    @property
+    def held(self) -> Held | None:
+        """What this rank holds of the optimizer's parameters; None where every rank holds them whole."""
+        return None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context of every forward pass."""
@@ -118,17 +129,12 @@ class PlainEngine:
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Backward pass of a micro-batch's share of the loss (already divided by the global target count).
+        """Backward pass of a micro-batch's share of the loss (already divided by the global target count)."""
+        raise NotImplementedError
 
-        DDP averages over ranks; the factor makes it the sum.
-        """
-        self.accelerator.backward(loss * self.world_size)
-
-    @contextlib.contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Context of a micro-batch's forward and backward pass: gradients are reduced only in the last."""
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-            yield
+        raise NotImplementedError
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Scale all gradients down to a global 2-norm of at most `max_norm`; returns the norm before, no host sync.
@@ -137,10 +143,23 @@ class PlainEngine:
         only the norm overflowed.
         """
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        # On a CPU torch adds squares one after another: in fp32 the norm of an embedding comes out 1e-4 too small.
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).float()
         factor = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, torch.nan))
         return norm
+
+    def step(self, optimizer: Aurora, before: Callable[[Tensor], None]) -> Tensor:
+        """Clip the gradients, step, and drop them; returns their global 2-norm before clipping, no host sync.
+
+        Args:
+            optimizer: the one of `prepare`.
+            before: called with a scalar bool tensor, whether the gradients are finite, when they are clipped and whole
+                in the parameters' `.grad`; an engine that never has them so does not call it.
+        """
+        raise NotImplementedError
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The elementwise sum of a device tensor over the ranks."""
@@ -158,8 +177,9 @@ class PlainEngine:
         """
         if self.world_size == 1:
             return
-        bits = [p.detach().float().view(torch.int32).sum(dtype=torch.int64) for p in self.module.parameters()]
-        everyone = self.gather((torch.stack(bits).tolist(), batch, list(rows)))
+        bits = [p.detach().float().view(torch.int32).sum(dtype=torch.int64) for p in self.whole_parameters()]
+        weights = torch.stack(bits).tolist() if bits else []
+        everyone = self.gather((weights, batch, list(rows)))
         if any(weights != everyone[0][0] for weights, _, _ in everyone):
             raise RuntimeError("the weights differ between ranks after the first step: gradients were not reduced")
         if any(other != batch for _, other, _ in everyone):
@@ -167,6 +187,10 @@ class PlainEngine:
         trained = [row for _, _, share in everyone for row in share]
         if len(set(trained)) < len(trained):
             raise RuntimeError("two ranks trained on the same rows: the batch was not shared out")
+
+    def whole_parameters(self) -> list[Tensor]:
+        """The parameters that every rank holds whole, outside a forward pass."""
+        return list(self.module.parameters())
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable value, on every rank."""
@@ -191,3 +215,67 @@ class PlainEngine:
             # destructor holds it while it waits for those threads: without a pause some runs hang at their end.
             time.sleep(0.2)
             dist.destroy_process_group()
+
+
+class PlainEngine(Engine):
+    """Accelerate on one process, or data parallel over several started by torchrun (gloo on CPUs, NCCL on GPUs)."""
+
+    def __init__(self, config: Config) -> None:
+        on_cpu = not torch.cuda.is_available()
+        # DDP re-sorts its buckets after the first backward pass, by the order in which gradients came, unless it
+        # looks for unused parameters. With three or more ranks that changes the order of summation, so the first
+        # step after a resume would differ from the uninterrupted run: keep the order of the parameters.
+        ddp = DistributedDataParallelKwargs(
+            find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        # On CPUs Accelerate sees the other processes only with cpu=True.
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no",
+            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=TIMEOUT)],
+        )
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        several = DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU
+        super().__init__(config, accelerator, DistributedType.NO if alone else several)
+
+    def resolve_precision(self, setting: str) -> Precision:
+        """fp32 weights, bf16 products where asked or fast."""
+        return resolve_precision(setting, self.device)
+
+    def prepare(self, module: LossModel, optimizer: Aurora) -> None:
+        """Move the model to the device, compile it if asked, and wrap it for data parallelism."""
+        module.to(self.device)
+        if self.config.train.compile:
+            module.compile()  # in place: the names of the parameters stay
+        self.module = module
+        self.model = self.accelerator.prepare(module)
+        wrapped = isinstance(self.model, DistributedDataParallel)
+        assert wrapped == (self.world_size > 1), f"{type(self.model)} on {self.world_size} ranks"
+
+    def backward(self, loss: Tensor) -> None:
+        """DDP averages over ranks; the factor makes it the sum."""
+        self.accelerator.backward(loss * self.world_size)
+
+    @contextlib.contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Gradients are reduced only in the last micro-batch."""
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            yield
+
+    def step(self, optimizer: Aurora, before: Callable[[Tensor], None]) -> Tensor:
+        """Clip, step, drop the gradients."""
+        norm = self.clip_gradients(self.config.train.grad_clip)
+        before(norm.isfinite())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def make_engine(config: Config) -> Engine:
+    """The engine that the config names, of all processes that were started."""
+    if config.engine.kind == "deepspeed":
+        from pretrain.deepspeed_engine import DeepSpeedEngine  # importing DeepSpeed takes seconds
+
+        return DeepSpeedEngine(config)
+    return PlainEngine(config)

@@ -60,8 +60,12 @@ class Validator(Hook):
         batches = self.batches()
         engine.module.eval()
         total = torch.zeros((), dtype=torch.float64)
-        for batch in batches[engine.rank :: engine.world_size]:
-            total += trainer.loss_sum(batch, engine.module).double().cpu()
+        for first in range(0, len(batches), engine.world_size):
+            # Every rank runs in every round: under ZeRO 3 a forward pass is a collective.
+            index = first + engine.rank
+            loss = trainer.loss_sum(batches[min(index, len(batches) - 1)], engine.module)
+            if index < len(batches):
+                total += loss.double().cpu()
         engine.module.train()
         nats = sum(engine.gather(total.item()))
         loss = nats / sum(batch.num_targets for batch in batches)

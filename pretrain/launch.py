@@ -9,7 +9,7 @@ import random
 import shutil
 import signal
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from optimizers import Aurora, param_groups
 from pretrain.checkpoint import (
     CheckpointError,
     CheckpointReader,
+    Fragment,
     list_checkpoints,
     newest_intact,
     prune,
@@ -29,20 +30,21 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import Config, ConfigError, identity_hash
 from pretrain.data import TokenStream, check_sources, fingerprint, load_tokenizer
-from pretrain.dense_state import (
-    dense_fragments,
-    group_settings,
-    load_dense,
-    random_generators,
-    restore_generators,
-)
-from pretrain.engine import PlainEngine
+from pretrain.engine import Engine, make_engine
 from pretrain.exit_codes import DONE, STOPPED
 from pretrain.files import file_sha256
 from pretrain.hooks import Sampler, Validator
 from pretrain.model import LossModel, build_model
 from pretrain.processes import is_orphaned
 from pretrain.runs import TOKENIZER_FILE, RunError, RunFolder, check_identity, git_commit
+from pretrain.state import (
+    fragments,
+    group_settings,
+    load_state,
+    load_weights,
+    random_generators,
+    restore_generators,
+)
 from pretrain.summary import describe, routing_table
 from pretrain.telemetry import Telemetry, set_aside_after
 from pretrain.tracking import Display, make_tracker
@@ -66,7 +68,7 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
         ValueError: bad input (`ConfigError`, `RunError`, `CheckpointError`, `DataError`), before any training.
         TrainingError, OSError: training failed; saved checkpoints are untouched.
     """
-    engine = PlainEngine(config)
+    engine = make_engine(config)
     try:
         code = _Launch(config, engine).run(resume, stop_at)
         engine.gather(None)  # together: a launcher stops the other processes when the first one ends
@@ -78,12 +80,13 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
 class _Launch:
     """One launch of a run on one rank."""
 
-    def __init__(self, config: Config, engine: PlainEngine) -> None:
+    def __init__(self, config: Config, engine: Engine) -> None:
         self.config, self.engine = config, engine
         self.display = Display(engine.rank, config.logging.every_steps)
         self.folder = RunFolder(config.run_folder)
         self.telemetry: Telemetry | None = None
         self.stop = False
+        engine.say = self.display.say
 
     def run(self, resume: str, stop_at: int | None) -> int:
         """Set up, train, tear down."""
@@ -114,8 +117,12 @@ class _Launch:
         config, engine, display = self.config, self.engine, self.display
         seed_everything(config.run.seed + engine.rank, config.run.deterministic)
         model = build_model(config.model, config.run.seed)
-        engine.prepare(LossModel(model, config.train), config.train.compile)
+        if reader:
+            load_weights(reader, model)
+        self.routing = routing_table(config, model)
+        self.summary = describe(config, model, engine.world_size)
         optimizer = Aurora(param_groups(model, config.optimizer.settings()))
+        engine.prepare(LossModel(model, config.train), optimizer)
         stream = TokenStream(
             config.data,
             config.tokenizer,
@@ -126,12 +133,12 @@ class _Launch:
         hooks = self.hooks(model)
         state = TrainState()
         if reader:
-            load_dense(reader, model, optimizer)
+            load_state(reader, model, optimizer, engine.held)
             state = TrainState(**reader.index["counters"])
             self.restore_generators(reader)
             if self.telemetry:
                 self.telemetry.restore(reader)
-        launch = self.on_rank_0(lambda: self.open_run_folder(state.step, model))
+        launch = self.on_rank_0(lambda: self.open_run_folder(state.step))
         tracker = make_tracker(config, self.folder.path, launch, engine.rank, display.warn)
         trainer = Trainer(
             config,
@@ -145,7 +152,7 @@ class _Launch:
             save=self.save,
             stop_requested=lambda: self.stop or is_orphaned(),
         )
-        self.announce(model, reader)
+        self.announce(reader)
         display.start(state.step, config.total_steps)
         try:
             with self.stop_on_signals():
@@ -189,7 +196,7 @@ class _Launch:
         if before != str(self.engine.precision):
             self.display.warn(f"precision was {before}, now {self.engine.precision}: results will differ")
 
-    def open_run_folder(self, step: int, model: torch.nn.Module) -> str:
+    def open_run_folder(self, step: int) -> str:
         """Put aside what lies past `step`, write config and manifest; returns the run's wandb id."""
         discarded = self.folder.metrics.discard_after(step)
         self.folder.samples.discard_after(step)
@@ -203,7 +210,7 @@ class _Launch:
             "id": run_id,
             "identity": self.identity,
             "data": self.inputs["data"],
-            "routing": routing_table(self.config, model),
+            "routing": self.routing,
         }
         launch = {
             "from_step": step,
@@ -214,12 +221,13 @@ class _Launch:
         self.folder.write_manifest(self.config, facts, launch)
         return run_id
 
-    def announce(self, model: torch.nn.Module, reader: CheckpointReader | None) -> None:
+    def announce(self, reader: CheckpointReader | None) -> None:
         """Print what will be trained and from where."""
         engine = self.engine
-        for line in describe(self.config, model, engine.world_size):
+        for line in self.summary:
             self.display.say(line)
-        self.display.say(f"device    {engine.device}, {engine.world_size} ranks, {engine.precision}")
+        for line in engine.describe():
+            self.display.say(line)
         if reader:
             self.display.say(f"resuming from {reader.folder} (step {reader.index['step']})")
 
@@ -263,16 +271,18 @@ class _Launch:
     def save(self, trainer: Trainer) -> None:
         """Save a checkpoint, then drop those that are no longer kept."""
         engine, model = self.engine, self.engine.module.model
-        index = checkpoint_index(trainer, self.identity, group_settings(model, trainer.optimizer))
+        index = checkpoint_index(trainer, self.identity, group_settings(trainer.optimizer))
         index["provenance"] = {
             "git_commit": git_commit(),
             "precision": str(engine.precision),
             "data": self.inputs["data"],
         }
-        # Every rank of the plain engine holds everything: one of them writes it.
-        watched = self.telemetry.fragments() if self.telemetry else ()
-        fragments = itertools.chain(dense_fragments(model, trainer.optimizer), watched) if engine.rank == 0 else ()
-        path = save_checkpoint(self.folder.checkpoints, index, fragments, random_generators(), engine)
+        own: Iterable[Fragment] = fragments(model, trainer.optimizer, engine.held)
+        if self.telemetry:
+            own = itertools.chain(own, self.telemetry.fragments())
+        # Where every rank holds everything one of them writes it.
+        writes = engine.held is not None or engine.rank == 0
+        path = save_checkpoint(self.folder.checkpoints, index, own if writes else (), random_generators(), engine)
         if engine.rank == 0:
             keep = self.config.checkpoint
             prune(self.folder.checkpoints, keep.keep_last, keep.keep_every_steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,13 @@ from pretrain.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 
 PARENT_VARIABLE = "AURORA_PARENT"
 """Environment variable with the id of the process that a training process belongs to, for example a sweep's."""
+
+
+def free_port() -> int:
+    """A TCP port that is free on loopback."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def is_orphaned() -> bool:

@@ -17,7 +17,7 @@ from pretrain.checkpoint import FORMAT, Index
 from pretrain.config import Config
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.data.masks import attention_inputs
-from pretrain.engine import PlainEngine
+from pretrain.engine import Engine
 from pretrain.flops import flops_per_token, peak_flops
 from pretrain.model import IGNORED
 from pretrain.schedule import lr_factor
@@ -84,7 +84,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        engine: PlainEngine,
+        engine: Engine,
         optimizer: Aurora,
         stream: TokenStream,
         *,
@@ -119,15 +119,10 @@ class Trainer:
             clock = PhaseClock(self.engine.device)
             batch = self.stream.next_batch(config.global_batch_sequences)
             clock.mark("data")
+            lrs = self.set_learning_rates()
             loss = self.forward_backward(batch)
             clock.mark("forward_backward")
-            grad_norm = self.engine.clip_gradients(config.train.grad_clip)
-            for hook in self.hooks:
-                hook.observe(self, grad_norm.isfinite())
-            lrs = self.set_learning_rates()
-            clock.mark("clip_and_observe")
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            grad_norm = self.engine.step(self.optimizer, lambda finite: self.observe(finite, clock))  # noqa: B023
             clock.mark("optimizer")
 
             state.step += 1
@@ -149,6 +144,12 @@ class Trainer:
             if stop and not last:
                 return "stopped"
         return "done"
+
+    def observe(self, finite: Tensor, clock: PhaseClock) -> None:
+        """Let the hooks look at the clipped gradients."""
+        for hook in self.hooks:
+            hook.observe(self, finite)
+        clock.mark("clip_and_observe")
 
     def forward_backward(self, batch: TokenBatch) -> Tensor:
         """Gradients of the mean loss over the whole global batch; returns this rank's share of that mean."""

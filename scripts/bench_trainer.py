@@ -31,8 +31,8 @@ from pretrain.trainer import Trainer
 def make_trainer(config: Config, engine: PlainEngine, log: Path) -> Trainer:
     """A trainer as `aurora train` builds it, without checkpoints."""
     model = build_model(config.model, config.run.seed)
-    engine.prepare(LossModel(model, config.train), config.train.compile)
     optimizer = Aurora(param_groups(model, config.optimizer.settings()))
+    engine.prepare(LossModel(model, config.train), optimizer)
     stream = TokenStream(config.data, config.tokenizer, config.sequence_length)
     eos_id = load_tokenizer(config.tokenizer).token_to_id(config.tokenizer.eos_token)
     assert eos_id is not None

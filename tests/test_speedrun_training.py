@@ -15,10 +15,10 @@ from optimizers import Aurora, param_groups
 from pretrain.checkpoint import CheckpointReader
 from pretrain.cli import main
 from pretrain.config import Config, load_config, parse_config
-from pretrain.dense_state import load_dense
 from pretrain.flops import parameter_count
 from pretrain.launch import train
 from pretrain.model import build_model
+from pretrain.state import load_state
 from pretrain.sweep import load_sweep, plan_jobs
 from tests.conftest import REPOSITORY, SPEEDRUN, merged
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_keeps_a_bf16_weight_and_its_fp32_state_to_the_bit(bf16_run
     }
     model = build_model(bf16_run.model, seed=99)
     optimizer = Aurora(param_groups(model, bf16_run.optimizer.settings()))
-    load_dense(reader, model, optimizer)
+    load_state(reader, model, optimizer)
     weight = model.get_parameter(EMBEDDING)
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight.view(torch.int16), reader.read(EMBEDDING, "weight").view(torch.int16))

@@ -15,12 +15,13 @@ import torch.distributed as dist
 
 from optimizers.aurora import Aurora
 from optimizers.sharded.exchange import WireDtype
-from optimizers.sharded.layout import Layout, LayoutError, chunked_layout, flat_layout, zero_layout
+from optimizers.sharded.layout import Held, Layout, LayoutError, chunked_layout, flat_layout, zero_layout
 from optimizers.sharded.matrices import ShardedMatrices
 from optimizers.sharded.plan import Plan, make_plan, units_of
 from optimizers.sharded.row_sharded import part_flops, unshareable
 
 __all__ = [
+    "Held",
     "Layout",
     "LayoutError",
     "Plan",

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from math import prod
 
+from torch import Tensor
+
 Shape = tuple[int, ...]
 Groups = Sequence[Mapping[str, Shape]]
 """The parameters of each optimizer group in their order: name -> shape."""
@@ -84,6 +86,16 @@ class Layout:
         """sha256 of the table, to be compared between ranks."""
         table = [sorted(self.shapes.items()), [[astuple(f) for f in own] for own in self.fragments], self.shard_sizes]
         return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one process holds of a layout."""
+
+    layout: Layout
+    rank: int
+    shards: Sequence[Tensor]
+    """Its flat fp32 tensors, by optimizer group."""
 
 
 def flat_layout(groups: Groups, world_size: int) -> Layout:

@@ -7,7 +7,7 @@ next round travels while the present one is computed. Beside the shard a step ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from optimizers.sharded.row_sharded import Team, row_sharded_direction
 from optimizers.speedrun import enlarged
 from optimizers.update import blend, commit_, updated
 
+# Larger than any backend's stated error, smaller than any fault's.
+TOLERANCE, UNEVEN = 0.1, 0.25
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -36,6 +39,29 @@ class Applied:
     """Squared Frobenius norm over the short side: 1 where every singular value is 1, less for low rank."""
     spread: float
     """Deviation of the row norms over their mean."""
+
+
+def doubts(measured: Iterable[Applied], options: Mapping[str, Any]) -> list[str]:
+    """What a step of these options cannot have done: one message for each matrix. No step at all is no doubt.
+
+    A direction with singular values of 1 may have some of 0, where the momentum has low rank: the largest tells. Even
+    rows are promised where the rank is full.
+    """
+    plain = not options["contra"] and not options["uw_floor"]
+    orthogonal = plain and options["direction"] in ("muon", "aurora", "riemannian_aurora")
+    even = plain and options["direction"] in ("aurora", "riemannian_aurora", "u_normuon")
+    even = even and options.get("iterations", 2) > 1 and not options.get("running_norms", False)
+    found = []
+    for applied in measured:
+        unit = applied.unit
+        if applied.filled == 0:
+            continue
+        if orthogonal and abs(applied.largest - 1) > TOLERANCE:
+            found.append(f"{unit.name}: the largest singular value of its step is {applied.largest:.3g}, expected 1")
+        full = applied.filled > 1 - TOLERANCE or not orthogonal
+        if even and full and directions.treats(options, *unit.shape) and applied.spread > UNEVEN:
+            found.append(f"{unit.name}: the row norms of its step differ by {applied.spread:.0%}, expected about 1 %")
+    return found
 
 
 class ShardedMatrices:
@@ -68,6 +94,7 @@ class ShardedMatrices:
         if len(shards) > 1:
             raise LayoutError(f"the matrices are in the groups {sorted(shards)}: expected one group of all matrices")
         (self.shard,) = shards or {0}
+        self._check_assembly()
 
     def _names(self) -> set[str]:
         return {unit.name for unit in self.plan.units}
@@ -82,6 +109,24 @@ class ShardedMatrices:
         dist.all_gather_object(digests, self.plan.digest(), group=self.group)
         if len(set(digests)) > 1:
             raise LayoutError("the ranks made different plans: they do not train one model with one config")
+
+    def _check_assembly(self) -> None:
+        """Sends every element its own number: each part has to arrive whole, in order, at one rank."""
+        wrong = []
+        for turn in self.rounds:
+            runs = [_numbers(self.plan.units[run.unit], run.low, run.high, self.device) for run in turn.runs]
+            found = self.exchange.gather(turn, runs, torch.float32).wait()
+            for part, values in zip(turn.parts, found, strict=True):
+                unit, area = self.plan.units[part.unit], part.area
+                whole = _numbers(unit, 0, unit.elements, self.device).view(unit.shape)
+                if not torch.equal(values, whole[area.row : area.row_stop, area.column : area.column_stop]):
+                    wrong.append(unit.name)
+        self.exchange.received_bytes = 0
+        everyone: list[Any] = [wrong] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, wrong, group=self.group)
+        if names := [name for some in everyone for name in some]:
+            raise LayoutError(f"{len(names)} matrices do not arrive whole at their owner: {', '.join(names[:5])}")
 
     def _make_teams(self) -> dict[tuple[int, ...], Team]:
         """A process group for every team of several; making one is a collective of all ranks."""
@@ -243,6 +288,11 @@ class ShardedMatrices:
                 unit, team = self.plan.units[part.unit], self.plan.teams[part.unit]
                 measured.append(_measure(unit, matrix, options, self.teams.get(team)))
         return measured
+
+
+def _numbers(unit: Unit, low: int, high: int, device: torch.device) -> Tensor:
+    """A number for each element, exact in fp32, that no other element near it in any direction has."""
+    return ((torch.arange(low, high, device=device) + 7919 * unit.row) % 1_000_003).float()
 
 
 def _blend(run: Run, grad: Tensor, momentum: Tensor, options: Mapping[str, Any], finite: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from optimizers.sharded.exchange import WireDtype
 from pretrain.config.base import Section
 from pretrain.config.fields import PositiveFloat, PositiveInt
 
@@ -28,8 +29,9 @@ class TrainConfig(Section):
     """Largest global gradient norm; larger gradients are scaled down to it. null: no clipping."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """The dtype of the matrix products: `bf16` is autocast over fp32 weights; `auto` takes it
-    where the processor has fast bf16, and fp32 elsewhere. The choice is printed."""
+    """The dtype of the matrix products. Under the plain engine `bf16` is autocast over fp32 weights, under DeepSpeed
+    bf16 weights beside fp32 ones that are trained: not quite the same model. `auto` takes it where the processor has
+    fast bf16, and fp32 elsewhere. The choice is printed."""
 
     activation_checkpointing: Literal["none", "full"] | PositiveInt = "none"
     """Recompute the activations of no layer, of every layer (`full`), or of every n-th layer in
@@ -53,8 +55,47 @@ class TrainConfig(Section):
 class EngineConfig(Section):
     """What carries out the step."""
 
-    kind: Literal["plain"] = "plain"
-    """`plain`: Accelerate; one process, or data parallel over several (torchrun)."""
+    kind: Literal["plain", "deepspeed"] = "plain"
+    """`plain`: Accelerate; one process, or data parallel over several (torchrun), each with everything. `deepspeed`:
+    ZeRO, which shares optimizer state, gradients and weights out between the processes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What ZeRO shares out: 1 the optimizer state and fp32 weights, 2 also the gradients, 3 also the weights of the
+    model; 0 nothing. A higher stage needs less memory and more communication."""
+
+    wire_dtype: WireDtype = "bf16"
+    """In which momenta go to the rank that computes a matrix's direction, and steps come back. bf16 moves half the
+    bytes and turns directions by about 0.2 %."""
+
+    accumulation_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which the gradients of micro-batches are summed, for `train.precision` bf16. bf16 loses the small ones."""
+
+    communication_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are summed over ranks, for `train.precision` bf16. bf16 moves half the bytes."""
+
+    reduce_bucket_elements: PositiveInt = 50_000_000
+    """Elements of gradients that are reduced at a time: larger is faster and takes that much more memory."""
+
+    gather_bucket_elements: PositiveInt = 50_000_000
+    """Elements of weights that are gathered at a time."""
+
+    def precision_problems(self, precision: str) -> list[str]:
+        """What cannot be at this precision ("auto" is said again where it is resolved)."""
+        if self.kind == "plain":
+            return []
+        if precision == "bf16" and self.zero_stage == 0 and self.accumulation_dtype == "fp32":
+            return [
+                "accumulation_dtype: expected bf16 with zero_stage 0 and bf16 weights (DeepSpeed has no fp32 "
+                "accumulation there), got fp32; or take zero_stage 1"
+            ]
+        low = [key for key in ("accumulation_dtype", "communication_dtype") if getattr(self, key) == "bf16"]
+        return [f"{key}: expected fp32 with train.precision fp32, got bf16" for key in low if precision == "fp32"]
+
+    def ineffective(self) -> dict[str, str]:
+        """Everything of ZeRO under the plain engine, and what a stage has no use for."""
+        if self.kind == "plain":
+            return {key: "engine.kind is plain" for key in type(self).model_fields if key != "kind"}
+        return {"wire_dtype": "with zero_stage 0 every rank holds whole matrices"} if self.zero_stage == 0 else {}
 
 
 class SamplesConfig(Section):

@@ -188,6 +188,8 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
             f"samples.every_steps: expected null, for model.architecture {model.architecture} cannot generate text, "
             f"got {samples.every_steps}"
         )
+    if sections.get("engine") and sections["engine"].kind == "deepspeed":
+        problems += _deepspeed_problems(sections)
     data, validation = sections.get("data"), sections.get("validation")
     if data and validation and data.validation_fraction == 0 and validation.model_fields_set:
         problems += [
@@ -201,6 +203,33 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
                 f"schedule.warmup_tokens: expected at most the {train.total_tokens - decay:,.0f} tokens "
                 f"before the decay, got {schedule.warmup_tokens:,}"
             )
+    return problems
+
+
+def _deepspeed_problems(sections: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed does not support, or would do silently wrong."""
+    engine, problems = sections["engine"], []
+    if train := sections.get("train"):
+        problems += [f"engine.{problem}" for problem in engine.precision_problems(train.precision)]
+        if train.compile:
+            problems.append("train.compile: expected false with engine.kind deepspeed, whose hooks it does not see")
+    samples, telemetry = sections.get("samples"), sections.get("telemetry")
+    if samples and samples.every_steps is not None and engine.zero_stage == 3:
+        problems.append(
+            f"samples.every_steps: expected null with engine.zero_stage 3, where no rank has the whole model, "
+            f"got {samples.every_steps}"
+        )
+    if telemetry and telemetry.every_steps is not None:
+        problems.append(
+            f"telemetry.every_steps: expected null with engine.kind deepspeed, which shows no rank whole gradients, "
+            f"got {telemetry.every_steps}"
+        )
+    model = sections.get("model")
+    if model and model.architecture != "llama" and model.embedding_dtype != "fp32":
+        problems.append(
+            f"model.embedding_dtype: expected fp32 with engine.kind deepspeed, which casts the whole model, "
+            f"got {model.embedding_dtype}"
+        )
     return problems
 
 

@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from pretrain.processes import free_port
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pretrain.launch", "tests.distributed.scenarios"])
+_CONTEXT.set_forkserver_preload(["pretrain.launch", "pretrain.deepspeed_engine", "tests.distributed.scenarios"])
 TIMEOUT_SECONDS = 240
-
-
-def free_port() -> int:
-    """A TCP port that is free on loopback."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _rank(rank: int, world_size: int, port: int, results: Any, work: Callable[..., Any], arguments: Any) -> None:
