@@ -153,7 +153,7 @@ class DeepSpeedEngine(Engine):
         with optimizer.paused():
             self.model, _ = self.accelerator.prepare(module, optimizer)
         self.module = module
-        self._wrapper = self.model.optimizer  # type: ignore[assignment]
+        self._wrapper = self.model.optimizer
         self._check_engine(optimizer)
         self._held = read_layout(self._wrapper, named, self.rank, self.world_size, self.cpu_group)
         if self._held is not None:
