@@ -96,6 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=train_run)
 
+    plan = verbs.add_parser(
+        "plan", help="say what a run on a cluster amounts to, without starting it", description=plan_cluster.__doc__
+    )
+    _add_config(plan)
+    plan.add_argument("--ranks", type=_positive, required=True, metavar="N", help="GPUs, one process each")
+    plan.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="default: %(default)s")
+    plan.add_argument("--device", default="h100", help="a100-40gb, a100, h100 (default), h200, b200 or mi300x")
+    plan.add_argument("--mfu", type=_share, default=0.4, metavar="SHARE", help="assumed (default: %(default)s)")
+    plan.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    plan.set_defaults(run=plan_cluster)
+
     sweep = verbs.add_parser("sweep", help="run many configs, or say how far they are", description=sweep_runs.__doc__)
     sweep.add_argument("action", nargs="?", choices=("run", "status"), default="run", help="default: %(default)s")
     sweep.add_argument("sweep", metavar="SWEEP", type=Path, help="a YAML file (see pretrain/sweep/definition.py)")
@@ -154,6 +165,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
+    return value
+
+
 def check_config(options: argparse.Namespace) -> int:
     """Validate a config and everything it names; print the resolved config, how each parameter is trained, and
     what the run amounts to. Of a sweep: every config, and the jobs. Touches no network."""
@@ -171,6 +192,29 @@ def check_config(options: argparse.Namespace) -> int:
     model = build_model(config.model, config.run.seed, device="meta")
     print(config.to_yaml())
     print("\n".join([*format_routing(config, model), "", *describe(config, model, world_size=1)]))
+    return 0
+
+
+def plan_cluster(options: argparse.Namespace) -> int:
+    """Say what a run on a cluster amounts to: who owns which matrices, what travels, memory, time, GPU-hours. Starts
+    nothing, needs no GPU and touches no network."""
+    import json
+
+    from pretrain.config import ConfigError, load_config
+    from pretrain.plan import DEVICES, as_json, dry_run, format_plan, plan_run
+
+    if options.device not in DEVICES:
+        raise ConfigError([f"--device: expected one of {', '.join(DEVICES)}, got {options.device!r}"])
+    config = load_config(options.config, options.overrides)
+    plan = plan_run(config, options.ranks, DEVICES[options.device], options.mfu)
+    covered = dry_run(config, options.ranks)
+    if options.json:
+        print(json.dumps(as_json(plan), indent=1))
+        return 0
+    print("\n".join(format_plan(plan, options.gpus_per_node)))
+    if plan.matrices is not None:
+        print("\n".join(plan.matrices.table()))
+        print(f"dry run   the optimizers of {options.ranks} ranks: {len(covered)} matrices, each covered exactly once")
     return 0
 
 

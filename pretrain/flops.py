@@ -75,5 +75,9 @@ def peak_flops(device: torch.device, bf16: bool, peak_tflops: float | None) -> f
         return peak_tflops * 1e12
     if device.type != "cuda" or not bf16:
         return None
-    name = torch.cuda.get_device_name(device)
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a device by its name, None if it is not in the table."""
     return next((peak for pattern, peak in _BF16_PEAKS if re.search(pattern, name)), None)

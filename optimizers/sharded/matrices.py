@@ -73,6 +73,7 @@ class ShardedMatrices:
         group: the process group over which the layout is cut; None is the default one.
         wire_dtype: in which momenta and steps travel.
         device: where the shards live.
+        connect: whether to check the plan with the other ranks; without, nothing can be stepped (a dry run).
 
     Attributes:
         exchange: counts the bytes received.
@@ -82,19 +83,28 @@ class ShardedMatrices:
     """
 
     def __init__(
-        self, plan: Plan, rank: int, group: dist.ProcessGroup | None, wire_dtype: WireDtype, device: torch.device
+        self,
+        plan: Plan,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        wire_dtype: WireDtype,
+        device: torch.device,
+        *,
+        connect: bool = True,
     ) -> None:
         self.plan, self.rank, self.group, self.device = plan, rank, group, device
         self.world_size = plan.layout.world_size
-        self._check_agreement()
+        if connect:
+            self._check_agreement()
         self.exchange = Exchange(plan, rank, group, wire_dtype, device)
         self.rounds = make_rounds(plan, rank)
-        self.teams = self._make_teams()
+        self.teams = self._make_teams() if connect else {}
         shards = {f.shard for own in plan.layout.fragments for f in own if f.name in self._names()}
         if len(shards) > 1:
             raise LayoutError(f"the matrices are in the groups {sorted(shards)}: expected one group of all matrices")
         (self.shard,) = shards or {0}
-        self._check_assembly()
+        if connect:
+            self._check_assembly()
 
     def _names(self) -> set[str]:
         return {unit.name for unit in self.plan.units}

@@ -1,0 +1,169 @@
+"""How much memory a process of a run needs, by part, before anything is started.
+
+What lives from step to step (weights, fp32 weights, optimizer state, DeepSpeed's buffers) follows from the layout and
+from what DeepSpeed 0.19.8 allocates, byte by byte. Gradients and activations live within a step; activations are those
+that the Llama of transformers saves for the backward pass, counted from its operations. What libraries, the allocator
+and CUDA take comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optimizers.blocks import BUCKET_ELEMENTS
+from optimizers.directions import keeps_second_moment
+from optimizers.sharded import Layout, Plan
+from pretrain.config import Config
+
+FP32, BF16 = 4, 2
+# Tensors of a bucket's size that a direction needs at once (optimizers.blocks), and the exchange beside them.
+DIRECTION_TENSORS, EXCHANGE_TENSORS = 6, 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process."""
+
+    weights: int
+    """What the forward pass reads."""
+    master: int
+    """fp32 weights beside them that the optimizer steps."""
+    state: int
+    """Of the optimizer."""
+    buffers: int
+    """That DeepSpeed keeps from step to step."""
+    gradients: int
+    """At their most within a step."""
+    activations: int
+    """At their most within a forward and backward pass."""
+    stepping: int
+    """What the optimizer's step needs beside all that: the shard's gradients in fp32, and two buckets."""
+
+    @property
+    def lasting(self) -> int:
+        """Between steps."""
+        return self.weights + self.master + self.state + self.buffers
+
+    @property
+    def peak(self) -> int:
+        """At the worst moment of a step."""
+        return self.lasting + self.gradients + max(self.activations, self.stepping)
+
+    def parts(self) -> dict[str, int]:
+        """By name."""
+        return asdict(self)
+
+
+def memory(
+    config: Config, groups: Sequence[Mapping[str, Any]], layout: Layout | None, plan: Plan | None, rank: int, bf16: bool
+) -> Memory:
+    """What one rank needs.
+
+    Args:
+        config: the run's.
+        groups: the optimizer's, with whole `params` on any device.
+        layout: of ZeRO 1 to 3; None where every rank holds everything.
+        plan: of the matrices, if there is a layout and a matrix.
+        rank: which one.
+        bf16: whether the products are in bf16; under DeepSpeed the weights are then.
+    """
+    engine = config.engine
+    zero = engine.kind == "deepspeed"
+    element = BF16 if bf16 and zero else FP32
+    whole = [sum(p.numel() for p in group["params"]) for group in groups]
+    world = layout.world_size if layout else 1
+    shards = list(layout.shard_sizes) if layout else whole
+    # Flat groups are padded; a group's weights are `world` shards.
+    flat = sum(size * world for size in shards) if layout and engine.zero_stage < 3 else sum(whole)
+    stage = engine.zero_stage if zero else 0
+    own = sum(shards)
+    bucket = engine.reduce_bucket_elements
+    sums = BF16 if engine.accumulation_dtype == "bf16" else FP32
+    buffers = gradients = 0
+    if stage == 0:
+        gradients = sum(whole) * element
+    elif stage == 3:
+        buffers = own * sums + bucket * element
+        gradients = min(sum(whole), bucket) * element
+    elif stage == 1 and element == BF16 and sums == FP32:
+        buffers = flat * FP32  # the bf16 optimizer sums the gradients of every weight on every rank
+        gradients = sum(whole) * BF16
+    else:
+        gradients = sum(whole) * element + min(bucket, sum(whole)) * element
+    has_master = zero and (stage > 0 or element == BF16)
+    largest = _largest_bucket(plan, rank)
+    copies = DIRECTION_TENSORS + (EXCHANGE_TENSORS if plan else 0)
+    return Memory(
+        weights=own * element if stage == 3 else flat * element,
+        master=own * FP32 if has_master else 0,
+        state=_state(groups, shards, plan, rank),
+        buffers=buffers,
+        gradients=gradients,
+        activations=activations(config, element if zero else (BF16 if bf16 else FP32)),
+        stepping=_stepping(own, stage, element, sums) + largest * FP32 * copies,
+    )
+
+
+def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Plan | None, rank: int) -> int:
+    """fp32 state: a momentum for matrices, two moments for the rest, and running row norms."""
+
+    total = sum(
+        size * (FP32 if group["kind"] == "matrix" else 2 * FP32) for group, size in zip(groups, shards, strict=True)
+    )
+    for group in groups:
+        if group["kind"] != "matrix":
+            continue
+        shapes = [tuple(p.shape) for p in group["params"]]
+        if plan is None:
+            total += FP32 * sum(m for m, n in shapes if keeps_second_moment(group, m, n))
+        else:
+            own = [plan.units[index] for index in plan.owned(rank)]
+            total += FP32 * sum(unit.rows for unit in own if keeps_second_moment(group, *unit.shape))
+    return total
+
+
+def _largest_bucket(plan: Plan | None, rank: int) -> int:
+    """Elements of the largest stack of equal matrices that a rank works on at once."""
+    if plan is None:
+        return BUCKET_ELEMENTS
+    largest = 0
+    for unit in (plan.units[index] for index in plan.owned(rank)):
+        alike = sum(other.shape == unit.shape for other in (plan.units[index] for index in plan.owned(rank)))
+        largest = max(largest, unit.elements * min(alike, max(1, BUCKET_ELEMENTS // unit.elements)))
+    return largest
+
+
+def _stepping(own: int, stage: int, element: int, sums: int) -> int:
+    """The gradients of a shard, which DeepSpeed gives the optimizer in fp32 made from a copy of their fragments."""
+    if stage == 0 or (stage == 1 and element == BF16 and sums == FP32):
+        return 0  # whole gradients, or a view of the buffer that they are summed in
+    return own * FP32 if stage == 3 else own * (FP32 + element)
+
+
+def activations(config: Config, element: int) -> int:
+    """Bytes that the forward pass of a micro-batch saves, and what the head needs beside them; 0 if not known.
+
+    A layer of a Llama saves, for each token: the inputs of both norms in fp32; in the dtype of the products 6 tensors
+    of the hidden width (normed inputs, inputs of projections, q, the attention's result), keys and values, and 4 of the
+    MLP's width; one fp32 number a head.
+    """
+    model, train = config.model, config.train
+    if model.architecture != "llama":
+        return 0
+    hidden, kv = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
+    tokens = train.micro_batch_sequences * config.sequence_length
+    layer = 2 * hidden * FP32 + element * (6 * hidden + 4 * model.intermediate_size + 2 * kv) + FP32 * model.num_heads
+    every = train.activation_checkpointing
+    if every == "none":
+        layers = model.num_layers * layer
+    else:
+        step = 1 if every == "full" else every
+        recomputed = -(-model.num_layers // step)
+        # One of the recomputed layers exists at a time; of the others only the input.
+        layers = (model.num_layers - recomputed + 1) * layer + recomputed * hidden * element
+    head_tokens = min(train.loss_chunk_tokens or tokens, tokens)
+    # log-softmax and its gradient in fp32, and the logits' gradient.
+    head = head_tokens * model.vocab_size * (2 * FP32 + element)
+    return tokens * (layers + hidden * (FP32 + 2 * element)) + head
