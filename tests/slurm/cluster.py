@@ -1,0 +1,175 @@
+"""A Slurm cluster of two nodes on this machine, on loopback, everything of it in one folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.processes import free_port
+
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
+NODES = ("n0", "n1")
+WAIT_SECONDS = 60
+ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+
+# NoInAddrAny: without it the daemons listen on every address, whatever address a node has.
+CONFIG = """
+ClusterName=loopback
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/linear
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+SlurmdTimeout=15
+KillWait=5
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory={memory}\n"
+
+
+def missing() -> str | None:
+    """Why no cluster can be started here, or None."""
+    absent = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if absent:
+        return f"not run: {', '.join(absent)} missing (apt-get install slurm-wlm munge)"
+    return "not run: Slurm's daemons need root" if os.geteuid() != 0 else None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that has ended: its number, state, exit code, and what it wrote."""
+
+    number: int
+    state: str
+    exit_code: int
+    output: str
+
+
+class Cluster:
+    """munged, slurmctld and two slurmd, between `start` and `stop`.
+
+    Args:
+        folder: of configuration, state, sockets and logs.
+        memory: of each node, in MB.
+    """
+
+    def __init__(self, folder: Path, memory: int = 2000) -> None:
+        self.folder = folder
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        # Slurm looks for itself under the name without the domain.
+        host, file = socket.gethostname().partition(".")[0], folder / "slurm.conf"
+        text = CONFIG.format(host=host, folder=folder, port=free_port())
+        text += "".join(NODE.format(name=n, host=host, port=free_port(), memory=memory) for n in NODES)
+        for name in ("state", "munge", *(f"spool-{node}" for node in NODES)):
+            (folder / name).mkdir(parents=True)
+        file.write_text(text)
+        key = folder / "munge/key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        self._environment = os.environ | {"SLURM_CONF": str(file)}
+
+    def start(self) -> None:
+        """Start the daemons; returns when both nodes take jobs."""
+        munge = self.folder / "munge"
+        files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
+        places = [f"--{option}={munge / file}" for option, file in files.items()]
+        # Forced, since it wants a socket that every user reaches, and this folder is root's alone.
+        self._start("munged", "--foreground", "--force", *places)
+        self._wait((munge / "socket").exists, "munged opens its socket")
+        # The configuration is named with its absolute path: slurmctld changes its directory.
+        config = self._environment["SLURM_CONF"]
+        self._start("slurmctld", "-D", "-f", config)
+        for node in NODES:
+            self._start("slurmd", "-D", "-f", config, "-N", node)
+        self._wait(self._idle, "both nodes are idle")
+
+    def _start(self, *command: str) -> None:
+        # A daemon starts jobs: they must not inherit the terminal, nor the signals of one.
+        with open(self.folder / f"daemon-{len(self._daemons)}-{command[0]}.log", "wb") as log:
+            self._daemons.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self._environment,
+                    start_new_session=True,
+                )
+            )
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not condition():
+            logs = sorted(self.folder.glob("daemon-*.log"))
+            said = "\n".join(f"{log.name}:\n{log.read_text()[-2000:]}" for log in logs)
+            assert all(daemon.poll() is None for daemon in self._daemons), f"a daemon ended\n{said}"
+            assert time.monotonic() < deadline, f"{what}: not within {WAIT_SECONDS} s\n{said}"
+            time.sleep(0.2)
+
+    def _idle(self) -> bool:
+        shown = self.command("scontrol", "--oneliner", "show", "nodes", check=False)
+        return len(re.findall(r"\bState=IDLE\s", shown)) == len(NODES)
+
+    def stop(self) -> None:
+        """Cancel what still runs, then end the daemons, the last started first."""
+        try:
+            if len(self._daemons) == 2 + len(NODES):
+                self.command("scancel", "--user=root", check=False)
+                self._wait(lambda: not self.command("squeue", "--noheader"), "no job is left")
+        finally:
+            for daemon in reversed(self._daemons):
+                daemon.terminate()
+                try:
+                    daemon.wait(timeout=20)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
+            self._daemons.clear()
+
+    def command(
+        self,
+        *command: str,
+        check: bool = True,
+        directory: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
+        """Output of one of Slurm's commands."""
+        full = self._environment | dict(environment or {})
+        done = subprocess.run(command, capture_output=True, text=True, cwd=directory, env=full, timeout=60)
+        assert not check or done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def run(self, *arguments: str, directory: Path, environment: Mapping[str, str], timeout_seconds: float) -> Job:
+        """Submit ``sbatch ARGUMENTS`` from `directory` and wait until the job has ended."""
+        log = self.folder / "job-%j.log"
+        command = ("sbatch", "--parsable", f"--output={log}", *arguments)
+        number = int(self.command(*command, directory=directory, environment=environment))
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            shown = self.command("scontrol", "--oneliner", "show", "job", str(number))
+            found = re.search(r" JobState=(\w+) .* ExitCode=(\d+):(\d+)", shown)
+            assert found, shown
+            output = Path(str(log).replace("%j", str(number)))
+            text = output.read_text() if output.exists() else ""
+            if found[1] in ENDED:
+                return Job(number, found[1], int(found[2]), text)
+            assert time.monotonic() < deadline, f"job {number} is {found[1]} after {timeout_seconds} s\n{shown}\n{text}"
+            time.sleep(0.5)

@@ -1,0 +1,183 @@
+"""slurm/pretrain.sbatch without Slurm: what it refuses, and what reaches each node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.processes import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "slurm/pretrain.sbatch"
+HOSTILE = "run.root=a b; $(touch hacked) `touch hacked` 'x' \"y\" * \\ $HOME"
+
+# Takes off srun's own options and becomes the second of the job's nodes.
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" >srun-arguments
+while [[ "$1" = --* ]]; do shift; done
+SLURM_NODEID=${NODE:-1} exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+[ "$*" = "show hostnames gpu[07-09]" ] || exit 1
+printf '%s\\n' gpu07 gpu08 gpu09
+"""
+# In place of the environment's interpreter: notes its arguments and ends with the code it is told.
+PYTHON = """#!/bin/bash
+printf '%s\\0' "$@" >arguments
+env >environment
+exit "${CODE:-0}"
+"""
+
+
+class Nodes:
+    """A folder to submit from, with stand-ins for srun, scontrol and the interpreter."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name, text in {"bin/srun": SRUN, "bin/scontrol": SCONTROL, ".venv/bin/python": PYTHON}.items():
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            file.chmod(0o755)
+        (folder / "my config.yaml").write_text("$(touch hacked)\n")
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "AURORA_", "OMP_"))}
+        job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "gpu[07-09]"}
+        path = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(self.folder)}
+        return subprocess.run(
+            ["bash", str(SCRIPT), *arguments],
+            cwd=self.folder,
+            env=ours | job | path | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def arguments(self) -> list[str]:
+        """What the interpreter on the node was given."""
+        return (self.folder / "arguments").read_text().split("\0")[:-1]
+
+    def option(self, name: str) -> str:
+        """The value of one of torchrun's options."""
+        given = self.arguments()
+        return given[given.index(name) + 1]
+
+    def environment(self) -> dict[str, str]:
+        lines = (self.folder / "environment").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Nodes:
+    return Nodes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ((), {}, "no config given"),
+        (("missing.yaml",), {}, "missing.yaml: no such file"),
+        (("my config.yaml",), {"SLURM_JOB_ID": ""}, "not in a Slurm job"),
+        (("my config.yaml",), {"AURORA_VENV": "/nowhere"}, "/nowhere: no virtual environment"),
+        (("my config.yaml",), {"AURORA_PROCESSES_PER_NODE": "a[$(touch hacked)]"}, "AURORA_PROCESSES_PER_NODE"),
+        (("my config.yaml",), {"AURORA_PROCESSES_PER_NODE": "0"}, "AURORA_PROCESSES_PER_NODE"),
+    ],
+)
+def test_bad_input_is_refused_with_one_message_and_starts_nothing(
+    nodes: Nodes, arguments: tuple[str, ...], environment: dict[str, str], message: str
+) -> None:
+    done = nodes.run(*arguments, **environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (nodes.folder / "srun-arguments").exists()
+    assert not (nodes.folder / "hacked").exists()
+
+
+def test_arguments_arrive_as_they_were_given_and_nothing_is_evaluated(nodes: Nodes) -> None:
+    done = nodes.run("my config.yaml", "--stop-at", "30", HOSTILE, "")
+    assert done.returncode == 0, done.stderr
+    given = nodes.arguments()
+    assert given[:2] == ["-m", "pretrain.processes"]
+    assert given[given.index("--tee") :] == [
+        *("--tee", "3", "-m", "pretrain", "train", "my config.yaml", "--stop-at", "30", HOSTILE, "")
+    ]
+    assert not (nodes.folder / "hacked").exists()
+
+
+def test_nodes_meet_at_the_first_one_on_a_port_of_the_job(nodes: Nodes) -> None:
+    ports = set()
+    for job in ("1", "123456", "123457", "67043327"):
+        assert nodes.run("my config.yaml", SLURM_JOB_ID=job).returncode == 0
+        host, port = nodes.option("--rdzv-endpoint").split(":")
+        assert host == "gpu07"
+        assert 1024 <= int(port) < 32768  # neither root's nor one of outgoing connections
+        ports.add(port)
+        assert nodes.option("--rdzv-id") == job
+        assert nodes.option("--nnodes") == "3"
+        assert nodes.option("--log-dir") == f"{nodes.folder}/logs/slurm/{job}/node-1"
+    assert len(ports) == 4
+    for node in (0, 1):
+        nodes.run("my config.yaml", NODE=str(node), AURORA_RENDEZVOUS_HOST="10.0.0.1")
+        assert nodes.option("--rdzv-endpoint").startswith("10.0.0.1:")
+        assert nodes.option("--rdzv-conf").startswith(f"is_host={1 - node},")
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes", "threads"),
+    [
+        ({}, "1", "1"),
+        ({"SLURM_CPUS_ON_NODE": "96"}, "1", "96"),
+        ({"SLURM_CPUS_ON_NODE": "96", "SLURM_GPUS_ON_NODE": "8"}, "8", "12"),
+        ({"SLURM_CPUS_ON_NODE": "4", "SLURM_GPUS_ON_NODE": "8"}, "8", "1"),
+        ({"SLURM_CPUS_ON_NODE": "96", "SLURM_GPUS_ON_NODE": "8", "OMP_NUM_THREADS": "3"}, "8", "3"),
+        ({"SLURM_GPUS_ON_NODE": "8", "AURORA_PROCESSES_PER_NODE": "2"}, "2", "1"),
+    ],
+)
+def test_a_process_for_each_gpu_and_threads_that_share_the_cores(
+    nodes: Nodes, environment: dict[str, str], processes: str, threads: str
+) -> None:
+    nodes.run("my config.yaml", **environment)
+    assert nodes.option("--nproc-per-node") == processes
+    assert nodes.environment()["OMP_NUM_THREADS"] == threads
+    assert nodes.environment()["NCCL_DEBUG"] == "WARN"
+
+
+@pytest.mark.parametrize("code", [1, 2, 75])
+def test_the_exit_code_is_the_one_of_the_nodes(nodes: Nodes, code: int) -> None:
+    assert nodes.run("my config.yaml", CODE=str(code)).returncode == code
+
+
+def test_a_failing_scontrol_starts_nothing(nodes: Nodes) -> None:
+    assert nodes.run("my config.yaml", SLURM_JOB_NODELIST="other").returncode == 1
+    assert not (nodes.folder / "srun-arguments").exists()
+
+
+def test_a_node_that_does_not_reach_the_first_one_says_so_without_a_traceback() -> None:
+    place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    options = ["--nnodes", "2", *place, "--rdzv-conf", "is_host=0,read_timeout=1"]
+    command = [sys.executable, "-m", "pretrain.processes", *options, "-m", "pretrain", "train", "config.yaml"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "error: lost or never reached the other nodes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("not run: shellcheck missing (apt-get install shellcheck)")
+    scripts = [*sorted(REPOSITORY.glob("slurm/*.sbatch")), *sorted(REPOSITORY.glob("scripts/*.sh"))]
+    for file in sorted(REPOSITORY.glob("scripts/*")):
+        if file.is_file() and file.read_bytes().startswith(b"#!/usr/bin/env bash\n"):
+            scripts.append(file)
+    assert {"pretrain.sbatch", "setup.sh", "test", "quickstart"} <= {script.name for script in scripts}
+    # setup.sh is sourced and names no shell.
+    command = ["shellcheck", "--shell=bash", "--external-sources", "--source-path=SCRIPTDIR", *map(str, scripts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
