@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(plan)
     plan.add_argument("--ranks", type=_positive, required=True, metavar="N", help="GPUs, one process each")
     plan.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="default: %(default)s")
-    plan.add_argument("--device", default="h100", help="a100-40gb, a100, h100 (default), h200, b200 or mi300x")
+    plan.add_argument("--device", default="h100", help="a100-40gb, a100, h100 (default), h200, b200, mi300x or cpu")
     plan.add_argument("--mfu", type=_share, default=0.4, metavar="SHARE", help="assumed (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="print the numbers as JSON")
     plan.set_defaults(run=plan_cluster)

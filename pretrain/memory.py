@@ -36,6 +36,8 @@ class Memory:
     """That DeepSpeed keeps from step to step."""
     gradients: int
     """At their most within a step."""
+    gathered: int
+    """Weights that stage 3 has gathered for the forward and backward pass."""
     activations: int
     """At their most within a forward and backward pass."""
     stepping: int
@@ -46,10 +48,18 @@ class Memory:
         """Between steps."""
         return self.weights + self.master + self.state + self.buffers
 
+    start: int
+    """The fp32 model before the engine takes it over; on a CPU the allocator does not give it back."""
+
     @property
     def peak(self) -> int:
-        """At the worst moment of a step."""
-        return self.lasting + self.gradients + max(self.activations, self.stepping)
+        """At the worst moment of a step, on a GPU."""
+        return self.lasting + max(self.gradients + self.gathered + self.activations, self.gradients + self.stepping)
+
+    @property
+    def peak_on_cpu(self) -> int:
+        """Resident memory above the level before set-up: what was freed within a step stays with the process."""
+        return self.lasting + max(self.gradients + self.gathered, self.start) + max(self.activations, self.stepping)
 
     def parts(self) -> dict[str, int]:
         """By name."""
@@ -81,12 +91,13 @@ def memory(
     own = sum(shards)
     bucket = engine.reduce_bucket_elements
     sums = BF16 if engine.accumulation_dtype == "bf16" else FP32
-    buffers = gradients = 0
+    buffers = gathered = 0
     if stage == 0:
         gradients = sum(whole) * element
     elif stage == 3:
         buffers = own * sums + bucket * element
-        gradients = min(sum(whole), bucket) * element
+        # A gradient is let go when its bucket is reduced; the allocator keeps what all of them took.
+        gradients = gathered = sum(whole) * element
     elif stage == 1 and element == BF16 and sums == FP32:
         buffers = flat * FP32  # the bf16 optimizer sums the gradients of every weight on every rank
         gradients = sum(whole) * BF16
@@ -101,6 +112,8 @@ def memory(
         state=_state(groups, shards, plan, rank),
         buffers=buffers,
         gradients=gradients,
+        gathered=gathered,
+        start=sum(whole) * FP32,
         activations=activations(config, element if zero else (BF16 if bf16 else FP32)),
         stepping=_stepping(own, stage, element, sums) + largest * FP32 * copies,
     )

@@ -17,6 +17,7 @@ from optimizers import Aurora, param_groups
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from optimizers.options import complete
+from optimizers.precision import has_fast_bf16
 from optimizers.sharded import Layout, Plan, ShardedMatrices, plan_group, zero_layout
 from optimizers.sharded.exchange import WIRE_DTYPES
 from pretrain.config import Config
@@ -28,11 +29,16 @@ from pretrain.summary import describe
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of accelerator. `memory` is in bytes, `peak` the dense bf16 rate in FLOP/s."""
+    """A kind of device. `memory` is in bytes, `peak` the dense bf16 rate in FLOP/s; None where it is not known."""
 
     name: str
-    memory: int
-    peak: float
+    memory: int | None
+    peak: float | None
+
+    @property
+    def kind(self) -> str:
+        """torch's name of it."""
+        return "cpu" if self.name == "CPU" else "cuda"
 
 
 def _device(name: str, gigabytes: int) -> Device:
@@ -48,6 +54,7 @@ DEVICES = {
     "h200": _device("H200", 141),
     "b200": _device("B200", 180),
     "mi300x": _device("MI300X", 192),
+    "cpu": Device("CPU", None, None),
 }
 """By the name for the command line; peaks from the table of `pretrain.flops`, memory from the vendors' data sheets."""
 
@@ -76,14 +83,16 @@ class RunPlan:
     checkpoint_bytes: int
 
     @property
-    def step_seconds(self) -> float:
-        """At the stated MFU, the slowest rank's directions at the same rate."""
+    def step_seconds(self) -> float | None:
+        """At the stated MFU, the slowest rank's directions at the same rate; None for a device of unknown peak."""
+        if self.device.peak is None:
+            return None
         return (self.step_flops / self.ranks + self.optimizer_flops) / (self.mfu * self.device.peak)
 
     @property
-    def gpu_hours(self) -> float:
+    def gpu_hours(self) -> float | None:
         """Of the whole run."""
-        return self.step_seconds * self.config.total_steps * self.ranks / 3600
+        return None if self.step_seconds is None else self.step_seconds * self.config.total_steps * self.ranks / 3600
 
 
 def plan_run(config: Config, ranks: int, device: Device, mfu: float) -> RunPlan:
@@ -94,14 +103,15 @@ def plan_run(config: Config, ranks: int, device: Device, mfu: float) -> RunPlan:
     """
     model = build_model(config.model, config.run.seed, device="meta")
     groups = param_groups(model, config.optimizer.settings())
-    # On a GPU "auto" is bf16.
-    bf16 = config.train.precision != "fp32"
+    # On a GPU "auto" is bf16, on a CPU what this one is fast at.
+    auto = device.kind == "cuda" or has_fast_bf16("cpu")
+    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and auto)
     layout = layout_of(config, groups, ranks)
     group = next((g for g in groups if g["kind"] == "matrix"), None)
-    plan = plan_group(layout, _completed(group), device="cuda") if layout and group else None
+    plan = plan_group(layout, _completed(group), device=device.kind) if layout and group else None
     by_polar = None
     if plan and layout and group and group["direction"] == "aurora":
-        by_polar = plan_group(layout, {**_completed(group), "row_balance": "polar"}, device="cuda").imbalance
+        by_polar = plan_group(layout, {**_completed(group), "row_balance": "polar"}, device=device.kind).imbalance
     worst = max(
         (memory(config, groups, layout, plan, rank, bf16) for rank in range(ranks if plan else 1)),
         key=lambda found: found.peak,
@@ -117,7 +127,7 @@ def plan_run(config: Config, ranks: int, device: Device, mfu: float) -> RunPlan:
         by_polar=by_polar,
         memory=worst,
         step_flops=flops_per_token(config.model, config.sequence_length) * tokens,
-        optimizer_flops=max(plan.loads) if plan else _whole_flops(group),
+        optimizer_flops=max(plan.loads) if plan else _whole_flops(group, device.kind),
         collectives=collectives(config, groups, plan, ranks, bf16),
         checkpoint_bytes=_checkpoint_bytes(groups),
     )
@@ -138,11 +148,11 @@ def _completed(group: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **{key: group[key] for key in keys if key in group}}
 
 
-def _whole_flops(group: Mapping[str, Any] | None) -> int:
+def _whole_flops(group: Mapping[str, Any] | None, device: str) -> int:
     if group is None:
         return 0
     parts = zip(group["params"], row_blocks(group), strict=True)
-    return step_flops([block.shape for p, split in parts for block in blocks(p, split)], group, device="cuda")
+    return step_flops([block.shape for p, split in parts for block in blocks(p, split)], group, device=device)
 
 
 def _checkpoint_bytes(groups: Sequence[Mapping[str, Any]]) -> int:
@@ -225,14 +235,16 @@ def dry_run(config: Config, ranks: int) -> dict[str, int]:
 def format_plan(plan: RunPlan, gpus_per_node: int) -> list[str]:
     """The plan in words, a line each."""
     config, need = plan.config, plan.memory
-    gigabytes = {name: value / 1e9 for name, value in need.parts().items()}
-    share = need.peak / plan.device.memory
+    gigabytes = {name: value / 1e9 for name, value in need.parts().items() if name != "start"}
     nodes = -(-plan.ranks // gpus_per_node)
     lines = describe(config, plan.model, plan.ranks)
-    lines.append(
-        f"cluster   {plan.ranks} ranks on {nodes} nodes of {gpus_per_node} {plan.device.name} "
-        f"({plan.device.memory / 1e9:.0f} GB, {plan.device.peak / 1e12:.0f} TFLOP/s in bf16)"
+    device = plan.device
+    known = (
+        ""
+        if device.memory is None or device.peak is None
+        else (f" ({device.memory / 1e9:.0f} GB, {device.peak / 1e12:.0f} TFLOP/s in bf16)")
     )
+    lines.append(f"cluster   {plan.ranks} ranks on {nodes} nodes of {gpus_per_node} {device.name}{known}")
     zero = f"DeepSpeed, ZeRO {config.engine.zero_stage}" if config.engine.kind == "deepspeed" else "plain"
     lines.append(f"engine    {zero}")
     if plan.matrices is not None:
@@ -247,18 +259,28 @@ def format_plan(plan: RunPlan, gpus_per_node: int) -> list[str]:
     lines.append(f"network   received by the busiest rank in a step: {moved}")
     parts = ", ".join(f"{name} {value:.2f}" for name, value in gigabytes.items())
     lines.append(f"memory    GB a rank: {parts}")
-    verdict = "fits" if share <= 0.9 else "is tight" if share <= 1 else "DOES NOT FIT"
-    lines.append(
-        f"          at the peak of a step {need.peak / 1e9:.1f} GB, {share:.0%} of the device: {verdict} (without the "
-        "allocator's and the libraries' own, a few GB)"
-    )
+    lines.append(f"          {_verdict(need, device)}")
     total = plan.step_flops + plan.optimizer_flops * plan.ranks
-    lines.append(
-        f"time      {plan.step_seconds:.2f} s a step at an assumed MFU of {plan.mfu:.0%} ({total:.3e} FLOPs a step), "
-        f"{plan.step_seconds * config.total_steps / 86400:.1f} days, {plan.gpu_hours:,.0f} GPU-hours"
-    )
+    if plan.step_seconds is None:
+        lines.append(f"time      not known on this device ({total:.3e} FLOPs a step)")
+    else:
+        lines.append(
+            f"time      {plan.step_seconds:.2f} s a step at an assumed MFU of {plan.mfu:.0%} ({total:.3e} FLOPs a "
+            f"step), {plan.step_seconds * config.total_steps / 86400:.1f} days, {plan.gpu_hours:,.0f} GPU-hours"
+        )
     lines.append(f"storage   {plan.checkpoint_bytes / 1e9:.1f} GB a checkpoint")
     return lines
+
+
+def _verdict(need: Memory, device: Device) -> str:
+    if device.memory is None:
+        return f"at the peak of a step {need.peak_on_cpu / 1e9:.1f} GB resident above the level before set-up"
+    share = need.peak / device.memory
+    verdict = "fits" if share <= 0.9 else "is tight" if share <= 1 else "DOES NOT FIT"
+    return (
+        f"at the peak of a step {need.peak / 1e9:.1f} GB, {share:.0%} of the device: {verdict} (the allocator and "
+        "the libraries take a few GB more)"
+    )
 
 
 def as_json(plan: RunPlan) -> dict[str, Any]:
@@ -277,7 +299,7 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
         "owners": {f"{unit.name}:{unit.row}": list(team) for unit, team in members},
         "exchange_elements": owners.received_elements if owners else [],
         "collective_bytes": plan.collectives,
-        "memory": {**plan.memory.parts(), "peak": plan.memory.peak},
+        "memory": {**plan.memory.parts(), "peak": plan.memory.peak, "peak_on_cpu": plan.memory.peak_on_cpu},
         "step_flops": plan.step_flops,
         "optimizer_flops": plan.optimizer_flops,
         "step_seconds": plan.step_seconds,
