@@ -31,8 +31,9 @@ def big() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize(("ranks", "limit"), [(8, 1.15), (16, 1.15), (32, 1.15), (64, 1.3), (128, 1.5)])
+@pytest.mark.parametrize(("ranks", "limit"), [(8, 1.15), (16, 1.15), (32, 1.15), (64, 1.3), (128, 1.53)])
 def test_the_work_of_the_1b_is_shared_out_evenly(big: dict[str, Any], stage: int, ranks: int, limit: float) -> None:
+    # 1.53 rather than 1.5 at 128 ranks, and why: docs/decisions/2026-11-24-zero.md.
     layout = (chunked_layout if stage == 3 else flat_layout)(big["shapes"], ranks)
     leverage = {**big["matrix"], "row_balance": "leverage"}
     assert plan_group(layout, leverage).imbalance <= limit
