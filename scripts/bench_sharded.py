@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,9 @@ def engines(rank: int, options: argparse.Namespace) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": options.stage, "sub_group_size": 10**12, "reduce_bucket_size": 50_000_000},
     }
+    counted = _count_received(rank)  # before DeepSpeed takes the functions over
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     if options.engine == "deepspeed-muon":
         for p in module.parameters():
@@ -178,11 +183,10 @@ def engines(rank: int, options: argparse.Namespace) -> dict[str, Any]:
         held = read_layout(engine.optimizer, [named], rank, 2)
         assert held is not None
         shard(optimizer, held.layout, rank)
-    counted = _count_received(rank)
     seconds, received = [], []
     for _ in range(options.rounds + 1):
         dist.barrier()
-        counted["bytes"], started = 0, time.perf_counter()
+        counted["bytes"], counted["by"], started = 0, {}, time.perf_counter()
         engine.backward(engine(torch.ones(())))
         engine.step()
         seconds.append(time.perf_counter() - started)
@@ -210,10 +214,9 @@ def _count_received(rank: int) -> dict[str, Any]:
                 sizes = arguments[2] if len(arguments) > 2 else named.get("output_split_sizes")
                 own = sizes[rank] * first.element_size() if sizes else out // 2
                 moved = out - own
-            elif name in ("all_gather", "all_gather_into_tensor"):
-                moved = out // 2
             else:
-                moved = out
+                # Of what is gathered half is a rank's own; a sum over two ranks brings as much as it is long.
+                moved = out // 2 if name.startswith("all_gather") else out
             counted["bytes"] += moved
             counted["by"][name] = counted["by"].get(name, 0) + moved
             return call(*arguments, **named)
