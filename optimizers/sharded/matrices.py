@@ -99,15 +99,13 @@ class ShardedMatrices:
         self.exchange = Exchange(plan, rank, group, wire_dtype, device)
         self.rounds = make_rounds(plan, rank)
         self.teams = self._make_teams() if connect else {}
-        shards = {f.shard for own in plan.layout.fragments for f in own if f.name in self._names()}
+        names = {unit.name for unit in plan.units}
+        shards = {f.shard for own in plan.layout.fragments for f in own if f.name in names}
         if len(shards) > 1:
             raise LayoutError(f"the matrices are in the groups {sorted(shards)}: expected one group of all matrices")
         (self.shard,) = shards or {0}
         if connect:
             self._check_assembly()
-
-    def _names(self) -> set[str]:
-        return {unit.name for unit in self.plan.units}
 
     def _check_agreement(self) -> None:
         if self.world_size == 1:

@@ -69,6 +69,38 @@ def test_what_deepspeed_would_do_by_itself_is_refused(tmp_path: Path, patch: str
         assert words in said
 
 
+@pytest.mark.parametrize(("patch", "words"), [("sgd", "largest singular value"), ("order", "do not arrive whole")])
+def test_what_is_applied_is_seen_from_the_weights(tmp_path: Path, patch: str, words: str) -> None:
+    for said in run_ranks(2, wrong_step, str(tmp_path), zero(3), patch):
+        assert words in said
+
+
+def wrong_step(root: str, changes: dict[str, Any], patch: str) -> str:
+    """What a run says whose matrices are stepped by the gradient, or arrive with their pieces in the wrong order."""
+    from optimizers import directions
+    from optimizers.sharded import exchange
+
+    right, place = directions.from_options, exchange._in_part
+
+    def gradient(u: torch.Tensor, options: Any, second: Any = None) -> Any:
+        return right(u, options, second)._replace(d=u / u.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30) * 3)
+
+    def misplaced(part: Any, values: torch.Tensor, area: Any) -> torch.Tensor:
+        return place(part, values.flip(0), area)
+
+    patched = (
+        mock.patch.object(directions, "from_options", gradient)
+        if patch == "sgd"
+        else mock.patch.object(exchange, "_in_part", misplaced)
+    )
+    with patched:
+        try:
+            run(root, changes, 2)
+        except (RuntimeError, LayoutError) as error:
+            return str(error)
+    return "nothing"
+
+
 def test_the_step_during_set_up_of_stage_0_in_bf16_changes_nothing(tmp_path: Path) -> None:
     changes = zero(0, **{"train.precision": "bf16", "engine.accumulation_dtype": "bf16", "optimizer.weight_decay": 0.5})
     for calls, steps, equal in run_ranks(2, set_up_steps, str(tmp_path), changes):
