@@ -64,8 +64,10 @@ class Aurora(Optimizer):
         last_step_finite: scalar bool tensor, whether the last step was taken.
         last_step_fallbacks: scalar int64 tensor, how often the odds rule fell back to tyler in the last step.
         last_step_retries: scalar int64 tensor, how often a Cholesky factorisation failed in the last step.
+        gradient_observer: called in every step with each parameter or shard that has a gradient, before it is stepped,
+            and with the scalar bool tensor that says whether it will be; None, the default, is no call.
         direction_observer: called with every block of a matrix and the direction that is applied to it, [m, n] fp32
-            without scale and rate, to be read during the call; None, the default, is no call. Not for shards.
+            without scale and rate, to be read during the call; None, the default, is no call. `sharded` has its own.
         sharded: what `bind` was given; None where every parameter is whole.
 
     Raises:
@@ -76,6 +78,7 @@ class Aurora(Optimizer):
     last_step_finite: Tensor
     last_step_fallbacks: Tensor
     last_step_retries: Tensor
+    gradient_observer: Callable[[Tensor, Tensor], None] | None = None
     direction_observer: Callable[[Block, Tensor], None] | None = None
     sharded: "ShardedMatrices | None" = None
     _paused = False
@@ -168,6 +171,9 @@ class Aurora(Optimizer):
             self.reset_report()
         else:
             finite = self.sharded.agree(finite)
+        if self.gradient_observer is not None:
+            for p in (p for _, params in work for p in params):
+                self.gradient_observer(p, finite)
         counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
         for group, params in work:
             if group["kind"] == "adamw":

@@ -190,13 +190,12 @@ class DeepSpeedEngine(Engine):
         self.model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
         yield
 
-    def step(self, optimizer: Aurora, before: Any) -> Tensor:
+    def step(self, optimizer: Aurora) -> Tensor:
         """DeepSpeed's step; one that it skips for gradients that are not finite is told to the optimizer."""
         engine: Any = self.model
         optimizer.reset_report()
         if self._wrapper is optimizer:
             norm = self.clip_gradients(self.config.train.grad_clip)
-            before(norm.isfinite())
             engine.step()
             return norm
         with self._first_step_checked(optimizer):

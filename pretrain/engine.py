@@ -151,14 +151,8 @@ class Engine:
         torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, torch.nan))
         return norm
 
-    def step(self, optimizer: Aurora, before: Callable[[Tensor], None]) -> Tensor:
-        """Clip the gradients, step, and drop them; returns their global 2-norm before clipping, no host sync.
-
-        Args:
-            optimizer: the one of `prepare`.
-            before: called with a scalar bool tensor, whether the gradients are finite, when they are clipped and whole
-                in the parameters' `.grad`; an engine that never has them so does not call it.
-        """
+    def step(self, optimizer: Aurora) -> Tensor:
+        """Clip the gradients, step, and drop them; returns their global 2-norm before clipping, no host sync."""
         raise NotImplementedError
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -263,10 +257,9 @@ class PlainEngine(Engine):
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
             yield
 
-    def step(self, optimizer: Aurora, before: Callable[[Tensor], None]) -> Tensor:
+    def step(self, optimizer: Aurora) -> Tensor:
         """Clip, step, drop the gradients."""
         norm = self.clip_gradients(self.config.train.grad_clip)
-        before(norm.isfinite())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm

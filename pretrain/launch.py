@@ -49,6 +49,7 @@ from pretrain.summary import describe, routing_table
 from pretrain.telemetry import Telemetry, set_aside_after
 from pretrain.tracking import Display, make_tracker
 from pretrain.trainer import Hook, Trainer, TrainState, accumulation, checkpoint_index
+from pretrain.watched import WatchedMatrices
 
 T = TypeVar("T")
 
@@ -130,14 +131,14 @@ class _Launch:
             group=engine.cpu_group,
             state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
         )
-        hooks = self.hooks(model)
+        hooks = self.hooks(model, optimizer)
         state = TrainState()
         if reader:
             load_state(reader, model, optimizer, engine.held)
             state = TrainState(**reader.index["counters"])
             self.restore_generators(reader)
             if self.telemetry:
-                self.telemetry.restore(reader)
+                self.telemetry.matrices.restore(reader)
         launch = self.on_rank_0(lambda: self.open_run_folder(state.step))
         tracker = make_tracker(config, self.folder.path, launch, engine.rank, display.warn)
         trainer = Trainer(
@@ -231,7 +232,7 @@ class _Launch:
         if reader:
             self.display.say(f"resuming from {reader.folder} (step {reader.index['step']})")
 
-    def hooks(self, model: torch.nn.Module) -> list[Hook]:
+    def hooks(self, model: torch.nn.Module, optimizer: Aurora) -> list[Hook]:
         """The periodic work that the config asks for; `self.telemetry` is the one among it with a state to save."""
         config, engine = self.config, self.engine
 
@@ -252,7 +253,8 @@ class _Launch:
         if config.telemetry.every_steps is not None:
             batches = validator.batches if validator else list
             folder = self.folder.telemetry
-            self.telemetry = Telemetry(config.telemetry, model, folder, batches, self.display.say)
+            matrices = WatchedMatrices(model, optimizer, engine)
+            self.telemetry = Telemetry(config.telemetry, model, matrices, folder, batches, self.display.say)
             hooks.append(self.telemetry)
         if config.samples.every_steps is not None:
             samples = self.folder.samples
@@ -279,7 +281,7 @@ class _Launch:
         }
         own: Iterable[Fragment] = fragments(model, trainer.optimizer, engine.held)
         if self.telemetry:
-            own = itertools.chain(own, self.telemetry.fragments())
+            own = itertools.chain(own, self.telemetry.matrices.fragments())
         # Where every rank holds everything one of them writes it.
         writes = engine.held is not None or engine.rank == 0
         path = save_checkpoint(self.folder.checkpoints, index, own if writes else (), random_generators(), engine)

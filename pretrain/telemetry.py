@@ -5,8 +5,9 @@ squared norm of the same rows and columns in the direction that the optimizer ap
 neuron over a fixed part of the validation split. What these mean is said in `pretrain.neurons`; shares and percentiles
 join the step's line in metrics.jsonl, every neuron's values go to ``telemetry/step-N.safetensors``.
 
-Leverage is that of b, an average (factor 0.95) of the clipped gradients that is kept here and is the same quantity for
-every optimizer. It is saved with the checkpoint; a run that turns telemetry on when it is resumed starts it at zero.
+Leverage is that of b, an average (factor 0.95) of the clipped gradients that `pretrain.watched` keeps; it is the same
+quantity for every optimizer and engine. It is saved with the checkpoint; a run that turns telemetry on when it is
+resumed starts it at zero.
 """
 
 from __future__ import annotations
@@ -14,65 +15,24 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from optimizers import Aurora
-from optimizers.blocks import Block
-from optimizers.update import blend, commit_
 from pretrain import neurons
-from pretrain.checkpoint import TELEMETRY_SLOT, CheckpointReader, Fragment
 from pretrain.config.telemetry import TelemetryConfig
 from pretrain.data import TokenBatch
 from pretrain.files import sync
 from pretrain.hooks import is_due
 from pretrain.trainer import Hook, Trainer
-
-MOMENTUM = 0.95
-"""Factor of the average of the gradients."""
+from pretrain.watched import WatchedMatrices
 
 _FILE = re.compile(r"step-(\d{8,})\.safetensors")
-
-
-@dataclass
-class Watched:
-    """One matrix of an MLP."""
-
-    name: str
-    """Such as ``layers.0.gate_proj``."""
-    parameter: nn.Parameter
-    neurons: Literal["rows", "columns"]
-    """Which of its vectors belong to the neurons."""
-    average: Tensor = field(init=False)
-    """b, the average of its clipped gradients, fp32."""
-    direction: Tensor | None = None
-    """The direction applied in the step that is measured."""
-
-    def __post_init__(self) -> None:
-        self.average = torch.zeros_like(self.parameter, dtype=torch.float32)
-
-    def by_neuron(self, values: Tensor) -> Tensor:
-        """A tensor of the parameter's shape with one row per neuron."""
-        return values if self.neurons == "rows" else values.mT
-
-
-def watched_matrices(model: nn.Module) -> list[Watched]:
-    """The matrices of every MLP of a model, in its order: modules that have an `up_proj` and a `down_proj`."""
-    mlps = [module for module in model.modules() if hasattr(module, "up_proj") and hasattr(module, "down_proj")]
-    found = []
-    for index, mlp in enumerate(mlps):
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            if hasattr(mlp, name):
-                along: Literal["rows", "columns"] = "columns" if name == "down_proj" else "rows"
-                found.append(Watched(f"layers.{index}.{name}", getattr(mlp, name).weight, along))
-    return found
 
 
 class Telemetry(Hook):
@@ -81,6 +41,7 @@ class Telemetry(Hook):
     Args:
         settings: the `telemetry` section.
         model: the language model, as prepared by the engine.
+        matrices: its watched matrices; from now on they see every gradient.
         folder: for the arrays of each measurement.
         batches: the validation split; empty where the run has none, and then activations are not measured.
         show: prints a line on rank 0.
@@ -90,56 +51,43 @@ class Telemetry(Hook):
         self,
         settings: TelemetryConfig,
         model: nn.Module,
+        matrices: WatchedMatrices,
         folder: Path,
         batches: Callable[[], Sequence[TokenBatch]],
         show: Callable[[str], None],
     ) -> None:
         self.settings, self.folder, self.show = settings, folder, show
-        self.model, self._batches = model, batches
-        self.watched = watched_matrices(model)
-        self._by_parameter = {watched.parameter: watched for watched in self.watched}
+        self.model, self.matrices, self._batches = model, matrices, batches
         self._survivors = _Survivors(settings.reference_step)
+        matrices.optimizer.gradient_observer = matrices.move_averages
 
     def due(self, step: int, last: bool) -> bool:
         """Every `telemetry.every_steps` steps, at the reference step and after the last."""
         return is_due(self.settings.every_steps, step, last) or step == self.settings.reference_step
 
-    @torch.no_grad()
-    def observe(self, trainer: Trainer, finite: Tensor) -> None:
-        """Move the averages; have the directions shown in a step that is measured."""
-        for watched in self.watched:
-            if watched.parameter.grad is not None:
-                moved, _ = blend(watched.parameter.grad, watched.average, MOMENTUM, nesterov=False)
-                commit_(watched.average, moved, finite)
+    def before_step(self, trainer: Trainer) -> None:
+        """Have the directions shown in a step that is measured."""
         step = trainer.state.step + 1
         if self.due(step, step == trainer.config.total_steps):
-            trainer.optimizer.direction_observer = self._take_direction
-
-    def _take_direction(self, block: Block, direction: Tensor) -> None:
-        watched = self._by_parameter.get(block.param)  # type: ignore[call-overload]
-        if watched is not None:
-            if watched.direction is None:
-                watched.direction = torch.zeros_like(watched.average)
-            block.of(watched.direction).copy_(direction)
+            self.matrices.watch_directions(True)
 
     @torch.no_grad()
     def run(self, trainer: Trainer) -> dict[str, Any]:
-        """Measure, on rank 0: every rank of the plain engine holds everything."""
+        """Measure, on every rank that holds something that no other holds; rank 0 has the results."""
         started, step = time.perf_counter(), trainer.state.step
-        optimizer = trainer.optimizer
-        optimizer.direction_observer = None
-        found: dict[str, Any] = {}
         batches = self._fixed_batches()
-        if trainer.engine.rank == 0:
-            taken = bool(optimizer.last_step_finite)
-            arrays = self._arrays(optimizer, taken) | self._activations(trainer, batches)
-            forever = self._survivors.follow(step, _leverages(arrays), self.folder)
-            save_arrays(self.folder, step, arrays)
-            found = summary(arrays) | self._weight_variation() | {"telemetry/dead_forever": forever}
-            found["telemetry/seconds"] = round(time.perf_counter() - started, 4)
-            self.show(_line(step, found))
-        for watched in self.watched:
-            watched.direction = None
+        found: dict[str, Any] = {}
+        if self.matrices.here:
+            measured = self.matrices.measure(bool(trainer.optimizer.last_step_finite))
+            activations = self._activations(trainer, batches)
+            if trainer.engine.rank == 0:
+                arrays = _arrays(measured) | activations
+                forever = self._survivors.follow(step, _leverages(arrays), self.folder)
+                save_arrays(self.folder, step, arrays)
+                found = summary(arrays) | _weight_variation(measured) | {"telemetry/dead_forever": forever}
+                found["telemetry/seconds"] = round(time.perf_counter() - started, 4)
+                self.show(_line(step, found))
+        self.matrices.watch_directions(False)
         return found
 
     def _fixed_batches(self) -> list[TokenBatch]:
@@ -150,31 +98,11 @@ class Telemetry(Hook):
                 batches.append(batch)
         return batches
 
-    def _arrays(self, optimizer: Aurora, taken: bool) -> dict[str, Tensor | None]:
-        """Leverage and direction of every neuron in every matrix."""
-        found: dict[str, Tensor | None] = {}
-        for watched in self.watched:
-            b = watched.by_neuron(watched.average)
-            # The rows of a square polar factor all have norm 1, whatever the gradients: not a finding.
-            found[f"{watched.name}.leverage"] = neurons.leverage(b) if b.shape[0] > b.shape[1] else None
-            d = watched.direction
-            if d is None:
-                d = _adamw_direction(optimizer, watched.parameter)
-            rows = neurons.squared_rows(watched.by_neuron(d)) if taken and d is not None else None
-            found[f"{watched.name}.direction"] = None if rows is None else neurons.relative(rows)
-        return found
-
-    def _weight_variation(self) -> dict[str, float | None]:
-        """How uneven the neurons' weights are: the variation of their norms."""
-        return {
-            f"telemetry/{watched.name}/weight_cv": neurons.variation(
-                neurons.squared_rows(watched.by_neuron(watched.parameter)).sqrt()
-            )
-            for watched in self.watched
-        }
-
     def _activations(self, trainer: Trainer, batches: Sequence[TokenBatch]) -> dict[str, Tensor | None]:
-        """The mean absolute activation of every neuron (what enters down_proj), over that of its layer."""
+        """The mean absolute activation of every neuron (what enters down_proj), over that of its layer.
+
+        Every rank that measures runs the same batches: under ZeRO 3 a forward pass is a collective.
+        """
         named = (getattr(module, "down_proj", None) for module in self.model.modules())
         layers = [layer for layer in named if isinstance(layer, nn.Linear)]
         if not batches:
@@ -195,28 +123,13 @@ class Telemetry(Hook):
             for batch in batches:
                 positions = torch.arange(batch.tokens.shape[1] - 1, device=device)
                 valid = positions < batch.lengths.to(device)[:, None]
-                # Not the compiled module, which would not see the hooks.
-                trainer.loss_sum(batch, module.forward)
+                # A compiled module would not see the hooks; ZeRO 3 needs its own, on the module itself.
+                trainer.loss_sum(batch, module.forward if trainer.config.train.compile else module)
         finally:
             module.train()
             for handle in handles:
                 handle.remove()
         return {f"layers.{index}.activation": neurons.relative(total) for index, total in enumerate(totals)}
-
-    def fragments(self) -> Iterator[Fragment]:
-        """The averages, for a checkpoint."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        for watched in self.watched:
-            average = watched.average
-            yield Fragment(names[watched.parameter], TELEMETRY_SLOT, tuple(average.shape), 0, average)
-
-    def restore(self, reader: CheckpointReader) -> None:
-        """Take the averages of a checkpoint, where it has them."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        for watched in self.watched:
-            name = names[watched.parameter]
-            if TELEMETRY_SLOT in reader.index["parameters"][name]:
-                watched.average.copy_(reader.read(name, TELEMETRY_SLOT))
 
 
 class _Survivors:
@@ -294,16 +207,21 @@ def _leverages(arrays: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return {key: values for key, values in arrays.items() if values is not None and key.endswith(inner)}
 
 
-def _adamw_direction(optimizer: Aurora, parameter: nn.Parameter) -> Tensor | None:
-    """m_hat / (sqrt(v_hat) + eps) of the step just taken; None for what AdamW does not train."""
-    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
-    state = optimizer.state.get(parameter)
-    if group is None or group["kind"] != "adamw" or not state:
-        return None
-    beta1, beta2 = group["betas"]
-    mean = state["exp_avg"].double() / (1 - beta1 ** state["step"].double())
-    square = state["exp_avg_sq"].double() / (1 - beta2 ** state["step"].double())
-    return mean / (square.sqrt() + group["eps"])
+def _arrays(measured: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Leverage and direction of every neuron in every matrix, over their means; None where they say nothing."""
+    found: dict[str, Tensor | None] = {}
+    for key, values in measured.items():
+        if key.endswith(".leverage"):
+            found[key] = values if bool(values.any()) else None
+        elif key.endswith(".direction"):
+            found[key] = neurons.relative(values)
+    return found
+
+
+def _weight_variation(measured: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """How uneven the neurons' weights are: the variation of their norms."""
+    squares = {key.removesuffix(".weight"): values for key, values in measured.items() if key.endswith(".weight")}
+    return {f"telemetry/{name}/weight_cv": neurons.variation(values.sqrt()) for name, values in squares.items()}
 
 
 def _line(step: int, found: Mapping[str, Any]) -> str:

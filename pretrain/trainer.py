@@ -54,8 +54,8 @@ class TrainState:
 class Hook:
     """Periodic work that changes nothing in the run: same weights with it or without, bit for bit."""
 
-    def observe(self, trainer: Trainer, finite: Tensor) -> None:
-        """Look at the clipped gradients before each step; `finite` is a scalar bool tensor, false for a void step."""
+    def before_step(self, trainer: Trainer) -> None:
+        """Prepare for the optimizer step that is about to be made, on every rank."""
 
     def due(self, step: int, last: bool) -> bool:
         """Whether it runs after this step; `last` is the run's last."""
@@ -122,7 +122,9 @@ class Trainer:
             lrs = self.set_learning_rates()
             loss = self.forward_backward(batch)
             clock.mark("forward_backward")
-            grad_norm = self.engine.step(self.optimizer, lambda finite: self.observe(finite, clock))  # noqa: B023
+            for hook in self.hooks:
+                hook.before_step(self)
+            grad_norm = self.engine.step(self.optimizer)
             clock.mark("optimizer")
 
             state.step += 1
@@ -144,12 +146,6 @@ class Trainer:
             if stop and not last:
                 return "stopped"
         return "done"
-
-    def observe(self, finite: Tensor, clock: PhaseClock) -> None:
-        """Let the hooks look at the clipped gradients."""
-        for hook in self.hooks:
-            hook.observe(self, finite)
-        clock.mark("clip_and_observe")
 
     def forward_backward(self, batch: TokenBatch) -> Tensor:
         """Gradients of the mean loss over the whole global batch; returns this rank's share of that mean."""

@@ -22,7 +22,8 @@ from pretrain.hooks import Validator
 from pretrain.launch import train
 from pretrain.metrics import JsonLines
 from pretrain.model import build_model
-from pretrain.telemetry import load_arrays, measurements, watched_matrices
+from pretrain.telemetry import load_arrays, measurements
+from pretrain.watched import Watched, watched_matrices
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import metrics, run, tensors
 
@@ -48,6 +49,12 @@ def records(config: Config) -> dict[int, dict[str, Any]]:
 
 def arrays(config: Config, step: int) -> dict[str, Tensor]:
     return load_arrays(dict(measurements(config.run_folder / "telemetry"))[step])
+
+
+def gradient(engine: PlainEngine, watched: Watched) -> Tensor:
+    grad = engine.module.get_parameter(watched.parameter).grad
+    assert grad is not None
+    return grad
 
 
 def newest(config: Config) -> CheckpointReader:
@@ -76,12 +83,12 @@ def test_leverage_is_that_of_the_averaged_clipped_gradients(optimizer: str, tiny
 
     def squeeze(self: PlainEngine, max_norm: float | None) -> Tensor:
         for watched in watched_matrices(self.module):
-            grad = watched.by_neuron(watched.parameter.grad)  # type: ignore[arg-type]
+            grad = watched.by_neuron(gradient(self, watched))
             u, sigma, v = torch.linalg.svd(grad.double(), full_matrices=False)
             grad.copy_(u * (sigma[0] * torch.logspace(0, -4, len(sigma), dtype=torch.float64)) @ v)
         norm = clip(self, max_norm)
         for watched in watched_matrices(self.module):
-            g = watched.by_neuron(watched.parameter.grad).double()  # type: ignore[arg-type]
+            g = watched.by_neuron(gradient(self, watched)).double()
             averages[watched.name] = 0.95 * averages.get(watched.name, torch.zeros_like(g)) + 0.05 * g
         return norm
 
@@ -134,7 +141,7 @@ def planted_dead(planted: dict[int, list[int]]) -> Iterator[None]:
         for watched in watched_matrices(self.module):
             rows = planted.get(int(watched.name.split(".")[1]), [])
             if watched.neurons == "rows":
-                watched.parameter.grad[rows] = 0.0  # type: ignore[index]
+                gradient(self, watched)[rows] = 0.0
         return clip(self, max_norm)
 
     with mock.patch.object(PlainEngine, "clip_gradients", plant):
@@ -148,8 +155,8 @@ def test_the_direction_is_the_one_that_moved_the_weights(optimizer: str, tiny_co
     train(config, stop_at=10)
     before, after = (CheckpointReader(path) for path in list_checkpoints(config.run_folder / "checkpoints"))
     for watched in watched_matrices(build_model(config.model, 0, device="meta")):
-        name = f"model.layers.{watched.name.replace('layers.', '').replace('.', '.mlp.')}.weight"
-        moved = watched.by_neuron(before.read(name, "weight").double() - after.read(name, "weight").double())
+        weights = (reader.read(watched.parameter, "weight").double() for reader in (before, after))
+        moved = watched.by_neuron(next(weights) - next(weights))
         norms = moved.square().sum(dim=1)
         found = arrays(config, 10)[f"{watched.name}.direction"].double()
         assert float((found - norms / norms.mean()).abs().max()) < 1e-3

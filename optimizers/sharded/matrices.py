@@ -7,7 +7,7 @@ next round travels while the present one is computed. Beside the shard a step ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from optimizers import directions
 from optimizers.rows import HERE
 from optimizers.sharded.exchange import Exchange, Part, Round, Run, WireDtype, make_rounds
 from optimizers.sharded.layout import LayoutError
-from optimizers.sharded.plan import Plan, Unit
+from optimizers.sharded.plan import Plan, Rectangle, Unit
 from optimizers.sharded.row_sharded import Team, row_sharded_direction
 from optimizers.speedrun import enlarged
 from optimizers.update import blend, commit_, updated
@@ -77,10 +77,14 @@ class ShardedMatrices:
 
     Attributes:
         exchange: counts the bytes received.
+        direction_observer: as `Aurora.direction_observer`, called with a unit and the rectangle of it that this rank
+            works on in place of a block.
 
     Raises:
         LayoutError: the ranks disagree about layout or plan, or are not as many as it says.
     """
+
+    direction_observer: Callable[[Unit, Rectangle, Tensor], None] | None = None
 
     def __init__(
         self,
@@ -256,6 +260,9 @@ class ShardedMatrices:
             found = directions.from_options(u, options, second)
         else:
             found = row_sharded_direction(u, shape, options, team, second)
+        if self.direction_observer is not None:
+            for part, d in zip(turn.parts, found.d, strict=True):
+                self.direction_observer(self.plan.units[part.unit], part.area, d)
         if found.second_moment is not None:
             for index, values in zip(units, found.second_moment, strict=True):
                 commit_(moments[index], values, finite)
@@ -327,13 +334,13 @@ def _measure(unit: Unit, part: Tensor, options: Mapping[str, Any], team: Team | 
     gram = tall.mT @ tall
     rows = d.square().sum(dim=1)
     if team is not None:
-        gram = team.sum(gram)
-        rows = rows if unit.rows >= unit.columns else team.sum(rows)
+        gram = team.total(gram)
+        rows = rows if unit.rows >= unit.columns else team.total(rows)
     values = torch.linalg.eigvalsh(gram.double()).clamp(min=0)
     norms = rows.sqrt()
     sums = torch.stack([norms.sum(), norms.square().sum(), norms.new_tensor(float(len(norms)))]).double()
     if team is not None and unit.rows >= unit.columns:
-        sums = team.sum(sums)
+        sums = team.total(sums)
     total, squares, count = sums.tolist()
     mean = total / count
     spread = max(0.0, squares / count - mean**2) ** 0.5 / mean if mean > 0 else 0.0

@@ -213,16 +213,11 @@ def _deepspeed_problems(sections: Mapping[str, Any]) -> list[str]:
         problems += [f"engine.{problem}" for problem in engine.precision_problems(train.precision)]
         if train.compile:
             problems.append("train.compile: expected false with engine.kind deepspeed, whose hooks it does not see")
-    samples, telemetry = sections.get("samples"), sections.get("telemetry")
+    samples = sections.get("samples")
     if samples and samples.every_steps is not None and engine.zero_stage == 3:
         problems.append(
             f"samples.every_steps: expected null with engine.zero_stage 3, where no rank has the whole model, "
             f"got {samples.every_steps}"
-        )
-    if telemetry and telemetry.every_steps is not None:
-        problems.append(
-            f"telemetry.every_steps: expected null with engine.kind deepspeed, which shows no rank whole gradients, "
-            f"got {telemetry.every_steps}"
         )
     model = sections.get("model")
     if model and model.architecture != "llama" and model.embedding_dtype != "fp32":

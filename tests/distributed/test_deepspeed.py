@@ -226,9 +226,9 @@ def twin_of_bf16(root: str, changes: dict[str, Any]) -> float:
                         twin.setdefault("gradients", {})[id(flat)] = flat.grad.clone()
         step(self)
 
-    def both(self: Any, optimizer: Aurora, before: Any) -> Tensor:
+    def both(self: Any, optimizer: Aurora) -> Tensor:
         twin["gradients"] = {}
-        norm = engine_step(self, optimizer, before)
+        norm = engine_step(self, optimizer)
         found = [twin["gradients"][id(flat)] for flat in self.held.shards]
         gradients = gathered(self.held, found)
         for mine, theirs in zip(twin["optimizer"].param_groups, optimizer.param_groups, strict=True):
