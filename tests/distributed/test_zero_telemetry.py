@@ -58,7 +58,7 @@ def check_equal(found: Path, wanted: Path) -> None:
     for one, other in zip(records(found), records(wanted), strict=True):
         assert one.keys() == other.keys()
         for key, value in other.items():
-            assert one[key] == (None if value is None else pytest.approx(value, rel=1e-4)), key
+            assert one[key] == (None if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), key
 
 
 @pytest.fixture(scope="module")
