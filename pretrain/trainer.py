@@ -102,7 +102,7 @@ class Trainer:
         self.base_lrs = base_lrs(config, optimizer)
         self.micro_batches = accumulation(config, engine.world_size)
         self.flops_per_token = flops_per_token(config.model, config.sequence_length)
-        bf16 = engine.precision.autocast is torch.bfloat16
+        bf16 = torch.bfloat16 in (engine.precision.autocast, engine.precision.weights)
         self.peak_flops = peak_flops(engine.device, bf16, config.train.peak_tflops)
         self._checked = False
 

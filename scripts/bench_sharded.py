@@ -282,9 +282,9 @@ def main() -> int:
     """Run and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="ZeRO stage (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="of the model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="of the model (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="medians are over these (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="a turn (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="a turn (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
