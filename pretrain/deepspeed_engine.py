@@ -56,6 +56,8 @@ WRAPPERS = {
 
 # Larger than any group: then a group is one sub-group, and the optimizer sees all its matrices in one call.
 ONE_SUB_GROUP = 10**12
+# Of the largest singular value of a step, by the rounding of fp32 weights, that the check of the first one allows.
+LARGEST_NOISE = 0.02
 # DeepSpeed prints its throughput every so many steps; ours is in the metrics.
 NEVER = 2**31
 
@@ -217,6 +219,10 @@ class DeepSpeedEngine(Engine):
         if self._wrapper.overflow or not bool(optimizer.last_step_finite) or not group["lr"]:
             return
         self._checked = True
+        longest = max(max(unit.shape) for unit in sharded.plan.units)
+        noise = 2.0**-24 * before.square().mean().sqrt().item() / group["lr"] * 2 * longest**0.5
+        if self.gather(noise > LARGEST_NOISE).count(True):
+            return  # so small a rate that the rounding of the weights hides the step
         own = sharded.applied(before, flat, group)
         measured = [applied for some in self.gather(own) for applied in some]
         if problems := doubts(measured, group):

@@ -38,7 +38,7 @@ class Applied:
     filled: float
     """Squared Frobenius norm over the short side: 1 where every singular value is 1, less for low rank."""
     spread: float
-    """Deviation of the row norms over their mean."""
+    """Deviation of the norms of the rows that are not zero over their mean."""
 
 
 def doubts(measured: Iterable[Applied], options: Mapping[str, Any]) -> list[str]:
@@ -338,10 +338,10 @@ def _measure(unit: Unit, part: Tensor, options: Mapping[str, Any], team: Team | 
         rows = rows if unit.rows >= unit.columns else team.total(rows)
     values = torch.linalg.eigvalsh(gram.double()).clamp(min=0)
     norms = rows.sqrt()
-    sums = torch.stack([norms.sum(), norms.square().sum(), norms.new_tensor(float(len(norms)))]).double()
+    sums = torch.stack([norms.sum(), norms.square().sum(), (norms > 0).sum().to(norms.dtype)]).double()
     if team is not None and unit.rows >= unit.columns:
         sums = team.total(sums)
     total, squares, count = sums.tolist()
-    mean = total / count
+    mean = total / max(count, 1.0)
     spread = max(0.0, squares / count - mean**2) ** 0.5 / mean if mean > 0 else 0.0
     return Applied(unit, values[-1].sqrt().item(), values.sum().item() / min(unit.shape), spread)

@@ -75,6 +75,10 @@ def test_what_is_applied_is_seen_from_the_weights(tmp_path: Path, patch: str, wo
         assert words in said
 
 
+def test_a_step_that_rounding_hides_is_not_doubted(tmp_path: Path) -> None:
+    assert run_ranks(2, run, str(tmp_path), zero(1, **{"optimizer.lr": 1e-9}), 1) == [75, 75]
+
+
 def wrong_step(root: str, changes: dict[str, Any], patch: str) -> str:
     """What a run says whose matrices are stepped by the gradient, or arrive with their pieces in the wrong order."""
     from optimizers import directions
