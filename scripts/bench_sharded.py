@@ -170,6 +170,8 @@ def engines(rank: int, options: argparse.Namespace) -> dict[str, Any]:
     if options.engine == "deepspeed-muon":
         for p in module.parameters():
             p.use_muon = True  # type: ignore[attr-defined]
+        if options.stage == 3:
+            settings["zero_optimization"]["reduce_scatter"] = False  # it refuses the two together
         muon = {"type": "Muon", "params": {"lr": 0.02, "momentum": 0.95}}
         engine, *_ = deepspeed.initialize(
             model=module, model_parameters=list(module.parameters()), config={**settings, "optimizer": muon}
