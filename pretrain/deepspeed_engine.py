@@ -33,10 +33,9 @@ from optimizers.sharded import Held, ShardedMatrices, shard
 from optimizers.sharded.deepspeed import read_layout
 from optimizers.sharded.matrices import doubts
 from pretrain.config import Config, ConfigError
-from pretrain.engine import TIMEOUT, Engine, Precision
+from pretrain.engine import TIMEOUT, Engine, Precision, accumulation
 from pretrain.model import LossModel
 from pretrain.processes import free_port
-from pretrain.trainer import accumulation
 
 # A kernel for inference that DeepSpeed would compile at its first start on a CPU, for half a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -58,6 +58,23 @@ def resolve_precision(setting: str, device: torch.device) -> Precision:
     return Precision(torch.float32, torch.bfloat16 if bf16 else None)
 
 
+def accumulation(config: Config, world_size: int) -> int:
+    """Micro-batches per rank and step.
+
+    Raises:
+        ValueError: the global batch does not divide over the ranks.
+    """
+    per_round = config.train.micro_batch_sequences * world_size
+    sequences = config.global_batch_sequences
+    if sequences % per_round:
+        raise ValueError(
+            f"train.micro_batch_sequences: {sequences} sequences of a global batch cannot be shared out over "
+            f"{world_size} ranks in micro-batches of {config.train.micro_batch_sequences}; "
+            "expected ranks x micro batch to divide the global batch"
+        )
+    return sequences // per_round
+
+
 class Engine:
     """What every engine has.
 
@@ -263,12 +280,3 @@ class PlainEngine(Engine):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
-
-
-def make_engine(config: Config) -> Engine:
-    """The engine that the config names, of all processes that were started."""
-    if config.engine.kind == "deepspeed":
-        from pretrain.deepspeed_engine import DeepSpeedEngine  # importing DeepSpeed takes seconds
-
-        return DeepSpeedEngine(config)
-    return PlainEngine(config)

@@ -30,7 +30,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import Config, ConfigError, identity_hash
 from pretrain.data import TokenStream, check_sources, fingerprint, load_tokenizer
-from pretrain.engine import Engine, make_engine
+from pretrain.engine import Engine, PlainEngine, accumulation
 from pretrain.exit_codes import DONE, STOPPED
 from pretrain.files import file_sha256
 from pretrain.hooks import Sampler, Validator
@@ -48,7 +48,7 @@ from pretrain.state import (
 from pretrain.summary import describe, routing_table
 from pretrain.telemetry import Telemetry, set_aside_after
 from pretrain.tracking import Display, make_tracker
-from pretrain.trainer import Hook, Trainer, TrainState, accumulation, checkpoint_index
+from pretrain.trainer import Hook, Trainer, TrainState, checkpoint_index
 from pretrain.watched import WatchedMatrices
 
 T = TypeVar("T")
@@ -76,6 +76,15 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
         return code
     finally:
         engine.close()
+
+
+def make_engine(config: Config) -> Engine:
+    """The engine that the config names, of all processes that were started."""
+    if config.engine.kind == "deepspeed":
+        from pretrain.deepspeed_engine import DeepSpeedEngine  # importing DeepSpeed takes seconds
+
+        return DeepSpeedEngine(config)
+    return PlainEngine(config)
 
 
 class _Launch:

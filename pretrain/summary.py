@@ -11,8 +11,8 @@ from optimizers import param_groups, routes
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from pretrain.config import Config
+from pretrain.engine import accumulation
 from pretrain.flops import flops_per_token, parameter_count
-from pretrain.trainer import accumulation
 
 
 def routing_table(config: Config, model: nn.Module) -> list[dict[str, Any]]:

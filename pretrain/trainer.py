@@ -17,7 +17,7 @@ from pretrain.checkpoint import FORMAT, Index
 from pretrain.config import Config
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.data.masks import attention_inputs
-from pretrain.engine import Engine
+from pretrain.engine import Engine, accumulation
 from pretrain.flops import flops_per_token, peak_flops
 from pretrain.model import IGNORED
 from pretrain.schedule import lr_factor
@@ -246,23 +246,6 @@ class Trainer:
                 "row (train.max_skipped_steps); the weights are those before these steps. Lower the learning "
                 "rates or look at the data"
             )
-
-
-def accumulation(config: Config, world_size: int) -> int:
-    """Micro-batches per rank and step.
-
-    Raises:
-        ValueError: the global batch does not divide over the ranks.
-    """
-    per_round = config.train.micro_batch_sequences * world_size
-    sequences = config.global_batch_sequences
-    if sequences % per_round:
-        raise ValueError(
-            f"train.micro_batch_sequences: {sequences} sequences of a global batch cannot be shared out over "
-            f"{world_size} ranks in micro-batches of {config.train.micro_batch_sequences}; "
-            "expected ranks x micro batch to divide the global batch"
-        )
-    return sequences // per_round
 
 
 def base_lrs(config: Config, optimizer: Aurora) -> list[float]:
