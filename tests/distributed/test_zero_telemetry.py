@@ -92,12 +92,14 @@ def test_stage_1_measures_the_same_and_trains_bit_identically_without(dense: Pat
     assert metrics(on, *keys) == metrics(off, *keys)
 
 
+@pytest.mark.long
 def test_directions_of_adamw_come_from_its_shards(tmp_path: Path) -> None:
     run_ranks(1, run, str(tmp_path / "dense"), DENSE | ON | ADAMW)
     run_ranks(2, run, str(tmp_path / "zero"), zero(2) | ON | ADAMW | {"engine.wire_dtype": "fp32"})
     check_equal(tmp_path / "zero", tmp_path / "dense")
 
 
+@pytest.mark.long
 def test_directions_that_a_team_computes_are_summed_over_it(tmp_path: Path) -> None:
     """Rows of gate and up and columns of down go to both members: each knows a part of every neuron of down."""
     run_ranks(1, run, str(tmp_path / "dense"), DENSE | ON | GRAM)
