@@ -141,6 +141,15 @@ def compare(
         ]
         plan = dataclasses.replace(plan, teams=tuple(teams))
     sharded = shard(own, layout, rank, wire_dtype=wire, plan=plan)  # type: ignore[arg-type]
+    counted = {"calls": 0, "bytes": 0}
+    send = dist.all_to_all_single
+
+    def counting(received: Tensor, *arguments: Any, **named: Any) -> Any:
+        counted["calls"] += 1
+        counted["bytes"] += received.numel() * received.element_size()
+        return send(received, *arguments, **named)
+
+    dist.all_to_all_single = counting  # this process ends with the test
     assert sharded is not None
     if fault == "rate":
         own.param_groups[0]["lr"] *= 1.01
@@ -173,7 +182,8 @@ def compare(
         dist.destroy_process_group()
     return {
         "errors": dict(errors),
-        "bytes": sharded.exchange.received_bytes,
+        "bytes": counted["bytes"],
+        "calls": counted["calls"],
         "planned": sharded.plan.received_elements[rank],
         "teams": sharded.plan.teams,
         "rounds": len(sharded.rounds),
