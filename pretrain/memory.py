@@ -121,7 +121,6 @@ def memory(
 
 def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Plan | None, rank: int) -> int:
     """fp32 state: a momentum for matrices, two moments for the rest, and running row norms."""
-
     total = sum(
         size * (FP32 if group["kind"] == "matrix" else 2 * FP32) for group, size in zip(groups, shards, strict=True)
     )

@@ -49,7 +49,7 @@ def _cut(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
             if slot == "step":
                 if f.start == 0:
                     yield Fragment(f.name, slot, (), 0, values)
-            elif values.shape == flat.shape:
+            elif slot != "second_moment":
                 yield Fragment(f.name, slot, shape, f.start, values[f.offset : f.offset + f.length])
     yield from _second_moments(held, optimizer)
 
