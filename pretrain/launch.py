@@ -19,7 +19,15 @@ import torch
 from tokenizers import Tokenizer
 
 from optimizers import Aurora, param_groups
-from pretrain.checkpoint import (
+from pretrain.checkpoint.state import (
+    fragments,
+    group_settings,
+    load_state,
+    load_weights,
+    random_generators,
+    restore_generators,
+)
+from pretrain.checkpoint.store import (
     CheckpointError,
     CheckpointReader,
     Fragment,
@@ -30,26 +38,18 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import Config, ConfigError, identity_hash
 from pretrain.data import TokenStream, check_sources, fingerprint, load_tokenizer
-from pretrain.engine import Engine, PlainEngine, accumulation
-from pretrain.exit_codes import DONE, STOPPED
+from pretrain.engine.base import Engine, PlainEngine, accumulation
 from pretrain.files import file_sha256
-from pretrain.hooks import Sampler, Validator
-from pretrain.model import LossModel, build_model
-from pretrain.processes import is_orphaned
-from pretrain.runs import TOKENIZER_FILE, RunError, RunFolder, check_identity, git_commit
-from pretrain.state import (
-    fragments,
-    group_settings,
-    load_state,
-    load_weights,
-    random_generators,
-    restore_generators,
-)
-from pretrain.summary import describe, routing_table
-from pretrain.telemetry import Telemetry, set_aside_after
-from pretrain.tracking import Display, make_tracker
-from pretrain.trainer import Hook, Trainer, TrainState, checkpoint_index
-from pretrain.watched import WatchedMatrices
+from pretrain.model.build import LossModel, build_model
+from pretrain.neurons.telemetry import Telemetry, set_aside_after
+from pretrain.neurons.watched import WatchedMatrices
+from pretrain.planning.summary import describe, routing_table
+from pretrain.processes.exit_codes import DONE, STOPPED
+from pretrain.processes.torchrun import is_orphaned
+from pretrain.run.display import Display, make_tracker
+from pretrain.run.folder import TOKENIZER_FILE, RunError, RunFolder, check_identity, git_commit
+from pretrain.training.hooks import Sampler, Validator
+from pretrain.training.trainer import Hook, Trainer, TrainState, checkpoint_index
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
 def make_engine(config: Config) -> Engine:
     """The engine that the config names, of all processes that were started."""
     if config.engine.kind == "deepspeed":
-        from pretrain.deepspeed_engine import DeepSpeedEngine  # importing DeepSpeed takes seconds
+        from pretrain.engine.deepspeed import DeepSpeedEngine  # importing DeepSpeed takes seconds
 
         return DeepSpeedEngine(config)
     return PlainEngine(config)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data import TokenStream, load_tokenizer
-from pretrain.data.readers import read_unit
+from pretrain.data.formats import read_unit
 from pretrain.data.sources import source_units
 
 TARGET = 0.9

@@ -29,10 +29,10 @@ from torch import Tensor
 from eval.items import default_cache
 from optimizers import flops, has_fast_bf16
 from pretrain.config import identity_hash, load_config
-from pretrain.exit_codes import DONE, STOPPED
 from pretrain.files import replace_text
-from pretrain.flops import flops_per_token
-from pretrain.runs import environment
+from pretrain.model.cost import flops_per_token
+from pretrain.processes.exit_codes import DONE, STOPPED
+from pretrain.run.folder import environment
 
 LARGE_CONFIG, SMALL_CONFIG = "configs/aurora-1.1b.yaml", "configs/quickstart.yaml"
 CAPTURE_STEPS = 50

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from optimizers import param_groups
 from optimizers.blocks import blocks, row_blocks
-from pretrain.checkpoint import CheckpointReader, list_checkpoints
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.config import Config, load_config
-from pretrain.model import build_model
+from pretrain.model.build import build_model
 
 Shape = tuple[int, int]
 

@@ -22,11 +22,11 @@ from optimizers import param_groups
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from pretrain.config import Config, load_config
-from pretrain.engine import PlainEngine
-from pretrain.flops import flops_per_token
-from pretrain.metrics import JsonLines
-from pretrain.model import build_model
-from pretrain.runs import environment
+from pretrain.engine.base import PlainEngine
+from pretrain.model.build import build_model
+from pretrain.model.cost import flops_per_token
+from pretrain.run.folder import environment
+from pretrain.run.json_lines import JsonLines
 
 BASELINE = "muon"
 

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from optimizers import Aurora, param_groups
 from optimizers.sharded import shard, zero_layout
 from pretrain.config import Config, load_config
-from pretrain.model import build_model
-from pretrain.processes import free_port
-from pretrain.runs import environment
+from pretrain.model.build import build_model
+from pretrain.processes.torchrun import free_port
+from pretrain.run.folder import environment
 
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
 BIG_SIBLING = ("model.hidden_size=1024", "model.intermediate_size=4096", "model.num_heads=16", "model.num_kv_heads=16")
@@ -151,7 +151,7 @@ class Matrices(nn.Module):
 
 def engines(rank: int, options: argparse.Namespace) -> dict[str, Any]:
     """Bytes and seconds of one kind of optimizer under DeepSpeed."""
-    from pretrain.deepspeed_engine import deepspeed  # sets what DeepSpeed reads at import
+    from pretrain.engine.deepspeed import deepspeed  # sets what DeepSpeed reads at import
 
     matrix = next(g for g in dense_optimizer(big_sibling(options.layers)).param_groups if g["kind"] == "matrix")
     module = Matrices([tuple(p.shape) for p in matrix["params"]])

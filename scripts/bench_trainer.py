@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from optimizers import Aurora, param_groups
 from pretrain.config import Config, load_config
 from pretrain.data import TokenBatch, TokenStream, load_tokenizer
-from pretrain.engine import PlainEngine
-from pretrain.metrics import JsonLines
-from pretrain.model import LossModel, build_model
-from pretrain.runs import environment
-from pretrain.trainer import Trainer
+from pretrain.engine.base import PlainEngine
+from pretrain.model.build import LossModel, build_model
+from pretrain.run.folder import environment
+from pretrain.run.json_lines import JsonLines
+from pretrain.training.trainer import Trainer
 
 
 def make_trainer(config: Config, engine: PlainEngine, log: Path) -> Trainer:

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from eval.errors import EvalError
-from eval.report.schema import ReportResult, Summary
-from eval.report.write import results, write_report
+from pretrain.report.schema import ReportResult, Summary
+from pretrain.report.write import results, write_report
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "claims"
 BEGIN, END = "<!-- result: written by scripts/claims_pages.py -->", "<!-- end of result -->"

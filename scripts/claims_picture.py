@@ -14,9 +14,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from eval.errors import EvalError
-from eval.report.statistics import band
-from eval.report.styles import arrange
-from eval.report.sweep import load
+from pretrain.report.statistics import band
+from pretrain.report.styles import arrange
+from pretrain.report.sweep import load
 
 NAMES = {"muon": "Muon", "aurora": "Aurora", "u_normuon": "U-NorMuon", "adamw": "AdamW"}
 PANELS = (

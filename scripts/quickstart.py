@@ -16,7 +16,7 @@ from eval.schema import EvalResult
 from pretrain.config import Config, load_config
 from pretrain.data import validation_text
 from pretrain.files import file_sha256
-from pretrain.metrics import JsonLines
+from pretrain.run.json_lines import JsonLines
 
 CONFIG = "configs/quickstart.yaml"
 HELLASWAG_ITEMS = 2000

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import FORMAT, Fragment, Index, save_checkpoint
+from pretrain.checkpoint.store import FORMAT, Fragment, Index, save_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))

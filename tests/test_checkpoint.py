@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain import checkpoint
-from pretrain.checkpoint import (
+from pretrain.checkpoint import store as checkpoint
+from pretrain.checkpoint.store import (
     CheckpointError,
     CheckpointReader,
     Fragment,

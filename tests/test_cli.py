@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import CheckpointReader
+from pretrain.checkpoint.store import CheckpointReader
 from pretrain.cli import main
 from pretrain.config import Config
 
@@ -64,8 +64,8 @@ def test_train_export_and_load(config_file: Path, tiny_config: MakeConfig, tmp_p
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pretrain.export_run import open_checkpoint
-    from pretrain.model import build_model
+    from pretrain.export.run import open_checkpoint
+    from pretrain.model.build import build_model
 
     config = tiny_config()
     assert main(["train", str(config_file), "model.rope_theta=50000"]) == 0

@@ -13,10 +13,10 @@ import torch
 
 from optimizers import reference
 from optimizers.options import DEFAULTS, DirectionName
-from pretrain.checkpoint import CheckpointReader
+from pretrain.checkpoint.store import CheckpointReader
 from pretrain.config import parse_config
-from pretrain.exit_codes import STOPPED
 from pretrain.launch import train
+from pretrain.processes.exit_codes import STOPPED
 from tests.conftest import REPOSITORY, TINY, merged
 
 NAMES = get_args(DirectionName)

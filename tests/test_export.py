@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from pretrain import export
-from pretrain.export import ExportError, ModelCard, export_folder
+from pretrain.export import folder as export
+from pretrain.export.folder import ExportError, ModelCard, export_folder
 
 TOKENIZER = Path(__file__).parents[1] / "assets/tokenizer/tokenizer.json"
 TEXTS = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.config import load_config
-from pretrain.flops import flops_per_token, peak_flops
+from pretrain.model.cost import flops_per_token, peak_flops
 
 REPOSITORY = Path(__file__).parents[1]
 

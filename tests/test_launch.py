@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint import CheckpointReader, list_checkpoints
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.cli import main
 from pretrain.config import Config
 from pretrain.data import load_tokenizer
 from pretrain.launch import train
-from pretrain.runs import RunError, RunFolder
-from pretrain.trainer import Trainer, TrainingError
+from pretrain.run.folder import RunError, RunFolder
+from pretrain.training.trainer import Trainer, TrainingError
 
 MakeConfig = Callable[..., Config]
 SHORT = {
@@ -67,7 +67,7 @@ def test_mfu_is_reported_when_the_peak_is_given(tiny_config: MakeConfig) -> None
 
 
 def flops(config: Config) -> float:
-    from pretrain.flops import flops_per_token
+    from pretrain.model.cost import flops_per_token
 
     return flops_per_token(config.model, config.sequence_length)
 
@@ -240,7 +240,7 @@ def test_two_processes_cannot_train_in_one_folder(tiny_config: MakeConfig) -> No
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny_config: MakeConfig) -> None:
-    from pretrain.trainer import accumulation
+    from pretrain.training.trainer import accumulation
 
     with pytest.raises(ValueError, match=r"24 sequences .* 5 ranks"):
         accumulation(tiny_config(), world_size=5)
@@ -288,7 +288,7 @@ def test_a_failing_save_loses_nothing_saved(tiny_config: MakeConfig, monkeypatch
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("pretrain.checkpoint.save_file", full)
+    monkeypatch.setattr("pretrain.checkpoint.store.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train(config)
     monkeypatch.undo()
@@ -348,7 +348,7 @@ def test_wandb_goes_on_offline_when_the_server_cannot_be_reached(
     secret = "0123456789" * 4
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", secret)
-    monkeypatch.setattr("pretrain.tracking.WANDB_TIMEOUT_SECONDS", 3)
+    monkeypatch.setattr("pretrain.run.display.WANDB_TIMEOUT_SECONDS", 3)
     config = tiny_config({**SHORT, "wandb.mode": "online"})
     assert train(config, stop_at=1) == 75
     assert "wandb cannot be reached" in capsys.readouterr().out

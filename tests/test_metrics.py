@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from pretrain.metrics import JsonLines
+from pretrain.run.json_lines import JsonLines
 
 
 def test_non_finite_numbers_become_null(tmp_path: Path) -> None:

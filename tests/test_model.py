@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.config import Config, load_config
-from pretrain.flops import flops_per_token, parameter_count
-from pretrain.model import IGNORED, LossModel, build_model
+from pretrain.model.build import IGNORED, LossModel, build_model
+from pretrain.model.cost import flops_per_token, parameter_count
 
 MakeConfig = Callable[..., Config]
 REPOSITORY = Path(__file__).parents[1]

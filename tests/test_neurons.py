@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain import neurons
+from pretrain.neurons import measures as neurons
 
 SHAPES = [(2, 1), (64, 16), (512, 128), (300, 299), (256, 7)]
 SPECTRA = ["flat", "one small", "one large", "geometric"]

@@ -13,8 +13,8 @@ from optimizers.sharded import chunked_layout, flat_layout, plan_group
 from optimizers.sharded.plan import Rectangle, Unit, rectangles
 from pretrain.cli import main
 from pretrain.config import Config, load_config
-from pretrain.model import build_model
-from pretrain.plan import DEVICES, dry_run, layout_of, plan_run
+from pretrain.model.build import build_model
+from pretrain.planning.cluster import DEVICES, dry_run, layout_of, plan_run
 from tests.conftest import REPOSITORY
 
 MakeConfig = Callable[..., Config]

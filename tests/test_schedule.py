@@ -7,7 +7,7 @@ import math
 import pytest
 
 from pretrain.config.schedule import ScheduleConfig
-from pretrain.schedule import lr_factor
+from pretrain.training.schedule import lr_factor
 
 BATCH, TOTAL = 10, 1000
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from optimizers import Aurora, param_groups
-from pretrain.checkpoint import CheckpointReader
+from pretrain.checkpoint.state import load_state
+from pretrain.checkpoint.store import CheckpointReader
 from pretrain.cli import main
 from pretrain.config import Config, load_config, parse_config
-from pretrain.flops import parameter_count
 from pretrain.launch import train
-from pretrain.model import build_model
-from pretrain.state import load_state
+from pretrain.model.build import build_model
+from pretrain.model.cost import parameter_count
 from pretrain.sweep import load_sweep, plan_jobs
 from tests.conftest import REPOSITORY, SPEEDRUN, merged
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 import yaml
 
-from pretrain.checkpoint import CheckpointReader, list_checkpoints
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.cli import main
 from pretrain.config import ConfigError
-from pretrain.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
-from pretrain.metrics import JsonLines
-from pretrain.runs import RunError, RunFolder
+from pretrain.processes.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
+from pretrain.run.folder import RunError, RunFolder
+from pretrain.run.json_lines import JsonLines
 from pretrain.sweep import format_status, load_sweep, plan_jobs, run_job, run_sweep, runner
 from tests.conftest import REPOSITORY, TINY, merged
 

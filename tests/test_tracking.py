@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.tracking import Display, step_line
+from pretrain.run.display import Display, step_line
 
 RECORD: dict[str, Any] = {
     "step": 30,

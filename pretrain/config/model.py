@@ -14,7 +14,7 @@ class ModelConfig(Section):
 
     architecture: Literal["llama", "speedrun"] = "llama"
     """`llama`: a `LlamaForCausalLM`: RMSNorm, rotary positions, grouped-query attention, SwiGLU MLP. `speedrun`: the
-    model of the modded-nanoGPT optimization track (see pretrain.speedrun_model), which can be trained and validated
+    model of the modded-nanoGPT optimization track (see pretrain.model.speedrun), which can be trained and validated
     but neither sampled nor exported."""
 
     vocab_size: PositiveInt

@@ -5,7 +5,7 @@ from pretrain.config.fields import PositiveInt
 
 
 class TelemetryConfig(Section):
-    """Measurements of the MLP neurons, see `pretrain.telemetry`. They change nothing in the run."""
+    """Measurements of the MLP neurons, see `pretrain.neurons.telemetry`. They change nothing in the run."""
 
     every_steps: PositiveInt | None = None
     """Measure every n steps, at `reference_step` and at the end; null: never. A measurement costs a QR factorisation

@@ -6,10 +6,10 @@ the lanes of all ranks and workers to one sequence of batches with one small sta
 """
 
 from pretrain.data.batch import TokenBatch
+from pretrain.data.catalog import fingerprint
 from pretrain.data.check import check_sources
 from pretrain.data.documents import validation_text
 from pretrain.data.errors import DataError
-from pretrain.data.fingerprint import fingerprint
 from pretrain.data.masks import attention_inputs
 from pretrain.data.stream import LaneState, StreamState, TokenStream
 from pretrain.data.tokenizer import load_tokenizer

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.data.errors import DataError
-from pretrain.data.plan import Split, is_validation, lane_problem
-from pretrain.data.readers import Unit, parse_line, read_unit
+from pretrain.data.formats import Unit, parse_line, read_unit
+from pretrain.data.order import Split, is_validation, lane_problem
 from pretrain.data.sources import file_units, source_files
 
 logger = logging.getLogger(__name__)

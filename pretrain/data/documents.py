@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pretrain.config.data import DataConfig
-from pretrain.data.plan import ReadPlan, make_plan
-from pretrain.data.readers import read_unit
+from pretrain.data.formats import read_unit
+from pretrain.data.order import ReadPlan, make_plan
 
 
 class Cursor(NamedTuple):

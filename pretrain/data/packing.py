@@ -20,7 +20,7 @@ import numpy as np
 from pretrain.config.data import TokenizerConfig
 from pretrain.data.documents import Cursor, Document, lane_documents
 from pretrain.data.errors import DataError
-from pretrain.data.plan import ReadPlan
+from pretrain.data.order import ReadPlan
 from pretrain.data.tokenizer import DocumentEncoder, Tokens
 
 # Text that is tokenized in one call, taken from whichever lanes have the fewest tokens: enough to keep all threads

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pretrain.config.data import SourceConfig
 from pretrain.data.errors import DataError
-from pretrain.data.readers import SUFFIXES, Unit, open_parquet
+from pretrain.data.formats import SUFFIXES, Unit, open_parquet
 
 
 def source_files(source: SourceConfig) -> list[str]:

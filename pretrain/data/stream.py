@@ -24,8 +24,8 @@ from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data.batch import TokenBatch
 from pretrain.data.documents import Cursor
 from pretrain.data.errors import DataError
+from pretrain.data.order import make_plan
 from pretrain.data.packing import EpochEnd, PackedSequence, ReaderTask
-from pretrain.data.plan import make_plan
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.workers import InlineReader, Reader, WorkerReader
 

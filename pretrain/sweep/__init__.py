@@ -7,7 +7,7 @@ status      how far each job is
 """
 
 from pretrain.sweep.definition import Sweep, is_sweep_file, load_sweep
-from pretrain.sweep.plan import Job, plan_jobs, write_plan
+from pretrain.sweep.jobs import Job, plan_jobs, write_plan
 from pretrain.sweep.runner import run_job, run_sweep
 from pretrain.sweep.status import format_status
 

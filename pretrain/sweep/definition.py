@@ -81,7 +81,7 @@ class SweepFile(Section):
     """Axis -> label of the jobs that the others are compared with in the report."""
 
     claims: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
-    """What is to be decided, with criterion and threshold, written down before the run; see `eval.report.claims`."""
+    """What is to be decided, with criterion and threshold, written down before the run: `pretrain.report.claims`."""
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from types import FrameType
 
 import torch
 
-from pretrain.exit_codes import DONE, FAILED, STOPPED
 from pretrain.files import replace_text
-from pretrain.processes import PARENT_VARIABLE
-from pretrain.runs import RunError
+from pretrain.processes.exit_codes import DONE, FAILED, STOPPED
+from pretrain.processes.torchrun import PARENT_VARIABLE
+from pretrain.run.folder import RunError
 from pretrain.sweep.definition import Sweep
-from pretrain.sweep.plan import Job, plan_jobs, write_plan
+from pretrain.sweep.jobs import Job, plan_jobs, write_plan
 
 POLL_SECONDS = 0.5
 LOCKED_POLL_SECONDS = 5.0  # how often to look whether a run that another process trains has ended

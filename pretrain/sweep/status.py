@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pretrain.exit_codes import DONE, STOPPED
+from pretrain.processes.exit_codes import DONE, STOPPED
 from pretrain.sweep.definition import Sweep
-from pretrain.sweep.plan import Job, final_loss, plan_jobs, steps_taken
+from pretrain.sweep.jobs import Job, final_loss, plan_jobs, steps_taken
 
 
 def format_status(sweep: Sweep) -> list[str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from pretrain.data.plan import epoch_order
-from pretrain.data.readers import Unit
+from pretrain.data.formats import Unit
+from pretrain.data.order import epoch_order
 from pretrain.data.sources import source_units
 from tests.data.corpus import Setting, read_jsonl
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pretrain.config.data import SourceConfig, TokenizerConfig
-from pretrain.data.readers import Unit, read_unit
+from pretrain.data.formats import Unit, read_unit
 from pretrain.data.sources import source_files, source_units
 from tests.data.corpus import drain, make_setting, make_texts, rows, write_jsonl, write_parquet
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, normalizers
 
 from pretrain.config.data import TokenizerConfig
 from pretrain.data import load_tokenizer
-from pretrain.data.plan import epoch_order, make_plan
-from pretrain.data.readers import Unit
+from pretrain.data.formats import Unit
+from pretrain.data.order import epoch_order, make_plan
 from tests.data.corpus import EOS, Setting, drain, make_setting, make_texts, rows, write_jsonl, write_parquet
 from tests.data.oracle import epoch_texts, oracle_rows
 

@@ -12,10 +12,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from pretrain.processes import free_port
+from pretrain.processes.torchrun import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pretrain.launch", "pretrain.deepspeed_engine", "tests.distributed.scenarios"])
+_CONTEXT.set_forkserver_preload(["pretrain.launch", "pretrain.engine.deepspeed", "tests.distributed.scenarios"])
 TIMEOUT_SECONDS = 240
 
 

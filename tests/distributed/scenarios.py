@@ -12,11 +12,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-from pretrain.checkpoint import CheckpointReader, list_checkpoints
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.config import parse_config
-from pretrain.engine import PlainEngine
+from pretrain.engine.base import PlainEngine
 from pretrain.launch import train
-from pretrain.trainer import Trainer
+from pretrain.training.trainer import Trainer
 from tests.conftest import TINY, merged
 
 

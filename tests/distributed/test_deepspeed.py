@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optimizers import Aurora, param_groups
 from optimizers.sharded import zero_layout
-from pretrain.checkpoint import CheckpointReader, list_checkpoints
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import distance, metrics, newest, run, run_with_fault, tensors
 
@@ -157,7 +157,7 @@ def test_the_layout_is_the_one_that_is_computed(tmp_path: Path, stage: int, rank
 
 def layouts(root: str, changes: dict[str, Any], stage: int, ranks: int) -> tuple[Any, Any]:
     """The layout that DeepSpeed made and the one computed for it."""
-    from pretrain import deepspeed_engine
+    from pretrain.engine import deepspeed as deepspeed_engine
 
     prepared: list[Any] = []
     prepare = deepspeed_engine.DeepSpeedEngine.prepare
@@ -194,7 +194,7 @@ def twin_of_bf16(root: str, changes: dict[str, Any]) -> float:
     """Beside a bf16 run a dense optimizer gets the fp32 gradients that `step` receives; returns the distance."""
     import torch.distributed as dist
 
-    from pretrain import deepspeed_engine
+    from pretrain.engine import deepspeed as deepspeed_engine
 
     twin: dict[str, Any] = {}
     prepare, engine_step, step = (
@@ -283,9 +283,9 @@ def export_without_deepspeed(source: str, out: str) -> bool:
 
     from transformers import AutoModelForCausalLM
 
-    from pretrain.export_run import export_checkpoint
+    from pretrain.export.run import export_checkpoint
 
-    with mock.patch.dict(sys.modules, {"pretrain.deepspeed_engine": None}):
+    with mock.patch.dict(sys.modules, {"pretrain.engine.deepspeed": None}):
         reader = export_checkpoint(Path(source), Path(out))
     model = AutoModelForCausalLM.from_pretrained(out)
     saved = reader.weights()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pretrain.config import parse_config
-from pretrain.plan import DEVICES, plan_run
+from pretrain.planning.cluster import DEVICES, plan_run
 from tests.conftest import TINY, merged
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import run

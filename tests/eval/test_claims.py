@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eval.errors import EvalError
-from eval.report.claims import ClaimError, check_claim, claim_problems, parse_claim
+from pretrain.report.claims import ClaimError, check_claim, claim_problems, parse_claim
 
 AXES = {"optimizer": ["muon", "aurora"], "expansion": ["2", "4", "8"], "seed": ["1", "2"]}
 CLAIM: dict[str, Any] = {
@@ -141,7 +141,9 @@ def test_a_slope_needs_two_labels() -> None:
 
 
 def test_claims_are_checked_without_loading_numpy_or_torch() -> None:
-    code = "import sys, eval.report.claims; print([m for m in ('numpy', 'torch', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, pretrain.report.claims; print([m for m in ('numpy', 'torch', 'matplotlib') if m in sys.modules])"
+    )
     repository = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository)
     assert done.stdout.strip() == "[]"

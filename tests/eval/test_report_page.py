@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from eval.errors import EvalError
-from eval.report.page import number, share
-from eval.report.write import results, write_report
+from pretrain.report.page import number, share
+from pretrain.report.write import results, write_report
 from tests.eval.report_folders import BASELINE, CONFIG, LAUNCH, job, records, write_run, write_sweep
 
 NASTY = "<script>alert(1)</script> & $x^2$ \"quoted\" 'twice' </style>"

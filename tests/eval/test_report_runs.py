@@ -14,11 +14,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from eval.errors import EvalError
-from eval.report import runs as runs_module
-from eval.report.arrays import LOG_BINS, histograms, survival
-from eval.report.runs import load_run
-from eval.report.sweep import load
-from eval.report.tables import tables
+from pretrain.report import runs as runs_module
+from pretrain.report.arrays import LOG_BINS, histograms, survival
+from pretrain.report.runs import load_run
+from pretrain.report.sweep import load
+from pretrain.report.tables import tables
 from tests.eval.report_folders import BASELINE, LAUNCH, job, records, write_run, write_sweep
 
 AXES = {"optimizer": ["muon", "aurora"], "seed": ["1"]}
@@ -78,7 +78,7 @@ def test_disturbed_runs(tmp_path: Path) -> None:
 
 def test_parameters_are_counted_as_the_trainer_does(tmp_path: Path) -> None:
     from pretrain.config import load_config
-    from pretrain.flops import parameter_count
+    from pretrain.model.cost import parameter_count
 
     repository = Path(__file__).parents[2]
     for name in ("quickstart", "aurora-1.1b"):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from eval.report.statistics import band, log2_slope, mean_interval, smoothed, value_at
+from pretrain.report.statistics import band, log2_slope, mean_interval, smoothed, value_at
 
 
 def test_t_interval_of_three_numbers() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from eval.report.sweep import load
-from eval.report.verdicts import Verdict, evaluate
+from pretrain.report.sweep import load
+from pretrain.report.verdicts import Verdict, evaluate
 from tests.eval.report_folders import CONFIG, LAUNCH, job, write_run, write_sweep
 
 OPTIMIZERS = ["muon", "aurora"]

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pretrain.export import ModelCard, export_folder
+from pretrain.export.folder import ModelCard, export_folder
 
 pytestmark = pytest.mark.long
 

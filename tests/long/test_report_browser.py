@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import websocket
 
-from eval.report.write import write_report
+from pretrain.report.write import write_report
 from tests.eval.report_folders import job, records, write_run, write_sweep
 
 BROWSER = next(

@@ -18,8 +18,8 @@ from optimizers.options import complete
 from optimizers.polar import BACKENDS, has_dtype_choice
 from optimizers.precision import gram_matrix
 from pretrain.config import load_config
-from pretrain.flops import flops_per_token
-from pretrain.model import build_model
+from pretrain.model.build import build_model
+from pretrain.model.cost import flops_per_token
 
 REPOSITORY = Path(__file__).parents[2]
 

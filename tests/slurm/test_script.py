@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.processes import free_port
+from pretrain.processes.torchrun import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm/pretrain.sbatch"

@@ -1,5 +1,0 @@
-"""One self-contained HTML page for a run or a sweep, and what the runs say about claims.
-
-`from eval.report.write import write_report, results`; `from eval.report.claims import parse_claim`.
-Reads the files of run and sweep folders; knows nothing of the trainer or the optimizers.
-"""

@@ -1,0 +1,167 @@
+"""Model, optimizer and random generators of one process to and from checkpoint fragments.
+
+An engine either leaves parameters whole on every rank or cuts them (`Engine.held`). Both are the same to a
+checkpoint: runs of elements of named tensors, of which this process holds some.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from optimizers import Aurora
+from optimizers.blocks import row_blocks
+from optimizers.sharded import Held
+from pretrain.checkpoint.store import TELEMETRY_SLOT, CheckpointError, CheckpointReader, Fragment
+
+
+def fragments(model: nn.Module, optimizer: Aurora, held: Held | None = None) -> Iterator[Fragment]:
+    """Everything that a checkpoint needs of weights and optimizer state and that is here.
+
+    `values` are the tensors themselves: loading writes into them. `held` is an engine's: None, everything is here.
+    """
+    return _whole(model, optimizer) if held is None else _cut(held, optimizer)
+
+
+def _whole(model: nn.Module, optimizer: Aurora) -> Iterator[Fragment]:
+    """Every tensor as one fragment. What the optimizer steps counts: it may be an fp32 copy of the model's weight."""
+    stepped = set()
+    for group in optimizer.param_groups:
+        for name, p, entry in zip(group["param_names"], group["params"], row_blocks(group), strict=True):
+            stepped.add(name)
+            for slot, values in {"weight": p.detach(), **optimizer.state_of(p, group, entry)}.items():
+                yield Fragment(name, slot, tuple(values.shape), 0, values)
+    for name, parameter in model.named_parameters():
+        if name not in stepped:  # frozen
+            yield Fragment(name, "weight", tuple(parameter.shape), 0, parameter.detach())
+
+
+def _cut(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
+    for f in held.layout.fragments[held.rank]:
+        flat, shape = held.shards[f.shard].detach(), held.layout.shapes[f.name]
+        state = optimizer.state_of(held.shards[f.shard], optimizer.param_groups[f.shard])
+        for slot, values in {"weight": flat, **state}.items():
+            if slot == "step":
+                if f.start == 0:
+                    yield Fragment(f.name, slot, (), 0, values)
+            elif slot != "second_moment":
+                yield Fragment(f.name, slot, shape, f.start, values[f.offset : f.offset + f.length])
+    yield from _second_moments(held, optimizer)
+
+
+def _second_moments(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
+    """The one state that lies with the owner of a matrix instead of with its elements."""
+    sharded = optimizer.sharded
+    if sharded is None:
+        return
+    group = optimizer.param_groups[sharded.shard]
+    moments, at = optimizer.state_of(held.shards[sharded.shard], group).get("second_moment"), 0
+    if moments is None:
+        return
+    for name, start, stop in sharded.owned_rows(group):
+        yield Fragment(name, "second_moment", held.layout.shapes[name][:1], start, moments[at : at + stop - start])
+        at += stop - start
+
+
+def group_settings(optimizer: Aurora) -> list[dict[str, Any]]:
+    """The optimizer's groups: hyper-parameters and `param_names`."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+@torch.no_grad()
+def load_weights(reader: CheckpointReader, model: nn.Module) -> None:
+    """Fill a model that no engine has taken over yet.
+
+    Raises:
+        CheckpointError: the parameters are not those of this model.
+    """
+    parameters = dict(model.named_parameters())
+    saved = reader.index["parameters"]
+    shapes = {name: list(p.shape) for name, p in parameters.items()}
+    if shapes != {name: slots["weight"]["shape"] for name, slots in saved.items()}:
+        raise CheckpointError(f"{reader.folder}: its parameters are not those of this model")
+    for name, parameter in parameters.items():
+        parameter.copy_(reader.read(name, "weight"))
+
+
+@torch.no_grad()
+def load_state(reader: CheckpointReader, model: nn.Module, optimizer: Aurora, held: Held | None = None) -> None:
+    """Fill the fp32 weights and the optimizer, hyper-parameters included, from a checkpoint of any layout.
+
+    Raises:
+        CheckpointError: the groups are not those of this optimizer, or their state is another optimizer's.
+    """
+    groups, saved = reader.index["optimizer_groups"], reader.index["parameters"]
+    if [g["param_names"] for g in groups] != [g["param_names"] for g in optimizer.param_groups]:
+        raise CheckpointError(f"{reader.folder}: its optimizer groups are not those of this config")
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        for key in settings.keys() & group.keys() - {"param_names"}:
+            group[key] = tuple(settings[key]) if isinstance(group[key], tuple) else settings[key]
+    known: dict[str, set[str]] = {name: set() for name in saved}
+    for fragment in fragments(model, optimizer, held):
+        known[fragment.name].add(fragment.slot)
+        record = saved[fragment.name].get(fragment.slot)
+        if record is None:
+            fragment.values.zero_()  # a parameter that has not been stepped yet
+        elif tuple(record["shape"]) != fragment.shape:
+            raise CheckpointError(f"{reader.folder}: {fragment.slot} of {fragment.name} has shape {record['shape']}")
+        else:
+            values = reader.read(fragment.name, fragment.slot, fragment.start, fragment.values.numel())
+            fragment.values.copy_(values.reshape(fragment.values.shape))
+    if held is None:
+        unknown = {slot for name, slots in saved.items() for slot in slots.keys() - known[name] - {TELEMETRY_SLOT}}
+        if unknown:
+            raise CheckpointError(f"{reader.folder}: {', '.join(sorted(unknown))} is no state of this optimizer")
+    else:
+        _load_steps(reader, held, optimizer)
+
+
+def _load_steps(reader: CheckpointReader, held: Held, optimizer: Aurora) -> None:
+    """A shard counts its steps once, for all its parameters and also where none of them begins in it."""
+    for flat, group in zip(held.shards, optimizer.param_groups, strict=True):
+        saved = [reader.index["parameters"][name] for name in group["param_names"]]
+        steps = {
+            reader.read(name, "step").item() if "step" in slots else 0.0
+            for name, slots in zip(group["param_names"], saved, strict=True)
+        }
+        if len(steps) > 1:
+            raise CheckpointError(
+                f"{reader.folder}: parameters of one group were stepped {sorted(steps)} times; a shard counts once"
+            )
+        optimizer.state_of(flat, group)["step"].fill_(steps.pop())
+
+
+def random_generators() -> dict[str, Tensor]:
+    """The state of every global random generator of this process, as tensors."""
+    version, words, gauss = random.getstate()
+    assert version == 3
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = legacy
+    assert name == "MT19937"
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.tensor(np.append(keys.astype(np.int64), [position, has_gauss])),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_generators(state: dict[str, Tensor]) -> None:
+    """Put back what `random_generators` returned."""
+    gauss = state["python_gauss"].item()
+    random.setstate((3, tuple(state["python"].tolist()), None if np.isnan(gauss) else gauss))
+    *keys, position, has_gauss = state["numpy"].tolist()
+    cached = state["numpy_gauss"].item()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,125 @@
+"""The order of reading: which units belong to an epoch, in which order, and which lane reads which of them.
+
+Say a source has the units a b c d e and there are two lanes. In epoch 0 the seed may order them d a e c b: lane 0
+then reads d e b and lane 1 reads a c. In epoch 1 the order is another one, and so are the shares. Nothing here knows
+of ranks or workers: they divide the lanes among themselves.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import ceil, floor
+from typing import Literal
+
+from pretrain.config.data import DataConfig
+from pretrain.data.errors import DataError
+from pretrain.data.formats import Unit
+from pretrain.data.sources import source_units
+
+Split = Literal["train", "validation"]
+
+_KEPT_ORDERS = 4  # epochs whose order is remembered: the current one, and those that carried tails began in
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """Everything that decides what each lane reads; the same on every rank and in every worker."""
+
+    units: tuple[tuple[Unit, ...], ...]
+    """The units of each source."""
+    weights: tuple[Fraction, ...]
+    """Passes over each source per epoch."""
+    lanes: int
+    seed: int
+    epochs: int | None
+    """Epochs until the stream ends; None: it never does."""
+    split: Split
+    validation_fraction: float
+    _orders: dict[int, list[Unit]] = field(default_factory=dict, repr=False, compare=False)
+
+    def lane_units(self, epoch: int, lane: int) -> list[Unit]:
+        """Return the units that a lane reads in an epoch, in order: every `lanes`-th of the epoch's units."""
+        if epoch not in self._orders:
+            while len(self._orders) >= _KEPT_ORDERS:
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = epoch_order(self.units, self.weights, self.seed, epoch)
+        return self._orders[epoch][lane :: self.lanes]
+
+    def selects(self, text: bytes) -> bool:
+        """Whether a document, given as UTF-8, belongs to the split that is read."""
+        return is_validation(text, self.validation_fraction) == (self.split == "validation")
+
+
+def make_plan(config: DataConfig, split: Split, epochs: int | None) -> ReadPlan:
+    """List the units of all sources and lay down the order of reading.
+
+    The validation split is read by a single lane, once, each source with weight 1 and in an order that no setting
+    changes: so bits per byte compare between runs that differ in lanes, seed or weights.
+
+    Raises:
+        DataError: a source cannot be listed, or there are fewer units than lanes.
+
+    """
+    units = tuple(tuple(source_units(source)) for source in config.sources)
+    if split == "validation":
+        weights = (Fraction(1),) * len(units)
+        return ReadPlan(units, weights, 1, 0, 1, split, config.validation_fraction)
+    if problem := lane_problem(config, [len(source) for source in units]):
+        raise DataError(problem)
+    weights = tuple(exact(source.weight) for source in config.sources)
+    return ReadPlan(units, weights, config.lanes, config.seed, epochs, split, config.validation_fraction)
+
+
+def lane_problem(config: DataConfig, counts: list[int]) -> str | None:
+    """Return what to say if the sources, with these numbers of units, cannot feed all lanes; None if they can."""
+    pairs = zip(config.sources, counts, strict=True)
+    units = sum(floor(exact(source.weight) * count) for source, count in pairs)
+    if units >= config.lanes:
+        return None
+    cures = f"raise split_units of its sources ({ceil(config.lanes / max(units, 1))} times as many units are enough)"
+    if units:
+        cures = f"lower data.lanes to {units} at most, or {cures}"
+    return (
+        f"data.lanes is {config.lanes}, but an epoch may have only {units} read units (parquet row groups and files "
+        f"of JSON lines, times split_units and weight), fewer than one for each lane: {cures}"
+    )
+
+
+def epoch_order(
+    units: tuple[tuple[Unit, ...], ...], weights: tuple[Fraction, ...], seed: int, epoch: int
+) -> list[Unit]:
+    """Return all units of an epoch in the order in which they are dealt to the lanes.
+
+    A source of n units and weight w has wn units in an epoch, or one more or less where that is no whole number: so
+    many that after every epoch the total is right. Units are sorted by a keyed hash rather than shuffled by a
+    library's generator, whose sequence may change between releases, under a run that is yet to be resumed.
+    """
+    entries: list[tuple[bytes, Unit]] = []
+    for index, (source, weight) in enumerate(zip(units, weights, strict=True)):
+        if not source:
+            continue
+        due = _round(weight * len(source) * (epoch + 1)) - _round(weight * len(source) * epoch)
+        copies, extra = divmod(due, len(source))
+        chosen = sorted(range(len(source)), key=lambda unit: _key(seed, epoch, "choose", index, unit))[:extra]
+        for copy in range(copies + 1):
+            for unit in chosen if copy == copies else range(len(source)):
+                entries.append((_key(seed, epoch, "order", index, unit, copy), source[unit]))
+    return [unit for _, unit in sorted(entries, key=lambda entry: entry[0])]
+
+
+def is_validation(text: bytes, fraction: float) -> bool:
+    """Whether the hash of a document, given as UTF-8, puts it into the validation split."""
+    return fraction > 0 and int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64 < fraction
+
+
+def exact(weight: float) -> Fraction:
+    """Return the decimal number that was written in the config: 0.29 of 100 units is 29, not 28.999."""
+    return Fraction(repr(weight))
+
+
+def _round(number: Fraction) -> int:
+    return floor(number + Fraction(1, 2))
+
+
+def _key(*parts: object) -> bytes:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()

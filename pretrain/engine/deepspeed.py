@@ -1,0 +1,252 @@
+"""The engine of DeepSpeed's ZeRO, set up through Accelerate.
+
+DeepSpeed reduces, clips and shards gradients, and calls the optimizer with flat fp32 shards; what those are is read
+once after set-up (`optimizers.sharded.deepspeed`). Everything else is kept from it: its configuration is generated
+here, its step is called where the trainer steps, checkpoints and schedule are ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# Read when DeepSpeed is imported: without it a machine without GPUs is searched for one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor
+
+from optimizers import Aurora
+from optimizers.directions import treats
+from optimizers.precision import has_fast_bf16
+from optimizers.sharded import Held, ShardedMatrices, shard
+from optimizers.sharded.deepspeed import read_layout
+from optimizers.sharded.matrices import doubts
+from pretrain.config import Config, ConfigError
+from pretrain.engine.base import TIMEOUT, Engine, Precision, accumulation
+from pretrain.model.build import LossModel
+from pretrain.processes.torchrun import free_port
+
+# A kernel for inference that DeepSpeed would compile at its first start on a CPU, for half a minute.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+WRAPPERS = {
+    (0, False): "Aurora",
+    (0, True): "FP16_UnfusedOptimizer",
+    (1, False): "DeepSpeedZeroOptimizer",
+    (1, True): "BF16_Optimizer",
+    (2, False): "DeepSpeedZeroOptimizer",
+    (2, True): "DeepSpeedZeroOptimizer",
+    (3, False): "DeepSpeedZeroOptimizer_Stage3",
+    (3, True): "DeepSpeedZeroOptimizer_Stage3",
+}
+"""The class that DeepSpeed has to put around the optimizer, by (stage, bf16 weights). Stage 1 in bf16 is that of stage
+2 where gradients are accumulated in bf16 too."""
+
+# Larger than any group: then a group is one sub-group, and the optimizer sees all its matrices in one call.
+ONE_SUB_GROUP = 10**12
+# Of the largest singular value of a step, by the rounding of fp32 weights, that the check of the first one allows.
+LARGEST_NOISE = 0.02
+# DeepSpeed prints its throughput every so many steps; ours is in the metrics.
+NEVER = 2**31
+
+
+def deepspeed_config(config: Config, world_size: int, bf16: bool, on_gpu: bool) -> dict[str, Any]:
+    """The whole DeepSpeed configuration of a run: nobody edits another."""
+    engine, train = config.engine, config.train
+    rounds = accumulation(config, world_size)
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "reduce_bucket_size": engine.reduce_bucket_elements,
+        "allgather_bucket_size": engine.gather_bucket_elements,
+        "contiguous_gradients": True,
+        "round_robin_gradients": False,
+        # On a CPU there is no second stream to overlap with.
+        "overlap_comm": on_gpu,
+    }
+    if engine.zero_stage == 3:
+        zero |= {
+            "sub_group_size": ONE_SUB_GROUP,
+            "stage3_prefetch_bucket_size": engine.gather_bucket_elements,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    # Stage 0 in fp32 is clipped by us, as under the plain engine: DeepSpeed would not say the norm.
+    clips = train.grad_clip is not None and (engine.zero_stage > 0 or bf16)
+    return {
+        "train_batch_size": train.micro_batch_sequences * rounds * world_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_sequences,
+        "gradient_accumulation_steps": rounds,
+        "gradient_clipping": train.grad_clip if clips else 0.0,
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": engine.accumulation_dtype},
+        "communication_data_type": engine.communication_dtype,
+        "zero_optimization": zero,
+    }
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO on the processes started by torchrun (gloo on CPUs, NCCL on GPUs), or on one.
+
+    Raises:
+        ConfigError: a precision that this stage does not support.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._on_gpu = torch.cuda.is_available()
+        if "RANK" not in os.environ:
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ |= alone | {"MASTER_PORT": str(free_port())}
+        bf16 = self.resolve_precision(config.train.precision).weights == torch.bfloat16
+        if problems := config.engine.precision_problems("bf16" if bf16 else "fp32"):
+            raise ConfigError([f"engine.{problem}" for problem in problems])
+        # It warns of every optimizer that is not its own.
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+        self.settings = deepspeed_config(config, int(os.environ["WORLD_SIZE"]), bf16, self._on_gpu)
+        # Accelerate takes DeepSpeed's path on CPUs without cpu=True only.
+        accelerator = Accelerator(
+            mixed_precision="bf16" if bf16 else "no",
+            gradient_accumulation_steps=self.settings["gradient_accumulation_steps"],
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=self.settings),
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if self._on_gpu else "gloo", timeout=TIMEOUT)],
+        )
+        super().__init__(config, accelerator, DistributedType.DEEPSPEED)
+        self._held: Held | None = None
+        self._wrapper: Any = None
+        self.sharded: ShardedMatrices | None = None
+        self._checked = False
+
+    def resolve_precision(self, setting: str) -> Precision:
+        """bf16 weights beside fp32 ones where bf16 is asked or fast, else fp32."""
+        device = torch.device("cuda" if self._on_gpu else "cpu")
+        bf16 = setting == "bf16" or (setting == "auto" and has_fast_bf16(device))
+        return Precision(torch.bfloat16 if bf16 else torch.float32, None)
+
+    @property
+    def held(self) -> Held | None:
+        """Read from DeepSpeed; None under stage 0."""
+        return self._held
+
+    def prepare(self, module: LossModel, optimizer: Aurora) -> None:
+        """Hand both to DeepSpeed, and learn where everything lies then.
+
+        Raises:
+            RuntimeError: DeepSpeed made something else of them than is expected.
+        """
+        parameters = dict(module.model.named_parameters())
+        named = [{name: parameters[name] for name in group["param_names"]} for group in optimizer.param_groups]
+        # Stage 0 in bf16 steps once while it is set up.
+        with optimizer.paused():
+            self.model, _ = self.accelerator.prepare(module, optimizer)
+        self.module = module
+        self._wrapper = self.model.optimizer
+        self._check_engine(optimizer)
+        self._held = read_layout(self._wrapper, named, self.rank, self.world_size, self.cpu_group)
+        if self._held is not None:
+            wire_dtype = self.config.engine.wire_dtype
+            self.sharded = shard(optimizer, self._held.layout, self.rank, wire_dtype=wire_dtype, device=self.device)
+
+    def _check_engine(self, optimizer: Aurora) -> None:
+        engine: Any = self.model
+        stage, bf16 = self.config.engine.zero_stage, self.precision.weights == torch.bfloat16
+        wanted = WRAPPERS[stage, bf16 and (stage != 1 or self.config.engine.accumulation_dtype == "fp32")]
+        found = type(self._wrapper).__name__
+        problems = []
+        if not isinstance(engine, deepspeed.DeepSpeedEngine):
+            problems.append(f"the engine is a {type(engine).__name__}, expected deepspeed.DeepSpeedEngine")
+        elif engine.dp_world_size != self.world_size:
+            problems.append(f"DeepSpeed sees {engine.dp_world_size} ranks of {self.world_size}")
+        if found != wanted:
+            problems.append(f"DeepSpeed put a {found} around the optimizer, expected {wanted}")
+        if "muon" in type(optimizer).__name__.lower() or any(
+            getattr(p, "use_muon", False) for p in self.module.parameters()
+        ):
+            # DeepSpeed would orthogonalise gradients of its own accord, and clip the result.
+            problems.append("a class name with 'muon' or a parameter tagged use_muon: DeepSpeed would step it itself")
+        if problems:
+            raise RuntimeError("; ".join(problems))
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed averages over ranks; the factor makes it the sum. Its division by the accumulation is left out."""
+        self.model.backward(loss * self.world_size, scale_wrt_gas=False)  # type: ignore[operator]
+
+    @contextlib.contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Tells DeepSpeed whether this is the last micro-batch."""
+        self.model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
+        yield
+
+    def step(self, optimizer: Aurora) -> Tensor:
+        """DeepSpeed's step; one that it skips for gradients that are not finite is told to the optimizer."""
+        engine: Any = self.model
+        optimizer.reset_report()
+        if self._wrapper is optimizer:
+            norm = self.clip_gradients(self.config.train.grad_clip)
+            engine.step()
+            return norm
+        with self._first_step_checked(optimizer):
+            engine.step()
+        if self._wrapper.overflow:
+            optimizer.last_step_finite.fill_(False)
+        return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+
+    @contextlib.contextmanager
+    def _first_step_checked(self, optimizer: Aurora) -> Iterator[None]:
+        """After the first step that changes something, see from the weights whether it was one of the direction."""
+        sharded, held = self.sharded, self._held
+        if self._checked or sharded is None or held is None:
+            yield
+            return
+        flat, group = held.shards[sharded.shard].detach(), optimizer.param_groups[sharded.shard]
+        before = flat.clone()
+        yield
+        if self._wrapper.overflow or not bool(optimizer.last_step_finite) or not group["lr"]:
+            return
+        self._checked = True
+        longest = max(max(unit.shape) for unit in sharded.plan.units)
+        noise = 2.0**-24 * before.square().mean().sqrt().item() / group["lr"] * 2 * longest**0.5
+        if self.gather(noise > LARGEST_NOISE).count(True):
+            return  # so small a rate that the rounding of the weights hides the step
+        own = sharded.applied(before, flat, group)
+        measured = [applied for some in self.gather(own) for applied in some]
+        if problems := doubts(measured, group):
+            raise RuntimeError("the first step was not one of this optimizer: " + "; ".join(problems[:5]))
+        moved = [applied for applied in measured if applied.filled]
+        balanced = [a.spread for a in moved if treats(group, *a.unit.shape)]
+        if moved:
+            largest = f"{min(a.largest for a in moved):.4f} to {max(a.largest for a in moved):.4f}"
+            rows = f", row norms of balanced ones within {max(balanced):.2%}" if balanced else ""
+            self.say(f"first step: {len(moved)} matrices, largest singular values {largest}{rows}")
+
+    def describe(self) -> list[str]:
+        """The generated configuration, what DeepSpeed made of it, and who owns which matrices."""
+        lines = [*super().describe(), f"deepspeed {json.dumps(self.settings)}"]
+        lines.append(f"ZeRO      stage {self.config.engine.zero_stage}, optimizer in a {type(self._wrapper).__name__}")
+        if self.sharded is not None:
+            plan, wire = self.sharded.plan, self.config.engine.wire_dtype
+            moved = max(plan.received_elements) * (2 if wire == "bf16" else 4)
+            lines.append(
+                f"owners    {len(plan.units)} matrices, slowest rank {plan.imbalance:.3f} of an equal share, at most "
+                f"{moved:,} bytes received by a rank a step in {wire}"
+            )
+            lines += [f"          {line}" for line in plan.table()]
+        return lines
+
+    def whole_parameters(self) -> list[Tensor]:
+        """None under stage 3."""
+        return [] if self.config.engine.zero_stage == 3 else super().whole_parameters()

@@ -1,0 +1,96 @@
+"""From a run or one of its checkpoints to a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.store import INDEX, CheckpointError, CheckpointReader, newest_intact
+from pretrain.config import Config, parse_config
+from pretrain.export.folder import ExportError, ModelCard, export_folder
+from pretrain.files import file_sha256
+from pretrain.model.build import llama_config
+from pretrain.run.folder import TOKENIZER_FILE, RunFolder
+
+
+def is_run_or_checkpoint(source: Path) -> bool:
+    """Whether `source` is a run folder or a checkpoint rather than a model folder or a name on the Hub."""
+    return (source / INDEX).is_file() or (source / "checkpoints").is_dir()
+
+
+def open_checkpoint(source: Path) -> CheckpointReader:
+    """The checkpoint at `source`, or the newest intact one of the run at `source`; its files are verified.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if (source / INDEX).is_file():
+        reader = CheckpointReader(source)
+        reader.verify()
+        return reader
+    newest, damaged = newest_intact(RunFolder(source).checkpoints)
+    if newest is None:
+        raise CheckpointError("\n".join([*damaged, f"{source}: neither a checkpoint nor a run with an intact one"]))
+    return newest
+
+
+def export_checkpoint(source: Path, out: Path) -> CheckpointReader:
+    """Write the weights of a run or checkpoint to the Hugging Face folder `out`; returns what was exported.
+
+    Raises:
+        CheckpointError: nothing intact to export, or its tokenizer is gone.
+        ExportError: a model without a Hugging Face form, or `out` holds something else.
+    """
+    reader = open_checkpoint(source)
+    config = parse_config(reader.index["config"])
+    if config.model.architecture != "llama":
+        raise ExportError(
+            f"{reader.folder}: model.architecture is {config.model.architecture!r}, which has no Hugging Face form: "
+            "only 'llama' can be exported, and evaluated from an export"
+        )
+    tokenizer = _tokenizer_file(reader, config)
+    export_folder(
+        reader.weights(),
+        llama_config(config.model),
+        tokenizer,
+        _model_card(reader, config),
+        out,
+        eos_token=config.tokenizer.eos_token,
+    )
+    return reader
+
+
+def _tokenizer_file(reader: CheckpointReader, config: Config) -> Path:
+    """The tokenizer that the run was trained with: its copy in the run folder, else where the config says."""
+    digest = reader.index["identity"]["tokenizer contents"]
+    copies = [reader.folder.parents[1] / TOKENIZER_FILE, Path(config.tokenizer.path)]
+    for path in copies:
+        if path.is_file() and file_sha256(path) == digest:
+            return path
+    raise CheckpointError(
+        f"{reader.folder}: the tokenizer of the run (sha256 {digest}) is neither at {copies[0]} nor at {copies[1]}"
+    )
+
+
+def _model_card(reader: CheckpointReader, config: Config) -> ModelCard:
+    counters, provenance = reader.index["counters"], reader.index["provenance"]
+    sources: list[dict[str, Any]] = [
+        {
+            "name": ", ".join(source["sources"]) or source["path"],
+            "licence": ", ".join(source["licences"]) or "not stated",
+            "bytes": source["bytes"],
+        }
+        for source in provenance["data"]["sources"]
+    ]
+    return ModelCard(
+        run_name=config.run.name,
+        step=counters["step"],
+        tokens=counters["tokens"],
+        train_loss=counters["train_loss"],
+        validation_loss=counters["validation_loss"],
+        bits_per_byte=counters["bits_per_byte"],
+        data_sources=sources,
+        config_yaml=config.to_yaml(),
+        git_commit=provenance["git_commit"],
+        optimizer=config.optimizer.name,
+    )

@@ -1,0 +1,1 @@
+"""The models, their loss, and what they cost."""

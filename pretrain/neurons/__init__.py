@@ -1,0 +1,1 @@
+"""What the MLP neurons do during training."""

@@ -1,0 +1,249 @@
+"""The MLP matrices that telemetry watches, whole or in fragments of flat shards.
+
+An engine leaves the optimizer's parameters whole on every rank or cuts them (`Engine.held`). Whole ones count here as
+the layout of a single rank, rank 0, whose shards are the parameters themselves, so there is one way to measure:
+
+* the average b of the clipped gradients moves elementwise, in the fragments that are here, before each optimizer step;
+* squared norms by neuron, of weights and directions, are summed over what is here, then over the ranks;
+* leverage needs whole matrices: each rank is brought the averages of some of them, in fp32.
+
+Checkpoint behaviour: the averages are fragments of the slot ``telemetry_average``, like every other state.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from optimizers import Aurora
+from optimizers.blocks import Block
+from optimizers.sharded import Held, Layout, make_plan
+from optimizers.sharded.exchange import Exchange, make_rounds
+from optimizers.sharded.layout import Fragment as Place
+from optimizers.sharded.plan import Rectangle, Unit
+from optimizers.update import blend, commit_
+from pretrain.checkpoint.store import TELEMETRY_SLOT, CheckpointReader, Fragment
+from pretrain.engine.base import Engine
+from pretrain.neurons import measures as neurons
+
+MOMENTUM = 0.95
+"""Factor of the average of the gradients."""
+
+QUANTITIES = ("leverage", "direction", "weight")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One matrix of an MLP."""
+
+    name: str
+    """Such as ``layers.0.gate_proj``."""
+    parameter: str
+    """Its name in the model."""
+    neurons: Literal["rows", "columns"]
+    """Which of its vectors belong to the neurons."""
+
+    def by_neuron(self, values: Tensor) -> Tensor:
+        """A matrix of the parameter's orientation with one row per neuron."""
+        return values if self.neurons == "rows" else values.mT
+
+
+def watched_matrices(model: nn.Module) -> list[Watched]:
+    """The matrices of every MLP of a model, in its order: modules that have an `up_proj` and a `down_proj`."""
+    mlps = [path for path, m in model.named_modules() if hasattr(m, "up_proj") and hasattr(m, "down_proj")]
+    found = []
+    for index, path in enumerate(mlps):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            if hasattr(model.get_submodule(path), name):
+                along: Literal["rows", "columns"] = "columns" if name == "down_proj" else "rows"
+                found.append(Watched(f"layers.{index}.{name}", f"{path}.{name}.weight", along))
+    return found
+
+
+@dataclass
+class Piece:
+    """What is here of a watched matrix: a run of its elements."""
+
+    watched: Watched
+    place: Place
+    average: Tensor
+    """[place.length] fp32, of b."""
+
+    def of(self, shard: Tensor) -> Tensor:
+        """Its elements, flat, in the shard or anything of the shard's size."""
+        return shard.detach().reshape(-1)[self.place.offset : self.place.offset + self.place.length]
+
+
+class WatchedMatrices:
+    """The watched matrices of a run on one rank.
+
+    Args:
+        model: as prepared by the engine.
+        optimizer: whose groups hold the engine's shards.
+        engine: says how they are cut.
+
+    Attributes:
+        here: whether anything is measured on this rank: on all where parameters are cut, else on rank 0 alone.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Aurora, engine: Engine) -> None:
+        self.optimizer, self.engine = optimizer, engine
+        self.watched = watched_matrices(model)
+        self._by_parameter = {watched.parameter: watched for watched in self.watched}
+        self.here = engine.held is not None or engine.rank == 0
+        self._held = engine.held or _as_held(optimizer, list(self._by_parameter))
+        self._shapes = {name: self._held.layout.shapes[name] for name in self._by_parameter}
+        self._pieces = self._make_pieces() if self.here else []
+        self._by_shard: dict[Tensor, list[Piece]] = defaultdict(list)
+        for piece in self._pieces:
+            self._by_shard[self._held.shards[piece.place.shard]].append(piece)
+        self._directions: dict[str, Tensor] = {}
+
+    def _make_pieces(self) -> list[Piece]:
+        held, found = self._held, []
+        for place in held.layout.fragments[held.rank]:
+            if place.name in self._by_parameter:
+                average = torch.zeros(place.length, dtype=torch.float32, device=held.shards[place.shard].device)
+                found.append(Piece(self._by_parameter[place.name], place, average))
+        return found
+
+    @torch.no_grad()
+    def move_averages(self, shard: Tensor, finite: Tensor) -> None:
+        """Take in the gradients of a shard; for `Aurora.gradient_observer`."""
+        for piece in self._by_shard.get(shard, ()):
+            assert shard.grad is not None, "the optimizer steps what has a gradient"
+            moved, _ = blend(piece.of(shard.grad), piece.average, MOMENTUM, nesterov=False)
+            commit_(piece.average, moved, finite)
+
+    def watch_directions(self, on: bool) -> None:
+        """Have the optimizer show its directions, or no longer."""
+        self._directions = {}
+        self.optimizer.direction_observer = self._take_block if on and self.here else None
+        if self.optimizer.sharded is not None:
+            self.optimizer.sharded.direction_observer = self._take_part if on else None
+
+    def _take_block(self, block: Block, direction: Tensor) -> None:
+        for piece in self._by_shard.get(block.param, ()):
+            area = Rectangle(block.start, block.stop, 0, block.shape[1])
+            self._take_direction(piece.watched, area, direction)
+
+    def _take_part(self, unit: Unit, area: Rectangle, direction: Tensor) -> None:
+        if unit.name in self._by_parameter:
+            area = area._replace(row=unit.row + area.row, row_stop=unit.row + area.row_stop)
+            self._take_direction(self._by_parameter[unit.name], area, direction)
+
+    def _take_direction(self, watched: Watched, area: Rectangle, direction: Tensor) -> None:
+        total = self._directions.setdefault(watched.name, self._zeros(watched))
+        # Contiguous, since the order of the elements in memory decides how a sum is rounded.
+        _add_squares(total, watched, area, direction.contiguous())
+
+    @torch.no_grad()
+    def measure(self, taken: bool) -> dict[str, Tensor]:
+        """Every quantity of every matrix; a collective of the ranks that are `here`.
+
+        Args:
+            taken: whether the step just made was taken; the directions of one that was not are zeros.
+
+        Returns:
+            By ``<matrix>.<quantity>``, [neurons] fp64: ``leverage``, and the squared norms ``direction`` and
+            ``weight``. All zero where the quantity says nothing.
+        """
+        found = {f"{w.name}.{quantity}": self._zeros(w) for w in self.watched for quantity in QUANTITIES}
+        self._add_leverages(found)
+        for piece in self._pieces:
+            self._add_run(found[f"{piece.watched.name}.weight"], piece, piece.of(self._held.shards[piece.place.shard]))
+            direction = self._adamw_direction(piece) if taken else None
+            if direction is not None:
+                self._add_run(found[f"{piece.watched.name}.direction"], piece, direction)
+        for name, squares in self._directions.items() if taken else ():
+            found[f"{name}.direction"] += squares
+        if self.engine.held is None or not found:
+            return found
+        total = self.engine.sum_over_ranks(torch.cat(list(found.values())))
+        return dict(zip(found, total.split([len(values) for values in found.values()]), strict=True))
+
+    def _zeros(self, watched: Watched) -> Tensor:
+        rows, columns = self._shapes[watched.parameter]
+        count = rows if watched.neurons == "rows" else columns
+        return torch.zeros(count, dtype=torch.float64, device=self.engine.device)
+
+    def _add_leverages(self, found: dict[str, Tensor]) -> None:
+        """Bring each matrix to one rank, and measure it there."""
+        units = []
+        for watched in self.watched:
+            (rows, columns), count = self._shapes[watched.parameter], len(found[f"{watched.name}.leverage"])
+            # The rows of a square polar factor all have norm 1, whatever the gradients: not a finding.
+            if count * count > rows * columns:
+                units.append(Unit(watched.parameter, 0, rows, columns, rows * columns * min(rows, columns)))
+        held = self._held
+        plan = make_plan(held.layout, units)
+        exchange = Exchange(plan, held.rank, None, "fp32", self.engine.device)
+        averages = {(piece.place.name, piece.place.start): piece.average for piece in self._pieces}
+        for turn in make_rounds(plan, held.rank):
+            runs = [averages[units[run.unit].name, run.low] for run in turn.runs]
+            for part, b in zip(turn.parts, exchange.gather(turn, runs).wait(), strict=True):
+                watched = self._by_parameter[units[part.unit].name]
+                values = neurons.leverage(watched.by_neuron(b))
+                if values is not None:
+                    found[f"{watched.name}.leverage"] += values
+
+    def _add_run(self, total: Tensor, piece: Piece, values: Tensor) -> None:
+        """Add the squares of a piece's elements to those of their neurons."""
+        columns, place = self._shapes[piece.place.name][1], piece.place
+        row, row_stop = place.start // columns, -(-place.stop // columns)
+        lines = torch.zeros((row_stop - row) * columns, dtype=values.dtype, device=values.device)
+        lines[place.start - row * columns : place.stop - row * columns] = values
+        _add_squares(total, piece.watched, Rectangle(row, row_stop, 0, columns), lines.view(-1, columns))
+
+    def _adamw_direction(self, piece: Piece) -> Tensor | None:
+        """m_hat / (sqrt(v_hat) + eps) of the step just taken, fp64; None for what AdamW does not train."""
+        shard = self._held.shards[piece.place.shard]
+        state, group = self.optimizer.state.get(shard), self._group_of(piece)
+        if group["kind"] != "adamw" or not state:
+            return None
+        beta1, beta2 = group["betas"]
+        mean = piece.of(state["exp_avg"]).double() / (1 - beta1 ** state["step"].double())
+        square = piece.of(state["exp_avg_sq"]).double() / (1 - beta2 ** state["step"].double())
+        return mean / (square.sqrt() + group["eps"])
+
+    def _group_of(self, piece: Piece) -> dict[str, Any]:
+        return next(group for group in self.optimizer.param_groups if piece.place.name in group["param_names"])
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The averages, for a checkpoint."""
+        for piece in self._pieces:
+            name = piece.place.name
+            yield Fragment(name, TELEMETRY_SLOT, self._shapes[name], piece.place.start, piece.average)
+
+    def restore(self, reader: CheckpointReader) -> None:
+        """Take the averages of a checkpoint, where it has them."""
+        for piece in self._pieces:
+            place = piece.place
+            if TELEMETRY_SLOT in reader.index["parameters"][place.name]:
+                piece.average.copy_(reader.read(place.name, TELEMETRY_SLOT, place.start, place.length))
+
+
+def _as_held(optimizer: Aurora, names: list[str]) -> Held:
+    """Parameters that every rank holds whole, as the shards of a single rank.
+
+    What the optimizer steps counts: under ZeRO 0 in bf16 that is an fp32 copy of the model's weight.
+    """
+    groups = optimizer.param_groups
+    stepped = {name: p for g in groups for name, p in zip(g["param_names"], g["params"], strict=True)}
+    shapes = {name: tuple(stepped[name].shape) for name in names}
+    places = tuple(Place(name, 0, prod(shape), shard, 0) for shard, (name, shape) in enumerate(shapes.items()))
+    layout = Layout(shapes, (places,), tuple(place.length for place in places))
+    return Held(layout, 0, [stepped[name] for name in names])
+
+
+def _add_squares(total: Tensor, watched: Watched, area: Rectangle, values: Tensor) -> None:
+    """Add the squares of a rectangle of a matrix, [rows, columns], to those of its neurons."""
+    row, row_stop, column, column_stop = area
+    low, high = (row, row_stop) if watched.neurons == "rows" else (column, column_stop)
+    total[low:high] += neurons.squared_rows(watched.by_neuron(values))

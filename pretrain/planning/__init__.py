@@ -1,0 +1,1 @@
+"""What a run amounts to before it is started: memory, traffic, time."""

@@ -1,0 +1,1 @@
+"""Processes of a run: starting several, exit codes, errors."""

@@ -1,0 +1,7 @@
+"""``python -m pretrain.processes``: torchrun with our exit codes, for one node of several."""
+
+import sys
+
+from pretrain.processes.torchrun import torchrun
+
+sys.exit(torchrun(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""The telemetry arrays of a run: leverage histograms by layer, and what became of dead neurons."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from eval.errors import EvalError
+from pretrain.report.runs import Run
+from pretrain.report.statistics import Curve
+
+DEAD = 0.1  # of the mean leverage
+_REFERENCE_STEP = 500  # where the config names none
+LOG_BINS = np.linspace(-3.0, 1.0, 41)  # log10 of leverage; what lies outside is counted in the first or last bin
+_LEVERAGE = re.compile(r"layers\.(\d+)\.(gate_proj|up_proj)\.leverage")
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """Leverage of the gate_proj and up_proj rows of a layer, over time.
+
+    Attributes:
+        layer: its number.
+        steps: measured steps, rising.
+        shares: [steps, bins]; share of the rows in each bin of LOG_BINS.
+    """
+
+    layer: int
+    steps: list[int]
+    shares: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Rows that were dead at the reference step, of all layers.
+
+    Attributes:
+        reference: the step.
+        count: how many there were.
+        still: share of them dead at each measurement from there on.
+        throughout: share of them dead at every measurement until then.
+    """
+
+    reference: int
+    count: int
+    still: Curve
+    throughout: Curve
+
+
+def histograms(run: Run) -> list[Histograms]:
+    """Leverage histograms of every layer, by layer; empty without arrays."""
+    by_layer: dict[int, dict[int, list[NDArray[np.float64]]]] = {}
+    for step, path in run.telemetry_files.items():
+        for (layer, _), leverage in _leverages(path).items():
+            by_layer.setdefault(layer, {}).setdefault(step, []).append(leverage)
+    return [
+        Histograms(layer, list(found), np.stack([_histogram(np.concatenate(rows)) for rows in found.values()]))
+        for layer, found in sorted(by_layer.items())
+    ]
+
+
+def survival(run: Run) -> Survival | None:
+    """What became of the rows dead at the config's reference step, or else at the measurement nearest below it; None
+    without a later measurement or dead rows."""
+    wanted = run.section("telemetry").get("reference_step")
+    limit: int = wanted if isinstance(wanted, int) else _REFERENCE_STEP
+    before = [step for step in run.telemetry_files if step <= limit]
+    if not before:
+        return None
+    reference = before[-1]
+    start = {key: rows < DEAD for key, rows in _leverages(run.telemetry_files[reference]).items()}
+    throughout = {key: dead.copy() for key, dead in start.items()}
+    count = sum(int(dead.sum()) for dead in start.values())
+    if not count:
+        return None
+    points = [(reference, 1.0, 1.0)]
+    for step, path in run.telemetry_files.items():
+        later = _leverages(path) if step > reference else {}
+        if not start.keys() <= later.keys() or any(len(later[key]) != len(start[key]) for key in start):
+            continue  # not defined in some matrix at this step
+        still = sum(int((later[key] < DEAD)[dead].sum()) for key, dead in start.items())
+        for key, dead in throughout.items():
+            dead &= later[key] < DEAD
+        points.append((step, still / count, sum(int(dead.sum()) for dead in throughout.values()) / count))
+    if len(points) < 2:
+        return None
+    table = np.array(points, dtype=np.float64)
+    return Survival(reference, count, (table[:, 0], table[:, 1]), (table[:, 0], table[:, 2]))
+
+
+def _leverages(path: Path) -> dict[tuple[int, str], NDArray[np.float64]]:
+    """(layer, matrix) -> leverage of its rows; a matrix where it was not defined is left out."""
+    found = {}
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            for name in sorted(file.keys()):
+                if match := _LEVERAGE.fullmatch(name):
+                    rows = np.asarray(file.get_tensor(name), dtype=np.float64).ravel()
+                    if len(rows) and np.isfinite(rows).all():
+                        found[int(match[1]), match[2]] = rows
+    except (OSError, SafetensorError) as error:
+        raise EvalError(f"{path}: cannot be read: {error}; remove it to leave this measurement out") from None
+    return found
+
+
+def _histogram(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    logs = np.log10(np.clip(rows, 10 ** LOG_BINS[0], 10 ** LOG_BINS[-1]))
+    counts, _ = np.histogram(np.clip(logs, LOG_BINS[0], LOG_BINS[-1]), LOG_BINS)
+    return counts / len(rows)

@@ -1,0 +1,201 @@
+"""The figures of a report: which curves, in which panels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from pretrain.report.arrays import DEAD, LOG_BINS, Histograms, Survival, histograms
+from pretrain.report.runs import Run
+from pretrain.report.statistics import Array, Curve, band, smoothed
+from pretrain.report.styles import Group, Style
+from pretrain.report.svg import figure, percent_axis, short_number, tidy, to_svg
+from pretrain.report.sweep import Series
+
+_POINTS = 160  # of a curve
+_FEW = 12  # points that get a dot each
+_SMOOTH = 60  # means that a noisy curve is reduced to
+_SKIPPED = 0.25  # of the x axis: a loss may lie above its panel there
+_COLUMNS = 100  # of a heatmap
+_MOST_LAYERS = 8  # heatmaps a series
+_EMPTY: Curve = (np.empty(0), np.empty(0))
+Band = tuple[Array, Array, Array, Array]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure on the page.
+
+    Attributes:
+        title: what tells it from its neighbours; plain text.
+        svg: the drawing.
+    """
+
+    title: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a row of panels shows.
+
+    Attributes:
+        title: of its panels.
+        x_label: name of the x axis.
+        curve: a run's curve.
+        kind: how the y axis is read: a loss, a share of something, or a plain number from 0 on.
+        timing: runs whose times can be used, where a series has any; the caption names the series that has none.
+    """
+
+    title: str
+    x_label: str
+    curve: Callable[[Run], Curve]
+    kind: str = "number"
+    timing: bool = False
+
+
+def loss_plots(runs: Sequence[Run]) -> list[Plot]:
+    """Validation and training loss against tokens and training time."""
+    longest = max((run.read("train_seconds").value or 0.0 for run in runs), default=0.0)
+    scale, unit = next(
+        (s, u) for s, u in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if longest >= 3 * s or s == 1
+    )
+
+    def curve(key: str, over: str) -> Callable[[Run], Curve]:
+        def of(run: Run) -> Curve:
+            x, y = run.curve(key, over)
+            x = x / scale if over == "train_seconds" else x
+            return smoothed((x, y), _SMOOTH) if key == "loss" else (x, y)
+
+        return of
+
+    axes = (("tokens", "tokens", "tokens"), ("train_seconds", "training time", f"training time, {unit}"))
+    return [
+        Plot(f"{title} against {name}", label, curve(key, over), "loss", timing=over == "train_seconds")
+        for key, title in (("validation_loss", "Validation loss"), ("loss", "Training loss, smoothed,"))
+        for over, name, label in axes
+    ]
+
+
+def neuron_plots() -> list[Plot]:
+    """Shares of starved and dead neurons, and how uneven down_proj's columns are, over steps."""
+    plots = (
+        ("Starved rows, gate_proj and up_proj", "starved", "share"),
+        ("Leverage-dead rows, gate_proj and up_proj", "leverage_dead", "share"),
+        ("Activation-dead neurons", "activation_dead", "share"),
+        ("down_proj columns: variation of leverage", "down_proj/leverage_cv", "number"),
+        ("down_proj columns: variation of the direction applied", "down_proj/direction_cv", "number"),
+    )
+    return [
+        Plot(title, "steps", lambda run, key=f"telemetry/{key}": run.curve(key), kind)  # type: ignore[misc]
+        for title, key, kind in plots
+    ]
+
+
+def survival_plots(found: Mapping[Path, Survival]) -> list[Plot]:
+    """What became of the rows dead at the reference step; `found` by the run's path."""
+
+    def plot(title: str, curve: Callable[[Survival], Curve]) -> Plot:
+        return Plot(title, "steps", lambda run: curve(found[run.path]) if run.path in found else _EMPTY, "share")
+
+    return [
+        plot("Dead rows of the reference step, still dead", lambda result: result.still),
+        plot("Dead rows of the reference step, dead ever since", lambda result: result.throughout),
+    ]
+
+
+def line_panels(plot: Plot, groups: Sequence[Group], styles: dict[str, Style], name: str) -> list[Panel]:
+    """A panel for each group, all with the same axes; empty where no run has the curve."""
+    drawn = [(group, [(series, _band(plot, series)) for series in group.series]) for group in groups]
+    bands = [found for _, members in drawn for _, found in members if found is not None]
+    if not bands:
+        return []
+    end = max(found[0][-1] for found in bands)
+    start = min(found[0][0] for found in bands) if plot.x_label == "steps" else 0.0
+    bottom, top = _limits(plot, bands, end)
+    panels = []
+    for number, (group, members) in enumerate(drawn):
+        label = f"{plot.title}, {group.name}" if group.name else plot.title
+        with figure(3.8, 2.55) as (canvas, axes):
+            for series, found in members:
+                if found is not None:
+                    _draw(axes, found, styles[series.name])
+            margin = 0.02 * (end - start) or 1.0
+            axes.set_xlim(start - margin * (start > 0), end + margin)
+            axes.set_ylim(bottom, top)
+            tidy(axes, plot.x_label)
+            if plot.kind == "share":
+                percent_axis(axes)
+            panels.append(Panel(_caption(plot, group), to_svg(canvas, f"{name}-{number}", label)))
+    return panels
+
+
+def _caption(plot: Plot, group: Group) -> str:
+    """What tells a panel from its neighbours, and which of its curves come from disturbed runs alone."""
+    disturbed = [series.name for series in group.series if plot.timing and series.shown and not series.timed]
+    return (group.name or plot.title) + (f"; disturbed: {', '.join(disturbed)}" if disturbed else "")
+
+
+def _band(plot: Plot, series: Series) -> Band | None:
+    runs = (series.timed if plot.timing else {}) or series.shown
+    return band([plot.curve(run) for run in runs.values()], _POINTS)
+
+
+def _limits(plot: Plot, bands: Sequence[Band], end: float) -> tuple[float, float]:
+    """Of the y axis; a loss shows the range that it has after the first part of the run."""
+    if plot.kind != "loss":
+        return 0.0, max(float(found[3].max()) for found in bands) * 1.06 or 1.0
+    late = [(found[2][keep], found[3][keep]) for found in bands if (keep := found[0] >= _SKIPPED * end).any()]
+    late = late or [(found[2], found[3]) for found in bands]
+    low, high = min(float(lowest.min()) for lowest, _ in late), max(float(highest.max()) for _, highest in late)
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def _draw(axes: Axes, found: Band, style: Style) -> None:
+    x, mean, lowest, highest = found
+    if not np.array_equal(lowest, highest):
+        axes.fill_between(x, lowest, highest, color=style.colour, alpha=0.18, linewidth=0)
+    marker = "o" if len(x) <= _FEW else None
+    axes.plot(x, mean, color=style.colour, linestyle=style.pattern, linewidth=1.7, marker=marker, markersize=3.5)
+
+
+def heatmap_panels(run: Run, name: str) -> tuple[list[Panel], int]:
+    """Leverage histograms over time, a panel for each layer (evenly chosen if there are many), and how many layers
+    there are."""
+    layers = histograms(run)
+    chosen = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _MOST_LAYERS)).round().astype(int))
+    return [_heatmap(layers[index], name) for index in (chosen if layers else ())], len(layers)
+
+
+def _heatmap(found: Histograms, name: str) -> Panel:
+    """Steps from left to right, log10 of leverage upwards, darker where more rows are."""
+    steps = np.array(found.steps, dtype=np.float64)
+    columns = np.linspace(steps[0], steps[-1], min(_COLUMNS, max(2 * len(steps), 2)))
+    nearest = np.abs(steps[None, :] - columns[:, None]).argmin(axis=1)
+    title = f"layer {found.layer}"
+    with figure(2.45, 2.0) as (canvas, axes):
+        extent = (steps[0], max(steps[-1], steps[0] + 1), float(LOG_BINS[0]), float(LOG_BINS[-1]))
+        axes.imshow(
+            found.shares[nearest].T,
+            extent=extent,
+            origin="lower",
+            aspect="auto",
+            interpolation="none",
+            cmap="Blues",
+            norm=PowerNorm(0.5, vmin=0, vmax=0.25, clip=True),
+        )
+        axes.axhline(float(np.log10(DEAD)), color="#D55E00", linewidth=1.2, linestyle="dashed")
+        axes.grid(visible=False)
+        axes.set_yticks([-3, -2, -1, 0, 1])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10.0**value:g}"))
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        return Panel(title, to_svg(canvas, f"{name}-{found.layer}", f"Leverage histogram over steps, {title}"))

@@ -1,0 +1,229 @@
+"""The HTML page: sections, formats, template."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from pretrain.report.arrays import survival
+from pretrain.report.figures import (
+    Panel,
+    Plot,
+    heatmap_panels,
+    line_panels,
+    loss_plots,
+    neuron_plots,
+    survival_plots,
+)
+from pretrain.report.schema import ReportResult, Summary
+from pretrain.report.styles import Style, arrange
+from pretrain.report.sweep import Series, Sweep
+from pretrain.report.trends import Trend, trends
+
+_FOLDER = Path(__file__).parent
+_MOST_HEATMAPS = 12  # series
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The panels of one plot.
+
+    Attributes:
+        title: of the plot.
+        panels: one for each group of series.
+    """
+
+    title: str
+    panels: list[Panel]
+
+
+@dataclass(frozen=True)
+class Heatmaps:
+    """The leverage histograms of a series.
+
+    Attributes:
+        series: its name.
+        run: the run they come from.
+        panels: a panel a layer.
+        layers: how many layers there are.
+    """
+
+    series: str
+    run: str
+    panels: list[Panel]
+    layers: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of the page, and what has to be said about them.
+
+    Attributes:
+        trends: final numbers over numeric axes.
+        losses: validation and training loss.
+        neurons: shares and variation over steps, and what became of dead rows.
+        references: steps at which the dead rows were taken whose fate is shown.
+        dead_rows: how many there were, by series; smallest and largest seed.
+        heatmaps: histograms by series.
+        heatmaps_left_out: number of series without any because there are too many.
+        facets: panels of a plot.
+        styles: of the lines, by series.
+        legend: what the styles mean.
+    """
+
+    trends: list[Trend]
+    losses: list[Row]
+    neurons: list[Row]
+    references: list[int]
+    dead_rows: dict[str, list[int]]
+    heatmaps: list[Heatmaps]
+    heatmaps_left_out: int
+    facets: int
+    styles: dict[str, Style]
+    legend: list[tuple[str, Style]]
+
+
+def render(sweep: Sweep, found: ReportResult) -> str:
+    """The page as text.
+
+    Args:
+        sweep: what the figures are drawn from.
+        found: its tables.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., Any]] = {
+        "share": share,
+        "number": number,
+        "loss": lambda value: DASH if value is None else f"{value:.4f}",
+        "plus_minus": plus_minus,
+        "values": values,
+        "yaml": lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True),
+    }
+    environment.filters.update(filters)
+    return environment.get_template("page.html.j2").render(
+        report=found,
+        figures=_figures(sweep, found),
+        style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
+        state=state_line(sweep),
+        configs=[(series.name, series.first.config_text) for series in sweep.series if series.first],
+        slowest=max((sum(row["seconds"].values()) for row in found["timing"] if row["seconds"]), default=1.0) or 1.0,
+        final_notes=_final_notes(found),
+        unfinished=[row for row in found["jobs"] if row["state"] != "done"],
+        DASH=DASH,
+    )
+
+
+def state_line(sweep: Sweep) -> str:
+    """Such as "28 of 30 jobs done, 1 running, 1 missing"."""
+    counts = Counter(job.run.state for job in sweep.jobs)
+    if sweep.kind == "run":
+        run = sweep.jobs[0].run
+        steps = f"step {run.last_step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")
+        return f"{run.state}, {steps}"
+    rest = [f"{counts[state]} {state}" for state in ("running", "stopped", "failed", "missing") if counts[state]]
+    return ", ".join([f"{counts['done']} of {len(sweep.jobs)} jobs done", *rest])
+
+
+def _figures(sweep: Sweep, found: ReportResult) -> Figures:
+    arranged = arrange(sweep)
+    runs = [run for series in sweep.series for run in series.shown.values()]
+    survivals = {run.path: result for run in runs if (result := survival(run))}
+    dead_rows = {
+        series.name: [survivals[run.path].count for run in series.shown.values() if run.path in survivals]
+        for series in sweep.series
+    }
+
+    def rows(plots: list[Plot], name: str) -> list[Row]:
+        drawn = [
+            Row(plot.title, line_panels(plot, arranged.groups, arranged.styles, f"{name}{i}"))
+            for i, plot in enumerate(plots)
+        ]
+        return [row for row in drawn if row.panels]
+
+    mapped = _with_heatmaps(sweep)
+    heatmaps = []
+    for i, series in enumerate(mapped):
+        if series.first is not None:
+            drawn, layers = heatmap_panels(series.first, f"map{i}")
+            heatmaps += [Heatmaps(series.name, series.first.name, drawn, layers)] if drawn else []
+    return Figures(
+        trends=trends(sweep, found["final"], arranged.styles),
+        losses=rows(loss_plots(runs), "loss"),
+        neurons=rows(neuron_plots() + survival_plots(survivals), "neurons"),
+        references=sorted({result.reference for result in survivals.values()}),
+        dead_rows={name: sorted({min(counts), max(counts)}) for name, counts in dead_rows.items() if counts},
+        heatmaps=heatmaps,
+        heatmaps_left_out=len(sweep.series) - len(mapped),
+        facets=len(arranged.groups),
+        styles=arranged.styles,
+        legend=arranged.legend,
+    )
+
+
+def _with_heatmaps(sweep: Sweep) -> list[Series]:
+    """Every series; of more than twelve only baselines and those that claims name, the first twelve of them."""
+    if len(sweep.series) <= _MOST_HEATMAPS:
+        return sweep.series
+
+    def matters(series: Series) -> bool:
+        named = [{**claim.where, **other} for claim in sweep.claims for other in ({}, claim.other or {})]
+        wanted = [*named, *([sweep.baseline] if sweep.baseline else [])]
+        return any(all(series.labels.get(axis) == label for axis, label in labels.items()) for labels in wanted)
+
+    return [series for series in sweep.series if matters(series)][:_MOST_HEATMAPS]
+
+
+def _final_notes(found: ReportResult) -> list[str]:
+    """Losses that were not finite, and steps that were skipped."""
+    notes = []
+    for row in found["final"]:
+        seeds = ", ".join(seed for seed in row["not_finite"] if seed)
+        if row["not_finite"]:
+            notes.append(f"{row['series']}: last validation loss not finite" + (f", seed {seeds}" if seeds else ""))
+    skipped = [(job["run"], job["skipped_steps"]) for job in found["jobs"] if job["skipped_steps"]]
+    return notes + [f"{run}: gradients not finite and the step skipped, {count} times" for run, count in skipped]
+
+
+def share(value: float | None) -> str:
+    """A fraction as percents."""
+    if value is None:
+        return DASH
+    return f"{100 * value:.0f} %" if abs(value) >= 0.995 else f"{100 * value:.1f} %"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number with so many significant digits, at most so many behind the point."""
+    if value is None:
+        return DASH
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = min(digits, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def plus_minus(found: Summary | None, digits: int = 4, signed: bool = False) -> str:
+    """Mean and half-width of an interval."""
+    if found is None:
+        return DASH
+    mean = f"{found['mean']:+.{digits}f}" if signed else f"{found['mean']:.{digits}f}"
+    half = found["half_width"]
+    return mean.replace("-", "−") + ("" if half is None else f" ± {half:.{digits}f}")
+
+
+def values(found: Summary | None) -> list[float]:
+    """Smallest and largest of the numbers; empty without any."""
+    return [] if found is None else [min(found["values"].values()), max(found["values"].values())]

@@ -1,0 +1,88 @@
+"""Which series share a panel, and the colour and dash of each.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart, less the yellow that white paper swallows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.report.sweep import Series, Sweep
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A")
+DASHES = ("", "5 2", "1.5 1.5", "7 2 1.5 2")
+_MOST_IN_A_PANEL = 6
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a series is drawn.
+
+    Attributes:
+        colour: as #rrggbb.
+        dash: lengths of strokes and gaps in points, as in SVG; empty for a solid line.
+    """
+
+    colour: str
+    dash: str
+
+    @property
+    def pattern(self) -> tuple[float, tuple[float, ...]] | str:
+        """The dash as matplotlib wants it."""
+        return (0.0, tuple(float(part) for part in self.dash.split())) if self.dash else "solid"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Series that are drawn in one panel.
+
+    Attributes:
+        name: what they have in common; empty if all series are in one panel.
+        series: the series.
+    """
+
+    name: str
+    series: list[Series]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the series are drawn.
+
+    Attributes:
+        groups: the panels of each plot.
+        styles: name of a series -> style.
+        legend: (text, style) of what the colours and dashes mean.
+    """
+
+    groups: list[Group]
+    styles: dict[str, Style]
+    legend: list[tuple[str, Style]]
+
+
+def arrange(sweep: Sweep) -> Arrangement:
+    """Panels, and a style for each series.
+
+    The axis that the baseline names (else the first that varies) is told by colour. Few series share a panel and tell
+    the other axes by dashes; many are spread over panels, one for each combination of the other axes.
+    """
+    varying = [a for a, labels in sweep.axes.items() if a != sweep.seed_axis and len(labels) > 1]
+    coloured = next((axis for axis in varying if axis in (sweep.baseline or {})), varying[0] if varying else None)
+    rests = list(dict.fromkeys(_rest(series, varying, coloured) for series in sweep.series))
+    spread = len(sweep.series) > _MOST_IN_A_PANEL and len(rests) > 1
+    styles, members = {}, dict[tuple[tuple[str, str], ...], list[Series]]()
+    for series in sweep.series:
+        rest = _rest(series, varying, coloured)
+        colour = sweep.axes[coloured].index(series.labels[coloured]) if coloured else 0
+        dash = colour // len(_COLOURS) if spread else colour // len(_COLOURS) + rests.index(rest)
+        styles[series.name] = Style(_COLOURS[colour % len(_COLOURS)], DASHES[dash % len(DASHES)])
+        members.setdefault(rest if spread else (), []).append(series)
+    groups = [Group(", ".join(f"{a} {label}" for a, label in rest), group) for rest, group in members.items()]
+    legend = list(styles.items())
+    if spread and coloured:
+        legend = list({series.labels[coloured]: styles[series.name] for series in sweep.series}.items())
+    return Arrangement(groups, styles, legend)
+
+
+def _rest(series: Series, varying: list[str], coloured: str | None) -> tuple[tuple[str, str], ...]:
+    return tuple((axis, series.labels[axis]) for axis in varying if axis != coloured)

@@ -1,0 +1,238 @@
+"""The tables of a report, as they go to report.json and onto the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+from pretrain.report.claims import positive_number
+from pretrain.report.runs import Run
+from pretrain.report.schema import (
+    SCHEMA_VERSION,
+    ClaimResult,
+    FinalRow,
+    JobRow,
+    Provenance,
+    ReportResult,
+    Summary,
+    TimingRow,
+    TunedRow,
+)
+from pretrain.report.statistics import mean_interval
+from pretrain.report.sweep import Job, Series, Sweep
+from pretrain.report.verdicts import Verdict, evaluate
+
+LOSS = "validation_loss"
+PHASES = ("data", "forward_backward", "optimizer")
+
+
+def tables(sweep: Sweep) -> ReportResult:
+    """Everything that the page says in numbers."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": sweep.kind,
+        "name": sweep.name,
+        "title": sweep.title,
+        "question": sweep.question,
+        "source": sweep.source,
+        "overrides": sweep.overrides,
+        "jobs": [_job_row(sweep, job) for job in sweep.jobs],
+        "provenance": _provenance([job.run for job in sweep.jobs]),
+        "claims": [_claim_row(verdict) for verdict in evaluate(sweep)],
+        "final": [_final_row(sweep, series) for series in sweep.series],
+        "tuned": [row for series in sweep.series for row in _tuned_rows(sweep, series)],
+        "timing": [_timing_row(series) for series in sweep.series],
+    }
+
+
+def summary(values: Mapping[str, float | None]) -> Summary | None:
+    """Mean and interval of what is there; None if nothing is."""
+    known = {seed: value for seed, value in values.items() if value is not None}
+    interval = mean_interval(list(known.values()))
+    if interval is None:
+        return None
+    return {"mean": interval.mean, "half_width": interval.half_width, "values": known}
+
+
+def _claim_row(verdict: Verdict) -> ClaimResult:
+    claim, interval = verdict.claim, verdict.interval
+    return {
+        "claim": claim.text,
+        "source": claim.source,
+        "reading": claim.reading,
+        "scale": verdict.scale,
+        "criterion": claim.criterion,
+        "mean": None if interval is None else interval.mean,
+        "half_width": None if interval is None else interval.half_width,
+        "numbers": verdict.numbers,
+        "verdict": verdict.outcome,
+        "note": verdict.note,
+    }
+
+
+def _final_row(sweep: Sweep, series: Series) -> FinalRow:
+    runs = _compared(sweep, series)
+    baseline = sweep.baseline_of(series)
+    others = _compared(sweep, baseline) if baseline else {}
+    losses = {seed: run.read(LOSS) for seed, run in runs.items()}
+    pairs = {seed: (losses[seed].value, others[seed].read(LOSS).value) for seed in runs if seed in others}
+
+    def last(key: str) -> Summary | None:
+        return summary({seed: run.read(f"telemetry/{key}").value for seed, run in runs.items()})
+
+    return {
+        "series": series.name,
+        "labels": dict(series.labels),
+        "runs": len(runs),
+        "jobs": len(series.jobs),
+        "steps": _ends([run.last_step for run in runs.values()]),
+        "validation_loss": summary({seed: reading.value for seed, reading in losses.items()}),
+        "is_baseline": sweep.baseline is not None
+        and all(series.labels[a] == label for a, label in sweep.baseline.items()),
+        "difference": summary({s: None if a is None or b is None else a - b for s, (a, b) in pairs.items()}),
+        "baseline": baseline.name if baseline else None,
+        "starved": last("starved"),
+        "leverage_dead": last("leverage_dead"),
+        "activation_dead": last("activation_dead"),
+        "tokens_per_second": summary(
+            {s: run.median(partial(_number, key="tokens_per_second")) for s, run in series.timed.items()}
+        ),
+        "not_finite": [seed for seed, reading in losses.items() if reading.broken],
+    }
+
+
+def _compared(sweep: Sweep, series: Series) -> dict[str, Run]:
+    """The runs that may be compared: finished ones, but a single run as it is."""
+    return series.done if sweep.kind == "sweep" else series.shown
+
+
+def _tuned_rows(sweep: Sweep, series: Series) -> list[TunedRow]:
+    """The values that a series was tried with, by value; empty if nothing was tuned."""
+    groups: dict[str, list[Job]] = {}
+    for job in sweep.jobs:
+        if job.tuned and all(job.labels[axis] == label for axis, label in series.labels.items()):
+            groups.setdefault(repr(sorted(job.tuned.items())), []).append(job)
+    by_seed = {
+        key: {job.labels.get(sweep.seed_axis or "", ""): job.run for job in jobs} for key, jobs in groups.items()
+    }
+    shared = set.intersection(*(set(runs) for runs in by_seed.values())) if by_seed else set()
+    rows = []
+    for key, jobs in groups.items():
+        losses = {
+            seed: run.read(LOSS).value if run.state == "done" else None for seed, run in sorted(by_seed[key].items())
+        }
+        common = [losses[seed] for seed in shared]
+        known = [loss for loss in common if loss is not None]
+        chosen = any(job.chosen for job in jobs)
+        row: TunedRow = {
+            "series": series.name,
+            "tuned": jobs[0].tuned,
+            "losses": losses,
+            "mean": sum(known) / len(known) if known and len(known) == len(common) else None,
+            "steps": _ends([job.run.last_step for job in jobs if job.run.state == "done"]),
+            "chosen": chosen,
+            "alone": len(groups) == 1,
+            "at_edge": _at_edge(jobs[0].tuned, [group[0].tuned for group in groups.values()]) if chosen else [],
+            "state": ", ".join(sorted({job.run.state for job in jobs} - {"done"})) or "done",
+        }
+        rows.append(row)
+    return sorted(rows, key=lambda row: [_order(value) for _, value in sorted(row["tuned"].items())])
+
+
+def _at_edge(chosen: dict[str, Any], tried: list[dict[str, Any]]) -> list[str]:
+    """Keys whose chosen number is the smallest or largest of several tried."""
+    edges = []
+    for key, value in chosen.items():
+        values = sorted({_order(other[key]) for other in tried if key in other})
+        if len(values) > 1 and _order(value) in (values[0], values[-1]) and positive_number(str(value)) is not None:
+            edges.append(key)
+    return edges
+
+
+def _order(value: Any) -> tuple[float, str]:
+    return positive_number(str(value)) or 0.0, str(value)
+
+
+def _timing_row(series: Series) -> TimingRow:
+    per_run = [seconds for run in series.timed.values() if (seconds := _phases(run))]
+    phases = {phase: median(seconds[phase] for seconds in per_run) for phase in (*PHASES, "other") if per_run}
+    disturbed = [job.run for job in series.jobs.values() if job.run.records and job.run.disturbances]
+    return {
+        "series": series.name,
+        "runs": len(per_run),
+        "seconds": phases or None,
+        "left_out": [f"{run.name}: {', '.join(run.disturbances)}" for run in disturbed],
+    }
+
+
+def _phases(run: Run) -> dict[str, float] | None:
+    """Median seconds of each phase; "other" is what the median step has left."""
+    total = run.median(partial(_number, key="step_seconds"))
+    found = {phase: run.median(partial(_number, key=f"{phase}_seconds")) for phase in PHASES}
+    known = {phase: seconds for phase, seconds in found.items() if seconds is not None}
+    if total is None or len(known) < len(PHASES):
+        return None
+    return {**known, "other": max(0.0, total - sum(known.values()))}
+
+
+def _number(record: dict[str, Any], key: str) -> float:
+    return float(record[key])
+
+
+def _job_row(sweep: Sweep, job: Job) -> JobRow:
+    seed = job.labels.get(sweep.seed_axis, "") if sweep.seed_axis else ""
+    labels = {axis: label for axis, label in job.labels.items() if axis != sweep.seed_axis}
+    series = sweep.find(labels)
+    tuned = "" if job.chosen else f" ({', '.join(f'{key}={value}' for key, value in job.tuned.items())})"
+    return {
+        "run": None if job.is_waiting else job.run.name,
+        "series": (series.name if series else " · ".join(labels.values())) + tuned,
+        "seed": seed,
+        "state": job.run.state,
+        "step": job.run.last_step,
+        "total_steps": job.run.total_steps,
+        "chosen": job.chosen,
+        "disturbances": job.run.disturbances,
+        "skipped_steps": job.run.skipped_steps,
+    }
+
+
+def _provenance(runs: list[Run]) -> Provenance:
+    launches = [launch for run in runs for launch in run.launches]
+    days = [str(launch["time"])[:10] for launch in launches if launch.get("time")]
+    return {
+        "machines": _distinct([_machine(launch) for launch in launches]),
+        "commits": _distinct([str(launch["git_commit"]) for launch in launches if launch.get("git_commit")]),
+        "versions": _distinct([_versions(launch) for launch in launches]),
+        "dates": [min(days), max(days)] if days else [],
+    }
+
+
+def _machine(launch: dict[str, Any]) -> str:
+    """Such as "AMD EPYC, 2 cores, 1 thread, 1 process, fp32"."""
+    hardware = launch.get("hardware") or {}
+    parts = [*(hardware.get("gpus") or []), hardware.get("processor")]
+    counts = (
+        (hardware.get("cores"), "core"),
+        (hardware.get("threads"), "thread"),
+        (launch.get("world_size"), "process"),
+    )
+    plurals = {"process": "processes"}
+    parts += [f"{n} {word if n == 1 else plurals.get(word, word + 's')}" for n, word in counts if n]
+    return ", ".join(str(part) for part in (*parts, launch.get("precision")) if part)
+
+
+def _versions(launch: dict[str, Any]) -> str:
+    packages = launch.get("packages") or {}
+    python = f"Python {launch['python']}" if launch.get("python") else ""
+    return ", ".join(filter(None, [python, *(f"{name} {packages[name]}" for name in ("torch",) if name in packages)]))
+
+
+def _distinct(values: list[str]) -> list[str]:
+    return [value for value in dict.fromkeys(values) if value]
+
+
+def _ends(values: list[int]) -> list[int]:
+    return [min(values), max(values)] if values else []

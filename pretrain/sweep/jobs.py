@@ -1,0 +1,135 @@
+"""A sweep into jobs: each is one run, named after what it computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import Config
+from pretrain.files import replace_text
+from pretrain.run.folder import RunFolder
+from pretrain.sweep.definition import Cell, Sweep
+
+FORMAT, VERSION = "aurora-sweep", 1
+"""Of sweep.json."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    labels: dict[str, str]
+    """Axis -> label."""
+    tuned: dict[str, Any]
+    """The values tried in this run, of keys given as ``one_of``; empty if there are none, or while none is chosen."""
+    config: Config | None
+    """The run's config with its name; None while it waits for the runs that choose its values."""
+    chosen: bool
+    """Whether it enters comparisons: false for a trial of other values than those chosen."""
+    is_trial: bool
+    """Whether values are chosen by it."""
+
+    @property
+    def run(self) -> RunFolder:
+        """The run folder of a job that has a config."""
+        assert self.config is not None, "a job that waits has no run"
+        return RunFolder(self.config.run_folder)
+
+    def __str__(self) -> str:
+        parts = [f"{axis} {label}" for axis, label in self.labels.items()]
+        return ", ".join([*parts, *(f"{key}={value}" for key, value in self.tuned.items())])
+
+
+def plan_jobs(sweep: Sweep) -> list[Job]:
+    """All jobs, those first that values are chosen by; what is chosen follows from the run folders as they are."""
+    trials = [job for cell in sweep.cells if _is_tuned_by(sweep, cell) for job in _trials(sweep, cell)]
+    best = {}
+    for job in trials:
+        if job.chosen:
+            best[_without_seed(sweep, job.labels)] = job.tuned
+    rest = []
+    for cell in sweep.cells:
+        if not _is_tuned_by(sweep, cell):
+            open_values = len(cell.alternatives) > 1
+            values = best.get(_without_seed(sweep, cell.labels)) if open_values else cell.alternatives[0]
+            config = None if values is None else _named(sweep.config(cell, values))
+            rest.append(Job(cell.labels, values or {}, config, chosen=True, is_trial=False))
+    return trials + rest
+
+
+def _is_tuned_by(sweep: Sweep, cell: Cell) -> bool:
+    """Whether the jobs of this cell choose values for those of other seeds."""
+    return len(cell.alternatives) > 1 and cell.labels[sweep.file.seed_axis] == sweep.first_seed
+
+
+def _trials(sweep: Sweep, cell: Cell) -> Iterator[Job]:
+    """A job for each combination of values; the best is chosen once all are complete."""
+    configs = [_named(sweep.config(cell, values)) for values in cell.alternatives]
+    losses = [final_loss(RunFolder(config.run_folder)) for config in configs]
+    known = [loss for loss in losses if loss is not None]
+    best = losses.index(min(known)) if len(known) == len(losses) else None
+    for index, (values, config) in enumerate(zip(cell.alternatives, configs, strict=True)):
+        yield Job(cell.labels, values, config, chosen=index == best, is_trial=True)
+
+
+def _without_seed(sweep: Sweep, labels: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple((axis, label) for axis, label in labels.items() if axis != sweep.file.seed_axis)
+
+
+def _named(config: Config) -> Config:
+    """The config under a name that says what it computes and measures: equal runs of two sweeps are one."""
+    measured = {"validation": config.resolved()["validation"], "telemetry": config.resolved()["telemetry"]}
+    text = json.dumps([config.identity(), measured], sort_keys=True)
+    name = f"{config.optimizer.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
+def final_loss(run: RunFolder) -> float | None:
+    """The last validation loss of a complete run; infinite where it was not finite, None if it is not complete."""
+    if not run.finished:
+        return None
+    validated = [record for record in run.metrics.read() if "validation_loss" in record]
+    loss = validated[-1]["validation_loss"] if validated else None
+    return float("inf") if loss is None else loss
+
+
+def steps_taken(run: RunFolder) -> int:
+    """Steps in the run's metrics."""
+    records = run.metrics.read()
+    return records[-1]["step"] if records else 0
+
+
+def write_plan(sweep: Sweep, jobs: list[Job]) -> Path:
+    """Write sweep.json, from which a report can be made without the sweep file; returns its path."""
+    file = sweep.file
+    plan = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": file.name,
+        "title": file.title or file.name,
+        "question": file.question,
+        "source": str(sweep.source),
+        "overrides": file.overrides,
+        "axes": {axis: list(labels) for axis, labels in file.axes.items()},
+        "seed_axis": file.seed_axis,
+        "baseline": file.baseline,
+        "claims": list(file.claims),
+        "jobs": [
+            {
+                "run": os.path.relpath(job.run.path, sweep.folder) if job.config else None,
+                "labels": job.labels,
+                "tuned": job.tuned,
+                "chosen": job.chosen,
+            }
+            for job in jobs
+        ],
+    }
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    path = sweep.folder / "sweep.json"
+    replace_text(path, json.dumps(plan, indent=1))
+    return path

@@ -1,0 +1,1 @@
+"""The training loop, the periodic work around it, the schedule and the clock."""
