@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.files import file_sha256, publish_folder, sync
+from pretrain.processes.errors import UserError
 
 FORMAT = 1
 INDEX = "index.json"
@@ -39,7 +40,7 @@ TELEMETRY_SLOT = "telemetry_average"
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or does not fit; the message names the file and what to do."""
 
 

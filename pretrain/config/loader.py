@@ -14,8 +14,10 @@ from typing import Any
 
 import yaml
 
+from pretrain.processes.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """Bad input in a config: every problem found, one message each.
 
     Attributes:

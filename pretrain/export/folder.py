@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import __version__ as transformers_version
 
 from pretrain.files import publish_folder, sync
+from pretrain.processes.errors import UserError
 
 FORMAT = "aurora-export"
 """Value of `format` in aurora.json: what tells an export from any other folder."""
@@ -46,7 +47,7 @@ _EXPORTED_NAME = re.compile(
 )
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """The model cannot be exported as asked; the message says what was got and what to do."""
 
 

@@ -18,6 +18,7 @@ import torch
 
 from pretrain.config import Config, identity_hash
 from pretrain.files import replace_text
+from pretrain.processes.errors import UserError
 from pretrain.run.json_lines import JsonLines
 
 TOKENIZER_FILE = "tokenizer.json"  # the run folder's copy: an export needs nothing from outside
@@ -25,7 +26,7 @@ LOCK_ATTEMPTS = 5
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "pyarrow", "numpy", "lm-eval")
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run folder that cannot be used as asked; the message says which key or file, and what to do."""
 
 

@@ -1,0 +1,83 @@
+"""What the processes of a run tell each other on the CPU: values, and errors.
+
+This is the one mechanism by which an error on one rank reaches the others. A rank that fails outside of it leaves the
+others waiting in their next collective until the launcher stops them.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from pretrain.processes.errors import PeerError, UserError
+from pretrain.processes.exit_codes import BAD_INPUT, FAILED
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, seen from one of them."""
+
+    rank: int = 0
+    world_size: int = 1
+    group: dist.ProcessGroup | None = None
+    """A process group for CPU objects; None on a single process."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all ranks, by rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do `work` on every rank; its picklable results by rank, on every rank.
+
+        Raises:
+            Exception: what `work` raised here.
+            PeerError: it raised nothing here, but on another rank.
+        """
+        value, failure, raised = None, None, None
+        try:
+            value = work()
+        except Exception as error:
+            raised, failure = error, _describe(self.rank, error)
+        outcomes = self.gather((value, failure))
+        if raised is not None:
+            raise raised
+        failures = [failure for _, failure in outcomes if failure is not None]
+        if failures:
+            raise PeerError(*failures[0])
+        return [value for value, _ in outcomes]
+
+    def on_rank_0(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 alone; its picklable result, on every rank.
+
+        Raises:
+            Exception: on rank 0, what `work` raised.
+            PeerError: on the others, if it raised anything.
+        """
+        return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+def _describe(rank: int, error: Exception) -> tuple[int, str, str, int]:
+    """The arguments of the `PeerError` that the other ranks raise."""
+    if isinstance(error, PeerError):
+        return error.rank, error.host, error.text, error.exit_code
+    code = BAD_INPUT if isinstance(error, UserError) else FAILED
+    lines = str(error).splitlines() or [""]
+    return rank, socket.gethostname(), f"{type(error).__name__}: {lines[0]}", code

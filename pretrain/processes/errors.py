@@ -1,0 +1,29 @@
+"""The two kinds of errors that the command line treats specially; every other one is a bug and shows its traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input: something that the person at the keyboard can put right.
+
+    Every error class of this project that stands for bad input derives from it. The command line prints it as one
+    line per problem, without a traceback, and exits with code 2. A plain `ValueError` is a bug instead.
+    """
+
+
+class PeerError(RuntimeError):
+    """Another rank failed, and has said why itself; see `pretrain.engine.ranks.Ranks.together`.
+
+    Args:
+        rank: the rank that failed first.
+        host: its machine.
+        text: its error, in one line.
+        exit_code: the code that it exits with.
+    """
+
+    def __init__(self, rank: int, host: str, text: str, exit_code: int) -> None:
+        self.rank, self.host, self.text, self.exit_code = rank, host, text, exit_code
+        super().__init__(f"rank {rank} on {host} failed: {text}")
+
+    def __reduce__(self) -> tuple[type[PeerError], tuple[int, str, str, int]]:
+        return PeerError, (self.rank, self.host, self.text, self.exit_code)
