@@ -16,7 +16,7 @@ from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.config import Config
 from pretrain.data import TokenStream
 from pretrain.data.batch import TokenBatch
-from pretrain.engine.base import PlainEngine
+from pretrain.engine.plain import PlainEngine
 from pretrain.launch import train
 from pretrain.model.build import build_model
 from pretrain.neurons import telemetry
