@@ -23,7 +23,7 @@ from pretrain.neurons import telemetry
 from pretrain.neurons.telemetry import load_arrays, measurements
 from pretrain.neurons.watched import Watched, watched_matrices
 from pretrain.run.json_lines import JsonLines
-from pretrain.training.hooks import Validator
+from pretrain.training.validation import Validator
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import metrics, run, tensors
 
