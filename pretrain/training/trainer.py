@@ -30,8 +30,11 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class TrainState:
-    """The counters that the loop owns. With the weights, the optimizer, the data stream and the random generators
-    they are everything that a checkpoint has to hold."""
+    """The counters that the loop owns.
+
+    A checkpoint holds these, the weights, the optimizer's state, the position of the data stream, the random
+    generators, and what hooks keep; nothing else is needed to continue.
+    """
 
     step: int = 0
     """Optimizer steps taken, skipped ones included."""
@@ -59,11 +62,12 @@ class Trainer:
         engine: prepared with the model.
         optimizer: over the engine's parameters.
         stream: training batches, positioned where `state` says.
+        eos_id: the token that separates documents.
         state: counters, fresh or restored.
         hooks: periodic work.
         log: called on every rank with each step's record.
         save: called on every rank to save a checkpoint of the current state.
-        stop_requested: asked on every rank after each step; true on any of them stops all.
+        stop_requested: called on every rank after each step; if any of them returns True, all stop.
     """
 
     def __init__(
@@ -98,7 +102,8 @@ class Trainer:
 
         Raises:
             TrainingError: too many steps in a row had non-finite gradients.
-            Exception: a record could not be written; the state of that moment may be saved already.
+            OSError: a record could not be written here.
+            PeerError: it could not be written on another rank.
         """
         config, state = self.config, self.state
         while state.step < config.total_steps:
@@ -122,10 +127,7 @@ class Trainer:
             self.check_ranks(record["batch_sha256"])
 
             stop |= stop_at is not None and state.step >= stop_at
-            for hook in self.hooks:
-                if hook.due(state.step, context.last):
-                    record |= hook.run(context)
-            self.write(record)
+            self.report(record, context)
             if context.last or stop or state.step % config.checkpoint.save_every_steps == 0:
                 self.save(self)
                 self.raise_failure()
@@ -196,7 +198,8 @@ class Trainer:
         """The step's loss and norm, whether it was skipped, and whether any rank wants to stop.
 
         Raises:
-            Exception: a record could not be written after an earlier step, here or (`PeerError`) on another rank.
+            OSError: the record of an earlier step could not be written here.
+            PeerError: it could not be written on another rank.
         """
         flags = torch.tensor([self.stop_requested(), self._failure is not None], dtype=loss.dtype, device=loss.device)
         loss_sum, stops, failures = self.engine.sum_over_ranks(torch.cat([loss[None], flags])).unbind()
@@ -220,17 +223,24 @@ class Trainer:
             record["skipped"] = True
         return record, stopping > 0
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Hand a step's record to `log`; an error there is raised on all ranks, with the next step's host sync."""
-        self.state.validation_loss = record.get("validation_loss", self.state.validation_loss)
-        self.state.bits_per_byte = record.get("validation_bits_per_byte", self.state.bits_per_byte)
+    def report(self, record: dict[str, Any], context: StepContext) -> None:
+        """Run the hooks that are due and hand the step's record to `log`.
+
+        A file that cannot be written, which mostly happens on rank 0 alone, is kept as the failure of this rank: the
+        other ranks learn of it with the next step's host sync, or when the checkpoint has been saved.
+        """
         try:
+            for hook in self.hooks:
+                if hook.due(context.step, context.last):
+                    record |= hook.run(context)
+            self.state.validation_loss = record.get("validation_loss", self.state.validation_loss)
+            self.state.bits_per_byte = record.get("validation_bits_per_byte", self.state.bits_per_byte)
             self.log(record)
-        except Exception as error:
+        except OSError as error:
             self._failure = error
 
     def raise_failure(self) -> None:
-        """Raise what went wrong in `log`, if anything, on every rank; a collective."""
+        """Raise what `report` could not write, if anything, on every rank; a collective."""
 
         def check() -> None:
             if self._failure is not None:

@@ -16,6 +16,7 @@ from pretrain.engine.ranks import Ranks
 from pretrain.processes.errors import PeerError, UserError
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED
 from pretrain.run.json_lines import JsonLines
+from pretrain.training.sampling import Sampler
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import run
 
@@ -24,9 +25,11 @@ SHORT: dict[str, Any] = {
     "schedule.warmup_tokens": 0,
     "checkpoint.save_every_steps": 1,
     "checkpoint.keep_last": 1,
+    "samples.every_steps": 2,
 }
 FAULTS = {
     "metrics": (JsonLines, "append", 0),
+    "samples": (Sampler, "sample", 0),
     "prune": (launch, "prune", 0),
     "write": (store, "_write_rank", 1),
     "publish": (store, "_publish", 0),
