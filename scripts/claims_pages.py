@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from eval.errors import EvalError
+from pretrain.processes.errors import UserError
+from pretrain.report.errors import ReportError
 from pretrain.report.schema import ReportResult, Summary
 from pretrain.report.write import results, write_report
 
@@ -99,7 +100,7 @@ def update(page: Path, found: ReportResult) -> None:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise EvalError(f"{page}: expected the markers {BEGIN} and {END}")
+        raise ReportError(f"{page}: expected the markers {BEGIN} and {END}")
     page.write_text("\n".join([before + BEGIN, "", *tables(found), "", END + after]), encoding="utf-8")
 
 
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.out.mkdir(parents=True, exist_ok=True)
             print(write_report(folder, options.out / f"{found['name']}.html"))
             update(options.out / f"{found['name']}.md", found)
-    except EvalError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -7,8 +7,9 @@ from typing import Any
 
 from pretrain.checkpoint.format import CheckpointError
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact
+from pretrain.config import identity_hash
 from pretrain.files import set_aside
-from pretrain.run.folder import RunError, RunFolder, check_identity
+from pretrain.run.folder import RunError, RunFolder
 
 
 def choose_checkpoint(folder: RunFolder, resume: str, identity: dict[str, Any]) -> tuple[Path | None, list[str]]:
@@ -52,3 +53,26 @@ def rewind(folder: RunFolder, step: int) -> int:
         if int(checkpoint.name.removeprefix("step-")) > step:
             set_aside(checkpoint)
     return folder.metrics.discard_after(step)
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The identity keys that differ, one line each."""
+    return [
+        f"{key}: {saved.get(key)!r} in the run, {wanted.get(key)!r} now"
+        for key in sorted(saved.keys() | wanted.keys())
+        if saved.get(key) != wanted.get(key)
+    ]
+
+
+def check_identity(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """Refuse to continue a run as another one.
+
+    Raises:
+        RunError: listing every key that differs and what to do.
+    """
+    if identity_hash(saved) == identity_hash(wanted):
+        return
+    lines = [f"{where}: this run was started with other identity keys:"]
+    lines += [f"  {difference}" for difference in differences(saved, wanted)]
+    lines.append("restore them to continue it, or choose another run.name to start a new run")
+    raise RunError("\n".join(lines))

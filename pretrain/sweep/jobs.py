@@ -13,6 +13,7 @@ from typing import Any
 from pretrain.config import Config
 from pretrain.files import replace_text
 from pretrain.run.folder import RunFolder
+from pretrain.run.reader import read_run
 from pretrain.sweep.definition import Cell, Sweep
 
 FORMAT, VERSION = "aurora-sweep", 1
@@ -90,18 +91,8 @@ def _named(config: Config) -> Config:
 
 
 def final_loss(run: RunFolder) -> float | None:
-    """The last validation loss of a complete run; infinite where it was not finite, None if it is not complete."""
-    if not run.finished:
-        return None
-    validated = [record for record in run.metrics.read() if "validation_loss" in record]
-    loss = validated[-1]["validation_loss"] if validated else None
-    return float("inf") if loss is None else loss
-
-
-def steps_taken(run: RunFolder) -> int:
-    """Steps in the run's metrics."""
-    records = run.metrics.read()
-    return records[-1]["step"] if records else 0
+    """The last validation loss of a run that is done, infinite if it was not finite; None for any other run."""
+    return read_run(run.path).final_loss if run.finished else None
 
 
 def write_plan(sweep: Sweep, jobs: list[Job]) -> Path:
