@@ -247,10 +247,10 @@ def test_a_config_out_of_range_is_refused(changes: dict[str, object]) -> None:
         DataConfig.model_validate({"sources": [{"path": "a"}], **changes})
 
 
-@pytest.mark.parametrize(("batch", "context_length"), [(0, 4), (1, 0)])
+@pytest.mark.parametrize(("batch", "sequence_length"), [(0, 4), (1, 0)])
 def test_sizes_below_one_are_refused(
-    tmp_path: Path, tokenizer: TokenizerConfig, batch: int, context_length: int
+    tmp_path: Path, tokenizer: TokenizerConfig, batch: int, sequence_length: int
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     with pytest.raises(ValueError, match="expected at least 1"):
-        make_setting(tokenizer, path, lanes=1, context_length=context_length).open().next_batch(batch)
+        make_setting(tokenizer, path, lanes=1, sequence_length=sequence_length).open().next_batch(batch)

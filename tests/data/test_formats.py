@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pretrain.config.data import SourceConfig, TokenizerConfig
-from pretrain.data.formats import Unit, read_unit
-from pretrain.data.sources import source_files, source_units
-from tests.data.corpus import drain, make_setting, make_texts, rows, write_jsonl, write_parquet
+from pretrain.data.formats import SUFFIXES, read_unit
+from pretrain.data.sources import list_files
+from pretrain.data.units import Unit
+from tests.data.corpus import drain, make_setting, make_texts, rows, source_units, write_jsonl, write_parquet
 
 TEXTS = make_texts(11, 23)
 NAMES = ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"]
@@ -86,7 +87,7 @@ def test_a_path_is_a_file_a_folder_or_a_pattern(tmp_path: Path, monkeypatch: pyt
 
     def names() -> Iterator[list[str]]:
         for path in ("data", "data/*.jsonl", "data/**/*.parquet", "data/[x].jsonl"):
-            yield source_files(SourceConfig(path=path))
+            yield list_files(path, SUFFIXES)
 
     (tmp_path / "data" / "more").mkdir(parents=True)
     (tmp_path / "data" / "README.md").write_text("not data")
