@@ -30,7 +30,7 @@ from pretrain.checkpoint.state import (
 )
 from pretrain.checkpoint.store import FORMAT, CheckpointReader, Fragment, Index, prune, save_checkpoint
 from pretrain.config import Config, ConfigError, identity_hash
-from pretrain.data import TokenStream, check_sources, fingerprint, load_tokenizer
+from pretrain.data import Catalog, TokenStream, fingerprint, load_tokenizer, separator_id, survey, vocabulary_rows
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
 from pretrain.files import file_sha256
@@ -78,6 +78,7 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
 class Inputs:
     """What a run reads besides its config."""
 
+    catalog: Catalog
     data: dict[str, Any]
     """The data's fingerprint."""
     tokenizer_sha256: str
@@ -99,7 +100,7 @@ class Setup:
     @property
     def eos_id(self) -> int:
         """The id of the token that separates documents."""
-        return self.tokenizer.token_to_id(self.config.tokenizer.eos_token)  # type: ignore[return-value]
+        return separator_id(self.tokenizer, self.config.tokenizer)
 
 
 def _set_up(config: Config, engine: Engine) -> Setup:
@@ -147,6 +148,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         config.sequence_length,
         group=engine.ranks.group,
         state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
+        catalog=setup.inputs.catalog,
     )
     hooks = _make_hooks(setup, optimizer)
     state = TrainState()
@@ -213,6 +215,7 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
             split="validation",
             epochs=1,
             group=engine.ranks.group,
+            catalog=setup.inputs.catalog,
         )
 
     hooks: list[Hook] = []
@@ -331,21 +334,22 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def check_inputs(config: Config, tokenizer: Tokenizer) -> Inputs:
-    """Look at every file that the run reads.
+    """Read every file that the run reads.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
-    problems = check_sources(config.data)
-    entries = tokenizer.get_vocab_size()
-    if entries > config.model.vocab_size:
+    catalog, problems = survey(config.data)
+    rows = vocabulary_rows(tokenizer)
+    if rows > config.model.vocab_size:
         problems.append(
-            f"model.vocab_size: expected at least the {entries} entries of {config.tokenizer.path}, "
+            f"model.vocab_size: expected at least {rows}, the largest token id in {config.tokenizer.path} plus 1, "
             f"got {config.model.vocab_size}"
         )
     if problems:
         raise ConfigError(problems)
-    return Inputs(data=dict(fingerprint(config.data)), tokenizer_sha256=file_sha256(Path(config.tokenizer.path)))
+    data = dict(fingerprint(config.data, catalog))
+    return Inputs(catalog, data, tokenizer_sha256=file_sha256(Path(config.tokenizer.path)))
 
 
 def run_identity(config: Config, inputs: Inputs) -> dict[str, Any]:

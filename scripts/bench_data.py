@@ -86,9 +86,7 @@ def main() -> None:
     size = sum(len(text.encode()) for text in texts)
     threads = os.environ.get("RAYON_NUM_THREADS") or len(os.sched_getaffinity(0))
     print(f"{args.source}: {len(texts):,} documents, {size / 1e6:.1f} MB; {threads} tokenizer threads")
-    print(
-        f"{args.lanes} lanes, sequences of {args.sequence_length} tokens, batches of {args.batch_sequences} sequences\n"
-    )
+    print(f"{args.lanes} lanes, sequences of {args.sequence_length} tokens, {args.batch_sequences} per batch\n")
 
     print(f"{'round':>6} {'bare tokens/s':>14} {'pipeline tokens/s':>18} {'ratio':>6}")
     bare_rates, rates, ratios = [], [], []

@@ -31,8 +31,11 @@ class TextFile(Protocol):
     def rows(self, unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str]]:
         """Yield (row, text) of a unit from `first_row` on; see `read_unit`."""
 
-    def last_texts(self, units: list[Unit], batch_bytes: int) -> Iterator[str]:
-        """Yield some texts from the end of the file, whose units these are; none if the end cannot be reached."""
+    def last_texts(self, units: list[Unit], sample_bytes: int) -> Iterator[str]:
+        """Yield the texts of about the last `sample_bytes` of the file, whose units these are.
+
+        Yields nothing if the end cannot be reached without reading the rest.
+        """
 
 
 FORMATS: dict[str, Callable[[BinaryIO, str, str], TextFile]] = {

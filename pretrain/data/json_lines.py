@@ -16,7 +16,6 @@ from pretrain.data.units import Unit
 
 # Compressed bytes read at a time: bounds what a zstd file may expand to in memory.
 _CHUNK_BYTES = 1 << 17
-_SAMPLE_BYTES = 1 << 20
 
 
 class JsonLinesText:
@@ -54,11 +53,11 @@ class JsonLinesText:
                     yield wanted // unit.parts, text
                 wanted += unit.parts
 
-    def last_texts(self, units: list[Unit], batch_bytes: int) -> Iterator[str]:
-        """Yield the texts of the last MiB; none of a compressed file, whose end cannot be read on its own."""
+    def last_texts(self, units: list[Unit], sample_bytes: int) -> Iterator[str]:
+        """Yield the texts of the last bytes; none of a compressed file, whose end cannot be read on its own."""
         if not self._path.endswith(".jsonl"):
             return
-        start = max(0, self._file.seek(0, io.SEEK_END) - _SAMPLE_BYTES)
+        start = max(0, self._file.seek(0, io.SEEK_END) - sample_bytes)
         self._file.seek(start)
         if start:
             start += len(self._file.readline())  # most likely the end of a line

@@ -88,9 +88,9 @@ class ParquetText:
                     wanted += unit.parts
             base = end
 
-    def last_texts(self, units: list[Unit], batch_bytes: int) -> Iterator[str]:
+    def last_texts(self, units: list[Unit], sample_bytes: int) -> Iterator[str]:
         """Yield the texts of the last 1024 rows of the last row group."""
-        for _, text in self.rows(units[-1], max(0, (units[-1].rows or 0) - _SAMPLE_ROWS), batch_bytes):
+        for _, text in self.rows(units[-1], max(0, (units[-1].rows or 0) - _SAMPLE_ROWS), sample_bytes):
             yield text
 
     def _next_batch(self, batches: Iterator[pa.RecordBatch], unit: Unit) -> pa.RecordBatch | None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import zstandard
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
-from pretrain.data import StreamState, TokenBatch, TokenStream, make_catalog
+from pretrain.data import Catalog, StreamState, TokenBatch, TokenStream, make_catalog
 from pretrain.data.units import Unit
 
 EOS = "<|endoftext|>"
@@ -75,10 +75,19 @@ class Setting:
     epochs: int | None = 2
     split: Any = "train"
 
-    def open(self, workers: int = 0, group: Any = None, state: StreamState | None = None) -> TokenStream:
+    def open(
+        self, workers: int = 0, group: Any = None, state: StreamState | None = None, catalog: Catalog | None = None
+    ) -> TokenStream:
         config = self.config.model_copy(update={"workers": workers})
         return TokenStream(
-            config, self.tokenizer, self.sequence_length, split=self.split, epochs=self.epochs, group=group, state=state
+            config,
+            self.tokenizer,
+            self.sequence_length,
+            split=self.split,
+            epochs=self.epochs,
+            group=group,
+            state=state,
+            catalog=catalog,
         )
 
     def changed(self, **data: Any) -> "Setting":
