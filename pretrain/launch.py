@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import random
 import shutil
-import signal
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,7 +40,10 @@ from pretrain.model.build import LossModel, build_model
 from pretrain.neurons.telemetry import Telemetry, set_aside_after
 from pretrain.neurons.watched import WatchedMatrices
 from pretrain.planning.summary import describe, routing_table
+from pretrain.processes.environment import settled
 from pretrain.processes.exit_codes import DONE, STOPPED
+from pretrain.processes.failures import report
+from pretrain.processes.signals import StopRequests, stop_requests
 from pretrain.processes.torchrun import is_orphaned
 from pretrain.run.display import Display, make_tracker
 from pretrain.run.folder import TOKENIZER_FILE, RunError, RunFolder, check_identity, git_commit
@@ -69,13 +68,18 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
         ValueError: bad input (`ConfigError`, `RunError`, `CheckpointError`, `DataError`), before any training.
         TrainingError, OSError: training failed; saved checkpoints are untouched.
     """
-    engine = make_engine(config)
-    try:
-        code = _Launch(config, engine).run(resume, stop_at)
-        engine.gather(None)  # together: a launcher stops the other processes when the first one ends
-        return code
-    finally:
-        engine.close()
+    with settled(config.engine.kind):
+        engine = make_engine(config)
+        try:
+            code = _Launch(config, engine).run(resume, stop_at)
+            engine.gather(None)  # together: a launcher stops the other processes when the first one ends
+            return code
+        except BaseException as error:
+            if engine.world_size > 1:
+                report(error)  # before the group is left: what fails because of that fails later
+            raise
+        finally:
+            engine.close()
 
 
 def make_engine(config: Config) -> Engine:
@@ -95,7 +99,7 @@ class _Launch:
         self.display = Display(engine.rank, config.logging.every_steps)
         self.folder = RunFolder(config.run_folder)
         self.telemetry: Telemetry | None = None
-        self.stop = False
+        self.stop: StopRequests | None = None
         engine.say = self.display.say
 
     def run(self, resume: str, stop_at: int | None) -> int:
@@ -160,12 +164,13 @@ class _Launch:
             hooks=hooks,
             log=lambda record: self.log(record, tracker.log),
             save=self.save,
-            stop_requested=lambda: self.stop or is_orphaned(),
+            stop_requested=lambda: bool(self.stop) or is_orphaned(),
         )
         self.announce(reader)
         display.start(state.step, config.total_steps)
+        notice = "stopping after this step" if engine.rank == 0 else None
         try:
-            with self.stop_on_signals():
+            with stop_requests(notice, first_only=True, warn=display.warn) as self.stop:
                 outcome = trainer.fit(stop_at)
         finally:
             display.close()
@@ -298,25 +303,6 @@ class _Launch:
             keep = self.config.checkpoint
             prune(self.folder.checkpoints, keep.keep_last, keep.keep_every_steps)
         self.display.say(f"saved {path}")
-
-    @contextlib.contextmanager
-    def stop_on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop after the current step; a second one ends at once."""
-
-        def request(number: int, frame: FrameType | None) -> None:
-            self.stop = True
-            if self.engine.rank == 0:
-                # Not print: the signal may have interrupted one.
-                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
-            signal.signal(number, previous[signal.Signals(number)])
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, request) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

@@ -28,7 +28,7 @@ def config_file(tiny_config: MakeConfig, tmp_path: Path) -> Path:
 
 
 def test_help_lists_every_verb_without_loading_torch() -> None:
-    code = "import sys; from pretrain.cli import _parser; print(_parser().format_help()); print('torch' in sys.modules)"
+    code = "import sys; from pretrain.cli.command import build_parser; print(build_parser().format_help()); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     for verb in ("check", "train", "export", "eval", "report"):
         assert verb in done.stdout
