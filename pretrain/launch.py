@@ -68,7 +68,7 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
         ValueError: bad input (`ConfigError`, `RunError`, `CheckpointError`, `DataError`), before any training.
         TrainingError, OSError: training failed; saved checkpoints are untouched.
     """
-    with settled(config.engine.kind):
+    with settled(config.engine.kind, on_gpu=torch.cuda.is_available()):
         engine = make_engine(config)
         try:
             code = _Launch(config, engine).run(resume, stop_at)

@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from pretrain.processes.errors import UserError
 
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun, `accelerate launch` and deepspeed set. Several processes are several only with RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT; anything less is left over from something else."""
+LAUNCHER = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "TORCHELASTIC_USE_AGENT_STORE",  # the process group's store is torchrun's: one process opens a store of its own
+)
+"""What torchrun, `accelerate launch` and deepspeed set. There are several processes only with RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT; anything less is left over from something else. A single process does without all of them,
+so that it does not matter what started it."""
 
 MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
 """Prefixes of what MPI launchers and srun set. Accelerate takes sizes and ranks from them, but processes that were
@@ -55,7 +59,7 @@ OVERRIDDEN = {
     "ACCELERATE_GRADIENT_CLIPPING": Rule("train.grad_clip decides"),
     "ACCELERATE_MIXED_PRECISION": Rule("train.precision decides"),
     "ACCELERATE_DOWNCAST_BF16": Rule("train.precision decides"),
-    "ACCELERATE_USE_CPU": Rule("a GPU is used if there is one; hide GPUs with CUDA_VISIBLE_DEVICES=''"),
+    "ACCELERATE_USE_CPU": Rule("there is a GPU, which is used; hide GPUs with CUDA_VISIBLE_DEVICES=''"),
     "ACCELERATE_TORCH_DEVICE": Rule("the rank decides the device; choose GPUs with CUDA_VISIBLE_DEVICES"),
     "ACCELERATE_BYPASS_DEVICE_MAP": Rule("this program does not use device maps"),
     "ACCELERATE_DYNAMO_BACKEND": Rule("it would compile the model; train.compile decides"),
@@ -111,11 +115,12 @@ def world() -> World:
 
 
 @contextlib.contextmanager
-def settled(engine: str) -> Iterator[None]:
+def settled(engine: str, on_gpu: bool) -> Iterator[None]:
     """Unset what would change a run with this engine without its config; put it back afterwards.
 
     Args:
         engine: the config's ``engine.kind``.
+        on_gpu: whether the run uses a GPU.
 
     Warns:
         UserWarning: on rank 0, for each variable that asked for something and is ignored.
@@ -127,12 +132,12 @@ def settled(engine: str) -> Iterator[None]:
         raise LaunchError("\n".join(problems))
     several = world().size > 1
     before = {name: value for name, value in os.environ.items() if _is_ours(name)}
-    for name, value in sorted(before.items()):
-        if name in HARMLESS or (several and name in LAUNCHER):
-            continue
+    dropped = [name for name in sorted(before) if name not in HARMLESS and not (several and name in LAUNCHER)]
+    for name in dropped:
         del os.environ[name]
-        if (why := _warning(name, value)) and world().rank == 0:
-            warnings.warn(f"{name}={value} in the environment is ignored: {why}", UserWarning, stacklevel=3)
+    for name in dropped:
+        if (why := _warning(name, before, on_gpu)) and world().rank == 0:
+            warnings.warn(f"{name}={before[name]} in the environment is ignored: {why}", UserWarning, stacklevel=3)
     try:
         yield
     finally:
@@ -183,23 +188,21 @@ def _problems(engine: str) -> list[str]:
     return problems
 
 
-def _warning(name: str, value: str) -> str | None:
+def _warning(name: str, environment: Mapping[str, str], on_gpu: bool) -> str | None:
     """Why a variable that is unset deserves a warning; None if it does not."""
+    value = environment[name]
+    if name == "ACCELERATE_USE_CPU" and not on_gpu:
+        return None
     if rule := OVERRIDDEN.get(name):
         return None if value.lower() in rule.neutral else rule.why
     if name in REFUSED or name.startswith(tuple(PARTS)):
         return None
-    if name.startswith(MPI):
-        # Every rank variable of MPI comes with a size: one line says enough.
-        return _leftover(value) if name.endswith("_SIZE") and not name.endswith("_LOCAL_SIZE") else None
-    if name == "WORLD_SIZE":
-        return _leftover(value)
-    if name in LAUNCHER:
-        return "no launcher set WORLD_SIZE with it" if name == "RANK" and "WORLD_SIZE" not in os.environ else None
-    return "this program does not know it"
-
-
-def _leftover(size: str) -> str | None:
-    if world().size > 1 or size in ("", "0", "1"):
+    # One warning for each launcher that left something: where it says how many processes there are.
+    if name == "WORLD_SIZE" or (name.startswith(MPI) and name.endswith("_SIZE") and not name.endswith("_LOCAL_SIZE")):
+        alone = world().size == 1 and value not in ("", "0", "1")
+        return "this process trains alone; start several with torchrun or --processes" if alone else None
+    if name in ("RANK", "MASTER_ADDR"):
+        return None if "WORLD_SIZE" in environment else "WORLD_SIZE is not set, so this process trains alone"
+    if name in LAUNCHER or name.startswith(MPI):
         return None
-    return "this process trains alone; start several with torchrun or --processes"
+    return "this program does not know it"

@@ -71,6 +71,8 @@ def report(error: BaseException) -> int:
         # On its own host the other process has printed its error itself.
         if error.host != socket.gethostname() and is_first_to_say(str(error)):
             _print(f"error: {error}")
+    elif failure["kind"] == "lost" and _another_failed_here():
+        _print(_prefixed(f"lost the connection to another rank: {failure['text']}"))
     else:
         _print(_prefixed("".join(traceback.format_exception(error)).rstrip("\n")))
     with contextlib.suppress(AttributeError):
@@ -150,6 +152,12 @@ def _write(failure: Failure, error: BaseException) -> None:
     with contextlib.suppress(OSError):
         partial.write_text(json.dumps(content), encoding="utf-8")
         partial.replace(folder / ERROR_FILE)
+
+
+def _another_failed_here() -> bool:
+    """Whether another process of this host has failed by itself: then its traceback is the one that matters."""
+    own = _elastic_folder()
+    return own is not None and any(failure["kind"] == "own" for failure in read_failures(own.parent))
 
 
 def _elastic_folder() -> Path | None:
