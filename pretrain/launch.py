@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer
 
 from optimizers import Aurora, param_groups
@@ -84,6 +85,8 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
 
 def make_engine(config: Config) -> Engine:
     """The engine that the config names, of all processes that were started."""
+    # Accelerate keeps what it found for the life of the process; an earlier run may have used another engine.
+    AcceleratorState._reset_state(reset_partial_state=True)
     if config.engine.kind == "deepspeed":
         from pretrain.engine.deepspeed import DeepSpeedEngine  # importing DeepSpeed takes seconds
 
