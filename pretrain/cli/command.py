@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -108,11 +109,12 @@ def _our_warnings() -> Iterator[None]:
 def _drop_closed_output() -> bool:
     """Whether nobody reads standard output any more (``| head``); what Python still holds for it is dropped then."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    except (OSError, ValueError):
+        output = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(output, 0)
+        closed = any(events & select.POLLERR for _, events in poll.poll(0))
+        if closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    except (OSError, ValueError):  # not a file
         return False
-    return False
+    return closed

@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequests:
-    """How often this process was asked to stop since the handlers were installed."""
+    """How often this process was asked to stop."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -25,20 +25,24 @@ class StopRequests:
 
 @contextlib.contextmanager
 def stop_requests(
-    notice: str | None, *, first_only: bool = False, warn: Callable[[str], None] = lambda text: None
-) -> Iterator[StopRequests]:
+    requests: StopRequests,
+    notice: str | None,
+    *,
+    first_only: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Iterator[None]:
     """Count SIGINT and SIGTERM instead of dying of them; the earlier handlers return at the end.
 
     Args:
+        requests: counts them.
         notice: printed to standard error after the signal's name; None prints nothing.
         first_only: the earlier handlers return after the first request, so that a second one ends the process.
         warn: called with a line of text where handlers cannot be installed, which Python allows in the main thread
             only. Signals then do what they did before.
     """
-    requests = StopRequests()
     if threading.current_thread() is not threading.main_thread():
         warn("not in the main thread: SIGINT and SIGTERM will not stop this work with a checkpoint")
-        yield requests
+        yield
         return
 
     def restore() -> None:
@@ -59,6 +63,6 @@ def stop_requests(
     for number in SIGNALS:
         signal.signal(number, request)
     try:
-        yield requests
+        yield
     finally:
         restore()

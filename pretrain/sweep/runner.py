@@ -105,7 +105,7 @@ class _Runner:
         jobs = self.plan()
         done = sum(job.config is not None and job.run.finished for job in jobs)
         print(f"{len(jobs)} jobs, {done} complete, {self.at_once} at once; runs in {self.sweep.file.root}", flush=True)
-        with stop_requests("stopping the running jobs after their step", warn=print) as self.requests:
+        with stop_requests(self.requests, "stopping the running jobs after their step", warn=print):
             self.start(jobs)
             while self.running or (self.open_jobs(jobs) and not self.requests):
                 time.sleep(POLL_SECONDS)

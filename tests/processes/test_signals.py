@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from pretrain.processes.signals import SIGNALS, stop_requests
+from pretrain.processes.signals import SIGNALS, StopRequests, stop_requests
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -16,7 +16,8 @@ def test_requests_are_counted_and_the_handlers_return(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
-    with stop_requests("stopping soon") as requests:
+    requests = StopRequests()
+    with stop_requests(requests, "stopping soon"):
         assert not requests
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
@@ -28,7 +29,8 @@ def test_requests_are_counted_and_the_handlers_return(
 
 def test_a_second_request_does_what_it_did_before(capfd: pytest.CaptureFixture[str]) -> None:
     def asked_twice() -> None:
-        with stop_requests(None, first_only=True) as requests:
+        requests = StopRequests()
+        with stop_requests(requests, None, first_only=True):
             os.kill(os.getpid(), signal.SIGTERM)
             assert requests.count == 1
             signal.raise_signal(signal.SIGINT)
@@ -43,7 +45,8 @@ def test_a_thread_says_that_it_cannot_be_asked() -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
 
     def work() -> None:
-        with stop_requests("stopping", warn=said.append) as requests:
+        requests = StopRequests()
+        with stop_requests(requests, "stopping", warn=said.append):
             said.append(str(requests.count))
             assert [signal.getsignal(each) for each in SIGNALS] == before
 
