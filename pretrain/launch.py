@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import random
 import shutil
-import signal
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -34,7 +30,10 @@ from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
 from pretrain.planning.summary import describe, routing_table
+from pretrain.processes.environment import settled
 from pretrain.processes.exit_codes import DONE, STOPPED
+from pretrain.processes.failures import report
+from pretrain.processes.signals import StopRequests, stop_requests
 from pretrain.processes.torchrun import is_orphaned
 from pretrain.run.display import Display, make_tracker
 from pretrain.run.folder import TOKENIZER_FILE, RunFolder, git_commit
@@ -61,13 +60,18 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
         PeerError: another rank failed, and has raised its own error.
         TrainingError, OSError: training failed; saved checkpoints are untouched.
     """
-    engine = make_engine(config)
-    try:
-        code = _train(_set_up(config, engine), resume, stop_at)
-        engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
-        return code
-    finally:
-        engine.close()
+    with settled(config.engine.kind, on_gpu=torch.cuda.is_available()):
+        engine = make_engine(config)
+        try:
+            code = _train(_set_up(config, engine), resume, stop_at)
+            engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
+            return code
+        except BaseException as error:
+            if engine.world_size > 1:
+                report(error)  # before this rank leaves the group: what fails because of that fails later
+            raise
+        finally:
+            engine.close()
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,8 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         tracker.log(record)
         display.step(record)
 
-    stop = _StopRequest(engine.rank)
+    notice = "stopping after this step" if engine.rank == 0 else None
+    requests = StopRequests()
     trainer = Trainer(
         config,
         engine,
@@ -174,7 +179,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         hooks=hooks,
         log=log,
         save=lambda trainer: _save(setup, trainer),
-        stop_requested=lambda: stop.requested or is_orphaned(),
+        stop_requested=lambda: bool(requests) or is_orphaned(),
     )
     for line in [*summary, *engine.describe()]:
         display.say(line)
@@ -182,7 +187,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         display.say(f"resuming from {reader.folder} (step {reader.index['step']})")
     display.start(state.step, config.total_steps)
     try:
-        with stop.on_signals():
+        with stop_requests(requests, notice, first_only=True, warn=display.warn):
             outcome = trainer.fit(stop_at)
     finally:
         display.close()
@@ -289,32 +294,6 @@ def _save(setup: Setup, trainer: Trainer) -> None:
     keep = setup.config.checkpoint
     engine.ranks.on_rank_0(lambda: prune(setup.folder.checkpoints, keep.keep_last, keep.keep_every_steps))
     setup.display.say(f"saved {path}")
-
-
-class _StopRequest:
-    """Whether somebody asked this process to stop."""
-
-    def __init__(self, rank: int) -> None:
-        self.requested, self.rank = False, rank
-
-    @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop after the current step; a second one ends the process immediately."""
-
-        def request(number: int, frame: FrameType | None) -> None:
-            self.requested = True
-            if self.rank == 0:
-                # Not print: the signal may have interrupted one.
-                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
-            signal.signal(number, previous[signal.Signals(number)])
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, request) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

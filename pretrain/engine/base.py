@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
@@ -185,3 +186,5 @@ class Engine:
             # destructor holds it while it waits for those threads: without a pause some runs hang at their end.
             time.sleep(0.2)
             dist.destroy_process_group()
+        # Accelerate keeps what it found for the life of the process; the next run may use another engine.
+        AcceleratorState._reset_state(reset_partial_state=True)
