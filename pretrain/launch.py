@@ -36,7 +36,7 @@ from pretrain.checkpoint.store import (
     prune,
     save_checkpoint,
 )
-from pretrain.config import Config, ConfigError, identity_hash
+from pretrain.config import Config, ConfigError
 from pretrain.data import TokenStream, check_sources, fingerprint, load_tokenizer
 from pretrain.engine.base import Engine, PlainEngine, accumulation
 from pretrain.files import file_sha256
@@ -47,7 +47,8 @@ from pretrain.planning.summary import describe, routing_table
 from pretrain.processes.exit_codes import DONE, STOPPED
 from pretrain.processes.torchrun import is_orphaned
 from pretrain.run.display import Display, make_tracker
-from pretrain.run.folder import TOKENIZER_FILE, RunError, RunFolder, check_identity, git_commit
+from pretrain.run.folder import TOKENIZER_FILE, RunError, RunFolder, git_commit
+from pretrain.run.identity import Identity
 from pretrain.training.hooks import Sampler, Validator
 from pretrain.training.trainer import Hook, Trainer, TrainState, checkpoint_index
 
@@ -104,7 +105,7 @@ class _Launch:
         self.tokenizer = load_tokenizer(self.config.tokenizer)
         self.eos_id: int = self.tokenizer.token_to_id(self.config.tokenizer.eos_token)  # type: ignore[assignment]
         self.inputs = self.on_rank_0(lambda: check_inputs(self.config, self.tokenizer))
-        self.identity = run_identity(self.config, self.inputs)
+        self.identity = Identity.of(self.config, self.inputs["data"], self.inputs["tokenizer_sha256"])
         self.on_rank_0(self.folder.lock)
         try:
             source, notes = self.on_rank_0(lambda: choose_checkpoint(self.folder, resume, self.identity))
@@ -218,7 +219,7 @@ class _Launch:
         run_id = (self.folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
         facts = {
             "id": run_id,
-            "identity": self.identity,
+            "identity": self.identity.record(),
             "data": self.inputs["data"],
             "routing": self.routing,
         }
@@ -282,7 +283,7 @@ class _Launch:
     def save(self, trainer: Trainer) -> None:
         """Save a checkpoint, then drop those that are no longer kept."""
         engine, model = self.engine, self.engine.module.model
-        index = checkpoint_index(trainer, self.identity, group_settings(trainer.optimizer))
+        index = checkpoint_index(trainer, self.identity.record(), group_settings(trainer.optimizer))
         index["provenance"] = {
             "git_commit": git_commit(),
             "precision": str(engine.precision),
@@ -348,44 +349,34 @@ def check_inputs(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def run_identity(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Everything that must match on resume: the identity keys, and the contents behind the paths."""
-    return config.identity() | {
-        "data contents": identity_hash(inputs["data"]),
-        "tokenizer contents": inputs["tokenizer_sha256"],
-    }
-
-
-def choose_checkpoint(folder: RunFolder, resume: str, identity: dict[str, Any]) -> tuple[Path | None, list[str]]:
+def choose_checkpoint(folder: RunFolder, resume: str, identity: Identity) -> tuple[Path | None, list[str]]:
     """The checkpoint to start from, or None for a fresh start, and warnings.
 
     Raises:
         RunError: the run folder holds another run, or any run under ``never``.
         CheckpointError: the wanted checkpoint, or every one, is damaged.
     """
-    manifest = folder.manifest()
     if resume == "never":
-        if manifest or list_checkpoints(folder.checkpoints):
+        if folder.manifest() or list_checkpoints(folder.checkpoints):
             raise RunError(
                 f"{folder.path}: already holds a run; continue it with --resume auto, or choose another run.name"
             )
         return None, []
-    if manifest:
-        check_identity(manifest["identity"], identity, folder.path)
+    launched = Identity.of_run(folder)
+    notes = identity.check(launched, folder.path) if launched else []
     if resume != "auto":
         reader = CheckpointReader(Path(resume))
         reader.verify()
-        check_identity(reader.index["identity"], identity, reader.folder)
-        return reader.folder, []
+        return reader.folder, identity.check_checkpoint(reader)
     newest, damaged = newest_intact(folder.checkpoints)
     if newest is None and damaged:
         raise CheckpointError(
             "\n".join([*damaged, f"{folder.checkpoints}: no intact checkpoint is left to resume from"])
         )
     if newest is None:
-        return None, []
-    check_identity(newest.index["identity"], identity, newest.folder)
-    return newest.folder, [f"{message}; falling back to {newest.folder.name}" for message in damaged]
+        return None, notes
+    notes = identity.check_checkpoint(newest)
+    return newest.folder, notes + [f"{message}; falling back to {newest.folder.name}" for message in damaged]
 
 
 def set_aside_newer(root: Path, step: int) -> None:

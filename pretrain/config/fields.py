@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field
 
 
 def _integral(value: Any) -> Any:
-    """Accept ``1e9`` where a whole number is meant: YAML 1.2 reads it as a float."""
+    """Accept ``1e9`` for a whole number: YAML 1.2 reads it as a float."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

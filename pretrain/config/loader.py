@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
+from pretrain.config.schema import is_section
 from pretrain.processes.errors import UserError
 
 
 class ConfigError(UserError):
-    """Bad input in a config: every problem found, one message each.
+    """A config that cannot be used, with every problem found, one message each.
 
     Attributes:
         problems: messages of the form ``section.key: what is wrong``.
@@ -75,10 +76,10 @@ def _parse(text: str) -> tuple[Any, list[str]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Return the mapping in a YAML file.
 
     Raises:
-        ConfigError: the file is missing, unreadable, not UTF-8, not YAML, no mapping, or gives a key twice.
+        ConfigError: the file is missing, unreadable, not UTF-8, not YAML, not a mapping, or gives a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -99,7 +100,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Set ``section.key=value`` overrides in `data`, values read as YAML; returns the problems."""
+    """Set ``section.key=value`` overrides in `data`, with values read as YAML; return the problems."""
     problems = []
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -118,13 +119,15 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]
 
 
 def assign(data: Any, path: str, value: Any) -> str | None:
-    """Put `value` at a dotted path, creating sections on the way; a number addresses a list's item.
+    """Put `value` at a dotted path, creating sections on the way; a number is the index of a list's item.
 
-    Returns what is wrong with the path, or None.
+    Returns what is wrong with the path or the value, or None.
     """
     *parents, last = keys = path.split(".")
     if not all(keys):
         return "expected a key of the form section.key"
+    if value in (None, {}) and is_section(path):
+        return f"an empty value would reset the whole section; set its keys one by one, as in {path}.key=value"
     for depth, key in enumerate([*parents, last]):
         final = depth == len(parents)
         if isinstance(data, list):

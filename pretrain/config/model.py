@@ -5,12 +5,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pretrain.config.base import Section
+from pretrain.config.base import RESULT, Section
 from pretrain.config.fields import PositiveFloat, PositiveInt
 
 
 class ModelConfig(Section):
     """Which model, and its shape."""
+
+    key_class = RESULT
 
     architecture: Literal["llama", "speedrun"] = "llama"
     """`llama`: a `LlamaForCausalLM`: RMSNorm, rotary positions, grouped-query attention, SwiGLU MLP. `speedrun`: the

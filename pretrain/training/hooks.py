@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from transformers import GenerationMixin
 
 from pretrain.config import Config
-from pretrain.config.train import SamplesConfig, ValidationConfig
+from pretrain.config.samples import SamplesConfig
+from pretrain.config.validation import ValidationConfig
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.run.json_lines import JsonLines
 from pretrain.training.trainer import Hook, Trainer
