@@ -10,8 +10,8 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-WholeNumber = Annotated[int, BeforeValidator(_integral)]
-PositiveInt = Annotated[WholeNumber, Field(gt=0)]
-NonNegativeInt = Annotated[WholeNumber, Field(ge=0)]
+# The bounds come first, inside the validator, so that the JSON schema shows them.
+PositiveInt = Annotated[int, Field(gt=0), BeforeValidator(_integral)]
+NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

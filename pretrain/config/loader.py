@@ -1,20 +1,15 @@
-"""YAML and command-line overrides into plain data.
-
-PyYAML follows YAML 1.1: it reads ``3e-4`` as a string, ``1:30`` as 90, ``010`` as 8, ``no`` as false, and
-silently keeps the last of two equal keys. This loader reads numbers and booleans as YAML 1.2 does (with ``_``
-allowed between digits) and reports duplicates.
-"""
+"""YAML files and command-line overrides into plain data."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pretrain.config.schema import is_section
+from pretrain.config.yaml_text import parse_yaml
 from pretrain.processes.errors import UserError
 
 
@@ -30,51 +25,6 @@ class ConfigError(UserError):
         super().__init__("\n".join(self.problems))
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars that collects duplicate keys instead of dropping them."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.duplicates: list[str] = []
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[str, int] = {}
-        for key_node, _ in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in seen and key != "<<":
-                self.duplicates.append(f"{key}: given twice, in lines {seen[key]} and {line}; keep one")
-            seen[key] = line
-        return super().construct_mapping(node, deep)
-
-
-def _use_yaml_1_2_scalars() -> None:
-    replaced = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
-    replaced |= {"tag:yaml.org,2002:timestamp"}
-    _Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in replaced]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    add = _Loader.add_implicit_resolver
-    add("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-    add("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
-    number = r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$"
-    special = r"^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
-    add("tag:yaml.org,2002:float", re.compile(f"{number}|{special}"), list("-+.0123456789"))
-    # Leading zeros are decimal in YAML 1.2; PyYAML's own constructors would read octal and base 60.
-    _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
-
-
-_use_yaml_1_2_scalars()
-
-
-def _parse(text: str) -> tuple[Any, list[str]]:
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data(), loader.duplicates
-    finally:
-        loader.dispose()
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
@@ -88,7 +38,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read: {error}"]) from None
     try:
-        data, duplicates = _parse(text)
+        data, duplicates = parse_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from None
     problems = [f"{path}: {duplicate}" for duplicate in duplicates]
@@ -108,7 +58,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]
             problems.append(f"{override}: expected an override of the form section.key=value")
             continue
         try:
-            value, duplicates = _parse(text)
+            value, duplicates = parse_yaml(text)
         except (yaml.YAMLError, RecursionError, ValueError):
             problems.append(f"{path}: the value {text!r} is not valid YAML")
             continue

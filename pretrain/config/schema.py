@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
 from pretrain.config.base import KeyKind, Section, leaves, section_in
@@ -27,6 +26,7 @@ from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.config.train import TrainConfig
 from pretrain.config.validation import ValidationConfig
 from pretrain.config.wandb import WandbConfig
+from pretrain.config.yaml_text import dump_yaml
 
 
 class Config(Section):
@@ -88,7 +88,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Return `resolved` as YAML."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.resolved())
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
