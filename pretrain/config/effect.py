@@ -25,7 +25,8 @@ def _of_validation(sections: Mapping[str, Any]) -> dict[str, str]:
     if data is None or data.validation_fraction > 0:
         return {}
     why = "data.validation_fraction is 0, so there is no validation split"
-    return {"validation": why, "telemetry.activation_sequences": why}
+    keys = {"validation": "validation", "telemetry.activation_sequences": "telemetry"}
+    return {key: why for key, section in keys.items() if section in sections}
 
 
 def _of_lengths(sections: Mapping[str, Any]) -> dict[str, str]:

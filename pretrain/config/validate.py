@@ -206,18 +206,20 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
 
 
 def _given_without_effect(sections: Mapping[str, Any]) -> list[str]:
-    """The keys that were given although another section leaves them without an effect."""
+    """The keys that were given, and not as null, although another section leaves them without an effect."""
     problems = []
     for path, why in without_effect(sections).items():
-        *parents, last = path.split(".")
-        section: Any = sections
-        for key in parents:
-            section = section[key] if isinstance(section, Mapping) else getattr(section, key)
-        if isinstance(section, Mapping):  # the whole section
-            keys = [f"{path}.{key}" for key in sorted(section[last].model_fields_set)] if last in section else []
-        else:
-            keys = [path] if last in section.model_fields_set else []
-        problems += [f"{key}: has no effect: {why}; remove it" for key in keys]
+        name, *below = path.split(".")
+        section = sections[name]
+        for key in below[:-1]:
+            section = getattr(section, key)
+        given = below[-1:] if below else sorted(section.model_fields_set)
+        prefix = path.rpartition(".")[0] if below else name
+        problems += [
+            f"{prefix}.{key}: has no effect: {why}; remove it"
+            for key in given
+            if key in section.model_fields_set and getattr(section, key) is not None
+        ]
     return problems
 
 
