@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.cli import config as config_verb
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED
 
 if TYPE_CHECKING:
@@ -77,11 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(check)
     check.set_defaults(run=check_config)
 
-    reference = verbs.add_parser(
-        "config", help="document every key of a config", description=show_config_reference.__doc__
-    )
-    reference.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
-    reference.set_defaults(run=show_config_reference)
+    config_verb.add(verbs)
 
     train = verbs.add_parser("train", help="train, or continue a run", description=train_run.__doc__)
     _add_config(train)
@@ -198,16 +195,6 @@ def check_config(options: argparse.Namespace) -> int:
     model = build_model(config.model, config.run.seed, device="meta")
     print(config.to_yaml())
     print("\n".join([*format_routing(config, model), "", *describe(config, model, world_size=1)]))
-    return 0
-
-
-def show_config_reference(options: argparse.Namespace) -> int:
-    """Print every key of a config with its type, default and class, as Markdown; or the JSON schema of a config."""
-    import json
-
-    from pretrain.config.reference import config_reference, config_schema
-
-    print(json.dumps(config_schema(), indent=1) if options.schema else config_reference(), end="")
     return 0
 
 

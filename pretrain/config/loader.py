@@ -8,21 +8,9 @@ from typing import Any
 
 import yaml
 
+from pretrain.config.errors import ConfigError
 from pretrain.config.schema import is_section
 from pretrain.config.yaml_text import parse_yaml
-from pretrain.processes.errors import UserError
-
-
-class ConfigError(UserError):
-    """A config that cannot be used, with every problem found, one message each.
-
-    Attributes:
-        problems: messages of the form ``section.key: what is wrong``.
-    """
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pretrain.config.checkpoint import CheckpointConfig
 from pretrain.config.data import DataConfig
 from pretrain.config.effect import without_effect
 from pretrain.config.engine import EngineConfig
+from pretrain.config.errors import ConfigError
 from pretrain.config.logging import LoggingConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import OptimizerConfig
@@ -61,6 +62,22 @@ class Config(Section):
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.train.total_tokens // self.train.global_batch_tokens
+
+    def accumulation(self, world_size: int) -> int:
+        """Return the micro-batches of each rank in one step.
+
+        Raises:
+            ConfigError: the global batch does not divide over the ranks.
+        """
+        size, sequences = self.train.micro_batch_sequences, self.global_batch_sequences
+        if sequences % (size * world_size):
+            raise ConfigError(
+                [
+                    f"train.micro_batch_sequences: the {sequences} sequences of a global batch cannot be divided over "
+                    f"{world_size} ranks in micro-batches of {size}; ranks x micro-batch must divide the global batch"
+                ]
+            )
+        return sequences // (size * world_size)
 
     @property
     def run_folder(self) -> Path:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from pretrain.config.base import STORED, section_in
 from pretrain.config.effect import without_effect
-from pretrain.config.loader import ConfigError, apply_overrides, read_yaml
+from pretrain.config.errors import ConfigError
+from pretrain.config.loader import apply_overrides, read_yaml
 from pretrain.config.schema import Config
 from pretrain.processes.errors import did_you_mean
 

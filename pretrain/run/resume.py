@@ -1,0 +1,51 @@
+"""Which checkpoint a launch starts from, and what it sets aside before it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.checkpoint.store import CheckpointError, CheckpointReader, list_checkpoints, newest_intact
+from pretrain.files import set_aside
+from pretrain.run.folder import RunError, RunFolder
+from pretrain.run.identity import Identity
+
+
+def choose_checkpoint(folder: RunFolder, resume: str, identity: Identity) -> tuple[Path | None, list[str]]:
+    """The checkpoint to start from, or None for a fresh start, and warnings.
+
+    Args:
+        folder: the run's.
+        resume: ``auto`` (the newest intact checkpoint, if any), ``never``, or a checkpoint's folder.
+        identity: of the run that is about to start.
+
+    Raises:
+        RunError: the run folder holds another run, or any run under ``never``.
+        CheckpointError: the wanted checkpoint, or every one, is damaged.
+    """
+    if resume == "never":
+        if folder.manifest() or list_checkpoints(folder.checkpoints):
+            raise RunError(
+                f"{folder.path}: already holds a run; continue it with --resume auto, or choose another run.name"
+            )
+        return None, []
+    launched = Identity.of_run(folder)
+    notes = identity.check(launched, folder.path) if launched else []
+    if resume != "auto":
+        reader = CheckpointReader(Path(resume))
+        reader.verify()
+        return reader.folder, identity.check_checkpoint(reader)
+    newest, damaged = newest_intact(folder.checkpoints)
+    if newest is None and damaged:
+        raise CheckpointError("\n".join([*damaged, f"{folder.checkpoints}: no intact checkpoint to resume from"]))
+    if newest is None:
+        return None, notes
+    notes = identity.check_checkpoint(newest)
+    return newest.folder, notes + [f"{message}; falling back to {newest.folder.name}" for message in damaged]
+
+
+def rewind(folder: RunFolder, step: int) -> int:
+    """Set aside the metrics and checkpoints past `step`; returns how many metric lines there were."""
+    for checkpoint in list_checkpoints(folder.checkpoints):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            set_aside(checkpoint)
+    return folder.metrics.discard_after(step)
