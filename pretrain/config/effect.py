@@ -44,18 +44,12 @@ def _of_lengths(sections: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _of_optimizer(sections: Mapping[str, Any]) -> dict[str, str]:
-    model, train, engine, optimizer = (sections.get(name) for name in ("model", "train", "engine", "optimizer"))
+    model, engine, optimizer = (sections.get(name) for name in ("model", "engine", "optimizer"))
     found = {}
     if optimizer and model and model.tie_embeddings and model.architecture == "llama":
         found["optimizer.adamw.head_lr"] = "with model.tie_embeddings the head is the input embedding"
-    if not engine or engine.kind != "deepspeed":
-        return found
-    if optimizer and optimizer.name == "adamw":
+    if optimizer and engine and engine.kind == "deepspeed" and optimizer.name == "adamw":
         found["engine.wire_dtype"] = "with optimizer.name adamw no matrix is sent"
-    if train and train.precision == "bf16" and engine.zero_stage == 1 and engine.accumulation_dtype == "fp32":
-        found["engine.reduce_bucket_elements"] = (
-            "with zero_stage 1, bf16 weights and fp32 accumulation, DeepSpeed reduces gradients in buckets of its own"
-        )
     return found
 
 

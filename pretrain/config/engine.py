@@ -58,5 +58,6 @@ class EngineConfig(Section):
             return {
                 "wire_dtype": "with zero_stage 0 every rank holds whole matrices",
                 "gather_bucket_elements": "with zero_stage 0 every rank holds all weights",
+                "reduce_bucket_elements": "with zero_stage 0 DeepSpeed reduces in buckets of its own",
             }
         return {}

@@ -64,8 +64,8 @@ def assign(data: Any, path: str, value: Any) -> str | None:
     *parents, last = keys = path.split(".")
     if not all(keys):
         return "expected a key of the form section.key"
-    if value in (None, {}) and is_section(path):
-        return f"an empty value would reset the whole section; set its keys one by one, as in {path}.key=value"
+    if value is None and is_section(path):
+        return f"an empty value would reset the whole section; set its keys ({path}.key=value), or write {path}={{}}"
     for depth, key in enumerate([*parents, last]):
         final = depth == len(parents)
         if isinstance(data, list):

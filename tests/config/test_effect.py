@@ -45,8 +45,8 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
         ZERO | {"engine.zero_stage": 0, "engine.gather_bucket_elements": 100},
         "engine.gather_bucket_elements",
     ),
-    "reduce bucket of stage 1 in bf16": (
-        ZERO | {"engine.zero_stage": 1, "train.precision": "bf16", "engine.reduce_bucket_elements": 100},
+    "reduce bucket of stage 0": (
+        ZERO | {"engine.zero_stage": 0, "engine.reduce_bucket_elements": 100},
         "engine.reduce_bucket_elements",
     ),
 }
@@ -106,7 +106,7 @@ def test_checkpoints_are_kept_only_where_they_are_saved() -> None:
         parse_config(merged(TINY, {"checkpoint.keep_every_steps": 15, "checkpoint.save_every_steps": 10}))
 
 
-@pytest.mark.parametrize("override", ["optimizer=", "train=", "train=null", "validation={}", "optimizer.adamw="])
+@pytest.mark.parametrize("override", ["optimizer=", "train=", "train=null", "validation=", "optimizer.adamw="])
 def test_an_empty_override_does_not_reset_a_section(override: str) -> None:
     with pytest.raises(ConfigError, match="would reset the whole section") as caught:
         load_config(QUICKSTART, [override])
@@ -118,6 +118,11 @@ def test_an_empty_value_of_a_single_key_is_a_value(override: str) -> None:
     assert load_config(QUICKSTART, [override]) != load_config(QUICKSTART, ["optimizer.lr=0.5"])
     grad_clip = load_config(QUICKSTART, [override]).train.grad_clip
     assert grad_clip is None or override.startswith("optimizer")
+
+
+def test_a_section_is_reset_in_so_many_words() -> None:
+    assert load_config(QUICKSTART).telemetry.every_steps is not None
+    assert load_config(QUICKSTART, ["telemetry={}"]).telemetry.every_steps is None
 
 
 def test_a_section_left_empty_in_a_file_has_its_defaults() -> None:
