@@ -131,8 +131,16 @@ class Identity:
         return warnings
 
     def check_checkpoint(self, reader: CheckpointReader) -> list[str]:
-        """Do the same for a checkpoint, at the step that it was saved at."""
-        return self.check(Identity.of_checkpoint(reader.index), reader.folder, reader.index["step"])
+        """Do the same for a checkpoint, at the step that it was saved at.
+
+        Raises:
+            RunError: likewise, or if its config cannot be read by this version.
+        """
+        try:
+            saved = Identity.of_checkpoint(reader.index)
+        except ConfigError as error:
+            raise RunError(f"{reader.folder}: its config cannot be used: {error}") from None
+        return self.check(saved, reader.folder, reader.index["step"])
 
 
 def _contents(source: Mapping[str, Any]) -> str:
