@@ -166,7 +166,18 @@ def test_a_run_whose_config_is_gone_is_not_overwritten(tiny_config: MakeConfig) 
     config = tiny_config(SHORT)
     train(config, stop_at=1)
     (config.run_folder / "config.yaml").unlink()
-    with pytest.raises(RunError, match=r"its config\.yaml cannot be used"):
+    with pytest.raises(RunError, match=r"its config\.yaml or manifest\.json cannot be used"):
+        train(config)
+
+
+def test_a_run_that_does_not_say_what_it_was_trained_on_is_refused(tiny_config: MakeConfig) -> None:
+    config = tiny_config(SHORT)
+    train(config, stop_at=1)
+    path = config.run_folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["data"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match="the digests of its data and tokenizer are missing"):
         train(config)
 
 

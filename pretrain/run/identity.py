@@ -73,9 +73,16 @@ class Identity:
 
         Raises:
             ConfigError: its config cannot be read by this version.
+            RunError: it does not record what it was trained on.
         """
-        config = parse_stored_config(index["config"])
-        return cls.of(config, index["provenance"]["data"], index["identity"][TOKENIZER])
+        return cls._of_record(parse_stored_config(index["config"]), index["provenance"], index["identity"])
+
+    @classmethod
+    def _of_record(cls, config: Config, described: Mapping[str, Any], identity: Mapping[str, Any]) -> Self:
+        try:
+            return cls.of(config, described["data"], identity[TOKENIZER])
+        except (KeyError, TypeError):
+            raise RunError("the digests of its data and tokenizer are missing") from None
 
     @classmethod
     def of_run(cls, folder: RunFolder) -> Self | None:
@@ -89,12 +96,12 @@ class Identity:
             return None
         try:
             config = parse_stored_config(read_yaml(folder.path / "config.yaml"))
-        except ConfigError as error:
+            return cls._of_record(config, manifest, manifest.get("identity", {}))
+        except (ConfigError, RunError) as error:
             raise RunError(
-                f"{folder.path}: already holds a run, but its config.yaml cannot be used, so it is not known whether "
-                f"this is the same run: {error}"
+                f"{folder.path}: already holds a run, but its config.yaml or manifest.json cannot be used, so it is not "
+                f"known whether this is the same run: {error}"
             ) from None
-        return cls.of(config, manifest["data"], manifest["identity"][TOKENIZER])
 
     def record(self) -> dict[str, Any]:
         """Return what a manifest or a checkpoint keeps of it: plain data, flat."""
@@ -138,8 +145,8 @@ class Identity:
         """
         try:
             saved = Identity.of_checkpoint(reader.index)
-        except ConfigError as error:
-            raise RunError(f"{reader.folder}: its config cannot be used: {error}") from None
+        except (ConfigError, RunError) as error:
+            raise RunError(f"{reader.folder}: it cannot be told whether this is the same run: {error}") from None
         return self.check(saved, reader.folder, reader.index["step"])
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.checkpoint.store import CheckpointError, CheckpointReader, list_checkpoints, newest_intact
+from pretrain.checkpoint.format import CheckpointError
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact
 from pretrain.files import set_aside
 from pretrain.run.folder import RunError, RunFolder
 from pretrain.run.identity import Identity
