@@ -99,8 +99,8 @@ class Identity:
             return cls._of_record(config, manifest, manifest.get("identity", {}))
         except (ConfigError, RunError) as error:
             raise RunError(
-                f"{folder.path}: already holds a run, but its config.yaml or manifest.json cannot be used, so it is not "
-                f"known whether this is the same run: {error}"
+                f"{folder.path}: already holds a run, but its config.yaml or manifest.json cannot be used, so it is "
+                f"not known whether this is the same run: {error}"
             ) from None
 
     def record(self) -> dict[str, Any]:
