@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pretrain.config.base import STORED, section_in
 from pretrain.config.effect import without_effect
 from pretrain.config.errors import ConfigError
-from pretrain.config.loader import apply_overrides, read_yaml
+from pretrain.config.loader import read_yaml
+from pretrain.config.overrides import apply_overrides
 from pretrain.config.schema import Config
 from pretrain.processes.errors import did_you_mean
 
@@ -191,7 +192,7 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
     samples = sections.get("samples")
     if model and samples and model.architecture != "llama" and samples.every_steps is not None:
         problems.append(
-            f"samples.every_steps: expected null, for model.architecture {model.architecture} cannot generate text, "
+            f"samples.every_steps: expected null, since model.architecture {model.architecture} cannot generate text, "
             f"got {samples.every_steps}"
         )
     if sections.get("engine") and sections["engine"].kind == "deepspeed":
@@ -238,7 +239,7 @@ def _deepspeed_problems(sections: Mapping[str, Any]) -> list[str]:
     if train := sections.get("train"):
         problems += [f"engine.{problem}" for problem in engine.precision_problems(train.precision)]
         if train.compile:
-            problems.append("train.compile: expected false with engine.kind deepspeed, whose hooks it does not see")
+            problems.append("train.compile: expected false with engine.kind deepspeed, whose hooks it cannot trace")
     samples = sections.get("samples")
     if samples and samples.every_steps is not None and engine.zero_stage == 3:
         problems.append(

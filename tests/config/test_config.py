@@ -11,7 +11,8 @@ import yaml
 
 from pretrain.cli import main
 from pretrain.config import Config, ConfigError, load_config, parse_config
-from pretrain.config.loader import apply_overrides, read_yaml
+from pretrain.config.loader import read_yaml
+from pretrain.config.overrides import apply_overrides
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pretrain.config import Config, ConfigError, load_config, parse_config, parse_stored_config
 from pretrain.config.engine import EngineConfig
-from pretrain.config.loader import assign, read_yaml
+from pretrain.config.loader import read_yaml
+from pretrain.config.overrides import assign
 from pretrain.config.reference import config_schema
 from pretrain.config.yaml_text import dump_yaml, parse_yaml
 from pretrain.sweep import is_sweep_file, load_sweep
