@@ -273,10 +273,10 @@ def read_exit_code(sweep: Path, run_name: str) -> int | None:
 def computed_steps(config: dict[str, Any]) -> int | None:
     """Steps of a run whose manifest does not state them, as in older versions; None if its config is not valid."""
     # Imported here: torch takes seconds to import, and only runs of older versions need this.
-    from pretrain.config import ConfigError, parse_config
+    from pretrain.config import ConfigError, parse_stored_config
 
     try:
-        return parse_config(config).total_steps
+        return parse_stored_config(config).total_steps
     except ConfigError:
         return None
 
@@ -288,7 +288,7 @@ def computed_parameters(config: dict[str, Any]) -> dict[str, int] | None:
     from pretrain.config.validate import validate_section
     from pretrain.model.cost import parameter_count
 
-    model, _ = validate_section(ModelConfig, config.get("model") or {}, "model")
+    model, _ = validate_section(ModelConfig, config.get("model") or {}, "model", stored=True)
     return None if model is None else parameter_count(model)
 
 
