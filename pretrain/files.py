@@ -1,4 +1,4 @@
-"""Writing files and folders that are complete or absent, whatever happens on the way."""
+"""Writing files and folders that are complete or absent, whatever happens in between."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A sweep folder, read: its jobs, grouped into series that differ in nothing but the seed.
+"""Read a sweep folder: its jobs, grouped into series whose jobs differ only in the seed.
 
-A single run is a sweep of one job, so that everything behind has one case to handle.
+A single run is read as a sweep of one job, so that the rest of the report has one case to handle.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Job:
         run: its folder, read; an empty one while the job waits for the runs that choose its values.
         labels: axis -> label.
         tuned: dotted config keys that were chosen among alternatives -> value.
-        chosen: it enters the comparison; False for a trial of another tuned value, or while none is chosen.
+        chosen: it is part of comparisons; False for a trial of another tuned value, or while none is chosen.
         is_waiting: it waits for the runs that choose its values.
     """
 
@@ -42,12 +42,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Series:
-    """The jobs that differ in nothing but the seed.
+    """The jobs that differ only in the seed.
 
     Attributes:
         labels: axis -> label, without the seed's.
         name: short, unique in its sweep.
-        jobs: seed -> job, all that enter the comparison, done or not.
+        jobs: seed -> job, all that are part of comparisons, done or not.
     """
 
     labels: Labels

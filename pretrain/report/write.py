@@ -1,4 +1,4 @@
-"""Write the report: one HTML page that needs nothing but itself, and its numbers as JSON beside it.
+"""Write the report: one self-contained HTML page, and its numbers as JSON next to it.
 
 load() -> Sweep -> tables() -> ReportResult -> report.json
                 -> figures  -> render()     -> report.html
@@ -20,7 +20,7 @@ PAGE_FILE = "report.html"
 
 
 def write_report(path: Path, out: Path | None = None) -> Path:
-    """Write the page of a run or sweep folder, and the same name with .json beside it; earlier ones are replaced.
+    """Write the page of a run or sweep folder, and a JSON file of the same name next to it; earlier ones are replaced.
 
     Args:
         path: the folder.

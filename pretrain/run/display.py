@@ -16,7 +16,7 @@ class Display:
 
     Args:
         rank: of this process.
-        every_steps: plain lines and bar texts are shown every so many steps.
+        every_steps: a line is shown after every this many steps.
     """
 
     def __init__(self, rank: int, every_steps: int) -> None:
@@ -76,7 +76,7 @@ class Display:
 
 
 def step_line(record: dict[str, Any], total_steps: int) -> str:
-    """One line with what one wants to know of a step."""
+    """One line with the main numbers of a step."""
     per_second = record["tokens_per_second"]
     left = (total_steps - record["step"]) * record["tokens"] / record["step"] / per_second
     parts = [

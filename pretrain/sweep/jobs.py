@@ -1,4 +1,4 @@
-"""A sweep into jobs: each is one run, named after what it computes."""
+"""The jobs of a sweep: each is one run, named after what it computes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Job:
     config: Config | None
     """The run's config with its name; None while it waits for the runs that choose its values."""
     chosen: bool
-    """Whether it enters comparisons: false for a trial of other values than those chosen."""
+    """Whether it is part of comparisons; False for a trial of values that were not chosen."""
     is_trial: bool
     """Whether values are chosen by it."""
 
@@ -46,7 +46,7 @@ class Job:
 
 
 def plan_jobs(sweep: Sweep) -> list[Job]:
-    """All jobs, those first that values are chosen by; what is chosen follows from the run folders as they are."""
+    """All jobs; those that choose values come first. What is chosen follows from the present state of the run folders."""
     trials = [job for cell in sweep.cells if _is_tuned_by(sweep, cell) for job in _trials(sweep, cell)]
     best = {}
     for job in trials:
@@ -68,7 +68,7 @@ def _is_tuned_by(sweep: Sweep, cell: Cell) -> bool:
 
 
 def _trials(sweep: Sweep, cell: Cell) -> Iterator[Job]:
-    """A job for each combination of values; the best is chosen once all are complete."""
+    """A job for each combination of values; the best one is chosen once all are done."""
     configs = [_named(sweep, sweep.config(cell, values)) for values in cell.alternatives]
     losses = [final_loss(RunFolder(config.run_folder)) for config in configs]
     known = [loss for loss in losses if loss is not None]

@@ -1,8 +1,8 @@
-"""Runs the jobs of a sweep, some at once, each in a training process of its own.
+"""Run the jobs of a sweep, several at a time, each in its own training process.
 
-The sweep keeps no state beside the run folders: a job that is complete is not run again, one that was stopped resumes
-from its checkpoint, and which values are chosen is found anew. So a sweep may be killed at any time and started again,
-by several processes at once if need be: a run that another process trains is waited for.
+The sweep keeps no state besides the run folders: a job that is done is not run again, a job that was stopped resumes
+from its checkpoint, and the chosen values are determined again. A sweep may therefore be killed at any time and started
+again, also by several processes at the same time: if another process trains a run, the sweep waits for it.
 """
 
 from __future__ import annotations

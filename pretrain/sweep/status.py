@@ -1,4 +1,4 @@
-"""How far each job of a sweep is."""
+"""The state of each job of a sweep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pretrain.sweep.jobs import Job, plan_jobs
 
 
 def format_status(sweep: Sweep) -> list[str]:
-    """A line for each job: its index, how far it is, its validation loss, its labels and its run folder."""
+    """A line per job: index, state and step, validation loss if done, labels, run folder."""
     jobs = plan_jobs(sweep)
     rows = [("job", "state", "loss", "", "labels", "run")]
     done = 0
