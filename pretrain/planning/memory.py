@@ -8,8 +8,9 @@ and CUDA take comes on top.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from optimizers.blocks import BUCKET_ELEMENTS
@@ -67,16 +68,15 @@ class Memory:
 
 
 def memory(
-    config: Config, groups: Sequence[Mapping[str, Any]], layout: Layout | None, plan: Plan | None, rank: int, bf16: bool
+    config: Config, groups: Sequence[Mapping[str, Any]], layout: Layout | None, plan: Plan | None, bf16: bool
 ) -> Memory:
-    """What one rank needs.
+    """What the rank that needs most needs.
 
     Args:
         config: the run's.
         groups: the optimizer's, with whole `params` on any device.
         layout: of ZeRO 1 to 3; None where every rank holds everything.
         plan: of the matrices, if there is a layout and a matrix.
-        rank: which one.
         bf16: whether the products are in bf16; under DeepSpeed the weights are then.
     """
     engine = config.engine
@@ -104,19 +104,27 @@ def memory(
     else:
         gradients = sum(whole) * element + min(bucket, sum(whole)) * element
     has_master = zero and (stage > 0 or element == BF16)
-    largest = _largest_bucket(plan, rank)
-    copies = DIRECTION_TENSORS + (EXCHANGE_TENSORS if plan else 0)
-    return Memory(
+    of_everyone = Memory(
         weights=own * element if stage == 3 else flat * element,
         master=own * FP32 if has_master else 0,
-        state=_state(groups, shards, plan, rank),
+        state=0,
         buffers=buffers,
         gradients=gradients,
         gathered=gathered,
         start=sum(whole) * FP32,
         activations=activations(config, element if zero else (BF16 if bf16 else FP32)),
-        stepping=_stepping(own, stage, element, sums) + largest * FP32 * copies,
+        stepping=_stepping(own, stage, element, sums),
     )
+    copies = DIRECTION_TENSORS + (EXCHANGE_TENSORS if plan else 0)
+    each = (
+        replace(
+            of_everyone,
+            state=_state(groups, shards, plan, rank),
+            stepping=of_everyone.stepping + _largest_bucket(plan, rank) * FP32 * copies,
+        )
+        for rank in range(world if plan else 1)
+    )
+    return max(each, key=lambda found: found.peak)
 
 
 def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Plan | None, rank: int) -> int:
@@ -140,11 +148,9 @@ def _largest_bucket(plan: Plan | None, rank: int) -> int:
     """Elements of the largest stack of equal matrices that a rank works on at once."""
     if plan is None:
         return BUCKET_ELEMENTS
-    largest = 0
-    for unit in (plan.units[index] for index in plan.owned(rank)):
-        alike = sum(other.shape == unit.shape for other in (plan.units[index] for index in plan.owned(rank)))
-        largest = max(largest, unit.elements * min(alike, max(1, BUCKET_ELEMENTS // unit.elements)))
-    return largest
+    shapes = Counter(plan.units[index].shape for index in plan.owned(rank))
+    stacks = (m * n * min(alike, max(1, BUCKET_ELEMENTS // (m * n))) for (m, n), alike in shapes.items())
+    return max(stacks, default=0)
 
 
 def _stepping(own: int, stage: int, element: int, sums: int) -> int:

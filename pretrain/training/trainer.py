@@ -19,7 +19,8 @@ from pretrain.data import TokenBatch, TokenStream
 from pretrain.data.masks import attention_inputs
 from pretrain.engine.base import Engine, accumulation
 from pretrain.model.build import IGNORED
-from pretrain.model.cost import flops_per_token, peak_flops
+from pretrain.model.cost import flops_per_token
+from pretrain.planning.devices import peak_flops
 from pretrain.training.schedule import lr_factor
 from pretrain.training.timing import PhaseClock
 
