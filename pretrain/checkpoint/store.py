@@ -23,13 +23,14 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.engine.ranks import Ranks
 from pretrain.files import file_sha256, publish_folder, sync
 from pretrain.processes.errors import UserError
 
@@ -90,16 +91,6 @@ class Fragment:
     def key(self) -> str:
         """Its name inside the safetensors file."""
         return f"{self.name}:{self.slot}:{self.start}"
-
-
-class Ranks(Protocol):
-    """The collectives that saving needs; every engine has them."""
-
-    rank: int
-    world_size: int
-
-    def gather(self, value: Any) -> list[Any]: ...  # noqa: D102
-    def broadcast(self, value: Any) -> Any: ...  # noqa: D102
 
 
 def folder_name(step: int) -> str:

@@ -13,15 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from optimizers import param_groups
+from optimizers import has_fast_bf16, param_groups
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from optimizers.options import complete
-from optimizers.precision import has_fast_bf16
 from optimizers.sharded import Layout, LayoutError, Plan, plan_group, zero_layout
 from optimizers.sharded.plan import rectangles
 from pretrain.config import Config
-from pretrain.engine.base import accumulation
 from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token
 from pretrain.planning.devices import Device
@@ -134,7 +132,7 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
         LayoutError: a matrix would not be worked on exactly once.
     """
     ranks, device = cluster.ranks, cluster.device.kind
-    accumulation(config, ranks)
+    config.accumulation(ranks)
     model = build_model(config.model, config.run.seed, device="meta")
     groups = param_groups(model, config.optimizer.settings())
     # On a GPU "auto" is bf16, on a CPU what this one is fast at.

@@ -26,7 +26,6 @@ from optimizers.flops import read_options
 from optimizers.sharded import Layout, Plan
 from optimizers.sharded.row_sharded import Team, row_sharded_direction
 from pretrain.config import Config
-from pretrain.engine.base import accumulation
 from pretrain.planning.stage_3 import gathered_elements, padded
 
 Operation = Literal["all_reduce", "reduce", "reduce_scatter", "all_gather", "all_to_all"]
@@ -112,7 +111,7 @@ def collectives(
 
 
 def _gradients(config: Config, weights: Sequence[Tensor], ranks: int, bf16: bool) -> list[Collective]:
-    engine, rounds = config.engine, accumulation(config, ranks)
+    engine, rounds = config.engine, config.accumulation(ranks)
     purpose, elements = "reduce gradients", sum(p.numel() for p in weights)
     if engine.kind == "plain":
         low = sum(p.numel() for p in weights if p.dtype == torch.bfloat16)
@@ -138,7 +137,7 @@ def _weights(config: Config, model: nn.Module, layout: Layout | None, ranks: int
         return []
     elements = sum(layout.shard_sizes) * ranks
     if config.engine.zero_stage == 3:
-        elements = accumulation(config, ranks) * gathered_elements(config, model, ranks)
+        elements = config.accumulation(ranks) * gathered_elements(config, model, ranks)
     return [Collective("gather weights", "all_gather", "bf16" if bf16 else "fp32", elements, ranks)]
 
 

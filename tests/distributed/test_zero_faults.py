@@ -27,13 +27,13 @@ MakeConfig = Callable[..., Config]
 
 def message(root: str, changes: dict[str, Any], patch: str) -> str:
     """What a run with something wrong says before it trains."""
-    from pretrain import launch
+    from pretrain.engine import base
     from pretrain.engine import deepspeed as deepspeed_engine
 
     if patch == "class":
-        patched: Any = mock.patch.object(launch, "Aurora", type("MuonLike", (Aurora,), {}))
+        patched: Any = mock.patch.object(base, "Aurora", type("MuonLike", (Aurora,), {}))
     elif patch == "tag":
-        patched = mock.patch.object(launch, "LossModel", _tagged(launch.LossModel))
+        patched = mock.patch.object(base, "LossModel", _tagged(base.LossModel))
     elif patch == "wrapper":
         table = dict.fromkeys(deepspeed_engine.WRAPPERS, "AnotherOptimizer")
         patched = mock.patch.object(deepspeed_engine, "WRAPPERS", table)
