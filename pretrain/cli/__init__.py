@@ -102,9 +102,33 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(plan)
     plan.add_argument("--ranks", type=_positive, required=True, metavar="N", help="GPUs, one process each")
     plan.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="default: %(default)s")
-    plan.add_argument("--device", default="h100", help="a100-40gb, a100, h100 (default), h200, b200, mi300x or cpu")
-    plan.add_argument("--mfu", type=_share, default=0.4, metavar="SHARE", help="assumed (default: %(default)s)")
-    plan.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    plan.add_argument("--device", default="h100", metavar="NAME", help="one of the table's (default: %(default)s)")
+    plan.add_argument(
+        "--mfu",
+        type=_share,
+        default=0.4,
+        metavar="SHARE",
+        help="assumed share of the device's peak that computing reaches (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--link-gbytes",
+        type=_above_0,
+        metavar="N",
+        help="GB/s that a GPU receives from other nodes (default: the device's, for example 50 for an H100)",
+    )
+    plan.add_argument(
+        "--node-link-gbytes",
+        type=_above_0,
+        metavar="N",
+        help="GB/s that a GPU receives from its own node (default: the device's, for example 450 for an H100)",
+    )
+    plan.add_argument(
+        "--compare",
+        metavar="KEY=A,B,...",
+        help="print a row for each value of one config key, for example engine.zero_stage=1,2,3",
+    )
+    plan.add_argument("--details", action="store_true", help="print derived numbers, collectives and owners as well")
+    plan.add_argument("--json", action="store_true", help="print all numbers as JSON")
     plan.set_defaults(run=plan_cluster)
 
     sweep = verbs.add_parser("sweep", help="run many configs, or say how far they are", description=sweep_runs.__doc__)
@@ -175,6 +199,16 @@ def _share(text: str) -> float:
     return value
 
 
+def _above_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def check_config(options: argparse.Namespace) -> int:
     """Validate a config and everything it names; print the resolved config, how each parameter is trained, and
     what the run amounts to. Of a sweep: every config, and the jobs. Touches no network."""
@@ -200,21 +234,26 @@ def plan_cluster(options: argparse.Namespace) -> int:
     nothing, needs no GPU and touches no network."""
     import json
 
-    from pretrain.config import ConfigError, load_config
-    from pretrain.planning.cluster import DEVICES, as_json, dry_run, format_plan, plan_run
+    from pretrain.config import load_config
+    from pretrain.planning import report
+    from pretrain.planning.cluster import plan_run
 
-    if options.device not in DEVICES:
-        raise ConfigError([f"--device: expected one of {', '.join(DEVICES)}, got {options.device!r}"])
-    config = load_config(options.config, options.overrides)
-    plan = plan_run(config, options.ranks, DEVICES[options.device], options.mfu)
-    covered = dry_run(config, options.ranks)
-    if options.json:
-        print(json.dumps(as_json(plan), indent=1))
-        return 0
-    print("\n".join(format_plan(plan, options.gpus_per_node)))
-    if plan.matrices is not None:
-        print("\n".join(plan.matrices.table()))
-        print(f"dry run   the optimizers of {options.ranks} ranks: {len(covered)} matrices, each covered exactly once")
+    cluster = report.cluster_of(
+        options.ranks,
+        options.device,
+        options.gpus_per_node,
+        options.mfu,
+        options.link_gbytes,
+        options.node_link_gbytes,
+    )
+    if options.compare is not None:
+        configs = report.variants(options.config, options.overrides, options.compare)
+        lines, data = report.comparison(configs, cluster)
+    else:
+        plan = plan_run(load_config(options.config, options.overrides), cluster)
+        lines, data = report.answer(plan), report.as_json(plan)
+        lines += report.details(plan) if options.details else []
+    print(json.dumps(data, indent=1) if options.json else "\n".join(lines))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pretrain.config.model import ModelConfig
 
+
 def parameter_count(config: ModelConfig) -> dict[str, int]:
     """Parameters by part: `embedding`, `head` (with its bias; 0 if tied), `blocks` (the matrices of all layers),
     `biases` (of all layers), `norms`, `total`."""

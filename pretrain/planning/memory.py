@@ -17,6 +17,7 @@ from optimizers.blocks import BUCKET_ELEMENTS
 from optimizers.directions import keeps_second_moment
 from optimizers.sharded import Layout, Plan
 from pretrain.config import Config
+from pretrain.model.cost import parameter_count
 
 FP32, BF16 = 4, 2
 # Tensors of a bucket's size that a direction needs at once (optimizers.blocks), and the exchange beside them.
@@ -112,7 +113,7 @@ def memory(
         gradients=gradients,
         gathered=gathered,
         start=sum(whole) * FP32,
-        activations=activations(config, element if zero else (BF16 if bf16 else FP32)),
+        activations=activations(config, BF16 if bf16 else FP32, autocast=bf16 and not zero),
         stepping=_stepping(own, stage, element, sums),
     )
     copies = DIRECTION_TENSORS + (EXCHANGE_TENSORS if plan else 0)
@@ -160,28 +161,62 @@ def _stepping(own: int, stage: int, element: int, sums: int) -> int:
     return own * FP32 if stage == 3 else own * (FP32 + element)
 
 
-def activations(config: Config, element: int) -> int:
-    """Bytes that the forward pass of a micro-batch saves, and what the head needs beside them; 0 if not known.
+def activations(config: Config, element: int, *, autocast: bool = False) -> int:
+    """Peak bytes of activations in the forward and backward pass of a micro-batch; 0 if not known.
 
-    A layer of a Llama saves, for each token: the inputs of both norms in fp32; in the dtype of the products 6 tensors
-    of the hidden width (normed inputs, inputs of projections, q, the attention's result), keys and values, and 4 of the
-    MLP's width; one fp32 number a head.
+    To what the forward pass saves, the backward pass adds one recomputed layer and, for the head, the gradients of the
+    log-softmax in fp32 and of the logits, and under `train.loss_chunk_tokens` the recomputed log-softmax.
     """
-    model, train = config.model, config.train
-    if model.architecture != "llama":
+    if config.model.architecture != "llama":
         return 0
+    train, tokens = config.train, _tokens(config)
+    recomputed = 0 if train.activation_checkpointing == "none" else tokens * _layer(config, element, autocast)
+    chunk = min(train.loss_chunk_tokens or tokens, tokens)
+    head = chunk * config.model.vocab_size * (FP32 + element + (FP32 if chunk < tokens else 0))
+    return saved_activations(config, element, autocast=autocast) + recomputed + head
+
+
+def saved_activations(config: Config, element: int, *, autocast: bool = False) -> int:
+    """Bytes that the forward pass of a Llama saves for the backward pass of a micro-batch.
+
+    Token ids, labels and the tables of rotary angles, which all layers share, are left out. A test counts the rest to
+    the byte.
+
+    Args:
+        config: the run's.
+        element: bytes of an element in the dtype of the products.
+        autocast: whether weights are fp32 and products bf16 by autocast, as under the plain engine.
+    """
+    model, train, tokens = config.model, config.train, _tokens(config)
+    hidden, every = model.hidden_size, train.activation_checkpointing
+    step = None if every == "none" else 1 if every == "full" else every
+    recomputed = 0 if step is None else -(-model.num_layers // step)  # of these only the input is saved
+    stream = FP32 if autocast else element
+    layers = (model.num_layers - recomputed) * _layer(config, element, autocast) + recomputed * hidden * stream
+    # Of the last norm its input and result in fp32, and what the head reads.
+    top = hidden * (2 * FP32 + BF16 if autocast else FP32 + 2 * element) + FP32
+    whole = (train.loss_chunk_tokens or tokens) >= tokens
+    logits = model.vocab_size * FP32 if whole else 0  # their log-softmax
+    # Autocast keeps bf16 copies of the weights that are multiplied.
+    parts = parameter_count(model)
+    copies = BF16 * (parts["blocks"] // model.num_layers * (model.num_layers - recomputed)) if autocast else 0
+    copies += BF16 * model.vocab_size * hidden if autocast and whole else 0
+    return tokens * (layers + top + logits) + copies
+
+
+def _tokens(config: Config) -> int:
+    """Of a micro-batch on one rank."""
+    return config.train.micro_batch_sequences * config.sequence_length
+
+
+def _layer(config: Config, element: int, autocast: bool) -> int:
+    """Bytes that a layer saves for each token.
+
+    Of both norms the input in fp32 and the normalised input, and one fp32 number; of each projection its input, which
+    those that read the same share unless autocast converts it for each; queries, keys and values; four tensors of the
+    MLP's width; one fp32 number for each head.
+    """
+    model = config.model
     hidden, kv = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
-    tokens = train.micro_batch_sequences * config.sequence_length
-    layer = 2 * hidden * FP32 + element * (6 * hidden + 4 * model.intermediate_size + 2 * kv) + FP32 * model.num_heads
-    every = train.activation_checkpointing
-    if every == "none":
-        layers = model.num_layers * layer
-    else:
-        step = 1 if every == "full" else every
-        recomputed = -(-model.num_layers // step)
-        # One of the recomputed layers exists at a time; of the others only the input.
-        layers = (model.num_layers - recomputed + 1) * layer + recomputed * hidden * element
-    head_tokens = min(train.loss_chunk_tokens or tokens, tokens)
-    # log-softmax and its gradient in fp32, and the logits' gradient.
-    head = head_tokens * model.vocab_size * (2 * FP32 + element)
-    return tokens * (layers + hidden * (FP32 + 2 * element)) + head
+    wide = hidden * (4 * FP32 + 7 * BF16) if autocast else hidden * (2 * FP32 + 6 * element)
+    return wide + element * (4 * model.intermediate_size + 2 * kv) + FP32 * (model.num_heads + 2)

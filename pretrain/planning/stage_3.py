@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 from torch import Tensor, nn
@@ -24,6 +24,19 @@ LIVE_ELEMENTS = 10**9
 REUSE_ELEMENTS = 10**9
 """DeepSpeed's default of stage3_max_reuse_distance."""
 
+CALLED = {
+    "embed_tokens": -2,
+    "rotary_emb": -1,
+    "input_layernorm": 1,
+    "self_attn": 2,
+    "post_attention_layernorm": 3,
+    "mlp": 4,
+    "up_proj": 1,
+    "down_proj": 2,
+}
+"""Place among its siblings at which a module of a Llama is called, where transformers lists it at another; 0 for those
+that are called in their order."""
+
 Visits = list[tuple[Tensor, ...]]
 
 
@@ -32,24 +45,20 @@ def padded(shape: Sequence[int], ranks: int) -> int:
     return -(-prod(shape) // ranks) * ranks
 
 
-def gathered_elements(
-    config: Config, model: nn.Module, ranks: int, *, live: int = LIVE_ELEMENTS, reuse: int = REUSE_ELEMENTS
-) -> int:
+def gathered_elements(config: Config, model: nn.Module, ranks: int) -> int:
     """Elements gathered in the forward and backward pass of one micro-batch, padding included.
 
     Args:
         config: for the size of prefetches and activation checkpointing.
         model: with whole parameters, on any device.
         ranks: over which weights are cut.
-        live: see `LIVE_ELEMENTS`.
-        reuse: see `REUSE_ELEMENTS`.
     """
     calls = visits(config, model)
     prefetch = config.engine.gather_bucket_elements
-    return sum(padded(p.shape, ranks) for p in _gatherings(calls, prefetch, live, reuse))
+    return sum(padded(p.shape, ranks) for p in _gatherings(calls, prefetch))
 
 
-def _gatherings(calls: Visits, prefetch: int, live: int, reuse: int) -> list[Tensor]:
+def _gatherings(calls: Visits, prefetch: int) -> list[Tensor]:
     """Each weight as often as it is gathered."""
     traversed = list(itertools.accumulate((sum(p.numel() for p in own) for own in calls), initial=0))
     upcoming = deque((p, index) for index, own in enumerate(calls) for p in own)
@@ -71,7 +80,7 @@ def _gatherings(calls: Visits, prefetch: int, live: int, reuse: int) -> list[Ten
         for _ in range(sum(seen[p] < index for p in own)):
             p, use = upcoming.popleft()
             seen[p] = use
-        room, fetched = min(live - available, prefetch), 0
+        room, fetched = min(LIVE_ELEMENTS - available, prefetch), 0
         while upcoming and fetched < room:
             p, use = upcoming.popleft()
             seen[p] = max(seen[p], use)
@@ -79,7 +88,7 @@ def _gatherings(calls: Visits, prefetch: int, live: int, reuse: int) -> list[Ten
         available += fetched
         for p in own:
             following = next((use for use in uses[p] if use > index), None)
-            near = following is not None and traversed[following] - traversed[index + 1] < reuse
+            near = following is not None and traversed[following] - traversed[index + 1] < REUSE_ELEMENTS
             if seen[p] <= index + 1 and not near:
                 del held[p]
                 available -= p.numel()
@@ -89,21 +98,21 @@ def _gatherings(calls: Visits, prefetch: int, live: int, reuse: int) -> list[Ten
 def visits(config: Config, model: nn.Module) -> Visits:
     """The own weights of each module (none for a container), in the order of a forward and backward pass.
 
-    Modules are taken in the order in which the model lists them. In a Llama the norms of a layer are called earlier
-    than that; their few elements do not matter here.
+    Modules are called in the order in which the model lists them, but for those in `CALLED`.
     """
     every = config.train.activation_checkpointing
     step = None if every == "none" else 1 if every == "full" else every
-    forward = [(_layer(name), tuple(module.parameters(recurse=False))) for name, module in model.named_modules()]
-    backward: Visits = []
-    for layer, run in itertools.groupby(reversed(forward), key=lambda call: call[0]):
-        own = [weights for _, weights in run]
-        if layer is not None and step is not None and layer % step == 0:
-            backward += own[::-1]  # the forward pass of the layer, again
-        backward += own
-    return [weights for _, weights in forward] + backward
 
+    def walk(module: nn.Module, name: str, backward: bool) -> Iterator[tuple[Tensor, ...]]:
+        if not isinstance(module, nn.ModuleList):
+            yield tuple(module.parameters(recurse=False))
+        named = sorted(module.named_children(), key=lambda item: CALLED.get(item[0], 0))
+        children = [(f"{name}.{key}", child) for key, child in named]
+        layer = re.search(r"\.layers\.(\d+)$", name)
+        if backward and layer and step and int(layer[1]) % step == 0:
+            for key, child in children:  # the forward pass of the layer, again
+                yield from walk(child, key, False)
+        for key, child in reversed(children) if backward else children:
+            yield from walk(child, key, backward)
 
-def _layer(name: str) -> int | None:
-    found = re.search(r"layers\.(\d+)", name)
-    return int(found[1]) if found else None
+    return [*walk(model, "", False), *walk(model, "", True)]

@@ -1,8 +1,8 @@
 """What each rank sends and receives in a training step.
 
 The collectives are those that torch's DistributedDataParallel and DeepSpeed 0.19.8 call under the configuration that
-`pretrain.engine.deepspeed` generates, and those of the sharded optimizer. tests/distributed/test_traffic.py counts every
-collective of real steps and compares.
+`pretrain.engine.deepspeed` generates, and those of the sharded optimizer. tests/distributed/test_traffic.py counts
+every collective of real steps and compares.
 
 Counted: the reduction of gradients, the gathering of weights, the exchange of matrices, and the sums inside a team
 that shares one. Not counted: all-reduces of at most `small_bytes` each (flags, norms, the loss, DDP's table of unused
@@ -119,8 +119,8 @@ def _gradients(config: Config, weights: Sequence[Tensor], ranks: int, bf16: bool
         return [Collective(purpose, "all_reduce", dtype, part, ranks) for dtype, part in split.items()]
     dtype, stage = engine.communication_dtype, engine.zero_stage
     if stage == 3:
-        padded = sum(padded(p.shape, ranks) for p in weights)
-        return [Collective(purpose, "reduce_scatter", dtype, rounds * padded, ranks)]
+        filled = sum(padded(p.shape, ranks) for p in weights)
+        return [Collective(purpose, "reduce_scatter", dtype, rounds * filled, ranks)]
     if stage == 0 or sums_everywhere(config, bf16):
         return [Collective(purpose, "all_reduce", dtype, elements, ranks)]
     # Stage 1 reduces once a step, stage 2 in every micro-batch.
@@ -159,9 +159,7 @@ class _CountedTeam(Team):
         return x
 
 
-def _team_sums(
-    plan: Plan, group: Mapping[str, Any], rank: int, small: int, device: str
-) -> list[Collective]:
+def _team_sums(plan: Plan, group: Mapping[str, Any], rank: int, small: int, device: str) -> list[Collective]:
     """What a rank sums with its partners in the teams that it belongs to."""
     found = []
     shared = [index for index in plan.owned(rank) if len(plan.teams[index]) > 1]
