@@ -1,9 +1,8 @@
-"""How much memory a process of a run needs, by part, before anything is started.
+"""The memory that each process of a run needs, by part.
 
-What lives from step to step (weights, fp32 weights, optimizer state, DeepSpeed's buffers) follows from the layout and
-from what DeepSpeed 0.19.8 allocates, byte by byte. Gradients and activations live within a step; activations are those
-that the Llama of transformers saves for the backward pass, counted from its operations. What libraries, the allocator
-and CUDA take comes on top.
+What lives from step to step (weights, fp32 weights, optimizer state, DeepSpeed's buffers) follows to the byte from the
+layout and from what DeepSpeed 0.19.8 allocates. Gradients and activations live within a step; the activations are those
+that the Llama of transformers saves for the backward pass. Memory of libraries, the allocator and CUDA is not included.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pretrain.config import Config
 from pretrain.model.cost import parameter_count
 
 FP32, BF16 = 4, 2
-# Tensors of a bucket's size that a direction needs at once (optimizers.blocks), and the exchange beside them.
+# Tensors of a bucket's size that a direction needs at the same time (optimizers.blocks), and those of the exchange.
 DIRECTION_TENSORS, EXCHANGE_TENSORS = 6, 4
 
 
@@ -29,25 +28,25 @@ class Memory:
     """Bytes of one process."""
 
     weights: int
-    """What the forward pass reads."""
+    """Those that the forward pass reads."""
     master: int
-    """fp32 weights beside them that the optimizer steps."""
+    """The fp32 weights that the optimizer steps, if they are separate."""
     state: int
-    """Of the optimizer."""
+    """State of the optimizer."""
     buffers: int
-    """That DeepSpeed keeps from step to step."""
+    """Buffers that DeepSpeed keeps from step to step."""
     gradients: int
-    """At their most within a step."""
+    """Peak within a step."""
     gathered: int
-    """Weights that stage 3 has gathered for the forward and backward pass."""
+    """Weights that stage 3 gathers for the forward and backward pass, if it keeps all of them."""
     activations: int
-    """At their most within a forward and backward pass."""
+    """Peak within a forward and backward pass."""
     stepping: int
-    """What the optimizer's step needs beside all that: the shard's gradients in fp32, and two buckets."""
+    """What the optimizer's step needs in addition: the shard's gradients in fp32, and the tensors of its directions."""
 
     @property
     def lasting(self) -> int:
-        """Between steps."""
+        """Bytes between steps."""
         return self.weights + self.master + self.state + self.buffers
 
     start: int
@@ -55,30 +54,30 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """At the worst moment of a step, on a GPU."""
+        """Peak of a step, on a GPU."""
         return self.lasting + max(self.gradients + self.gathered + self.activations, self.gradients + self.stepping)
 
     @property
     def peak_on_cpu(self) -> int:
-        """Resident memory above the level before set-up: what was freed within a step stays with the process."""
+        """Peak resident memory above the level before set-up; what a step frees stays with the process."""
         return self.lasting + max(self.gradients + self.gathered, self.start) + max(self.activations, self.stepping)
 
     def parts(self) -> dict[str, int]:
-        """By name."""
+        """Bytes by name."""
         return asdict(self)
 
 
 def memory(
     config: Config, groups: Sequence[Mapping[str, Any]], layout: Layout | None, plan: Plan | None, bf16: bool
 ) -> Memory:
-    """What the rank that needs most needs.
+    """The memory of the rank that needs most.
 
     Args:
         config: the run's.
         groups: the optimizer's, with whole `params` on any device.
-        layout: of ZeRO 1 to 3; None where every rank holds everything.
-        plan: of the matrices, if there is a layout and a matrix.
-        bf16: whether the products are in bf16; under DeepSpeed the weights are then.
+        layout: of ZeRO 1 to 3; None if every rank holds everything.
+        plan: of the matrices; None without a layout or without matrices.
+        bf16: whether matrix products are in bf16; under DeepSpeed the weights then are too.
     """
     engine = config.engine
     zero = engine.kind == "deepspeed"
@@ -97,7 +96,7 @@ def memory(
         gradients = sum(whole) * element
     elif stage == 3:
         buffers = own * sums + bucket * element
-        # A gradient is let go when its bucket is reduced; the allocator keeps what all of them took.
+        # A gradient is freed once its bucket is reduced, but the allocator keeps what all of them took.
         gradients = gathered = sum(whole) * element
     elif stage == 1 and element == BF16 and sums == FP32:
         buffers = flat * FP32  # the bf16 optimizer sums the gradients of every weight on every rank
@@ -129,7 +128,7 @@ def memory(
 
 
 def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Plan | None, rank: int) -> int:
-    """fp32 state: a momentum for matrices, two moments for the rest, and running row norms."""
+    """Bytes of the fp32 state: a momentum for matrices, two moments for the rest, and running row norms."""
     total = sum(
         size * (FP32 if group["kind"] == "matrix" else 2 * FP32) for group, size in zip(groups, shards, strict=True)
     )
@@ -146,7 +145,7 @@ def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Pla
 
 
 def _largest_bucket(plan: Plan | None, rank: int) -> int:
-    """Elements of the largest stack of equal matrices that a rank works on at once."""
+    """Elements of the largest stack of equally shaped matrices that a rank processes together."""
     if plan is None:
         return BUCKET_ELEMENTS
     shapes = Counter(plan.units[index].shape for index in plan.owned(rank))
@@ -155,7 +154,7 @@ def _largest_bucket(plan: Plan | None, rank: int) -> int:
 
 
 def _stepping(own: int, stage: int, element: int, sums: int) -> int:
-    """The gradients of a shard, which DeepSpeed gives the optimizer in fp32 made from a copy of their fragments."""
+    """Bytes of a shard's gradients in fp32, which DeepSpeed makes for the optimizer from a copy of their fragments."""
     if stage == 0 or (stage == 1 and element == BF16 and sums == FP32):
         return 0  # whole gradients, or a view of the buffer that they are summed in
     return own * FP32 if stage == 3 else own * (FP32 + element)

@@ -15,6 +15,7 @@ from pretrain.planning.summary import describe
 from pretrain.planning.traffic import Collective
 from pretrain.processes.errors import UserError
 
+HEADER = ("setting", "GB a rank", "fits", "GB received", "compute s", "network s", "step s", "GPU-hours")
 UNKNOWN_LINKS = "the link speeds of this device are not known; give --link-gbytes and --node-link-gbytes"
 
 
@@ -237,8 +238,9 @@ def variants(path: str, overrides: Sequence[str], compare: str) -> dict[str, Con
 
 def comparison(configs: dict[str, Config | ConfigError], cluster: Cluster) -> tuple[list[str], dict[str, Any]]:
     """A table with one row per setting, and the same as plain data: each plan's numbers, or its `error`."""
-    rows = [("setting", "GB a rank", "fits", "GB received", "compute s", "network s", "step s", "GPU-hours")]
-    refused, data = [], {}
+    rows: list[tuple[str, ...]] = [HEADER]
+    refused: list[str] = []
+    data: dict[str, Any] = {}
     for override, config in configs.items():
         try:
             if isinstance(config, ConfigError):
