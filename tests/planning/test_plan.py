@@ -17,6 +17,7 @@ from optimizers.sharded.plan import Rectangle, Unit, rectangles
 from pretrain.cli import main
 from pretrain.config import Config, load_config
 from pretrain.model.build import build_model
+from pretrain.model.cost import flops_per_token
 from pretrain.planning import cluster
 from pretrain.planning.cluster import Cluster, check_cover, layout_of, plan_run
 from pretrain.planning.devices import DEVICES
@@ -100,6 +101,10 @@ def test_json_holds_every_number(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["gpu_hours"] == pytest.approx(found["step_seconds"] * found["steps"] * 64 / 3600)
     assert found["step_seconds"] == pytest.approx(found["compute_seconds"] + found["network_seconds"])
     assert found["network_seconds"] == pytest.approx(sum(c["seconds"] for c in found["collectives"]))
+    config = load_config(BIG)
+    assert found["model_flops"] == flops_per_token(config.model, 2048) * 524_288
+    matrices = 1_094_713_344  # of these a weight and a momentum, of the rest a weight and two moments, in fp32
+    assert found["checkpoint_bytes"] == 8 * matrices + 12 * (found["parameters"] - matrices)
     flops = found["model_flops"] / 64 + found["optimizer_flops"]
     assert found["compute_seconds"] == pytest.approx(flops / (0.4 * 989e12))
 
