@@ -38,6 +38,8 @@ def settings(name: str) -> dict[str, Any]:
     if kind == "plain":
         return {key: value for key, value in changes.items() if not key.startswith("engine.")}
     changes |= {"engine.kind": "deepspeed", "engine.zero_stage": int(kind)}
+    if kind == "0":
+        del changes["engine.reduce_bucket_elements"]
     if "sum16" in rest:
         changes["engine.accumulation_dtype"] = "bf16"
     if "comm16" in rest:

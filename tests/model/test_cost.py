@@ -10,8 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import Config, load_config
-from pretrain.model.build import LossModel, build_model
+from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token, parameter_count
+from pretrain.model.loss import LossModel
 from tests.conftest import REPOSITORY
 
 MakeConfig = Callable[..., Config]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pretrain.config import Config
-from pretrain.model.build import LossModel, build_model
+from pretrain.model.build import build_model
+from pretrain.model.loss import LossModel
 from pretrain.planning.memory import activations, saved_activations
 
 MakeConfig = Callable[..., Config]
