@@ -99,7 +99,7 @@ def collectives(
     if ranks == 1:
         return []
     weights = [p for group in groups for p in group["params"]]
-    found = [*_gradients(config, weights, ranks, bf16), *_weights(config, model, layout, ranks, bf16)]
+    found = [*_gradients(config, weights, layout, ranks, bf16), *_weights(config, model, layout, ranks, bf16)]
     if plan is not None:
         received = plan.received_elements
         elements = max(received) if rank is None else received[rank]
@@ -110,7 +110,9 @@ def collectives(
     return [collective for collective in found if collective.elements]
 
 
-def _gradients(config: Config, weights: Sequence[Tensor], ranks: int, bf16: bool) -> list[Collective]:
+def _gradients(
+    config: Config, weights: Sequence[Tensor], layout: Layout | None, ranks: int, bf16: bool
+) -> list[Collective]:
     engine, rounds = config.engine, config.accumulation(ranks)
     purpose, elements = "reduce gradients", sum(p.numel() for p in weights)
     if engine.kind == "plain":
@@ -121,7 +123,9 @@ def _gradients(config: Config, weights: Sequence[Tensor], ranks: int, bf16: bool
     if stage == 3:
         filled = sum(padded(p.shape, ranks) for p in weights)
         return [Collective(purpose, "reduce_scatter", dtype, rounds * filled, ranks)]
-    if stage == 0 or sums_everywhere(config, bf16):
+    if layout is not None and sums_everywhere(config, bf16):
+        return [Collective(purpose, "all_reduce", dtype, sum(layout.shard_sizes) * ranks, ranks)]
+    if stage == 0:
         return [Collective(purpose, "all_reduce", dtype, elements, ranks)]
     # Stage 1 reduces once a step, stage 2 in every micro-batch.
     return [Collective(purpose, "reduce", dtype, elements * (rounds if stage == 2 else 1), ranks)]
