@@ -93,7 +93,7 @@ def collectives(
         plan: who works on which matrices; None without a layout or without matrices.
         ranks: of the run.
         bf16: whether the products are in bf16; under DeepSpeed the weights are then.
-        rank: whose exchange to count; None is the rank that receives most.
+        rank: whose collectives; None is the rank that receives most.
         device: where the directions run, which decides how they are computed.
     """
     if ranks == 1:
@@ -101,12 +101,16 @@ def collectives(
     weights = [p for group in groups for p in group["params"]]
     found = [*_gradients(config, weights, layout, ranks, bf16), *_weights(config, model, layout, ranks, bf16)]
     if plan is not None:
-        received = plan.received_elements
-        elements = max(received) if rank is None else received[rank]
-        found.append(Collective("exchange matrices", "all_to_all", config.engine.wire_dtype, elements, ranks))
-        rank = received.index(elements) if rank is None else rank
         matrices = next(group for group in groups if group["kind"] == "matrix")
-        found += _team_sums(plan, matrices, rank, small_bytes(len(weights)), device)
+        small, wire = small_bytes(len(weights)), config.engine.wire_dtype
+        each = (
+            [
+                Collective("exchange matrices", "all_to_all", wire, plan.received_elements[member], ranks),
+                *_team_sums(plan, matrices, member, small, device),
+            ]
+            for member in (range(ranks) if rank is None else (rank,))
+        )
+        found += max(each, key=lambda own: sum(collective.received for collective in own))
     return [collective for collective in found if collective.elements]
 
 
