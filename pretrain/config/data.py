@@ -2,15 +2,16 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pretrain.config.base import Section
+from pretrain.shipped import locate
 
 
 class SourceConfig(Section):
     """One source of text: a file, every readable file below a folder, or the files that a glob matches."""
 
-    path: str = Field(min_length=1)
+    path: Annotated[str, AfterValidator(locate)] = Field(min_length=1)
     """A file, a folder (searched recursively) or a glob such as `corpus/**/*.parquet`; relative to the working
     directory. Read are `.parquet`, `.jsonl`, `.jsonl.gz` and `.jsonl.zst`. A wrong path is refused before training."""
 
@@ -63,7 +64,7 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """The tokenizer, a `tokenizer.json` of the tokenizers library."""
 
-    path: str = Field(min_length=1)
+    path: Annotated[str, AfterValidator(locate)] = Field(min_length=1)
     """The `tokenizer.json` file, relative to the working directory."""
 
     eos_token: str = Field(default="<|endoftext|>", min_length=1)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from pretrain.processes.errors import UserError
+from pretrain.shipped import locate
 
 
 class ConfigError(UserError):
@@ -81,7 +82,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, unreadable, not UTF-8, not YAML, no mapping, or gives a key twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(locate(str(path))).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such config file"]) from None
     except (OSError, UnicodeDecodeError) as error:
