@@ -40,19 +40,20 @@ def shipped(name: str) -> Path:
     return path
 
 
-def locate(path: str) -> str:
-    """Return the path or glob to read for a path that a person gave, relative to the working directory.
+def locate(path: str, folder: str | os.PathLike[str] = "") -> str:
+    """Return the path or glob to read for a path that a person gave, relative to `folder` (the working directory).
 
-    A path that matches something is returned unchanged. One that matches nothing but names shipped files, such as
-    ``assets/corpus/*.parquet``, becomes their absolute path, which is printed once. Any other path is returned
-    unchanged, for the caller to report.
+    A path that matches something is returned with `folder` in front. One that matches nothing but names shipped files,
+    such as ``assets/corpus/*.parquet``, becomes their absolute path, which is printed once. Any other path is returned
+    like the first, for the caller to report.
     """
-    if not _is_shipped_name(path) or _matches(path):
-        return path
+    given = os.path.join(folder, path)
+    if not _is_shipped_name(path) or _matches(given):
+        return given
     ours = str(_root() / path)
     if not _matches(ours):
-        return path
-    _note(path, ours)
+        return given
+    _note(given, ours)
     return ours
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pretrain import shipped as shipped_module
 from pretrain.config import load_config
@@ -19,6 +20,7 @@ from pretrain.config.loader import read_yaml
 from pretrain.processes.errors import UserError
 from pretrain.run.json_lines import JsonLines
 from pretrain.shipped import FOLDERS, locate, main, shipped
+from pretrain.sweep import load_sweep
 from tests.conftest import REPOSITORY
 
 CORPUS = "assets/corpus/moby_dick.parquet"
@@ -85,6 +87,7 @@ def test_a_path_that_exists_is_left_alone(elsewhere: Path, capsys: pytest.Captur
         file.touch()
         assert locate(path) == path
     assert locate("assets/corpus/*.parquet") == "assets/corpus/*.parquet"
+    assert locate("quickstart.yaml", elsewhere / "configs") == str(elsewhere / "configs/quickstart.yaml")
     assert capsys.readouterr().err == ""
 
 
@@ -101,6 +104,15 @@ def test_shipped_configs_and_what_they_name_are_found_from_anywhere(elsewhere: P
     assert config.tokenizer.path == str(REPOSITORY / "assets/tokenizer/tokenizer.json")
     assert [Path(source.path).parent for source in config.data.sources] == [REPOSITORY / "assets/corpus"] * 3
     assert read_yaml(Path("configs/experiments/loss.yaml"))["base"] == "small.yaml"
+    sweep = load_sweep(Path("configs/experiments/loss.yaml"))
+    assert sweep.config(sweep.cells[0], {}).model.hidden_size == 128
+    # Shipped configs can be the base of a sweep in any folder.
+    (elsewhere / "mine").mkdir()
+    file = {"name": "s", "title": "t", "question": "q", "base": "configs/quickstart.yaml", "root": "runs"}
+    file |= {"axes": {"seed": {"1": {"run.seed": 1}}}}
+    (elsewhere / "mine/sweep.yaml").write_text(yaml.safe_dump(file))
+    sweep = load_sweep(Path("mine/sweep.yaml"))
+    assert sweep.config(sweep.cells[0], {}).model.hidden_size == 256
 
 
 def test_an_installed_package_does_not_look_beside_itself(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
