@@ -20,15 +20,11 @@ import torch
 from tokenizers import Tokenizer
 
 from optimizers import Aurora
-from pretrain.checkpoint.state import (
-    fragments,
-    group_settings,
-    load_state,
-    load_weights,
-    random_generators,
-    restore_generators,
-)
-from pretrain.checkpoint.store import FORMAT, CheckpointReader, Fragment, Index, prune, save_checkpoint
+from pretrain.checkpoint.format import Fragment
+from pretrain.checkpoint.generators import random_generators, restore_generators
+from pretrain.checkpoint.state import fragments, group_settings, load_state, load_weights
+from pretrain.checkpoint.store import CheckpointReader, prune
+from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.config import Config, ConfigError, identity_hash
 from pretrain.data import TokenStream, check_sources, fingerprint, load_tokenizer
 from pretrain.engine import make_engine
@@ -268,29 +264,25 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
 def _save(setup: Setup, trainer: Trainer) -> None:
     """Save a checkpoint, then delete those that are no longer kept."""
     engine, optimizer = setup.engine, trainer.optimizer
-    index = Index(
-        format=FORMAT,
+    snapshot = Snapshot(
         step=trainer.state.step,
-        world_size=engine.world_size,
         counters=asdict(trainer.state),
         config=setup.config.resolved(),
         identity=setup.identity,
         data_state=dict(trainer.stream.state()),
         optimizer_groups=group_settings(optimizer),
-        parameters={},
         provenance={
             "git_commit": git_commit(),
             "precision": str(engine.precision),
             "data": setup.inputs.data,
         },
-        files={},
     )
     own: Iterable[Fragment] = itertools.chain(
         fragments(engine.module.model, optimizer, engine.held), *(hook.fragments() for hook in trainer.hooks)
     )
     # Where every rank holds everything, rank 0 writes it.
     writes = engine.held is not None or engine.rank == 0
-    path = save_checkpoint(setup.folder.checkpoints, index, own if writes else (), random_generators(), engine.ranks)
+    path = save_checkpoint(setup.folder.checkpoints, snapshot, own if writes else (), random_generators(), engine.ranks)
     keep = setup.config.checkpoint
     engine.ranks.on_rank_0(lambda: prune(setup.folder.checkpoints, keep.keep_last, keep.keep_every_steps))
     setup.display.say(f"saved {path}")

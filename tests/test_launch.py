@@ -286,7 +286,7 @@ def test_a_failing_save_loses_nothing_saved(tiny_config: MakeConfig, monkeypatch
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("pretrain.checkpoint.store.save_file", full)
+    monkeypatch.setattr("pretrain.checkpoint.writer.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train(config)
     monkeypatch.undo()

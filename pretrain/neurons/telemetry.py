@@ -24,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pretrain.checkpoint.store import CheckpointReader, Fragment
+from pretrain.checkpoint.format import Fragment
+from pretrain.checkpoint.store import CheckpointReader
 from pretrain.config.telemetry import TelemetryConfig
 from pretrain.data import TokenBatch
 from pretrain.files import set_aside, sync

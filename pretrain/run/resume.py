@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.store import CheckpointError, CheckpointReader, list_checkpoints, newest_intact
+from pretrain.checkpoint.format import CheckpointError
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact
 from pretrain.files import set_aside
 from pretrain.run.folder import RunError, RunFolder, check_identity
 

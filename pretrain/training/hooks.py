@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.checkpoint.store import CheckpointReader, Fragment
+from pretrain.checkpoint.format import Fragment
+from pretrain.checkpoint.store import CheckpointReader
 from pretrain.data import TokenBatch
 from pretrain.engine.base import Engine
 

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from pretrain import launch
-from pretrain.checkpoint import store
+from pretrain.checkpoint import writer
 from pretrain.engine.ranks import Ranks
 from pretrain.processes.errors import PeerError, UserError
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED
@@ -31,8 +31,8 @@ FAULTS = {
     "metrics": (JsonLines, "append", 0),
     "samples": (Sampler, "sample", 0),
     "prune": (launch, "prune", 0),
-    "write": (store, "_write_rank", 1),
-    "publish": (store, "_publish", 0),
+    "write": (writer, "_write_rank", 1),
+    "publish": (writer, "_publish", 0),
     "lock": (launch.RunFolder, "lock", 0),
     "manifest": (launch.RunFolder, "write_manifest", 0),
 }

@@ -15,7 +15,8 @@ from optimizers import Aurora
 from optimizers.sharded import LayoutError, zero_layout
 from optimizers.sharded.deepspeed import ContractError, read_layout
 from optimizers.sharded.layout import Fragment, Layout
-from pretrain.checkpoint.store import CheckpointError, CheckpointReader
+from pretrain.checkpoint.format import CheckpointError
+from pretrain.checkpoint.store import CheckpointReader
 from pretrain.cli import main
 from pretrain.config import Config, ConfigError
 from tests.distributed.ranks import run_ranks
