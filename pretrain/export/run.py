@@ -10,7 +10,7 @@ from pretrain.checkpoint.store import CheckpointReader, newest_intact
 from pretrain.config import Config, parse_config
 from pretrain.export.folder import ExportError, ModelCard, export_folder
 from pretrain.files import file_sha256
-from pretrain.model.build import llama_config
+from pretrain.model.llama import llama_config
 from pretrain.run.folder import TOKENIZER_FILE, RunFolder
 
 

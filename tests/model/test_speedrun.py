@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from optimizers import routes
 from pretrain.config import Config, ConfigError
 from pretrain.data.masks import attention_inputs
-from pretrain.model.build import IGNORED, LossModel, build_model
+from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token, parameter_count
+from pretrain.model.loss import IGNORED, LossModel
 from pretrain.model.speedrun import SpeedrunModel
 from tests.conftest import SPEEDRUN
 
