@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import glob
-import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from pretrain.processes.errors import UserError
 from pretrain.processes.exit_codes import BAD_INPUT
+from pretrain.processes.failures import is_first_to_say
 
 FOLDERS = ("assets", "configs", "slurm")
 _INSTALLED = Path(__file__).parent / "shipped_files"
@@ -73,9 +73,10 @@ def _matches(path: str) -> bool:
 
 @functools.cache
 def _note(path: str, ours: str) -> None:
-    """Print which file is used: once, and not from every rank and data worker."""
-    if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
-        print(f"note: {path} does not exist here; using {ours}", file=sys.stderr)
+    """Print which file is used, once per host and launch."""
+    note = f"note: {path} does not exist here; using {ours}"
+    if is_first_to_say(note):
+        print(note, file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

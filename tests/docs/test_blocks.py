@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.cli.command import parse
 from pretrain.config import parse_config
 from pretrain.config.loader import read_yaml
 from pretrain.sweep import is_sweep_file, load_sweep
@@ -74,14 +75,21 @@ def test_all_blocks_of_a_page_work(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", SKIPPED, ids=lambda block: f"{block.page.name}:{block.line}")
-def test_what_is_not_run_names_files_that_exist(block: Block) -> None:
+def test_what_is_not_run_parses_and_names_files_that_exist(block: Block) -> None:
     assert block.language == "bash"
     named = re.findall(r"(?<![\w/.])(?:\./)?((?:assets|configs|docs|scripts|slurm)/[\w./-]+)", block.text)
     for path in named:
         assert (REPOSITORY / path).exists(), path
     assert block.commands()
     for command in block.commands():
-        assert shlex.split(command)
+        words = shlex.split(command)
+        if "sbatch" in words:
+            # What comes after the script goes to `aurora train`.
+            words = ["aurora", "train", *words[words.index("slurm/pretrain.sbatch") + 1 :]]
+        if words[:2] == ["python", "-m"] and words.count("-m") == 2:
+            words = ["aurora", *words[words.index("pretrain") + 1 :]]
+        if words[0] == "aurora":
+            parse(words[1:])  # an unknown option ends the process
 
 
 def test_pages_have_blocks_of_every_kind() -> None:

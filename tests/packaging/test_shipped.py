@@ -91,12 +91,14 @@ def test_a_path_that_exists_is_left_alone(elsewhere: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
-def test_other_ranks_say_nothing(
+def test_other_processes_of_a_launch_say_nothing(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    asked: list[str] = []
+    monkeypatch.setattr(shipped_module, "is_first_to_say", lambda text: asked.append(text) is not None)
     assert locate(CORPUS) == str(REPOSITORY / CORPUS)
     assert capsys.readouterr().err == ""
+    assert asked == [f"note: {CORPUS} does not exist here; using {REPOSITORY / CORPUS}"]
 
 
 def test_shipped_configs_and_what_they_name_are_found_from_anywhere(elsewhere: Path) -> None:
