@@ -8,10 +8,10 @@ and `adamw` the elementwise parts; `aurora` the class that holds the state; `rou
 belongs where, `options` what can be set, `flops` what a step costs.
 """
 
-from optimizers import directions, flops, polar
-from optimizers.aurora import Aurora
-from optimizers.precision import has_fast_bf16
-from optimizers.routing import Route, Settings, param_groups, routes
+from . import directions, flops, polar
+from .aurora import Aurora
+from .polar.precision import has_fast_bf16
+from .routing import Route, Settings, param_groups, routes
 
 __all__ = [
     "Aurora",

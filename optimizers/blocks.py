@@ -8,7 +8,7 @@ per parameter. Blocks are views; the state stays in the shape of the parameter.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,32 @@ a step needs six fp32 tensors of this size (64 MiB each) where matrices are four
 are square, up to ten for riemannian_aurora: however many weights a model has."""
 
 
+class Rectangle(NamedTuple):
+    """Rows [row, row_stop) and columns [column, column_stop) of a matrix."""
+
+    row: int
+    row_stop: int
+    column: int
+    column_stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.row_stop - self.row, self.column_stop - self.column
+
+    @property
+    def elements(self) -> int:
+        """How many there are."""
+        return (self.row_stop - self.row) * (self.column_stop - self.column)
+
+    def shifted(self, rows: int) -> "Rectangle":
+        """The rectangle so many rows further down."""
+        return self._replace(row=self.row + rows, row_stop=self.row_stop + rows)
+
+
 @dataclass(frozen=True)
 class Block:
-    """Rows [start, stop) of a 2-D parameter."""
+    """Rows [start, stop) of a 2-D parameter, or elements [start, stop) of a flat shard."""
 
     param: Tensor
     start: int
@@ -32,8 +55,13 @@ class Block:
         """Rows and columns."""
         return self.stop - self.start, self.param.shape[1]
 
+    @property
+    def area(self) -> Rectangle:
+        """All columns of its rows."""
+        return Rectangle(self.start, self.stop, 0, self.param.shape[1])
+
     def of(self, tensor: Tensor) -> Tensor:
-        """The view of a tensor whose first dimension is the parameter's rows."""
+        """The view of a tensor whose first dimension is that of the parameter."""
         return tensor[self.start : self.stop]
 
 
@@ -57,6 +85,13 @@ def row_blocks(group: Mapping[str, Any]) -> list[tuple[int, ...] | None]:
         if entry is not None and (sum(entry) != len(p) or any(rows < 1 for rows in entry)):
             raise ValueError(f"row_blocks {entry} of a parameter of shape {tuple(p.shape)}: expected {len(p)} in sum")
     return entries
+
+
+def entry_of(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The entry of one parameter of a group, as in `row_blocks`."""
+    if group.get("row_blocks") is None:
+        return None
+    return next(entry for other, entry in zip(group["params"], row_blocks(group), strict=True) if other is p)
 
 
 def blocks(p: Tensor, entry: tuple[int, ...] | None) -> Iterator[Block]:

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from optimizers import directions
-from optimizers.options import DEFAULTS
-from optimizers.polar import has_dtype_choice
-from optimizers.precision import DTYPES, resolve
+from . import directions
+from .options import DEFAULTS, MATRIX
+from .polar import has_dtype_choice
+from .polar.precision import DTYPES, resolve
 
-# Options of a group that its directions do not read: a learning rate that moves must not start a new count.
-_UNREAD = frozenset({"lr", "weight_decay", "momentum", "nesterov", "lr_scale", "cautious", "uw_floor"})
+# Options that directions do not read are left out: a learning rate that moves must not start a new count.
+_READ = ("direction", *(name for name, known in MATRIX.items() if known.acts != "step"))
 
 aten = torch.ops.aten
 
@@ -90,7 +90,7 @@ def read_options(options: Mapping[str, Any], device: torch.device | str) -> dict
     On the meta device "auto" would be that device's choice.
     """
     complete = {**DEFAULTS["matrix"], **options}
-    chosen = {key: complete[key] for key in DEFAULTS["matrix"] if key not in _UNREAD}
+    chosen = {key: complete[key] for key in _READ}
     if chosen["polar_dtype"] == "auto" and has_dtype_choice(chosen["polar"]):
         dtype = resolve("auto", device)
         chosen["polar_dtype"] = next(name for name, known in DTYPES.items() if known == dtype)

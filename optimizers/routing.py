@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from optimizers import options
-from optimizers.directions import Form, form, lr_scale, treats
+from . import options
+from .directions import Form, form, lr_scale, treats
 
 Role = Literal["hidden", "embedding", "head", "vector"]
 """What a parameter is in its model: input embedding (a tied head too), output head, what is not 2-D, or the rest."""

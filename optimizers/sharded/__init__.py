@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from optimizers.aurora import Aurora
-from optimizers.sharded.exchange import WireDtype
-from optimizers.sharded.layout import Held, Layout, LayoutError, chunked_layout, flat_layout, zero_layout
-from optimizers.sharded.matrices import ShardedMatrices
-from optimizers.sharded.plan import Plan, make_plan, units_of
-from optimizers.sharded.row_sharded import part_flops, unshareable
+from ..aurora import Aurora
+from .exchange import WireDtype
+from .layout import Held, Layout, LayoutError, chunked_layout, flat_layout, zero_layout
+from .matrices import ShardedMatrices
+from .owners import Plan, make_plan, units_of
+from .teams import part_flops, unshareable
 
 __all__ = [
     "Held",

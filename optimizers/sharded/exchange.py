@@ -9,7 +9,7 @@ part in every round, also one that holds nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optimizers.blocks import BUCKET_ELEMENTS
-from optimizers.sharded.plan import Plan, Rectangle, rectangles
+from ..blocks import BUCKET_ELEMENTS, Rectangle
+from .owners import Plan, rectangles
 
 WireDtype = Literal["bf16", "fp32"]
 WIRE_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -156,7 +156,7 @@ class Exchange:
         self.dtype = WIRE_DTYPES[wire_dtype]
         self.received_bytes = 0
 
-    def gather(self, turn: Round, runs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Gathering:
+    def gather(self, turn: Round, runs: Iterable[Tensor], dtype: torch.dtype | None = None) -> Gathering:
         """Start to bring the values of the runs to the parts.
 
         Args:

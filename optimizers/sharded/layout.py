@@ -27,7 +27,7 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True)
-class Fragment:
+class ShardFragment:
     """A run of elements of one parameter in one shard."""
 
     name: str
@@ -55,7 +55,7 @@ class Layout:
 
     shapes: Mapping[str, Shape]
     """Every parameter's own shape."""
-    fragments: tuple[tuple[Fragment, ...], ...]
+    fragments: tuple[tuple[ShardFragment, ...], ...]
     """By rank."""
     shard_sizes: tuple[int, ...]
     """Elements of each shard of a rank, padding included: the same on every rank."""
@@ -103,7 +103,7 @@ def flat_layout(groups: Groups, world_size: int) -> Layout:
 
     The parameters of a group end to end, padded at the end, cut into as many equal shards as there are ranks.
     """
-    fragments: list[list[Fragment]] = [[] for _ in range(world_size)]
+    fragments: list[list[ShardFragment]] = [[] for _ in range(world_size)]
     sizes = []
     for shard, parameters in enumerate(groups):
         total = sum(prod(shape) for shape in parameters.values())
@@ -114,14 +114,14 @@ def flat_layout(groups: Groups, world_size: int) -> Layout:
             stop = first + prod(shape)
             for rank in range(first // size, -(-stop // size)):
                 low, high = max(first, rank * size), min(stop, (rank + 1) * size)
-                fragments[rank].append(Fragment(name, low - first, high - low, shard, low - rank * size))
+                fragments[rank].append(ShardFragment(name, low - first, high - low, shard, low - rank * size))
             first = stop
     return Layout(_shapes(groups), tuple(map(tuple, fragments)), tuple(sizes))
 
 
 def chunked_layout(groups: Groups, world_size: int) -> Layout:
     """That of DeepSpeed's stage 3: every parameter in as many equal chunks as there are ranks, the last ones short."""
-    fragments: list[list[Fragment]] = [[] for _ in range(world_size)]
+    fragments: list[list[ShardFragment]] = [[] for _ in range(world_size)]
     sizes = []
     for shard, parameters in enumerate(groups):
         offset = 0
@@ -131,7 +131,7 @@ def chunked_layout(groups: Groups, world_size: int) -> Layout:
             for rank in range(world_size):
                 start = rank * chunk
                 if start < total:
-                    fragments[rank].append(Fragment(name, start, min(chunk, total - start), shard, offset))
+                    fragments[rank].append(ShardFragment(name, start, min(chunk, total - start), shard, offset))
             offset += chunk
         sizes.append(offset)
     return Layout(_shapes(groups), tuple(map(tuple, fragments)), tuple(sizes))

@@ -8,11 +8,10 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from optimizers import options
-from optimizers.directions import RowBalance, Scope, Target
-from optimizers.precision import PolarDtype
-from optimizers.riemannian import Variant
+from optimizers.directions import RowBalance, Scope, Target, Variant
+from optimizers.directions.row_balance import BalanceRule
+from optimizers.polar.precision import PolarDtype
 from optimizers.routing import Role, RowBlocks, Settings
-from optimizers.row_balance import BalanceRule
 from pretrain.config.base import Section
 
 _MATRIX = options.DEFAULTS["matrix"]

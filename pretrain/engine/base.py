@@ -23,8 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from optimizers import Aurora
-from optimizers.precision import has_fast_bf16
+from optimizers import Aurora, has_fast_bf16
 from optimizers.sharded import Held
 from pretrain.config import Config
 from pretrain.model.build import LossModel

@@ -1,7 +1,7 @@
 """The engine of DeepSpeed's ZeRO, set up through Accelerate.
 
 DeepSpeed reduces, clips and shards gradients, and calls the optimizer with flat fp32 shards; what those are is read
-once after set-up (`optimizers.sharded.deepspeed`). Everything else is kept from it: its configuration is generated
+once after set-up (`optimizers.sharded.engines`). Everything else is kept from it: its configuration is generated
 here, its step is called where the trainer steps, checkpoints and schedule are ours.
 """
 
@@ -26,11 +26,10 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
-from optimizers import Aurora
+from optimizers import Aurora, has_fast_bf16
 from optimizers.directions import treats
-from optimizers.precision import has_fast_bf16
 from optimizers.sharded import Held, ShardedMatrices, shard
-from optimizers.sharded.deepspeed import read_layout
+from optimizers.sharded.engines.deepspeed import read_layout
 from optimizers.sharded.matrices import doubts
 from pretrain.config import Config, ConfigError
 from pretrain.engine.base import TIMEOUT, Engine, Precision, accumulation

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimizers import Aurora, param_groups
+from optimizers import Aurora, has_fast_bf16, param_groups
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from optimizers.options import complete
-from optimizers.precision import has_fast_bf16
 from optimizers.sharded import Layout, Plan, ShardedMatrices, plan_group, zero_layout
 from optimizers.sharded.exchange import WIRE_DTYPES
 from pretrain.config import Config

@@ -83,7 +83,14 @@ def test_every_direction_loads_with_its_own_options() -> None:
     for data in (
         {"name": "aurora", "tolerance": 0.01, "row_balance": "gram", "polar_dtype": "fp16"},
         {"name": "riemannian_aurora", "riemannian": "released", "outer_steps": 2, "scope": "all"},
-        {"name": "muon", "contra": 0.2, "uw_floor": 0.35, "cautious": True, "row_blocks": {"qkv": [8, 4, 4]}},
+        {
+            "name": "muon",
+            "contra": 0.2,
+            "uw_floor": 0.35,
+            "cautious": True,
+            "weight_decay": 0.1,
+            "row_blocks": {"qkv": [8, 4, 4]},
+        },
         {"name": "normuon", "normuon_target": "graft", "beta2": 0.9},
         {"name": "u_normuon", "running_norms": True, "beta2": 0.9},
     ):

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from optimizers.coefficients import Quintic, cans, polar_express
-from optimizers.precision import Products
+from .coefficients import Quintic, cans, polar_express
+from .precision import Products
 
 QUINTIC = Quintic(2.0, -1.5, 0.5)
 """The released code's polynomial: p(1) = 1, p'(1) = 0, and small values double."""

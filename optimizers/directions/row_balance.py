@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.rows import HERE, Rows
+from ..polar.rows import HERE, Rows
 
 BalanceRule = Literal["odds", "tyler"]
 EpsMode = Literal["relative", "absolute"]

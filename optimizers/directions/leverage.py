@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optimizers.gram import inverse_sqrt
-from optimizers.polar import polar
-from optimizers.precision import PolarDtype, as_stated, gram_matrix
-from optimizers.rows import HERE, Rows
+from ..polar import polar
+from ..polar.gram import inverse_sqrt
+from ..polar.precision import PolarDtype, as_stated, gram_matrix
+from ..polar.rows import HERE, Rows
 
 RIDGES = (1e-8, 1e-6)
 """Shares of the trace that are added to the diagonal of a Gram matrix, the second where Cholesky's factorisation

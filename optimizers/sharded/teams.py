@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optimizers import directions, leverage
-from optimizers.directions import Direction
-from optimizers.flops import counter, read_options
-from optimizers.gram import tall_gram_polar
-from optimizers.polar import largest_entry, prescale_by
-from optimizers.precision import as_stated, resolve
-from optimizers.row_balance import balance
-from optimizers.rows import Rows
+from .. import directions
+from ..directions import Direction, leverage
+from ..directions.row_balance import balance
+from ..flops import counter, read_options
+from ..polar import largest_entry, prescale_by
+from ..polar.gram import tall_gram_polar
+from ..polar.precision import as_stated, resolve
+from ..polar.rows import Rows
 
 
 class Team(Rows):

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers import iterations
-from optimizers.gram import gram_polar
-from optimizers.precision import PolarDtype, as_stated, resolve
+from . import iterations
+from .gram import gram_polar
+from .precision import PolarDtype, as_stated, resolve
 
 # Inputs whose largest entry lies in this range are used as they are; others are scaled by a power of two.
 SMALLEST_UNSCALED, LARGEST_UNSCALED = 2.0**-20, 2.0**40

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from optimizers.sharded.layout import Fragment, Held, Layout, Shape
+from ..layout import Held, Layout, Shape, ShardFragment
 
 SUPPORTED = ">=0.19.8,<0.20"
 """The releases whose fields are known."""
@@ -66,7 +66,7 @@ def read_layout(
             "sub_group_size has to be at least the elements of the largest group"
         )
     is_chunked = type(wrapper).__name__ == "DeepSpeedZeroOptimizer_Stage3"
-    own: list[Fragment] = []
+    own: list[ShardFragment] = []
     shapes: dict[str, Shape] = {}
     for shard, named in enumerate(groups):
         for name, p in named.items():
@@ -80,18 +80,18 @@ def read_layout(
     return Held(layout, rank, flat)
 
 
-def _mapped(name: str, p: Tensor, shard: int) -> Fragment | None:
+def _mapped(name: str, p: Tensor, shard: int) -> ShardFragment | None:
     mapping = _field(p, "_hp_mapping")
     if mapping is None:
         return None
     inside, flat = _field(mapping, "lp_fragment_address"), _field(mapping, "hp_fragment_address")
-    return Fragment(name, _field(inside, "start"), _field(inside, "numel"), shard, _field(flat, "start"))
+    return ShardFragment(name, _field(inside, "start"), _field(inside, "numel"), shard, _field(flat, "start"))
 
 
-def _chunk(wrapper: Any, name: str, p: Any, rank: int) -> Fragment:
+def _chunk(wrapper: Any, name: str, p: Any, rank: int) -> ShardFragment:
     shard, offset, chunk = _field(wrapper, "grad_position")[_field(wrapper, "get_param_id")(p)]
     start = rank * chunk
-    return Fragment(name, start, max(0, min(chunk, _field(p, "ds_numel") - start)), shard, offset)
+    return ShardFragment(name, start, max(0, min(chunk, _field(p, "ds_numel") - start)), shard, offset)
 
 
 def _field(holder: object, name: str) -> Any:

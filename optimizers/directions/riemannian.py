@@ -5,11 +5,20 @@ a few steps of projected gradient ascent on <u, U>. The tangent space at U is wh
 norms; the multipliers of the second condition, one per row, solve a linear system whose m x m matrix is never formed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from ..fields import option, takes_options
+from ..polar import prescale
+from .aurora import ScopedOptions
+from .base import Direction, balances, form
+from .muon import orthogonal
 
 Variant = Literal["exact", "released"]
 
@@ -18,6 +27,52 @@ RETRACTIONS = 2
 MOST_CG_STEPS, CG_TOLERANCE, SMALLEST_CURVATURE = 20, 1e-8, 1e-30
 # The released system is shifted until its diagonal dominates by this much.
 RELEASED_MARGIN = 1e-3
+
+
+@dataclass(frozen=True)
+class RiemannianAuroraOptions(ScopedOptions):
+    """The options of Riemannian Aurora."""
+
+    direction: ClassVar[str] = "riemannian_aurora"
+
+    riemannian: Variant = option(
+        "exact",
+        'Form of the ascent of riemannian_aurora. "released": that of the released code, which vanishes for gradients '
+        "of real size.",
+        group="parity",
+    )
+    outer_steps: int = option(3, "Ascent steps of riemannian_aurora, each with two polar calls.", low=1, unit="steps")
+
+    def find(self, u: Tensor, second_moment: Tensor | None) -> Direction:
+        """`riemannian_aurora`."""
+        m, n = u.shape[-2:]
+        if not balances(self.scope, form(m, n)) or u.numel() == 0:
+            return Direction.uncounted(orthogonal(u, self))
+        x = u.detach().float()
+        tall = (x if m > n else x.mT).reshape(-1, max(m, n), min(m, n))
+
+        def factor(stack: Tensor) -> Tensor:
+            return orthogonal(stack, self)
+
+        start = prescale(tall) if self.riemannian == "exact" else tall
+        d = ascend(start, factor, variant=self.riemannian, steps=self.outer_steps)
+        return Direction.uncounted((d if m > n else d.mT).reshape(u.shape))
+
+
+@takes_options(RiemannianAuroraOptions)
+def riemannian_aurora(u: Tensor, options: RiemannianAuroraOptions) -> Tensor:
+    """Climbs from polar(u) towards the direction nearest to u among those with orthonormal columns and even rows.
+
+    Args:
+        u: [..., m, n].
+
+    Returns:
+        [..., m, n] in fp32. Shapes outside `scope` get `muon`; square ones always do.
+
+    Raises:
+        OptionError: an option out of range.
+    """
+    return options.find(u, None).d
 
 
 def ascend(u: Tensor, polar: Callable[[Tensor], Tensor], *, variant: Variant, steps: int) -> Tensor:

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optimizers.coefficients import Quintic, polar_express
-from optimizers.precision import Products
-from optimizers.rows import HERE, Rows
+from .coefficients import Quintic, polar_express
+from .precision import Products
+from .rows import HERE, Rows
 
 # All singular values from 2^-11 of the Frobenius norm arrive within 2e-5 of 1, before rounding.
 EXPRESS = polar_express(7, lower=2.0**-11, cushion=0.024, safety=1.01)

@@ -6,7 +6,7 @@ Both take stacks [..., m, n] in fp32 and return a new tensor; a zero direction s
 import torch
 from torch import Tensor
 
-from optimizers.rows import HERE, Rows
+from ..polar.rows import HERE, Rows
 
 # Power iterations for the largest singular value, and what norms are clamped at before a division.
 POWER_STEPS, SMALLEST_NORM = 5, 1e-8
