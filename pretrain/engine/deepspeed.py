@@ -26,13 +26,14 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
-from optimizers import Aurora, has_fast_bf16
+from optimizers import Aurora
 from optimizers.directions import treats
 from optimizers.sharded import Held, ShardedMatrices, shard
 from optimizers.sharded.engines.deepspeed import read_layout
 from optimizers.sharded.matrices import doubts
 from pretrain.config import Config, ConfigError
-from pretrain.engine.base import TIMEOUT, Engine, Precision, accumulation
+from pretrain.engine.base import TIMEOUT, Engine
+from pretrain.engine.precision import resolve_precision
 from pretrain.model.build import LossModel
 from pretrain.processes.torchrun import free_port
 
@@ -63,7 +64,7 @@ NEVER = 2**31
 def deepspeed_config(config: Config, world_size: int, bf16: bool, on_gpu: bool) -> dict[str, Any]:
     """The whole DeepSpeed configuration of a run: nobody edits another."""
     engine, train = config.engine, config.train
-    rounds = accumulation(config, world_size)
+    rounds = config.accumulation(world_size)
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
         "reduce_bucket_size": engine.reduce_bucket_elements,
@@ -105,12 +106,15 @@ class DeepSpeedEngine(Engine):
         ConfigError: a precision that this stage does not support.
     """
 
+    is_deepspeed = True
+
     def __init__(self, config: Config) -> None:
         self._on_gpu = torch.cuda.is_available()
         if "RANK" not in os.environ:
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ |= alone | {"MASTER_PORT": str(free_port())}
-        bf16 = self.resolve_precision(config.train.precision).weights == torch.bfloat16
+        device = "cuda" if self._on_gpu else "cpu"
+        bf16 = resolve_precision(config.train.precision, device, deepspeed=True).is_bf16
         if problems := config.engine.precision_problems("bf16" if bf16 else "fp32"):
             raise ConfigError([f"engine.{problem}" for problem in problems])
         # It warns of every optimizer that is not its own.
@@ -129,12 +133,6 @@ class DeepSpeedEngine(Engine):
         self._wrapper: Any = None
         self.sharded: ShardedMatrices | None = None
         self._checked = False
-
-    def resolve_precision(self, setting: str) -> Precision:
-        """bf16 weights beside fp32 ones where bf16 is asked or fast, else fp32."""
-        device = torch.device("cuda" if self._on_gpu else "cpu")
-        bf16 = setting == "bf16" or (setting == "auto" and has_fast_bf16(device))
-        return Precision(torch.bfloat16 if bf16 else torch.float32, None)
 
     @property
     def held(self) -> Held | None:
@@ -155,7 +153,7 @@ class DeepSpeedEngine(Engine):
         self.module = module
         self._wrapper = self.model.optimizer
         self._check_engine(optimizer)
-        self._held = read_layout(self._wrapper, named, self.rank, self.world_size, self.cpu_group)
+        self._held = read_layout(self._wrapper, named, self.rank, self.world_size, self.ranks.group)
         if self._held is not None:
             wire_dtype = self.config.engine.wire_dtype
             self.sharded = shard(optimizer, self._held.layout, self.rank, wire_dtype=wire_dtype, device=self.device)
@@ -219,10 +217,10 @@ class DeepSpeedEngine(Engine):
         self._checked = True
         longest = max(max(unit.shape) for unit in sharded.plan.units)
         noise = 2.0**-24 * before.square().mean().sqrt().item() / group["lr"] * 2 * longest**0.5
-        if self.gather(noise > LARGEST_NOISE).count(True):
+        if self.ranks.gather(noise > LARGEST_NOISE).count(True):
             return  # so small a rate that the rounding of the weights hides the step
         own = sharded.applied(before, flat, group)
-        measured = [applied for some in self.gather(own) for applied in some]
+        measured = [applied for some in self.ranks.gather(own) for applied in some]
         if problems := doubts(measured, group):
             raise RuntimeError("the first step was not one of this optimizer: " + "; ".join(problems[:5]))
         moved = [applied for applied in measured if applied.filled]

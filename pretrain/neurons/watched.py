@@ -29,7 +29,8 @@ from optimizers.sharded.exchange import Exchange, make_rounds
 from optimizers.sharded.layout import ShardFragment
 from optimizers.sharded.owners import Unit
 from optimizers.update import blend, commit_
-from pretrain.checkpoint.store import TELEMETRY_SLOT, CheckpointReader, Fragment
+from pretrain.checkpoint.format import TELEMETRY_SLOT, Fragment
+from pretrain.checkpoint.store import CheckpointReader
 from pretrain.engine.base import Engine
 from pretrain.neurons import measures as neurons
 
