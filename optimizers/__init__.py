@@ -10,11 +10,13 @@ belongs where, `options` what can be set, `flops` what a step costs.
 
 from . import directions, flops, polar
 from .aurora import Aurora
+from .fields import OptionError
 from .polar.precision import has_fast_bf16
 from .routing import Route, Settings, param_groups, routes
 
 __all__ = [
     "Aurora",
+    "OptionError",
     "Route",
     "Settings",
     "directions",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimizers import Aurora, has_fast_bf16, param_groups
+from optimizers import Aurora, has_fast_bf16
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from optimizers.options import complete
@@ -101,7 +101,7 @@ def plan_run(config: Config, ranks: int, device: Device, mfu: float) -> RunPlan:
         ValueError: the global batch does not divide over the ranks.
     """
     model = build_model(config.model, config.run.seed, device="meta")
-    groups = param_groups(model, config.optimizer.settings())
+    groups = config.optimizer.param_groups(model)
     # On a GPU "auto" is bf16, on a CPU what this one is fast at.
     auto = device.kind == "cuda" or has_fast_bf16("cpu")
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and auto)
@@ -195,7 +195,7 @@ def dry_run(config: Config, ranks: int) -> dict[str, int]:
         LayoutError, AssertionError: some matrix is not covered exactly once.
     """
     model = build_model(config.model, config.run.seed, device="meta")
-    groups = param_groups(model, config.optimizer.settings())
+    groups = config.optimizer.param_groups(model)
     layout = layout_of(config, groups, ranks)
     if layout is None:
         return {}
