@@ -143,7 +143,7 @@ def test_state_is_fp32_whatever_the_default_dtype_of_the_process() -> None:
 
 
 def test_a_schedule_finds_the_rate_that_each_group_began_with() -> None:
-    params, optimizer = build(lr=0.05)
+    optimizer = build(lr=0.05)[1]
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * 0.5
     assert [group["base_lr"] for group in optimizer.param_groups] == [0.05, 3e-3]
