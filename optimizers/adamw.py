@@ -47,7 +47,9 @@ class AdamWOptions(Declared):
         group="main",
         acts="step",
     )
-    fused: bool = option(False, "One kernel for all tensors: faster on a GPU, equal up to rounding.", acts="step")
+    fused: bool = option(
+        False, "One kernel for all tensors: faster on a GPU, equal up to rounding.", acts="step", numerics=True
+    )
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def option(
     unit: str = "",
     idle: Rule | None = None,
     preset_only: bool = False,
+    numerics: bool = False,
 ) -> Any:
     """Declare an option as the default of a dataclass field; the field's annotation is its type.
 
@@ -74,6 +75,7 @@ def option(
         unit: of a number, where it has one.
         idle: the rule that says when it has no effect.
         preset_only: the config sets it by a preset, not by a key of its own.
+        numerics: it changes the arithmetic only, not what is computed, so it may change when a run is resumed.
     """
     declared = {
         "doc": doc,
@@ -86,6 +88,7 @@ def option(
         "unit": unit,
         "idle": idle,
         "preset_only": preset_only,
+        "numerics": numerics,
     }
     return field(default=default, metadata=declared)
 
@@ -107,6 +110,7 @@ class Option:
     unit: str
     idle: Rule | None
     preset_only: bool
+    numerics: bool
 
     @property
     def choices(self) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ class AuroraOptions(ScopedOptions):
         "Polar calls of an aurora direction. All but the last serve the row norms only; `row_balance` says what those "
         "cost. 2 leaves row norms within about 1 %, 3 within 0.1 %. 1 only normalises the rows of the momentum, which "
         "can leave those of the direction less even than muon's, and warns.",
+        group="main",
         low=1,
         unit="calls",
     )

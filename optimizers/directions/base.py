@@ -105,6 +105,7 @@ class MatrixOptions(Declared):
         "otherwise fp32. At condition numbers up to 2,000 bf16 turns directions by 1 to 4 %, fp16 by less than 1 %, "
         "fp32 by less than 0.01 %.",
         idle=_one_dtype,
+        numerics=True,
     )
     contra: float = option(
         0.0,

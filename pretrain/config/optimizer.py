@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, create_model, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -21,10 +21,10 @@ import optimizers
 from optimizers import OptionError, options
 from optimizers.fields import Option
 from optimizers.routing import Role, Route, RowBlocks, Settings
-from pretrain.config.base import Section
-from pretrain.config.loader import ConfigError
+from pretrain.config.base import NUMERICS, RESULT, Section
+from pretrain.config.errors import ConfigError
 
-_GROUPS = {"tuning": "further options", "parity": "for comparisons with other code, and tests"}
+_GROUPS = {"tuning": "further options", "parity": "only for comparisons with other code, and tests"}
 """The headings of the groups of options in the reference; those that most runs set have none."""
 
 _MATRIX_KEYS = {name: known for name, known in options.MATRIX.items() if not known.preset_only}
@@ -36,9 +36,9 @@ def _fields(declared: Mapping[str, Option]) -> dict[str, Any]:
 
 
 def _type(known: Option) -> Any:
-    """The type of an option, without the tensor that a learning rate may also be."""
-    members = [member for member in known.members if member is not Tensor]
-    return reduce(or_, members) if len(members) > 1 else members[0]
+    """The type of an option, without the tensor that a learning rate may also be, and with the class of its key."""
+    found = reduce(or_, (member for member in known.members if member is not Tensor))
+    return Annotated[found, NUMERICS] if known.numerics else found
 
 
 def _field(known: Option) -> FieldInfo:
@@ -55,6 +55,8 @@ def _field(known: Option) -> FieldInfo:
 
 class _Chosen(Section):
     """The keys that come before those of the matrix options."""
+
+    key_class = RESULT
 
     name: options.OptimizerName = "aurora"
     """Direction of the matrices: all 2-D weights except embeddings and the output head. "aurora": orthogonal with rows
@@ -82,6 +84,8 @@ else:
 
 class AdamWConfig(_AdamWFields):
     """AdamW for embeddings, the output head, norm gains and biases, or for everything under name "adamw"."""
+
+    key_class = RESULT
 
     embedding_lr: float | None = Field(None, ge=0)
     """Peak learning rate of the input embedding, tied or not; null: `lr`."""
