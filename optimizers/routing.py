@@ -1,7 +1,7 @@
 """Which parameter gets which optimizer, and why.
 
-By module identity, not by name: input embeddings, the output head (tied or not), biases, norm gains and whatever
-is not 2-D go to AdamW; every other 2-D weight is a matrix. A regular expression may say otherwise.
+Modules decide, not names: input embeddings, the output head (tied or not), biases, norm gains and everything that is
+not 2-D go to AdamW; every other 2-D weight is a matrix. A regular expression can override this.
 """
 
 import re
@@ -17,10 +17,10 @@ from .directions import Form, form, lr_scale, treats
 from .fields import OptionError, did_you_mean
 
 Role = Literal["hidden", "embedding", "head", "vector"]
-"""What a parameter is in its model: input embedding (a tied head too), output head, what is not 2-D, or the rest."""
+"""What a parameter is in its model: input embedding (also as a tied head), output head, not 2-D, or anything else."""
 
 RowBlocks = int | list[int]
-"""Into how many equal blocks of rows a weight is split, or the rows of each."""
+"""The number of equal blocks of rows that a weight is split into, or the rows of each."""
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -31,12 +31,12 @@ KEYS = {"override": "overrides", "row_blocks": "row_blocks"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What `param_groups` needs to know beside the model."""
+    """What `param_groups` needs to know besides the model."""
 
     name: options.OptimizerName = "aurora"
     """Direction of the matrices; "adamw" gives every parameter to AdamW."""
     matrix: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the matrix group (see optimizers.options), but for `direction`, which is `name`."""
+    """Options of the matrix group (see optimizers.options), except `direction`, which is `name`."""
     adamw: Mapping[str, Any] = field(default_factory=dict)
     """Options of the adamw groups. `weight_decay` acts on 2-D weights only, never on norm gains and biases."""
     adamw_lrs: Mapping[Role, float] = field(default_factory=dict)
@@ -44,9 +44,9 @@ class Settings:
     preset: str | None = None
     """A preset of matrix options, under those given in `matrix`."""
     overrides: Mapping[str, options.Kind] = field(default_factory=dict)
-    """Regular expression, searched in the parameter's name -> "matrix" or "adamw"."""
+    """Regular expression that is searched in the parameter's name -> "matrix" or "adamw"."""
     row_blocks: Mapping[str, RowBlocks] = field(default_factory=dict)
-    """Regular expression, searched in the parameter's name -> the blocks of rows that get directions of their own."""
+    """Regular expression that is searched in the parameter's name -> blocks of rows that get their own directions."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ class Route:
 
     name: str
     shape: tuple[int, ...]
-    """That of the parameter, or of a block of its rows where it is split: then `blocks` says how many there are."""
+    """The shape of the parameter or, if it is split, of a block of its rows; `blocks` says how many there are."""
     form: Form | Literal["none"]
-    """Tall (more rows), wide, square, or none: not 2-D."""
+    """Tall (more rows than columns), wide, square, or none if it is not 2-D."""
     optimizer: Literal["matrix", "adamw", "frozen"]
     direction: options.OptimizerName | Literal["none"]
-    """What is applied in the end: most directions leave some forms to muon."""
+    """The direction that is applied: most directions leave some shapes to muon."""
     lr_scale: float | None
-    """Factor on the learning rate of a matrix; None for the others."""
+    """Factor on the learning rate of a matrix; None for other parameters."""
     why: str
     role: Role = "hidden"
     blocks: int = 1
 
 
 def routes(model: nn.Module, settings: Settings) -> list[Route]:
-    """The routing table, in the model's order: one row per parameter, a tied one under its first name, or one per
-    shape of its blocks.
+    """The routing table in the model's order: one row per parameter, or per shape of its blocks. A tied parameter has
+    its first name.
 
     Only shapes are read, so the model may be on the meta device.
 
@@ -118,9 +118,9 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
 def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """The groups for `Aurora(groups)`: one of all matrices, and an adamw group for each role.
 
-    Empty groups are left out, and so are parameters without requires_grad. Each group has `params`, `param_names`,
-    `kind`, `role` ("hidden" for the matrices) and all its options that have an effect, and `row_blocks` if the settings
-    split any. Vectors have no weight decay.
+    Empty groups and parameters without requires_grad are left out. Each group has `params`, `param_names`, `kind`,
+    `role` ("hidden" for the matrices) and all its options that have an effect; `row_blocks` too if the settings split
+    any of its parameters. Vectors have no weight decay.
 
     Raises:
         OptionError: as `routes`, or no parameter is trainable.
@@ -152,7 +152,7 @@ def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
 
 
 def _matrix_options(settings: Settings) -> dict[str, Any] | None:
-    """All options of the matrix group that have an effect; None if everything goes to AdamW."""
+    """The options of the matrix group that have an effect; None if everything goes to AdamW."""
     known = get_args(options.OptimizerName)
     if settings.name not in known:
         hint = did_you_mean(settings.name, known)
@@ -173,7 +173,7 @@ def _matrix_options(settings: Settings) -> dict[str, Any] | None:
 
 
 def _names(model: nn.Module) -> dict[Tensor, list[str]]:
-    """All names of every parameter, in the model's order: a tied one has several."""
+    """All names of every parameter in the model's order; a tied parameter has several."""
     names: dict[Tensor, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)
@@ -181,7 +181,7 @@ def _names(model: nn.Module) -> dict[Tensor, list[str]]:
 
 
 def _adamw_reasons(model: nn.Module) -> dict[Tensor, str]:
-    """Why a parameter is none of the matrix optimizer's, for those that are not."""
+    """Why parameters do not belong to the matrix optimizer, for those that do not."""
     reasons: dict[Tensor, list[str]] = {}
 
     def add(p: object, reason: str) -> None:
@@ -209,14 +209,14 @@ def _role(p: Tensor, reason: str) -> Role:
 
 
 def _weight_of(module: nn.Module, getter: str) -> Tensor | None:
-    """The weight of the layer that a transformers model names, if it is one and names it."""
+    """The weight of the layer that a method of transformers models returns, if there is one."""
     get = getattr(module, getter, None)
     if get is None:
         return None
     try:
         layer = get()
     except (NotImplementedError, AttributeError):
-        # The base classes of transformers answer so for models that have no such layer.
+        # The base classes of transformers raise these for models without such a layer.
         return None
     return getattr(layer, "weight", None)
 

@@ -25,13 +25,13 @@ from .layout import LayoutError
 from .owners import Plan, Unit
 from .teams import Team, row_sharded_direction
 
-# Larger than any backend's stated error, smaller than any fault's.
+# Larger than the stated error of any backend, smaller than the error that a fault causes.
 TOLERANCE, UNEVEN = 0.1, 0.25
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What a step did to one matrix: properties of (w before - w after) / (lr scale), decay taken out."""
+    """What a step did to one matrix: properties of (w before - w after) / (lr scale), without the decay."""
 
     unit: Unit
     largest: float
@@ -39,14 +39,14 @@ class Applied:
     filled: float
     """Squared Frobenius norm over the short side: 1 where every singular value is 1, less for low rank."""
     spread: float
-    """Deviation of the norms of the rows that are not zero over their mean."""
+    """Standard deviation over mean of the norms of the rows that are not zero."""
 
 
 def doubts(measured: Iterable[Applied], options: Mapping[str, Any]) -> list[str]:
-    """What a step of these options cannot have done: one message for each matrix. No step at all is no doubt.
+    """What a step with these options cannot have done: one message for each matrix. A matrix without a step is skipped.
 
-    A direction with singular values of 1 may have some of 0, where the momentum has low rank: the largest tells. Even
-    rows are promised where the rank is full.
+    If the momentum has low rank, a direction with singular values of 1 also has some of 0, so only the largest is
+    checked. Even rows are promised only for full rank.
     """
     plain = not options["contra"] and not options["uw_floor"]
     orthogonal = plain and options["direction"] in ("muon", "aurora", "riemannian_aurora")
@@ -83,12 +83,12 @@ class ShardedMatrices:
     """One process's side of the matrix group of an optimizer: a holder for `optimizers.matrices`.
 
     Args:
-        plan: owners, with the layout.
-        rank: this process's.
+        plan: the owners, with the layout.
+        rank: of this process.
         group: the process group over which the layout is cut; None is the default one.
         wire_dtype: in which momenta and steps travel.
         device: where the shards live.
-        connect: whether to check the plan with the other ranks; without, nothing can be stepped (a dry run).
+        connect: whether to check the plan with the other ranks. Without it nothing can be stepped: for dry runs.
 
     Attributes:
         exchange: counts the bytes received.
@@ -131,14 +131,14 @@ class ShardedMatrices:
             return
         present = dist.get_world_size(self.group)
         if present != self.world_size:
-            raise LayoutError(f"the layout is of {self.world_size} ranks, the process group has {present}")
+            raise LayoutError(f"the layout is for {self.world_size} ranks, but the process group has {present}")
         digests: list[Any] = [None] * self.world_size
         dist.all_gather_object(digests, self.plan.digest(), group=self.group)
         if len(set(digests)) > 1:
-            raise LayoutError("the ranks made different plans: they do not train one model with one config")
+            raise LayoutError("the ranks made different plans: they do not train the same model with the same config")
 
     def _check_assembly(self) -> None:
-        """Sends every element its own number: each part has to arrive whole, in order, at one rank."""
+        """Sends every element its own number: each part has to arrive complete and in order."""
         wrong = []
         for turn in self.rounds:
             runs = [_numbers(self.plan.units[run.unit], run.low, run.high, self.device) for run in turn.runs]
@@ -153,10 +153,10 @@ class ShardedMatrices:
         if self.world_size > 1:
             dist.all_gather_object(everyone, wrong, group=self.group)
         if names := [name for some in everyone for name in some]:
-            raise LayoutError(f"{len(names)} matrices do not arrive whole at their owner: {', '.join(names[:5])}")
+            raise LayoutError(f"{len(names)} matrices do not arrive complete at their owner: {', '.join(names[:5])}")
 
     def _make_teams(self) -> dict[tuple[int, ...], Team]:
-        """A process group for every team of several; making one is a collective of all ranks."""
+        """A process group for every team of two or more; making one is a collective of all ranks."""
         teams = {}
         for ranks in dict.fromkeys(team for team in self.plan.teams if len(team) > 1):
             everyone = ranks if self.group is None else [dist.get_global_rank(self.group, rank) for rank in ranks]
@@ -164,7 +164,7 @@ class ShardedMatrices:
         return teams
 
     def agree(self, finite: Tensor) -> Tensor:
-        """Whether the flag is up on every rank."""
+        """Whether the flag is true on every rank."""
         if self.world_size == 1:
             return finite
         flag = finite.to(self.device, torch.int32)
@@ -186,20 +186,20 @@ class ShardedMatrices:
         return shapes
 
     def keeps_second_moment(self, options: Mapping[str, Any]) -> bool:
-        """Whether any matrix of the group has one."""
+        """Whether any matrix of the group has a second moment."""
         return any(directions.keeps_second_moment(options, *unit.shape) for unit in self.plan.units)
 
     def owned_rows(self, options: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """(parameter, row, row stop) of what `second_moment` holds, in its order.
 
-        A parameter of which one block keeps a second moment has one of all its rows, as in the dense optimizer.
+        If one block of a parameter keeps a second moment, all its rows have one, as where parameters are whole.
         """
         units = self.plan.units
         names = {unit.name for unit in units if directions.keeps_second_moment(options, *unit.shape)}
         for turn in self.rounds:
             for part in turn.parts:
                 unit = units[part.unit]
-                # Of a wide matrix that is shared out by columns every member has all rows: the first keeps them.
+                # Each member of a team has all rows of a wide matrix, which is cut by columns: the first keeps them.
                 first = self.rank == self.plan.teams[part.unit][0] or unit.rows >= unit.columns
                 if unit.name in names and first:
                     yield unit.name, unit.row + part.area.row, unit.row + part.area.row_stop
@@ -264,7 +264,7 @@ class ShardedMatrices:
         return self.teams.get(self.plan.teams[turn.round.parts[0].unit])
 
     def applied(self, before: Tensor, after: Tensor, options: Mapping[str, Any]) -> list[Applied]:
-        """What a step did to the matrices that this rank is the first to work on, from the weights themselves.
+        """What a step did to the matrices whose first rank this is, measured from the weights.
 
         Args:
             before: the shard before the step.
@@ -285,12 +285,12 @@ class ShardedMatrices:
 
 
 def _numbers(unit: Unit, low: int, high: int, device: torch.device) -> Tensor:
-    """A number for each element, exact in fp32, that no other element near it in any direction has."""
+    """A number for each element, exact in fp32, that differs from those of all elements near it."""
     return ((torch.arange(low, high, device=device) + 7919 * unit.row) % 1_000_003).float()
 
 
 def _measure(unit: Unit, part: Tensor, options: Mapping[str, Any], team: Team | None) -> Applied:
-    """The properties of a direction [rows, columns], or of a member's part of one."""
+    """The properties of a direction [rows, columns], or of a direction of which this is a member's part."""
     d = part / directions.lr_scale(options["lr_scale"], *unit.shape)
     tall = d if unit.rows >= unit.columns else d.mT
     gram = tall.mT @ tall
