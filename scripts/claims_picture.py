@@ -27,7 +27,7 @@ PANELS = (
 
 
 def draw(folder: Path, out: Path) -> None:
-    """Draw both panels: mean over the seeds, band from the smallest to the largest."""
+    """Draw both panels: the mean over the seeds, in a band from the smallest to the largest value."""
     sweep = load(folder)
     styles = arrange(sweep).styles
     style = {"svg.fonttype": "none", "svg.hashsalt": "aurora", "font.size": 10, "figure.constrained_layout.use": True}
@@ -53,7 +53,7 @@ def draw(folder: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw the picture."""
+    """Draw the picture; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, metavar="SWEEP_FOLDER")
     parser.add_argument("out", type=Path, metavar="FILE.svg")

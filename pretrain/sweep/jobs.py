@@ -46,7 +46,7 @@ class Job:
 
 
 def plan_jobs(sweep: Sweep) -> list[Job]:
-    """All jobs; those that choose values come first. What is chosen follows from the present state of the run folders."""
+    """All jobs, those that choose values first. The choice follows from the present state of the run folders."""
     trials = [job for cell in sweep.cells if _is_tuned_by(sweep, cell) for job in _trials(sweep, cell)]
     best = {}
     for job in trials:
