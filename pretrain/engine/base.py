@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from optimizers import Aurora, param_groups
+from optimizers import Aurora
 from optimizers.sharded import Held
 from pretrain.config import Config
 from pretrain.engine.precision import resolve_precision
@@ -98,7 +99,7 @@ class Engine:
         model = build_model(self.config.model, self.config.run.seed)
         if load is not None:
             load(model)
-        optimizer = Aurora(param_groups(model, self.config.optimizer.settings()))
+        optimizer = Aurora(self.config.optimizer.param_groups(model))
         self.prepare(LossModel(model, self.config.train), optimizer)
         return optimizer
 
@@ -185,3 +186,5 @@ class Engine:
             # destructor holds it while it waits for those threads: without a pause some runs hang at their end.
             time.sleep(0.2)
             dist.destroy_process_group()
+        # Accelerate keeps what it found for the life of the process; the next run may use another engine.
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -8,6 +8,7 @@ step is called where the trainer steps, and checkpoints and the schedule are our
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -24,12 +25,13 @@ if not torch.cuda.is_available():
 import deepspeed
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from deepspeed.utils import groups
 from torch import Tensor
 
 from optimizers import Aurora
 from optimizers.directions import treats
 from optimizers.sharded import Held, ShardedMatrices, shard
-from optimizers.sharded.deepspeed import read_layout
+from optimizers.sharded.engines.deepspeed import read_layout
 from optimizers.sharded.matrices import doubts
 from pretrain.config import Config, ConfigError
 from pretrain.engine.base import TIMEOUT, Engine
@@ -39,6 +41,9 @@ from pretrain.processes.torchrun import free_port
 
 # An inference kernel that DeepSpeed would compile for half a minute at its first start on a CPU.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+NO_GROUPS = {name: copy.copy(value) for name, value in vars(groups).items() if value is None or value == {}}
+"""DeepSpeed's globals for process groups, as they are before the first run."""
 
 WRAPPERS = {
     (0, False): "Aurora",
@@ -71,6 +76,8 @@ def deepspeed_config(config: Config, world_size: int, bf16: bool, on_gpu: bool) 
         "allgather_bucket_size": engine.gather_bucket_elements,
         "contiguous_gradients": True,
         "round_robin_gradients": False,
+        # Stages 1 and 2 reduce each gradient to its owner. DeepSpeed's default all-reduces, which moves twice as much.
+        "use_multi_rank_bucket_allreduce": False,
         # On a CPU there is no second stream to overlap with.
         "overlap_comm": on_gpu,
     }
@@ -243,6 +250,13 @@ class DeepSpeedEngine(Engine):
             )
             lines += [f"          {line}" for line in plan.table()]
         return lines
+
+    def close(self) -> None:
+        """Leave the process group, and let go of it in DeepSpeed."""
+        super().close()
+        # DeepSpeed keeps process groups in globals, which a later run in this process would take up.
+        deepspeed.comm.comm.cdb = None
+        vars(groups).update({name: copy.copy(value) for name, value in NO_GROUPS.items()})
 
     def whole_parameters(self) -> list[Tensor]:
         """None under stage 3."""
