@@ -1,9 +1,11 @@
-"""What reaches Weights & Biases: an offline run's records, read back with wandb's own reader."""
+"""What reaches Weights & Biases: an offline run's records, read back from its file."""
 
 from __future__ import annotations
 
 import json
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.counting.ranks import counted
 from tests.counting.where import configured, metrics, run_ranks, train
 
 SHORT = {"train.total_tokens": 4 * 768, "schedule.warmup_tokens": 0, "validation.max_tokens": 6 * 32}
+BLOCK, FULL, LAST = 32768, 1, 4
 NUMBERS = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second", "train_seconds")
 
 
@@ -20,18 +23,27 @@ def offline_runs(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*/*.wandb"))
 
 
+def chunks(content: bytes) -> Iterator[bytes]:
+    """The records of wandb's file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
+    assert content[:4] == b":W&B", "not an offline run of wandb"
+    at, parts = 7, []
+    while at + 7 <= len(content):
+        if BLOCK - at % BLOCK < 7:  # too little room for a header: padding
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts.append(content[at + 7 : at + 7 + length])
+        at += 7 + length
+        if kind in (FULL, LAST):
+            yield b"".join(parts)
+            parts = []
+
+
 def records(file: Path) -> list[Any]:
     """Every record of an offline run."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    from wandb.proto.wandb_internal_pb2 import Record
 
-    store, found = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        found.append(record)
-    return found
+    return [Record.FromString(chunk) for chunk in chunks(file.read_bytes())]
 
 
 def history(file: Path) -> list[dict[str, Any]]:
