@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from pretrain.cli import main
-from pretrain.config import Config, parse_config
+from pretrain.config import Config, load_config, parse_config
 from pretrain.files import publish_folder
 from pretrain.launch import train
 from pretrain.model.build import LossModel, build_model
@@ -22,6 +22,7 @@ __all__ = [
     "build_model",
     "configured",
     "flops_per_token",
+    "load_config",
     "main",
     "merged",
     "metrics",
