@@ -48,3 +48,12 @@ def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def set_aside(path: Path) -> None:
+    """Move a file or folder into ``discarded/`` next to it, in the place of an earlier one of that name."""
+    target = path.parent / "discarded" / path.name
+    target.parent.mkdir(exist_ok=True)
+    if target.is_dir():
+        shutil.rmtree(target)
+    path.replace(target)

@@ -22,7 +22,7 @@ from optimizers import param_groups
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from pretrain.config import Config, load_config
-from pretrain.engine.base import PlainEngine
+from pretrain.engine.plain import PlainEngine
 from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token
 from pretrain.run.folder import environment

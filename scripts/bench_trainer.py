@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from optimizers import Aurora, param_groups
 from pretrain.config import Config, load_config
 from pretrain.data import TokenBatch, TokenStream, load_tokenizer
-from pretrain.engine.base import PlainEngine
-from pretrain.model.build import LossModel, build_model
+from pretrain.engine.plain import PlainEngine
+from pretrain.model.build import build_model
 from pretrain.run.folder import environment
 from pretrain.run.json_lines import JsonLines
 from pretrain.training.trainer import Trainer
@@ -30,9 +30,7 @@ from pretrain.training.trainer import Trainer
 
 def make_trainer(config: Config, engine: PlainEngine, log: Path) -> Trainer:
     """A trainer as `aurora train` builds it, without checkpoints."""
-    model = build_model(config.model, config.run.seed)
-    optimizer = Aurora(param_groups(model, config.optimizer.settings()))
-    engine.prepare(LossModel(model, config.train), optimizer)
+    optimizer = engine.build()
     stream = TokenStream(config.data, config.tokenizer, config.sequence_length)
     eos_id = load_tokenizer(config.tokenizer).token_to_id(config.tokenizer.eos_token)
     assert eos_id is not None

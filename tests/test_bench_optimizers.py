@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.store import FORMAT, Fragment, Index, save_checkpoint
+from pretrain.checkpoint.format import Fragment
+from pretrain.checkpoint.writer import Snapshot, save_checkpoint
+from pretrain.engine.ranks import Ranks
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -37,20 +39,11 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class OneRank:
-    rank, world_size = 0, 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-
 def make_checkpoint(root: Path, step: int, tensors: dict[tuple[str, str], Tensor]) -> Path:
-    index = {key: {} for key in Index.__annotations__} | {"format": FORMAT, "step": step, "world_size": 1}
+    empty: dict[str, Any] = {key: {} for key in ("counters", "config", "identity", "data_state", "provenance")}
+    snapshot = Snapshot(step=step, optimizer_groups=[], **empty)
     fragments = [Fragment(name, slot, tuple(t.shape), 0, t.flatten()) for (name, slot), t in tensors.items()]
-    return save_checkpoint(root, index, fragments, {"torch": torch.zeros(1)}, OneRank())  # type: ignore[arg-type]
+    return save_checkpoint(root, snapshot, fragments, {"torch": torch.zeros(1)}, Ranks())
 
 
 # --- the whole script

@@ -240,10 +240,8 @@ def test_two_processes_cannot_train_in_one_folder(tiny_config: MakeConfig) -> No
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny_config: MakeConfig) -> None:
-    from pretrain.training.trainer import accumulation
-
     with pytest.raises(ValueError, match=r"24 sequences .* 5 ranks"):
-        accumulation(tiny_config(), world_size=5)
+        tiny_config().accumulation(5)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny_config: MakeConfig) -> None:
@@ -288,7 +286,7 @@ def test_a_failing_save_loses_nothing_saved(tiny_config: MakeConfig, monkeypatch
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("pretrain.checkpoint.store.save_file", full)
+    monkeypatch.setattr("pretrain.checkpoint.writer.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train(config)
     monkeypatch.undo()

@@ -102,7 +102,7 @@ def test_more_ranks_share_out_more_memory(tiny_config: MakeConfig) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--ranks", "7"], "cannot be shared out over 7 ranks"),
+        (["--ranks", "7"], "cannot be divided over 7 ranks"),
         (["--ranks", "8", "--device", "abacus"], "--device: expected one of a100-40gb"),
     ],
 )

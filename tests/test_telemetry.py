@@ -16,14 +16,14 @@ from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.config import Config
 from pretrain.data import TokenStream
 from pretrain.data.batch import TokenBatch
-from pretrain.engine.base import PlainEngine
+from pretrain.engine.plain import PlainEngine
 from pretrain.launch import train
 from pretrain.model.build import build_model
 from pretrain.neurons import telemetry
 from pretrain.neurons.telemetry import load_arrays, measurements
 from pretrain.neurons.watched import Watched, watched_matrices
 from pretrain.run.json_lines import JsonLines
-from pretrain.training.hooks import Validator
+from pretrain.training.validation import Validator
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import metrics, run, tensors
 

@@ -1,4 +1,4 @@
-"""Model, optimizer and random generators of one process to and from checkpoint fragments.
+"""Model and optimizer of one process to and from checkpoint fragments.
 
 An engine either leaves parameters whole on every rank or cuts them (`Engine.held`). Both are the same to a
 checkpoint: runs of elements of named tensors, of which this process holds some.
@@ -6,18 +6,17 @@ checkpoint: runs of elements of named tensors, of which this process holds some.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optimizers import Aurora
 from optimizers.blocks import row_blocks
 from optimizers.sharded import Held
-from pretrain.checkpoint.store import TELEMETRY_SLOT, CheckpointError, CheckpointReader, Fragment
+from pretrain.checkpoint.format import TELEMETRY_SLOT, CheckpointError, Fragment
+from pretrain.checkpoint.store import CheckpointReader
 
 
 def fragments(model: nn.Module, optimizer: Aurora, held: Held | None = None) -> Iterator[Fragment]:
@@ -134,34 +133,3 @@ def _load_steps(reader: CheckpointReader, held: Held, optimizer: Aurora) -> None
                 f"{reader.folder}: parameters of one group were stepped {sorted(steps)} times; a shard counts once"
             )
         optimizer.state_of(flat, group)["step"].fill_(steps.pop())
-
-
-def random_generators() -> dict[str, Tensor]:
-    """The state of every global random generator of this process, as tensors."""
-    version, words, gauss = random.getstate()
-    assert version == 3
-    legacy: Any = np.random.get_state(legacy=True)
-    name, keys, position, has_gauss, cached = legacy
-    assert name == "MT19937"
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
-        "numpy": torch.tensor(np.append(keys.astype(np.int64), [position, has_gauss])),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_generators(state: dict[str, Tensor]) -> None:
-    """Put back what `random_generators` returned."""
-    gauss = state["python_gauss"].item()
-    random.setstate((3, tuple(state["python"].tolist()), None if np.isnan(gauss) else gauss))
-    *keys, position, has_gauss = state["numpy"].tolist()
-    cached = state["numpy_gauss"].item()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pretrain.config.base import Section
 from pretrain.config.data import DataConfig, TokenizerConfig
+from pretrain.config.loader import ConfigError
 from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.run import RunConfig
@@ -84,6 +85,22 @@ class Config(Section):
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.train.total_tokens // self.train.global_batch_tokens
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of each rank in one step.
+
+        Raises:
+            ConfigError: the global batch does not divide over the ranks.
+        """
+        size, sequences = self.train.micro_batch_sequences, self.global_batch_sequences
+        if sequences % (size * world_size):
+            raise ConfigError(
+                [
+                    f"train.micro_batch_sequences: the {sequences} sequences of a global batch cannot be divided over "
+                    f"{world_size} ranks in micro-batches of {size}; ranks x micro-batch must divide the global batch"
+                ]
+            )
+        return sequences // (size * world_size)
 
     @property
     def run_folder(self) -> Path:

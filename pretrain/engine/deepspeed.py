@@ -1,8 +1,8 @@
 """The engine of DeepSpeed's ZeRO, set up through Accelerate.
 
-DeepSpeed reduces, clips and shards gradients, and calls the optimizer with flat fp32 shards; what those are is read
-once after set-up (`optimizers.sharded.deepspeed`). Everything else is kept from it: its configuration is generated
-here, its step is called where the trainer steps, checkpoints and schedule are ours.
+DeepSpeed reduces, clips and shards the gradients, and calls the optimizer with flat fp32 shards. Where each parameter
+lies in those shards is read once after set-up. Everything else stays with us: its configuration is generated here, its
+step is called where the trainer steps, and checkpoints and the schedule are ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-# Read when DeepSpeed is imported: without it a machine without GPUs is searched for one.
+# DeepSpeed reads this when it is imported; otherwise it looks for a GPU on machines that have none.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -28,16 +28,16 @@ from torch import Tensor
 
 from optimizers import Aurora
 from optimizers.directions import treats
-from optimizers.precision import has_fast_bf16
 from optimizers.sharded import Held, ShardedMatrices, shard
 from optimizers.sharded.deepspeed import read_layout
 from optimizers.sharded.matrices import doubts
 from pretrain.config import Config, ConfigError
-from pretrain.engine.base import TIMEOUT, Engine, Precision, accumulation
+from pretrain.engine.base import TIMEOUT, Engine
+from pretrain.engine.precision import resolve_precision
 from pretrain.model.build import LossModel
 from pretrain.processes.torchrun import free_port
 
-# A kernel for inference that DeepSpeed would compile at its first start on a CPU, for half a minute.
+# An inference kernel that DeepSpeed would compile for half a minute at its first start on a CPU.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 WRAPPERS = {
@@ -50,21 +50,21 @@ WRAPPERS = {
     (3, False): "DeepSpeedZeroOptimizer_Stage3",
     (3, True): "DeepSpeedZeroOptimizer_Stage3",
 }
-"""The class that DeepSpeed has to put around the optimizer, by (stage, bf16 weights). Stage 1 in bf16 is that of stage
-2 where gradients are accumulated in bf16 too."""
+"""The class in which DeepSpeed must wrap the optimizer, by (stage, bf16 weights). Stage 1 with bf16 weights uses the
+class of stage 2 if gradients are accumulated in bf16 as well."""
 
-# Larger than any group: then a group is one sub-group, and the optimizer sees all its matrices in one call.
+# Larger than any group, so that a group is one sub-group and the optimizer gets all its matrices in one call.
 ONE_SUB_GROUP = 10**12
-# Of the largest singular value of a step, by the rounding of fp32 weights, that the check of the first one allows.
+# The share of a step that the rounding of fp32 weights may hide; above it, the check of the first step is skipped.
 LARGEST_NOISE = 0.02
-# DeepSpeed prints its throughput every so many steps; ours is in the metrics.
+# Steps between DeepSpeed's reports of throughput; ours is in the metrics.
 NEVER = 2**31
 
 
 def deepspeed_config(config: Config, world_size: int, bf16: bool, on_gpu: bool) -> dict[str, Any]:
-    """The whole DeepSpeed configuration of a run: nobody edits another."""
+    """The whole DeepSpeed configuration of a run; there is no other to edit."""
     engine, train = config.engine, config.train
-    rounds = accumulation(config, world_size)
+    rounds = config.accumulation(world_size)
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
         "reduce_bucket_size": engine.reduce_bucket_elements,
@@ -100,25 +100,28 @@ def deepspeed_config(config: Config, world_size: int, bf16: bool, on_gpu: bool) 
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO on the processes started by torchrun (gloo on CPUs, NCCL on GPUs), or on one.
+    """ZeRO over the processes that a launcher started (gloo on CPUs, NCCL on GPUs), or on a single one.
 
     Raises:
         ConfigError: a precision that this stage does not support.
     """
+
+    is_deepspeed = True
 
     def __init__(self, config: Config) -> None:
         self._on_gpu = torch.cuda.is_available()
         if "RANK" not in os.environ:
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ |= alone | {"MASTER_PORT": str(free_port())}
-        bf16 = self.resolve_precision(config.train.precision).weights == torch.bfloat16
+        device = "cuda" if self._on_gpu else "cpu"
+        bf16 = resolve_precision(config.train.precision, device, deepspeed=True).is_bf16
         if problems := config.engine.precision_problems("bf16" if bf16 else "fp32"):
             raise ConfigError([f"engine.{problem}" for problem in problems])
-        # It warns of every optimizer that is not its own.
+        # It warns about every optimizer that is not its own.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
         self.settings = deepspeed_config(config, int(os.environ["WORLD_SIZE"]), bf16, self._on_gpu)
-        # Accelerate takes DeepSpeed's path on CPUs without cpu=True only.
+        # On CPUs, Accelerate uses DeepSpeed only without cpu=True.
         accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else "no",
             gradient_accumulation_steps=self.settings["gradient_accumulation_steps"],
@@ -131,32 +134,26 @@ class DeepSpeedEngine(Engine):
         self.sharded: ShardedMatrices | None = None
         self._checked = False
 
-    def resolve_precision(self, setting: str) -> Precision:
-        """bf16 weights beside fp32 ones where bf16 is asked or fast, else fp32."""
-        device = torch.device("cuda" if self._on_gpu else "cpu")
-        bf16 = setting == "bf16" or (setting == "auto" and has_fast_bf16(device))
-        return Precision(torch.bfloat16 if bf16 else torch.float32, None)
-
     @property
     def held(self) -> Held | None:
-        """Read from DeepSpeed; None under stage 0."""
+        """The layout as read from DeepSpeed; None under stage 0."""
         return self._held
 
     def prepare(self, module: LossModel, optimizer: Aurora) -> None:
-        """Hand both to DeepSpeed, and learn where everything lies then.
+        """Hand both to DeepSpeed, then find out where everything lies.
 
         Raises:
-            RuntimeError: DeepSpeed made something else of them than is expected.
+            RuntimeError: DeepSpeed wrapped them in something unexpected.
         """
         parameters = dict(module.model.named_parameters())
         named = [{name: parameters[name] for name in group["param_names"]} for group in optimizer.param_groups]
-        # Stage 0 in bf16 steps once while it is set up.
+        # Stage 0 with bf16 weights calls step() once during set-up.
         with optimizer.paused():
             self.model, _ = self.accelerator.prepare(module, optimizer)
         self.module = module
         self._wrapper = self.model.optimizer
         self._check_engine(optimizer)
-        self._held = read_layout(self._wrapper, named, self.rank, self.world_size, self.cpu_group)
+        self._held = read_layout(self._wrapper, named, self.rank, self.world_size, self.ranks.group)
         if self._held is not None:
             wire_dtype = self.config.engine.wire_dtype
             self.sharded = shard(optimizer, self._held.layout, self.rank, wire_dtype=wire_dtype, device=self.device)
@@ -176,23 +173,23 @@ class DeepSpeedEngine(Engine):
         if "muon" in type(optimizer).__name__.lower() or any(
             getattr(p, "use_muon", False) for p in self.module.parameters()
         ):
-            # DeepSpeed would orthogonalise gradients of its own accord, and clip the result.
+            # DeepSpeed would orthogonalise the gradients itself, and clip the result.
             problems.append("a class name with 'muon' or a parameter tagged use_muon: DeepSpeed would step it itself")
         if problems:
             raise RuntimeError("; ".join(problems))
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed averages over ranks; the factor makes it the sum. Its division by the accumulation is left out."""
+        """DeepSpeed averages over ranks; the factor makes it a sum. Its division by the accumulation steps is off."""
         self.model.backward(loss * self.world_size, scale_wrt_gas=False)  # type: ignore[operator]
 
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Tells DeepSpeed whether this is the last micro-batch."""
+        """Tell DeepSpeed whether this is the last micro-batch."""
         self.model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
         yield
 
     def step(self, optimizer: Aurora) -> Tensor:
-        """DeepSpeed's step; one that it skips for gradients that are not finite is told to the optimizer."""
+        """DeepSpeed's step. If it skips one because gradients are not finite, the optimizer is told."""
         engine: Any = self.model
         optimizer.reset_report()
         if self._wrapper is optimizer:
@@ -207,7 +204,7 @@ class DeepSpeedEngine(Engine):
 
     @contextlib.contextmanager
     def _first_step_checked(self, optimizer: Aurora) -> Iterator[None]:
-        """After the first step that changes something, see from the weights whether it was one of the direction."""
+        """After the first step that changes anything, check from the weights that this optimizer can have made it."""
         sharded, held = self.sharded, self._held
         if self._checked or sharded is None or held is None:
             yield
@@ -220,12 +217,12 @@ class DeepSpeedEngine(Engine):
         self._checked = True
         longest = max(max(unit.shape) for unit in sharded.plan.units)
         noise = 2.0**-24 * before.square().mean().sqrt().item() / group["lr"] * 2 * longest**0.5
-        if self.gather(noise > LARGEST_NOISE).count(True):
-            return  # so small a rate that the rounding of the weights hides the step
+        if self.ranks.gather(noise > LARGEST_NOISE).count(True):
+            return  # the rate is so small that the rounding of the weights hides the step
         own = sharded.applied(before, flat, group)
-        measured = [applied for some in self.gather(own) for applied in some]
+        measured = [applied for some in self.ranks.gather(own) for applied in some]
         if problems := doubts(measured, group):
-            raise RuntimeError("the first step was not one of this optimizer: " + "; ".join(problems[:5]))
+            raise RuntimeError("the first step cannot have been made by this optimizer: " + "; ".join(problems[:5]))
         moved = [applied for applied in measured if applied.filled]
         balanced = [a.spread for a in moved if treats(group, *a.unit.shape)]
         if moved:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.store import INDEX, CheckpointError, CheckpointReader, newest_intact
+from pretrain.checkpoint.format import INDEX, CheckpointError
+from pretrain.checkpoint.store import CheckpointReader, newest_intact
 from pretrain.config import Config, parse_config
 from pretrain.export.folder import ExportError, ModelCard, export_folder
 from pretrain.files import file_sha256

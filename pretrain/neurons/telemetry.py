@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pretrain.checkpoint.format import Fragment
+from pretrain.checkpoint.store import CheckpointReader
 from pretrain.config.telemetry import TelemetryConfig
 from pretrain.data import TokenBatch
-from pretrain.files import sync
+from pretrain.files import set_aside, sync
 from pretrain.neurons import measures as neurons
 from pretrain.neurons.watched import WatchedMatrices
-from pretrain.training.hooks import is_due
-from pretrain.training.trainer import Hook, Trainer
+from pretrain.training.hooks import Hook, StepContext, is_due
 
 _FILE = re.compile(r"step-(\d{8,})\.safetensors")
 
@@ -65,22 +66,21 @@ class Telemetry(Hook):
         """Every `telemetry.every_steps` steps, at the reference step and after the last."""
         return is_due(self.settings.every_steps, step, last) or step == self.settings.reference_step
 
-    def before_step(self, trainer: Trainer) -> None:
-        """Have the directions shown in a step that is measured."""
-        step = trainer.state.step + 1
-        if self.due(step, step == trainer.config.total_steps):
+    def before_step(self, context: StepContext) -> None:
+        """Watch the directions of a step that will be measured."""
+        if self.due(context.step, context.last):
             self.matrices.watch_directions(True)
 
     @torch.no_grad()
-    def run(self, trainer: Trainer) -> dict[str, Any]:
-        """Measure, on every rank that holds something that no other holds; rank 0 has the results."""
-        started, step = time.perf_counter(), trainer.state.step
+    def run(self, context: StepContext) -> dict[str, Any]:
+        """Measure, on every rank that holds something that no other rank holds; rank 0 returns the results."""
+        started, step = time.perf_counter(), context.step
         batches = self._fixed_batches()
         found: dict[str, Any] = {}
         if self.matrices.here:
-            measured = self.matrices.measure(bool(trainer.optimizer.last_step_finite))
-            activations = self._activations(trainer, batches)
-            if trainer.engine.rank == 0:
+            measured = self.matrices.measure(context.taken())
+            activations = self._activations(context, batches)
+            if context.engine.rank == 0:
                 arrays = _arrays(measured) | activations
                 forever = self._survivors.follow(step, _leverages(arrays), self.folder)
                 save_arrays(self.folder, step, arrays)
@@ -90,6 +90,20 @@ class Telemetry(Hook):
         self.matrices.watch_directions(False)
         return found
 
+    def fragments(self) -> Iterable[Fragment]:
+        """The averages of the gradients."""
+        return self.matrices.fragments()
+
+    def restore(self, reader: CheckpointReader) -> None:
+        """Take the averages of a checkpoint, if it has them."""
+        self.matrices.restore(reader)
+
+    def rewind(self, step: int) -> None:
+        """Set aside the measurements of later steps."""
+        for measured, path in measurements(self.folder):
+            if measured > step:
+                set_aside(path)
+
     def _fixed_batches(self) -> list[TokenBatch]:
         """The first `activation_sequences` sequences of the validation split; reading them is a collective."""
         batches: list[TokenBatch] = []
@@ -98,7 +112,7 @@ class Telemetry(Hook):
                 batches.append(batch)
         return batches
 
-    def _activations(self, trainer: Trainer, batches: Sequence[TokenBatch]) -> dict[str, Tensor | None]:
+    def _activations(self, context: StepContext, batches: Sequence[TokenBatch]) -> dict[str, Tensor | None]:
         """The mean absolute activation of every neuron (what enters down_proj), over that of its layer.
 
         Every rank that measures runs the same batches: under ZeRO 3 a forward pass is a collective.
@@ -107,7 +121,8 @@ class Telemetry(Hook):
         layers = [layer for layer in named if isinstance(layer, nn.Linear)]
         if not batches:
             return {f"layers.{index}.activation": None for index in range(len(layers))}
-        device, module = trainer.engine.device, trainer.engine.module
+        engine = context.engine
+        device, module = engine.device, engine.module
         totals = [torch.zeros(layer.in_features, dtype=torch.float64, device=device) for layer in layers]
         valid: Tensor
 
@@ -124,7 +139,7 @@ class Telemetry(Hook):
                 positions = torch.arange(batch.tokens.shape[1] - 1, device=device)
                 valid = positions < batch.lengths.to(device)[:, None]
                 # A compiled module would not see the hooks; ZeRO 3 needs its own, on the module itself.
-                trainer.loss_sum(batch, module.forward if trainer.config.train.compile else module)
+                context.loss_sum(batch, module.forward if engine.config.train.compile else module)
         finally:
             module.train()
             for handle in handles:
@@ -257,11 +272,3 @@ def measurements(folder: Path) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
     return sorted((int(match[1]), path) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name)))
-
-
-def set_aside_after(folder: Path, step: int) -> None:
-    """Move the measurements past `step` to ``discarded/``: they belong to a future that is trained anew."""
-    for measured, path in measurements(folder):
-        if measured > step:
-            (folder / "discarded").mkdir(exist_ok=True)
-            path.replace(folder / "discarded" / path.name)

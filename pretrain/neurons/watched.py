@@ -28,7 +28,8 @@ from optimizers.sharded.exchange import Exchange, make_rounds
 from optimizers.sharded.layout import Fragment as Place
 from optimizers.sharded.plan import Rectangle, Unit
 from optimizers.update import blend, commit_
-from pretrain.checkpoint.store import TELEMETRY_SLOT, CheckpointReader, Fragment
+from pretrain.checkpoint.format import TELEMETRY_SLOT, Fragment
+from pretrain.checkpoint.store import CheckpointReader
 from pretrain.engine.base import Engine
 from pretrain.neurons import measures as neurons
 

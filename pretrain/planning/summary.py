@@ -11,7 +11,6 @@ from optimizers import param_groups, routes
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from pretrain.config import Config
-from pretrain.engine.base import accumulation
 from pretrain.model.cost import flops_per_token, parameter_count
 
 
@@ -37,7 +36,7 @@ def describe(config: Config, model: nn.Module, world_size: int) -> list[str]:
     counts = parameter_count(config.model)
     train, length = config.train, config.sequence_length
     per_token = flops_per_token(config.model, length)
-    sequences, rounds = config.global_batch_sequences, accumulation(config, world_size)
+    sequences, rounds = config.global_batch_sequences, config.accumulation(world_size)
     head = "tied head" if config.model.tie_embeddings else f"head {counts['head']:,}"
     bf16 = " in bf16" if config.model.embedding_dtype == "bf16" else ""
     inner = counts["blocks"] + counts["biases"] + counts["norms"]

@@ -1,37 +1,40 @@
 """The training loop.
 
-Setting up, choosing what to resume from, signals and errors are one level up, in `pretrain.launch`.
+Set-up, the choice of a checkpoint, signals and errors are one level up, in `pretrain.launch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from optimizers import Aurora
-from pretrain.checkpoint.store import FORMAT, Index
 from pretrain.config import Config
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.data.masks import attention_inputs
-from pretrain.engine.base import Engine, accumulation
+from pretrain.engine.base import Engine
 from pretrain.model.build import IGNORED
 from pretrain.model.cost import flops_per_token, peak_flops
+from pretrain.training.hooks import Hook, StepContext
 from pretrain.training.schedule import lr_factor
 from pretrain.training.timing import PhaseClock
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint is untouched."""
+    """Training cannot continue; the last checkpoint is untouched."""
 
 
 @dataclass
 class TrainState:
-    """The counters that the loop owns. With the weights, the optimizer, the data stream and the random generators
-    they are everything that a checkpoint has to hold."""
+    """The counters that the loop owns.
+
+    A checkpoint holds these, the weights, the optimizer's state, the position of the data stream, the random
+    generators, and what hooks keep; nothing else is needed to continue.
+    """
 
     step: int = 0
     """Optimizer steps taken, skipped ones included."""
@@ -51,21 +54,6 @@ class TrainState:
     """Last validation bits per byte."""
 
 
-class Hook:
-    """Periodic work that changes nothing in the run: same weights with it or without, bit for bit."""
-
-    def before_step(self, trainer: Trainer) -> None:
-        """Prepare for the optimizer step that is about to be made, on every rank."""
-
-    def due(self, step: int, last: bool) -> bool:
-        """Whether it runs after this step; `last` is the run's last."""
-        raise NotImplementedError
-
-    def run(self, trainer: Trainer) -> dict[str, Any]:
-        """Do it, on every rank; what is returned joins the step's line in metrics.jsonl."""
-        raise NotImplementedError
-
-
 class Trainer:
     """Owns the loop and its counters.
 
@@ -74,11 +62,12 @@ class Trainer:
         engine: prepared with the model.
         optimizer: over the engine's parameters.
         stream: training batches, positioned where `state` says.
+        eos_id: the token that separates documents.
         state: counters, fresh or restored.
         hooks: periodic work.
         log: called on every rank with each step's record.
         save: called on every rank to save a checkpoint of the current state.
-        stop_requested: asked on every rank after each step; true on any of them stops all.
+        stop_requested: called on every rank after each step; if any of them returns True, all stop.
     """
 
     def __init__(
@@ -100,11 +89,11 @@ class Trainer:
         self.state = state or TrainState()
         self.hooks, self.log, self.save, self.stop_requested = hooks, log, save, stop_requested
         self.base_lrs = base_lrs(config, optimizer)
-        self.micro_batches = accumulation(config, engine.world_size)
+        self.micro_batches = config.accumulation(engine.world_size)
         self.flops_per_token = flops_per_token(config.model, config.sequence_length)
-        bf16 = torch.bfloat16 in (engine.precision.autocast, engine.precision.weights)
-        self.peak_flops = peak_flops(engine.device, bf16, config.train.peak_tflops)
+        self.peak_flops = peak_flops(engine.device, engine.precision.is_bf16, config.train.peak_tflops)
         self._checked = False
+        self._failure: Exception | None = None
 
     def fit(self, stop_at: int | None = None) -> Literal["done", "stopped"]:
         """Train to the end, to `stop_at` (a step number), or until a stop is requested.
@@ -113,6 +102,8 @@ class Trainer:
 
         Raises:
             TrainingError: too many steps in a row had non-finite gradients.
+            OSError: a record could not be written here.
+            PeerError: it could not be written on another rank.
         """
         config, state = self.config, self.state
         while state.step < config.total_steps:
@@ -122,30 +113,38 @@ class Trainer:
             lrs = self.set_learning_rates()
             loss = self.forward_backward(batch)
             clock.mark("forward_backward")
+            context = self.context(state.step + 1)
             for hook in self.hooks:
-                hook.before_step(self)
+                hook.before_step(context)
             grad_norm = self.engine.step(self.optimizer)
             clock.mark("optimizer")
 
             state.step += 1
             state.tokens += config.train.global_batch_tokens
             record, stop = self.measure(loss, grad_norm)  # the one host sync of the step
-            record |= lrs | self.rates(clock)
+            record |= lrs | self.throughput(clock)
             record["batch_sha256"] = batch.sha256()
             self.check_ranks(record["batch_sha256"])
 
-            last = state.step == config.total_steps
             stop |= stop_at is not None and state.step >= stop_at
-            for hook in self.hooks:
-                if hook.due(state.step, last):
-                    record |= hook.run(self)
-            self.log(record)
-            if last or stop or state.step % config.checkpoint.save_every_steps == 0:
+            self.report(record, context)
+            if context.last or stop or state.step % config.checkpoint.save_every_steps == 0:
                 self.save(self)
+                self.raise_failure()
             self.check_health()
-            if stop and not last:
+            if stop and not context.last:
                 return "stopped"
         return "done"
+
+    def context(self, step: int) -> StepContext:
+        """What the hooks see of a step."""
+        return StepContext(
+            step=step,
+            last=step == self.config.total_steps,
+            engine=self.engine,
+            loss_sum=self.loss_sum,
+            taken=lambda: bool(self.optimizer.last_step_finite),
+        )
 
     def forward_backward(self, batch: TokenBatch) -> Tensor:
         """Gradients of the mean loss over the whole global batch; returns this rank's share of that mean."""
@@ -196,13 +195,22 @@ class Trainer:
         return lrs
 
     def measure(self, loss: Tensor, grad_norm: Tensor) -> tuple[dict[str, Any], bool]:
-        """The step's loss and norm, whether it was skipped, and whether any rank wants to stop."""
-        stop = torch.tensor(float(self.stop_requested()), device=loss.device)
-        loss_sum, stops = self.engine.sum_over_ranks(torch.stack([loss, stop])).unbind()
+        """The step's loss and norm, whether it was skipped, and whether any rank wants to stop.
+
+        Raises:
+            OSError: the record of an earlier step could not be written here.
+            PeerError: it could not be written on another rank.
+        """
+        flags = torch.tensor([self.stop_requested(), self._failure is not None], dtype=loss.dtype, device=loss.device)
+        loss_sum, stops, failures = self.engine.sum_over_ranks(torch.cat([loss[None], flags])).unbind()
         optimizer = self.optimizer
         reports = (grad_norm, optimizer.last_step_finite, optimizer.last_step_fallbacks, optimizer.last_step_retries)
-        values = torch.stack([loss_sum, stops, *(report.to(loss.device, torch.float32) for report in reports)])
-        mean, stopping, norm, taken, fallbacks, retries = values.tolist()
+        values = torch.stack(
+            [loss_sum, stops, failures, *(report.to(loss.device, torch.float32) for report in reports)]
+        )
+        mean, stopping, failed, norm, taken, fallbacks, retries = values.tolist()
+        if failed:
+            self.raise_failure()
         state = self.state
         if taken:
             state.skipped_in_a_row, state.train_loss = 0, mean
@@ -215,7 +223,32 @@ class Trainer:
             record["skipped"] = True
         return record, stopping > 0
 
-    def rates(self, clock: PhaseClock) -> dict[str, float]:
+    def report(self, record: dict[str, Any], context: StepContext) -> None:
+        """Run the hooks that are due and hand the step's record to `log`.
+
+        A file that cannot be written, which mostly happens on rank 0 alone, is kept as the failure of this rank: the
+        other ranks learn of it with the next step's host sync, or when the checkpoint has been saved.
+        """
+        try:
+            for hook in self.hooks:
+                if hook.due(context.step, context.last):
+                    record |= hook.run(context)
+            self.state.validation_loss = record.get("validation_loss", self.state.validation_loss)
+            self.state.bits_per_byte = record.get("validation_bits_per_byte", self.state.bits_per_byte)
+            self.log(record)
+        except OSError as error:
+            self._failure = error
+
+    def raise_failure(self) -> None:
+        """Raise what `report` could not write, if anything, on every rank; a collective."""
+
+        def check() -> None:
+            if self._failure is not None:
+                raise self._failure
+
+        self.engine.ranks.together(check)
+
+    def throughput(self, clock: PhaseClock) -> dict[str, float]:
         """Throughput and timings of the step just taken; `mfu` only where the device's peak is known."""
         seconds = clock.total()
         self.state.train_seconds += seconds
@@ -256,20 +289,3 @@ def base_lrs(config: Config, optimizer: Aurora) -> list[float]:
         optimizer_config.lr if group["kind"] == "matrix" else adamw.lrs().get(group["role"], adamw.lr)
         for group in optimizer.param_groups
     ]
-
-
-def checkpoint_index(trainer: Trainer, identity: dict[str, Any], groups: list[dict[str, Any]]) -> Index:
-    """What the loop owns, for a checkpoint's index; a collective, since the stream's state is one."""
-    return Index(
-        format=FORMAT,
-        step=trainer.state.step,
-        world_size=trainer.engine.world_size,
-        counters=asdict(trainer.state),
-        config=trainer.config.resolved(),
-        identity=identity,
-        data_state=dict(trainer.stream.state()),
-        optimizer_groups=groups,
-        parameters={},
-        provenance={},
-        files={},
-    )

@@ -14,7 +14,7 @@ import torch
 
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.config import parse_config
-from pretrain.engine.base import PlainEngine
+from pretrain.engine.plain import PlainEngine
 from pretrain.launch import train
 from pretrain.training.trainer import Trainer
 from tests.conftest import TINY, merged

@@ -57,7 +57,7 @@ def measure(root: str, changes: dict[str, Any]) -> dict[str, int]:
             found["peak"] = max(found["peak"], resident() - before)
             time.sleep(0.002)
 
-    def count(self: Any, trainer: Any) -> None:
+    def count(setup: Any, trainer: Any) -> None:
         engine, seen = trainer.engine, {0}
 
         def add(part: str, tensor: Any) -> None:
@@ -80,7 +80,7 @@ def measure(root: str, changes: dict[str, Any]) -> dict[str, int]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    with mock.patch.object(launch._Launch, "save", count):
+    with mock.patch.object(launch, "_save", count):
         run(root, changes)
     stop.set()
     watcher.join()

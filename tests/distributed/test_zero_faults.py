@@ -15,7 +15,8 @@ from optimizers import Aurora
 from optimizers.sharded import LayoutError, zero_layout
 from optimizers.sharded.deepspeed import ContractError, read_layout
 from optimizers.sharded.layout import Fragment, Layout
-from pretrain.checkpoint.store import CheckpointError, CheckpointReader
+from pretrain.checkpoint.format import CheckpointError
+from pretrain.checkpoint.store import CheckpointReader
 from pretrain.cli import main
 from pretrain.config import Config, ConfigError
 from tests.distributed.ranks import run_ranks
@@ -27,13 +28,13 @@ MakeConfig = Callable[..., Config]
 
 def message(root: str, changes: dict[str, Any], patch: str) -> str:
     """What a run with something wrong says before it trains."""
-    from pretrain import launch
+    from pretrain.engine import base
     from pretrain.engine import deepspeed as deepspeed_engine
 
     if patch == "class":
-        patched: Any = mock.patch.object(launch, "Aurora", type("MuonLike", (Aurora,), {}))
+        patched: Any = mock.patch.object(base, "Aurora", type("MuonLike", (Aurora,), {}))
     elif patch == "tag":
-        patched = mock.patch.object(launch, "LossModel", _tagged(launch.LossModel))
+        patched = mock.patch.object(base, "LossModel", _tagged(base.LossModel))
     elif patch == "wrapper":
         table = dict.fromkeys(deepspeed_engine.WRAPPERS, "AnotherOptimizer")
         patched = mock.patch.object(deepspeed_engine, "WRAPPERS", table)

@@ -27,7 +27,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-TIMINGS = ("_seconds", "tokens_per_second", "mfu")
+TIMINGS = ("seconds", "tokens_per_second", "mfu")
 """Endings of the metric keys that differ from run to run."""
 
 CORPUS, TOKENIZERS = Path("assets/corpus").resolve(), Path("assets/tokenizer").resolve()
@@ -80,7 +80,7 @@ RUNS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "muon": ({"optimizer.name": "muon", "train.precision": "bf16"}, [[]]),
     "normuon": ({"optimizer.name": "normuon"}, [[]]),
     "u_normuon": ({"optimizer.name": "u_normuon"}, [[]]),
-    "adamw": ({"optimizer.name": "adamw"}, [[]]),
+    "adamw": ({"optimizer.name": "adamw", "optimizer.lr": None}, [[]]),
     "released": ({"optimizer.preset": "released"}, [[]]),
     "speedrun": (
         SPEEDRUN

@@ -1,0 +1,44 @@
+"""In which dtypes a run keeps its weights and multiplies its matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from optimizers import has_fast_bf16
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The run's two dtypes: stored weights and matrix products."""
+
+    weights: torch.dtype
+    autocast: torch.dtype | None
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether matrix products are in bf16."""
+        return torch.bfloat16 in (self.weights, self.autocast)
+
+    def __str__(self) -> str:
+        if self.weights != torch.float32:
+            return f"{_name(self.weights)} weights beside fp32 ones"
+        products = "no autocast" if self.autocast is None else f"{_name(self.autocast)} autocast"
+        return f"{_name(self.weights)} weights, {products}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def resolve_precision(setting: str, device: torch.device | str, *, deepspeed: bool) -> Precision:
+    """The dtypes that `train.precision` stands for on `device`.
+
+    ``auto`` is bf16 where the device multiplies bf16 faster than fp32. The plain engine keeps fp32 weights and uses
+    autocast; DeepSpeed keeps bf16 weights, with fp32 copies that the optimizer steps.
+    """
+    bf16 = setting == "bf16" or (setting == "auto" and has_fast_bf16(device))
+    if deepspeed:
+        return Precision(torch.bfloat16 if bf16 else torch.float32, None)
+    return Precision(torch.float32, torch.bfloat16 if bf16 else None)

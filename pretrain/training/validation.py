@@ -1,0 +1,76 @@
+"""Loss and bits per byte on the validation split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from pretrain.config import Config
+from pretrain.config.train import ValidationConfig
+from pretrain.data import TokenBatch, TokenStream
+from pretrain.training.hooks import Hook, StepContext, is_due
+
+
+class Validator(Hook):
+    """Loss and bits per byte on the validation split, read once and kept in memory.
+
+    Args:
+        config: the run's config.
+        open_stream: opens the validation stream (a collective where there are several ranks).
+    """
+
+    def __init__(self, config: Config, open_stream: Callable[[], TokenStream]) -> None:
+        self.settings: ValidationConfig = config.validation
+        self.rows = self.settings.batch_sequences or config.train.micro_batch_sequences
+        self.max_sequences = max(1, self.settings.max_tokens // config.sequence_length)
+        self._open_stream = open_stream
+        self._batches: list[TokenBatch] | None = None
+        self.text_bytes = 0
+
+    def due(self, step: int, last: bool) -> bool:
+        """Every `validation.every_steps` steps and after the last."""
+        return is_due(self.settings.every_steps, step, last)
+
+    def batches(self) -> list[TokenBatch]:
+        """The whole validation split, `rows` sequences at a time."""
+        if self._batches is None:
+            stream = self._open_stream()
+            try:
+                self._batches = list(_drain(stream, self.rows, self.max_sequences))
+                self.text_bytes = stream.text_bytes
+            finally:
+                stream.close()
+        return self._batches
+
+    @torch.no_grad()
+    def run(self, context: StepContext) -> dict[str, Any]:
+        """Validate; the batches are divided over the ranks."""
+        engine = context.engine
+        batches = self.batches()
+        engine.module.eval()
+        total = torch.zeros((), dtype=torch.float64)
+        for first in range(0, len(batches), engine.world_size):
+            # Every rank takes part in every round: under ZeRO 3 a forward pass is a collective.
+            index = first + engine.rank
+            loss = context.loss_sum(batches[min(index, len(batches) - 1)], engine.module)
+            if index < len(batches):
+                total += loss.double().cpu()
+        engine.module.train()
+        nats = sum(engine.ranks.gather(total.item()))
+        loss = nats / sum(batch.num_targets for batch in batches)
+        return {"validation_loss": loss, "validation_bits_per_byte": nats / math.log(2) / self.text_bytes}
+
+
+def _drain(stream: TokenStream, rows: int, max_sequences: int) -> Iterator[TokenBatch]:
+    """Batches of at most `rows` sequences until the stream ends or `max_sequences` are read."""
+    left = max_sequences
+    while left > 0:
+        try:
+            batch = stream.next_batch(min(rows, left))
+        except StopIteration:
+            return
+        left -= len(batch.lengths)
+        yield batch
