@@ -22,8 +22,7 @@ KNOW_EVAL = {"pretrain.cli"}
 LAZY: dict[tuple[str, str], str] = {
     ("pretrain.cli", "pretrain"): "a verb loads what it needs: --help and bad input answer without importing torch",
     ("pretrain.cli", "eval"): "a verb loads what it needs: --help and bad input answer without importing torch",
-    ("pretrain.engine", "pretrain.engine.deepspeed"): "importing DeepSpeed takes seconds and is optional",
-    ("pretrain.launch", "pretrain.engine.deepspeed"): "importing DeepSpeed takes seconds and is optional",
+    ("pretrain.engine", "pretrain.engine"): "an engine is imported when it is chosen: DeepSpeed takes seconds",
     ("pretrain", "pretrain.launch"): "`from pretrain import train` is loaded when it is asked for",
 }
 
