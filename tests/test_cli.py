@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ import torch
 
 from pretrain.checkpoint.store import CheckpointReader
 from pretrain.cli import main
+from pretrain.cli.command import build_parser
+from pretrain.cli.reference import PAGE, page
 from pretrain.config import Config
 
 MakeConfig = Callable[..., Config]
@@ -27,12 +30,51 @@ def config_file(tiny_config: MakeConfig, tmp_path: Path) -> Path:
     return file
 
 
-def test_help_lists_every_verb_without_loading_torch() -> None:
-    code = "import sys; from pretrain.cli import _parser; print(_parser().format_help()); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    for verb in ("check", "train", "export", "eval", "report"):
-        assert verb in done.stdout
-    assert done.stdout.strip().endswith("False")
+VERBS = ("check", "train", "plan", "sweep", "export", "eval", "report")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), *((verb, "--help") for verb in VERBS)])
+def test_help_loads_no_heavy_library(arguments: tuple[str, ...]) -> None:
+    code = (
+        "import sys\n"
+        "from pretrain.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "print('loaded:', *sorted({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    shown, loaded = done.stdout.split("loaded:")
+    assert {"torch", "numpy", "pydantic", "yaml", "accelerate", "optimizers"}.isdisjoint(loaded.split())
+    assert "pretrain" in loaded.split()
+    for verb in VERBS if arguments == ("--help",) else ():
+        assert f"\n    {verb} " in shown
+
+
+def test_every_argument_of_every_verb_has_help() -> None:
+    verbs = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    assert tuple(verbs.choices) == VERBS
+    for name, verb in verbs.choices.items():
+        assert verb.description, name
+        for action in verb._actions:
+            assert action.help, (name, action.dest)
+            default = action.default not in (None, False, argparse.SUPPRESS, [])
+            assert not default or "%(default)s" in action.help, (name, action.dest)
+
+
+def test_the_page_of_the_command_line_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails: ``python -m pretrain.cli.reference``."""
+    for columns in ("40", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert PAGE.read_text(encoding="utf-8") == page()
+    for verb in VERBS:
+        assert f"\n## aurora {verb}\n" in page()
+    assert "--local" not in page()
+
+
+@pytest.mark.parametrize("spelling", ["--local_rank=1", "--local-rank=1"])
+def test_the_local_rank_of_deepspeeds_launcher_is_accepted(spelling: str, config_file: Path) -> None:
+    options = build_parser().parse_args([spelling, "train", str(config_file), "run.seed=7"])
+    assert (options.config, options.overrides) == (str(config_file), ["run.seed=7"])
 
 
 @pytest.mark.parametrize("name", ["quickstart", "aurora-1.1b", "aurora-340m", "speedrun-3175"])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from optimizers.sharded import Held
 from pretrain.config import Config
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.ranks import Ranks
-from pretrain.model.build import LossModel, build_model
+from pretrain.model.build import build_model
+from pretrain.model.loss import LossModel
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for the other ranks."""
@@ -184,3 +186,5 @@ class Engine:
             # destructor holds it while it waits for those threads: without a pause some runs hang at their end.
             time.sleep(0.2)
             dist.destroy_process_group()
+        # Accelerate keeps what it found for the life of the process; the next run may use another engine.
+        AcceleratorState._reset_state(reset_partial_state=True)

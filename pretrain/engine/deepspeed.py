@@ -8,6 +8,7 @@ step is called where the trainer steps, and checkpoints and the schedule are our
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from deepspeed.utils import groups
 from torch import Tensor
 
 from optimizers import Aurora
@@ -34,11 +36,14 @@ from optimizers.sharded.matrices import doubts
 from pretrain.config import Config, ConfigError
 from pretrain.engine.base import TIMEOUT, Engine
 from pretrain.engine.precision import resolve_precision
-from pretrain.model.build import LossModel
+from pretrain.model.loss import LossModel
 from pretrain.processes.torchrun import free_port
 
 # An inference kernel that DeepSpeed would compile for half a minute at its first start on a CPU.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+NO_GROUPS = {name: copy.copy(value) for name, value in vars(groups).items() if value is None or value == {}}
+"""DeepSpeed's globals for process groups, as they are before the first run."""
 
 WRAPPERS = {
     (0, False): "Aurora",
@@ -243,6 +248,13 @@ class DeepSpeedEngine(Engine):
             )
             lines += [f"          {line}" for line in plan.table()]
         return lines
+
+    def close(self) -> None:
+        """Leave the process group, and let go of it in DeepSpeed."""
+        super().close()
+        # DeepSpeed keeps process groups in globals, which a later run in this process would take up.
+        deepspeed.comm.comm.cdb = None
+        vars(groups).update({name: copy.copy(value) for name, value in NO_GROUPS.items()})
 
     def whole_parameters(self) -> list[Tensor]:
         """None under stage 3."""

@@ -1,1 +1,1 @@
-"""Processes of a run: starting several, exit codes, errors."""
+"""The processes of a run: launchers, environment, signals, exit codes, and how errors reach people."""

@@ -4,4 +4,5 @@ import sys
 
 from pretrain.processes.torchrun import torchrun
 
-sys.exit(torchrun(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(torchrun(sys.argv[1:]))

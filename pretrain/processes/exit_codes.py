@@ -4,3 +4,4 @@ DONE = 0
 FAILED = 1
 BAD_INPUT = 2  # one message per problem, nothing trained or overwritten
 STOPPED = 75  # on request, with a checkpoint saved: a scheduler may requeue
+INTERRUPTED = 130  # by Ctrl-C, where there was nothing to save

@@ -1,21 +1,31 @@
-"""Several processes: torchrun, with our exit codes; and what a training process owes its parent.
+"""Several processes: torchrun, with our exit codes and the name of the process that failed first.
 
-torchrun ends with code 1 and a traceback whatever its processes ended with; a stop on request (75) and bad input (2)
-must stay what they are. ``python -m pretrain.processes`` takes torchrun's arguments, for one node of several.
+torchrun ends with code 1 and a traceback of its own, whatever its processes ended with. Here a stop on request (75) and
+bad input (2) keep their codes, and one line says what failed first. ``python -m pretrain.processes`` takes torchrun's
+arguments, for one node of several.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from pretrain.processes.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
+from pretrain.processes.failures import EXIT_FILE, Failure, read_failures
 
 PARENT_VARIABLE = "AURORA_PARENT"
 """Environment variable with the id of the process that a training process belongs to, for example a sweep's."""
+
+SHUTDOWN_SECONDS = 600
+"""How long processes that were asked to stop may take to finish their step and save."""
 
 
 def free_port() -> int:
@@ -39,35 +49,125 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
 
 def torchrun(arguments: Sequence[str]) -> int:
     """Run ``torchrun ARGUMENTS`` in this process; returns the exit code of the processes that it started here."""
-    # Elastic's log repeats as errors what the processes have said themselves.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-
+    # torchrun loads torch, which `aurora --help` does without.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    try:
-        run(parse_args(list(arguments)))
-    except ChildFailedError as error:
-        return _exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
-    except RendezvousError as error:
-        # Also when the node that the others meet at has ended first; its own code says why.
-        reason = f" ({error.__cause__})" if error.__cause__ else ""
-        print(f"error: lost or never reached the other nodes: {error}{reason}", file=sys.stderr)
-        return FAILED
-    except SignalException as signal:
-        print(f"{signal.sigval.name}: the processes were asked to stop", file=sys.stderr)
-        return 128 + signal.sigval
-    return DONE
+    options = parse_args(list(arguments))
+    if options.shutdown_timeout is None:
+        options.shutdown_timeout = SHUTDOWN_SECONDS
+    with contextlib.ExitStack() as stack:
+        # Each process writes its error and its exit code there.
+        root = options.log_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-logs-"))
+        options.log_dir = root
+        earlier = set(_attempts(root))
+        ended = stack.enter_context(_ended_by_torchrun())
+        try:
+            run(options)
+        except ChildFailedError as error:
+            attempt = _newest_attempt(root, earlier)
+            code, line = judge(error.failures, read_failures(attempt) if attempt else [], ended)
+        except RendezvousError as error:
+            # Also when the node at which the others meet has ended first; its own exit code says why.
+            reason = f" ({error.__cause__})" if error.__cause__ else ""
+            code, line = FAILED, f"lost or never reached the other nodes: {error}{reason}"
+        except SignalException as error:
+            attempt = _newest_attempt(root, earlier)
+            code = _code_after_signal(error.sigval, attempt, options.nproc_per_node)
+            line = None if code in (DONE, STOPPED) else f"ended by {error.sigval.name}"
+        else:
+            return DONE
+    if line is not None:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
 
 
-def _exit_code(codes: dict[int, int]) -> int:
-    """The code that the processes agree on; those that ended on their own tell, not those stopped because of them."""
-    for code in (STOPPED, BAD_INPUT):
-        if code in codes.values():
-            return code
+def judge(
+    failures: Mapping[int, Any], reports: Sequence[Failure], ended_by_launcher: set[int]
+) -> tuple[int, str | None]:
+    """What failed first, and the exit code that follows.
+
+    Args:
+        failures: torchrun's records by rank, with ``pid`` and ``exitcode``, in the order in which it saw them.
+        reports: what the processes wrote themselves, as `read_failures` sorts them.
+        ended_by_launcher: ids of the processes that the launcher sent a signal.
+
+    Returns:
+        The exit code, and a line for people; None where the processes have said everything themselves.
+    """
+    if reports and reports[0]["kind"] == "own":
+        first = reports[0]
+        if first["exit_code"] != FAILED:
+            return first["exit_code"], None
+        return FAILED, f"rank {first['rank']} on {first['host']} failed first: {first['text']}"
+    silent = {rank for rank in failures if not any(report["rank"] == rank for report in reports)}
+    codes = {
+        rank: failure.exitcode
+        for rank, failure in failures.items()
+        if rank in silent and not (failure.exitcode < 0 and failure.pid in ended_by_launcher)
+    }
+    here = socket.gethostname()
     for rank, code in codes.items():
         if code < 0:
-            print(f"error: process {rank} was ended by signal {-code}", file=sys.stderr)
-    return FAILED
+            return FAILED, f"rank {rank} on {here} was ended by {_signal_name(-code)}, without a word of its own"
+    for rank, code in codes.items():
+        if code not in (STOPPED, BAD_INPUT):
+            return FAILED, f"rank {rank} on {here} ended with exit code {code}, without a word of its own"
+    if reports:
+        first = next((report for report in reports if report["kind"] == "peer"), reports[0])
+        if first["kind"] == "peer":
+            return first["exit_code"], None
+        return FAILED, f"rank {first['rank']} on {first['host']} lost another rank, which failed first: {first['text']}"
+    if codes:
+        return (STOPPED if STOPPED in codes.values() else BAD_INPUT), None
+    return FAILED, "the processes were ended before they could say why"
+
+
+@contextlib.contextmanager
+def _ended_by_torchrun() -> Iterator[set[int]]:
+    """Silence torchrun's log, which repeats as errors what the processes have said, but take from it one thing that
+    torchrun tells nobody else: the ids of the processes that it ended itself."""
+    ended: set[int] = set()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if str(record.msg).startswith(("Sending process", "Unable to shutdown process")) and record.args:
+                ended.add(int(record.args[0]))  # type: ignore[index, call-overload]
+
+    elastic = logging.getLogger("torch.distributed.elastic")
+    elastic.setLevel(logging.CRITICAL)
+    source = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    listener, level, propagate, handlers = Listener(), source.level, source.propagate, source.handlers
+    source.handlers, source.propagate = [listener], False
+    source.setLevel(logging.WARNING)
+    try:
+        yield ended
+    finally:
+        source.handlers, source.propagate = handlers, propagate
+        source.setLevel(level)
+
+
+def _attempts(root: str) -> list[Path]:
+    return sorted(Path(root).glob("*/attempt_*"))
+
+
+def _newest_attempt(root: str, earlier: set[Path]) -> Path | None:
+    """The folder of the last attempt that this launch made."""
+    new = [folder for folder in _attempts(root) if folder not in earlier]
+    return max(new, key=lambda folder: int(folder.name.removeprefix("attempt_")), default=None)
+
+
+def _code_after_signal(number: signal.Signals, attempt: Path | None, count: str) -> int:
+    """The code on which the processes agree after they were asked to stop; the signal's if any ended otherwise."""
+    files = list(attempt.glob(f"*/{EXIT_FILE}")) if attempt else []
+    codes = {file.read_text() for file in files}
+    if str(len(files)) == str(count) and codes in ({str(STOPPED)}, {str(DONE)}):
+        return int(codes.pop())
+    return 128 + number
+
+
+def _signal_name(number: int) -> str:
+    names = {item.value: item.name for item in signal.Signals}
+    return f"signal {number} ({names.get(number, 'unknown')})"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,10 +33,11 @@ class Display:
         """Print a line."""
         if self.silent:
             return
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
+        with self._while_read():
+            if self.bar is not None:
+                self.bar.write(text)
+            else:
+                print(text, flush=True)
 
     def warn(self, text: str) -> None:
         """Print a warning."""
@@ -48,7 +52,8 @@ class Display:
     def step(self, record: dict[str, Any]) -> None:
         """Show a step's record."""
         if self.bar is not None:
-            self.bar.update()
+            with self._while_read():
+                self.bar.update()
         due = record["step"] % self.every_steps == 0 or record["step"] in (1, self.total_steps)
         if self.silent or not (due or "validation_loss" in record or "skipped" in record):
             return
@@ -57,8 +62,22 @@ class Display:
     def close(self) -> None:
         """Training ended."""
         if self.bar is not None:
-            self.bar.close()
+            with self._while_read():
+                self.bar.close()
             self.bar = None
+
+    @contextlib.contextmanager
+    def _while_read(self) -> Iterator[None]:
+        """Fall silent, rather than end the run, when nobody reads standard output any more (``| head``)."""
+        try:
+            yield
+        except OSError as error:
+            self.silent, self.bar = True, None
+            with contextlib.suppress(OSError, ValueError):
+                # What Python still holds for it would fail again at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"warning: standard output failed ({error.strerror}); training continues silently\n")
 
 
 def step_line(record: dict[str, Any], total_steps: int) -> str:
@@ -124,7 +143,7 @@ class WandbTracker:
                 resume="allow",
                 dir=folder,
                 mode=mode,
-                config=config.model_dump(mode="json"),
+                config=config.resolved(),
                 settings=wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS, silent=True),
             )
 

@@ -7,21 +7,19 @@ by several processes at once if need be: a run that another process trains is wa
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from pretrain.files import replace_text
 from pretrain.processes.exit_codes import DONE, FAILED, STOPPED
+from pretrain.processes.signals import StopRequests, stop_requests
 from pretrain.processes.torchrun import PARENT_VARIABLE
 from pretrain.run.folder import RunError
 from pretrain.sweep.definition import Sweep
@@ -97,7 +95,7 @@ class _Runner:
         """Exit codes by run folder of the jobs that ended here."""
         self.minutes: list[float] = []
         """How long the jobs took that were completed here."""
-        self.requests = 0
+        self.requests = StopRequests()
         """How often this process was asked to stop."""
         self.look_again = 0.0
         """When to look again at runs that another process trains."""
@@ -107,7 +105,7 @@ class _Runner:
         jobs = self.plan()
         done = sum(job.config is not None and job.run.finished for job in jobs)
         print(f"{len(jobs)} jobs, {done} complete, {self.at_once} at once; runs in {self.sweep.file.root}", flush=True)
-        with self.stop_on_signals():
+        with stop_requests(self.requests, "stopping the running jobs after their step", warn=print):
             self.start(jobs)
             while self.running or (self.open_jobs(jobs) and not self.requests):
                 time.sleep(POLL_SECONDS)
@@ -169,7 +167,7 @@ class _Runner:
     def pass_on_requests(self) -> None:
         """Ask every training process as often as this one was asked; the second time it ends at once."""
         for running in self.running:
-            while running.asked < self.requests:
+            while running.asked < self.requests.count:
                 running.process.send_signal(signal.SIGTERM)
                 running.asked += 1
 
@@ -215,21 +213,6 @@ class _Runner:
             return STOPPED
         print(f"aurora report {self.sweep.folder} shows the result", flush=True)
         return DONE
-
-    @contextlib.contextmanager
-    def stop_on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM let every running job save and stop."""
-
-        def request(number: int, frame: FrameType | None) -> None:
-            self.requests += 1
-            os.write(2, f"\n{signal.Signals(number).name}: stopping the running jobs after their step\n".encode())
-
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def _clock() -> str:

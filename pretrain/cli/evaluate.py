@@ -1,0 +1,98 @@
+"""``aurora eval``: evaluate a model with lm-eval."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.cli.arguments import positive
+
+if TYPE_CHECKING:
+    from pretrain.cli.arguments import Verbs
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb."""
+    parser = verbs.add_parser(
+        "eval",
+        help="evaluate a model with lm-eval",
+        description="Evaluate a run (its newest checkpoint), a checkpoint, a Hugging Face folder or a model on the "
+        "Hub, zero-shot.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a Hugging Face folder, or a Hub id")
+    parser.add_argument(
+        "--tasks",
+        default="hellaswag,winogrande",
+        metavar="NAMES",
+        help="tasks, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="evaluate only N items of each task (default: all items)"
+    )
+    parser.add_argument(
+        "--selection",
+        choices=("first", "spread"),
+        default="first",
+        help="which items --limit selects: the first ones, as lm-eval does, or ones spread evenly over the task "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--items",
+        choices=("packaged", "hub"),
+        default="packaged",
+        help="where the items come from: those that lm-eval's package includes, or the Hub (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write the result to")
+    parser.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="sequences per forward pass (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="dtype of the weights; auto: the dtype that the model was saved in (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", help="for example cpu or cuda:0 (default: a GPU if there is one, or else the CPU)"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow code that comes with a Hub model to run (default: never)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate, print the table and write the result."""
+    # Imported here: `aurora --help` loads neither torch nor pydantic.
+    from eval.harness import evaluate, format_table, write_result
+    from pretrain.export.run import export_checkpoint, is_run_or_checkpoint
+
+    source = Path(options.model)
+    with contextlib.ExitStack() as stack:
+        model = options.model
+        if is_run_or_checkpoint(source):
+            model = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-export-")), "model")
+            print(f"evaluating {export_checkpoint(source, Path(model)).folder}", flush=True)
+        result = evaluate(
+            model,
+            [task.strip() for task in options.tasks.split(",")],
+            limit=options.limit,
+            selection=options.selection,
+            items=options.items,
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        )
+    if is_run_or_checkpoint(source):
+        result["model"]["name"] = str(source)
+    path = write_result(result, options.out)
+    print(format_table(result))
+    print(f"result in {path}")
+    return 0

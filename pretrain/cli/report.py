@@ -1,0 +1,35 @@
+"""``aurora report``: write the HTML page of a run or a sweep."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.cli.sweep import read_sweep
+
+if TYPE_CHECKING:
+    from pretrain.cli.arguments import Verbs
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb."""
+    parser = verbs.add_parser(
+        "report",
+        help="write the HTML page of a run or a sweep",
+        description="Write one self-contained HTML page about a run or a sweep, finished or not, and its numbers as "
+        "JSON next to it.",
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="the folder of a run or a sweep, or a sweep's file")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the page to write (default: PATH/report.html)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the report and print where it is."""
+    # Imported here: `aurora --help` loads neither torch nor pydantic.
+    from pretrain.report.write import write_report
+
+    path = read_sweep(options.path).folder if options.path.suffix in (".yaml", ".yml") else options.path
+    print(write_report(path, options.out))
+    return 0

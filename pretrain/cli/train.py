@@ -1,0 +1,63 @@
+"""``aurora train``: train, or resume a run."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from typing import TYPE_CHECKING
+
+from pretrain.cli.arguments import add_config, positive
+
+if TYPE_CHECKING:
+    from pretrain.cli.arguments import Verbs
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb."""
+    parser = verbs.add_parser(
+        "train",
+        help="train a model, or resume a run",
+        description="Train the model that CONFIG describes. If the run already has a checkpoint, training resumes "
+        "from the newest one. SIGINT (Ctrl-C) and SIGTERM stop the run after the current step, with a checkpoint; "
+        "the same command then continues it. To use several machines, start this verb with torchrun or with "
+        "slurm/pretrain.sbatch.",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: resume from the run's newest intact checkpoint, if there is one; never: fail if the run exists; "
+        "PATH: resume from this checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stop-at", type=positive, metavar="STEP", help="save a checkpoint after this step and exit with code 75"
+    )
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="data-parallel processes to start on this machine, one per GPU if there are GPUs (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train in this process, or start several."""
+    # Imported here: `aurora --help` loads neither torch nor pydantic.
+    from pretrain.config import load_config
+    from pretrain.processes.torchrun import run_processes
+
+    if options.processes > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first process repeats them
+            load_config(options.config, options.overrides)  # what is wrong is said once, before anything starts
+        stop = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
+        arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *stop]
+        return run_processes(options.processes, arguments)
+
+    # Imported here: the parent of several processes does not train.
+    from pretrain.launch import train
+
+    return train(load_config(options.config, options.overrides), options.resume, options.stop_at)

@@ -1,0 +1,174 @@
+"""A run is the same whatever starts it: launcher x engine x one process or two, from the shell and from Python."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pretrain
+from pretrain.config import Config
+from pretrain.processes.errors import UserError
+from pretrain.processes.torchrun import free_port
+from pretrain.run.folder import RunFolder
+from tests.conftest import REPOSITORY
+from tests.distributed.ranks import run_ranks
+from tests.processes.launching import LAUNCHERS, SHORT, environment, launch, write_config
+
+FAST = {
+    ("torchrun", "plain", 1),
+    ("torchrun", "deepspeed", 1),
+    ("deepspeed", "plain", 2),
+}
+
+
+def cases() -> list[Any]:
+    """`accelerate launch` starts several processes only on GPUs or with MPI."""
+    found = []
+    for launcher in [*LAUNCHERS, "--processes"]:
+        for engine in ("plain", "deepspeed"):
+            for count in (1, 2):
+                if count == 2 and launcher in ("none", "accelerate"):
+                    continue
+                case = (launcher, engine, count)
+                found.append(pytest.param(*case, marks=() if case in FAST else pytest.mark.long))
+    return found
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    return [(record["loss"], record["grad_norm"]) for record in RunFolder(folder / "runs" / "tiny").metrics.read()]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[tuple[float, float]]]:
+    """The steps of the same run on ranks that no launcher started."""
+    known: dict[tuple[str, int], list[tuple[float, float]]] = {}
+
+    def steps(engine: str, count: int) -> list[tuple[float, float]]:
+        if (engine, count) not in known:
+            folder = tmp_path_factory.mktemp("expected")
+            run_ranks(count, pretrain.train, str(write_config(folder, {"engine.kind": engine})))
+            known[engine, count] = losses(folder)
+        return known[engine, count]
+
+    return steps
+
+
+@pytest.mark.parametrize(("launcher", "engine", "count"), cases())
+def test_every_launcher_trains_the_same_run(
+    launcher: str, engine: str, count: int, tmp_path: Path, expected: Callable[[str, int], list[tuple[float, float]]]
+) -> None:
+    file = write_config(tmp_path, {"engine.kind": engine})
+    if launcher == "--processes":
+        done = launch("train", file, "--processes", str(count))
+    else:
+        done = launch("train", file, launcher=launcher, count=count, port=free_port())
+    assert done.returncode == 0, done.stderr
+    assert f", {count} ranks," in done.stdout
+    assert done.stdout.count("done: 4 steps") == 1
+    assert "warning" not in done.stderr.lower().replace("[warning]", ""), done.stderr
+    assert losses(tmp_path) == expected(engine, count)
+    assert len(losses(tmp_path)) == 4
+
+
+def test_train_from_python_takes_a_path_with_overrides_or_a_config(
+    tmp_path: Path, tiny_config: Callable[..., Config]
+) -> None:
+    file = write_config(tmp_path)
+    assert pretrain.train(file, ["optimizer.lr=0.01"], stop_at=1) == 75
+    assert pretrain.train(str(file), ["optimizer.lr=0.01"]) == 0
+    assert len(losses(tmp_path)) == 4
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        pretrain.train(file, ["optimizer.lr=-1"])
+    config = tiny_config({**SHORT, "run.name": "from_config"})
+    assert pretrain.train(config, resume="never", stop_at=1) == 75
+    with pytest.raises(TypeError, match="overrides"):
+        pretrain.train(config, ["optimizer.lr=0.01"])
+
+
+def test_train_works_in_a_thread_and_under_a_running_event_loop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_config(tmp_path)
+    codes: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=lambda: codes.append(pretrain.train(file, stop_at=2)))
+    thread.start()
+    thread.join()
+    assert codes == [75]
+    assert "warning: not in the main thread" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+
+    async def cell() -> int:  # how a notebook runs its cells
+        return pretrain.train(file)
+
+    assert asyncio.run(cell()) == 0
+    assert len(losses(tmp_path)) == 4
+
+
+def test_engines_follow_each_other_in_one_process(tmp_path: Path) -> None:
+    """What DeepSpeed leaves in the environment does not reach the next run."""
+    code = (
+        "import os, sys, pretrain\n"
+        "for name, engine in (('a', 'deepspeed'), ('b', 'plain'), ('c', 'deepspeed')):\n"
+        "    assert pretrain.train(sys.argv[1], [f'run.name={name}', f'engine.kind={engine}'], stop_at=2) == 75\n"
+        "    left = {name for name in os.environ if name.startswith(('ACCELERATE_', 'RANK', 'WORLD', 'MASTER'))}\n"
+        "    assert not left, left\n"
+    )
+    command = [sys.executable, "-c", code, str(write_config(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment(), timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_a_signal_to_the_launcher_stops_all_processes_with_a_checkpoint_and_code_75(tmp_path: Path) -> None:
+    file = write_config(tmp_path, {"train.total_tokens": 4000 * 768, "logging.every_steps": 1})
+    command = [sys.executable, "-m", "pretrain", "train", str(file), "--processes", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, error = process.communicate(timeout=240)
+    assert process.returncode == 75, error
+    assert "stopped after step" in out
+    assert "SIGTERM: stopping after this step" in error
+    assert len(list((tmp_path / "runs/tiny/checkpoints").glob("step-*"))) == 1
+
+
+def test_training_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
+    """As with ``aurora train CONFIG | head``."""
+    file = write_config(tmp_path, {"logging.every_steps": 1})
+    reading, writing = os.pipe()
+    os.close(reading)  # nobody reads, from the first line on
+    command = [sys.executable, "-m", "pretrain", "train", str(file)]
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment(), timeout=240
+    )
+    os.close(writing)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "warning: standard output failed (Broken pipe); training continues silently\n"
+    assert len(losses(tmp_path)) == 4
+    assert [path.name for path in (tmp_path / "runs/tiny/checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_other_verbs_end_quietly_when_nobody_reads(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "pretrain", "check", str(write_config(tmp_path))]
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment(), timeout=240
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
