@@ -9,7 +9,6 @@ from pretrain.cli import main
 from pretrain.config import Config, load_config, parse_config
 from pretrain.files import publish_folder
 from pretrain.launch import train
-from pretrain.model.build import LossModel, build_model
 from pretrain.model.cost import flops_per_token
 from tests.conftest import SPEEDRUN, TINY, merged
 from tests.distributed.ranks import run_ranks
@@ -18,8 +17,6 @@ __all__ = [
     "SPEEDRUN",
     "TINY",
     "Config",
-    "LossModel",
-    "build_model",
     "configured",
     "flops_per_token",
     "load_config",
