@@ -28,7 +28,8 @@ if __name__ == "__main__":
 
 from tests.mutations.table import MUTATIONS, Mutation  # noqa: E402
 
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 900
+"""For the tests of one mutation; those of all have so much for each."""
 RED, GREEN = 1, 0  # exit codes of pytest
 
 
@@ -80,8 +81,12 @@ def applied(mutation: Mutation, root: Path) -> Iterator[None]:
         path.write_text(before)
 
 
-def pytest(root: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """Exit code and output of some tests in the copy, up to the first that fails."""
+def pytest(root: Path, tests: Sequence[str], timeout: float = TIMEOUT_SECONDS) -> tuple[int, str]:
+    """Exit code and output of some tests in the copy, up to the first that fails.
+
+    Raises:
+        MutationError: they did not end in time, which says nothing.
+    """
     # Without compiled files a mutation and its removal within a second cannot be mistaken for each other.
     own = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     own |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -93,11 +98,11 @@ def pytest(root: Path, tests: Sequence[str]) -> tuple[int, str]:
             env=os.environ | own,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_SECONDS,
+            timeout=timeout,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return RED, f"did not end within {TIMEOUT_SECONDS} seconds"
+        raise MutationError(f"{', '.join(tests)}: did not end within {timeout:.0f} seconds") from None
     return done.returncode, done.stdout + done.stderr
 
 
@@ -110,7 +115,7 @@ def survivors(mutations: Sequence[Mutation], root: Path) -> list[str]:
     for mutation in mutations:
         place(mutation, root)
     tests = sorted({test for mutation in mutations for test in mutation.tests})
-    code, output = pytest(root, tests)
+    code, output = pytest(root, tests, TIMEOUT_SECONDS * len(mutations))
     if code != GREEN:
         raise MutationError(f"the tests do not pass without a mutation:\n{output[-4000:]}")
     survived = []

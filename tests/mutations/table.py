@@ -45,7 +45,7 @@ MUTATIONS = (
         "pretrain/engine",
         "contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)",
         "contextlib.nullcontext()",
-        (COUNTING + "test_ranks.py::test_gradients_are_reduced_once_a_step_however_many_micro_batches",),
+        (COUNTING + "test_ranks.py::test_gradients_are_reduced_once_a_step_however_many_micro_batches[3-4]",),
         "gradients are reduced in every micro-batch",
     ),
     Mutation(
@@ -53,7 +53,7 @@ MUTATIONS = (
         "pretrain/model",
         "checkpoint(self._loss, h, y, use_reentrant=False) if torch.is_grad_enabled() else self._loss(h, y)",
         "self._loss(h, y)",
-        (COUNTING + "test_step.py::test_a_chunked_loss_keeps_no_logits",),
+        (COUNTING + "test_step.py::test_a_chunked_loss_keeps_no_logits[llama]",),
         "train.loss_chunk_tokens saves no memory",
     ),
     Mutation(
@@ -61,7 +61,7 @@ MUTATIONS = (
         "pretrain",
         "torch.use_deterministic_algorithms(deterministic)",
         "torch.use_deterministic_algorithms(False)",
-        (COUNTING + "test_step.py::test_deterministic_kernels_are_asked_for_while_training",),
+        (COUNTING + "test_step.py::test_deterministic_kernels_are_asked_for_while_training[True]",),
         "run.deterministic asks for nothing",
     ),
     Mutation(
@@ -102,10 +102,7 @@ MUTATIONS = (
         "pretrain/model",
         'if every != "none":',
         "if False:",
-        (
-            COUNTING + "test_step.py::test_checkpointed_layers_keep_fewer_bytes",
-            COUNTING + "test_step.py::test_checkpointed_layers_are_computed_twice",
-        ),
+        (COUNTING + "test_step.py::test_checkpointed_layers_are_computed_twice[full-3-llama]",),
         "train.activation_checkpointing saves no memory",
     ),
     Mutation(
@@ -113,7 +110,7 @@ MUTATIONS = (
         "pretrain/engine",
         "        if self.config.train.compile:\n            module.compile()",
         "        if self.config.train.compile:\n            module.eval().train()",
-        (COUNTING + "test_step.py::test_compile_compiles_once_and_every_micro_batch_calls_that",),
+        (COUNTING + "test_step.py::test_compile_compiles_once_and_every_micro_batch_calls_that[True]",),
         "train.compile compiles nothing",
     ),
     Mutation(
@@ -121,7 +118,7 @@ MUTATIONS = (
         "optimizers",
         'if options["fused"]:',
         "if False:",
-        (COUNTING + "test_step.py::test_fused_adamw_is_one_kernel_for_each_group",),
+        (COUNTING + "test_step.py::test_fused_adamw_is_one_kernel_for_each_group[True]",),
         "optimizer.adamw.fused calls the plain kernel",
     ),
     Mutation(
@@ -145,7 +142,7 @@ MUTATIONS = (
         "pretrain/data",
         'config.workers if split == "train" else 0',
         "0",
-        (COUNTING + "test_run.py::test_as_many_reading_processes_live_as_asked",),
+        (COUNTING + "test_run.py::test_as_many_reading_processes_live_as_asked[2]",),
         "data.workers starts no process",
     ),
     Mutation(
@@ -161,7 +158,7 @@ MUTATIONS = (
         "pretrain/neurons",
         "return is_due(self.settings.every_steps, step, last) or step == self.settings.reference_step",
         "return True",
-        (COUNTING + "test_run.py::test_neurons_are_measured_as_often_as_asked",),
+        (COUNTING + "test_run.py::test_neurons_are_measured_as_often_as_asked[4-measured1]",),
         "telemetry.every_steps is not looked at",
     ),
     Mutation(

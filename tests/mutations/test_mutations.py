@@ -21,7 +21,7 @@ def test_a_mutation_still_applies_and_its_tests_exist(mutation: Mutation) -> Non
     path = run.place(mutation, run.REPOSITORY)
     compile(path.read_text().replace(mutation.old, mutation.new), str(path), "exec")
     for test in mutation.tests:
-        file, _, name = test.partition("::")
+        file, _, name = test.partition("[")[0].partition("::")
         assert f"def {name}(" in (run.REPOSITORY / file).read_text() or not name, test
 
 
