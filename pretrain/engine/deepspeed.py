@@ -31,7 +31,7 @@ from torch import Tensor
 from optimizers import Aurora
 from optimizers.directions import treats
 from optimizers.sharded import Held, ShardedMatrices, shard
-from optimizers.sharded.deepspeed import read_layout
+from optimizers.sharded.engines.deepspeed import read_layout
 from optimizers.sharded.matrices import doubts
 from pretrain.config import Config, ConfigError
 from pretrain.engine.base import TIMEOUT, Engine
@@ -76,6 +76,8 @@ def deepspeed_config(config: Config, world_size: int, bf16: bool, on_gpu: bool) 
         "allgather_bucket_size": engine.gather_bucket_elements,
         "contiguous_gradients": True,
         "round_robin_gradients": False,
+        # Stages 1 and 2 reduce each gradient to its owner. DeepSpeed's default all-reduces, which moves twice as much.
+        "use_multi_rank_bucket_allreduce": False,
         # On a CPU there is no second stream to overlap with.
         "overlap_comm": on_gpu,
     }

@@ -1,0 +1,80 @@
+"""Leverage scores: the squared row norms of polar(X). All polar calls of Aurora but the last serve only to find them.
+
+l_i = x_i (X^T X)^-1 x_i^T needs only a factorisation of the n x n Gram matrix. The rows of X = D u have norms near 1,
+so X is well conditioned even if u is not. Every function takes a tall stack X [k, m, n] in fp32 and returns the scores
+[k, m, 1] in fp32 with the number of retries [k]. `rows` may cover more rows than these.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..polar import polar
+from ..polar.gram import inverse_sqrt
+from ..polar.precision import PolarDtype, as_stated, gram_matrix
+from ..polar.rows import HERE, Rows
+
+RIDGES = (1e-8, 1e-6)
+"""Shares of the trace that are added to the diagonal of a Gram matrix; the second is used if the Cholesky factorisation
+fails with the first. They are about the rounding error of an fp32 Gram matrix. Without them a rank-deficient matrix has
+no factor."""
+
+
+def from_polar(x: Tensor, method: str, dtype: PolarDtype) -> tuple[Tensor, Tensor]:
+    """The squared row norms of a polar factor from any backend: the reference."""
+    scores = polar(x, method, dtype=dtype).square().sum(dim=-1, keepdim=True)
+    return scores, torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+
+def from_cholesky(
+    x: Tensor, fallback: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Rows = HERE
+) -> tuple[Tensor, Tensor]:
+    """|L^-1 x_i|^2 with L L^T = X^T X + ridge: 2 m n^2 for the Gram matrix, m n^2 to solve, n^3 / 3.
+
+    If the factorisation fails with the first ridge, the second is tried; if that fails too, `fallback` finds the
+    scores. Each of these is one retry. Checking whether it failed waits for the device.
+    """
+    with torch.no_grad(), as_stated(x.device):
+        A = rows.total(gram_matrix(x))
+        L, failed = _cholesky(A, RIDGES[0])
+        retries = failed.long()
+        if _any(failed):
+            again, failed_again = _cholesky(A, RIDGES[1])
+            L = torch.where(failed[:, None, None], again, L)
+            failed, retries = failed & failed_again, retries + (failed & failed_again)
+        scores = _squared_rows(torch.linalg.solve_triangular(L.mT, x, upper=True, left=False))
+        if _any(failed):
+            scores[failed] = fallback(x[failed])[0]
+    return scores, retries
+
+
+def from_gram(x: Tensor, rows: Rows = HERE) -> tuple[Tensor, Tensor]:
+    """The squared row norms of X (X^T X + ridge)^(-1/2), by matrix products only and without waiting for the device."""
+    with torch.no_grad(), as_stated(x.device):
+        Q = inverse_sqrt(_ridged(rows.total(gram_matrix(x)), RIDGES[0]))
+        scores = _squared_rows(torch.bmm(x, Q))
+    return scores, torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+
+def _cholesky(A: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Lower factors of A with a ridge, and which of them failed; a failed one must not be used."""
+    L, info = torch.linalg.cholesky_ex(_ridged(A, ridge))
+    return L, info > 0
+
+
+def _ridged(A: Tensor, ridge: float) -> Tensor:
+    ridged = A.clone()
+    # A zero matrix has trace 0; with 1 on its diagonal its scores are zeros, as they should be.
+    trace = A.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    ridged.diagonal(dim1=-2, dim2=-1).add_(torch.where(trace > 0, ridge * trace, 1.0)[:, None])
+    return ridged
+
+
+def _squared_rows(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+
+
+def _any(flags: Tensor) -> bool:
+    """Whether any flag is true; False for a tensor without data."""
+    return flags.device.type != "meta" and bool(flags.any())

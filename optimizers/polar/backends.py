@@ -1,0 +1,230 @@
+"""Polar factors of stacks of matrices.
+
+polar(X) = U V^T over the nonzero singular values of X: the nearest matrix with orthonormal rows or columns if X has
+full rank, a partial isometry if it does not, and 0 for X = 0. Its squared row norms are the leverage scores of X, which
+sum to the rank.
+
+Two errors describe a backend, both over the singular values above 2^-10 of the Frobenius norm: (a) max |sigma - 1| of
+the result, and (b) |d - d_svd|_F / |d_svd|_F. Rounding the input alone causes an error (b) that grows with the
+condition number and that (a) does not show. Singular directions below the cut come back with 0 <= sigma <= 1 + (a).
+`ERRORS` states a bound for both.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import iterations
+from .gram import gram_polar
+from .precision import PolarDtype, as_stated, resolve
+
+# Inputs whose largest entry lies in this range are used as they are; others are scaled by a power of two.
+SMALLEST_UNSCALED, LARGEST_UNSCALED = 2.0**-20, 2.0**40
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How one method finds polar factors."""
+
+    factor: Callable[[Tensor, torch.dtype], Tensor]
+    """Takes a stack [k, m, n] in fp32 (fp64 for "svd"), finite and scaled, and the dtype of its products. Returns
+    [k, m, n] in any floating dtype; its result for a zero matrix is not used."""
+    dtype: torch.dtype | None = None
+    """The dtype of its products, if there is only one."""
+    is_guarded: bool = True
+    """Whether its input is scaled first, and zero and non-finite matrices are taken out."""
+
+
+def polar(x: Tensor, method: str = "quintic", *, exact: bool = False, dtype: PolarDtype = "auto") -> Tensor:
+    """The polar factor of every matrix of a stack.
+
+    Args:
+        x: [..., m, n] of any real floating dtype and any strides; it is not changed.
+        method: a key of `BACKENDS`. "svd": exact, fp64. "quintic": the released code's 12 steps. "polar_express": 7
+            better steps. "cans": to the precision of fp32. "gram": Polar Express on the smaller Gram matrix, the
+            fastest for matrices that are not square. "quintic_exact": see `exact`.
+        exact: with "quintic", the released code's operations in their order, one matrix at a time, in true bf16 and
+            without the scaling below: the same as method "quintic_exact".
+        dtype: of the products of "polar_express" and "gram": "bf16", "fp16", "fp32", or "auto": fp16 on a GPU, bf16 on
+            a CPU with AMX, otherwise fp32. The other methods have one dtype: svd fp64, cans fp32, quintic bf16.
+
+    Returns:
+        [..., m, n] in fp32, with any strides. A zero matrix gives zeros. A matrix with a NaN or an infinity gives NaN
+        everywhere; the other matrices of the stack are not affected.
+
+    If the largest entry of a matrix is outside [2^-20, 2^40], the matrix is first multiplied by the power of two that
+    brings that entry into [1, 2). This is exact, so the result does not depend on the scale, from the smallest to the
+    largest number of the dtype.
+
+    Nothing waits for the device, except `svd` itself on a GPU.
+
+    Raises:
+        ValueError: x has fewer than two dimensions or is not real floating point, an unknown method or dtype,
+            `exact` with another method than "quintic", or a dtype for a method that has only one.
+    """
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(
+            f"polar takes a real floating point stack [..., m, n], got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    if exact and method not in ("quintic", "quintic_exact"):
+        raise ValueError(f"exact=True repeats the released quintic: expected method 'quintic', got {method!r}")
+    method = "quintic_exact" if exact else method
+    backend = backend_named(method)
+    product_dtype = backend.dtype or resolve(dtype, x.device)
+    if backend.dtype is not None and dtype != "auto":
+        raise ValueError(f"polar dtype {dtype!r} has no effect: {method!r} computes in {product_dtype}")
+    if x.numel() == 0:
+        return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    with torch.no_grad(), as_stated(x.device):
+        stack = x.detach().reshape(-1, *x.shape[-2:])
+        run = _guarded if backend.is_guarded else _as_it_is
+        return run(stack, backend, product_dtype).float().reshape(x.shape)
+
+
+def backend_named(method: str) -> Backend:
+    """The backend of that name; ValueError if there is none."""
+    if method not in BACKENDS:
+        raise ValueError(f"unknown polar method {method!r}: expected one of {', '.join(BACKENDS)}")
+    return BACKENDS[method]
+
+
+def has_dtype_choice(method: str) -> bool:
+    """Whether a method offers several dtypes for its products."""
+    return backend_named(method).dtype is None
+
+
+def working_dtype(method: str) -> torch.dtype:
+    """The dtype in which a backend reads its input: fp64 for "svd", fp32 otherwise.
+
+    A product D*u of fp32 numbers is exact in fp64, so it keeps the rank of u; rounded to fp32 it does not.
+    """
+    return torch.float64 if backend_named(method).dtype == torch.float64 else torch.float32
+
+
+def prescale(x: Tensor) -> Tensor:
+    """Multiplies each matrix of [..., m, n] by a power of two if its largest entry is outside [2^-20, 2^40].
+
+    The largest entry of a scaled matrix is in [1, 2). This is exact, except for entries that underflow next to one that
+    is about 1e38 times larger. Zero and non-finite matrices pass unchanged; x itself is returned if it is known that
+    nothing has to be scaled.
+    """
+    largest = largest_entry(x)
+    # Looking at a value is free on a CPU only; elsewhere it would wait for the device.
+    if x.device.type == "cpu" and not _is_outside(largest).any():
+        return x
+    return prescale_by(x, largest)
+
+
+def largest_entry(x: Tensor) -> Tensor:
+    """The largest absolute entry of each matrix, [..., 1, 1]; NaN where there is a NaN."""
+    # Two reductions instead of one of |x|, which would be a tensor as large as x.
+    dims = (-2, -1)
+    return torch.maximum(x.amax(dim=dims, keepdim=True), -x.amin(dim=dims, keepdim=True))
+
+
+def _is_outside(largest: Tensor) -> Tensor:
+    """Whether a matrix with this largest entry has to be scaled."""
+    outside = (largest < SMALLEST_UNSCALED) | (largest > LARGEST_UNSCALED)
+    return outside & largest.isfinite() & (largest > 0)
+
+
+def prescale_by(x: Tensor, largest: Tensor) -> Tensor:
+    """x times the power of two that a matrix with this largest entry is scaled by."""
+    exponent = torch.where(_is_outside(largest), 1 - torch.frexp(largest).exponent, 0)
+    # In two halves, since 2^exponent alone overflows for a subnormal input.
+    half = exponent // 2
+    return x * _power_of_two(half, x.dtype) * _power_of_two(exponent - half, x.dtype)
+
+
+def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^exponent built from its bits: exact on every device, which exp2 and ldexp do not promise."""
+    if dtype == torch.float64:
+        return ((exponent.long() + 1023) << 52).view(torch.float64)
+    return ((exponent.int() + 127) << 23).view(torch.float32)
+
+
+def _as_it_is(stack: Tensor, backend: Backend, dtype: torch.dtype) -> Tensor:
+    return backend.factor(stack, dtype)
+
+
+def _guarded(stack: Tensor, backend: Backend, dtype: torch.dtype) -> Tensor:
+    """Runs a backend on a scaled, finite stack [k, m, n] and puts zero and NaN matrices in afterwards."""
+    x = stack if stack.dtype == torch.float64 else stack.float()
+    largest = largest_entry(x)
+    finite = largest.isfinite()
+    usable = finite & (largest > 0)
+    # Zero matrices are common (every zero-initialised weight at its first step). Looking for them is free on a CPU; on
+    # an accelerator it would stall the queue.
+    if x.device.type == "cpu":
+        if not usable.any():
+            return torch.where(finite, torch.zeros_like(x), torch.nan)
+        if usable.all() and not _is_outside(largest).any():
+            return backend.factor(x, dtype)
+    factor = backend.factor(prescale_by(torch.where(finite, x, 0), torch.where(finite, largest, 0)), dtype)
+    return torch.where(usable, factor, torch.where(finite, 0.0, torch.nan).to(factor.dtype))
+
+
+def _svd(x: Tensor, _: torch.dtype) -> Tensor:
+    """Exact, in fp64: singular values up to max(m, n) * 2^-52 of the largest count as zero."""
+    u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    cut = max(x.shape[-2:]) * 2.0**-52 * sigma[..., :1]
+    factor = (u * (sigma > cut).unsqueeze(-2)) @ vh
+    # Rows and columns of zeros come back with entries of 1e-17, which a direction that evens out rows would enlarge.
+    live = (x != 0).any(dim=-1, keepdim=True) & (x != 0).any(dim=-2, keepdim=True)
+    return torch.where(live, factor, 0.0)
+
+
+def _quintic_exact(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The released iteration, one matrix at a time.
+
+    On one machine it repeats the released code bit for bit; between machines the summation order of the products
+    differs. It has the range of the released code: it fails below about 1e-8 and above about 1e18.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    factors = torch.stack([iterations.released_quintic(matrix.mT if tall else matrix) for matrix in x.to(dtype)])
+    return factors.mT if tall else factors
+
+
+BACKENDS: dict[str, Backend] = {
+    "svd": Backend(_svd, torch.float64),
+    "quintic": Backend(iterations.quintic, torch.bfloat16),
+    "quintic_exact": Backend(_quintic_exact, torch.bfloat16, is_guarded=False),
+    "polar_express": Backend(iterations.express),
+    "cans": Backend(iterations.precise, torch.float32),
+    "gram": Backend(gram_polar),
+}
+"""Backends by name."""
+
+
+class StatedError(NamedTuple):
+    """A bound of (a) and (b): measured over random and hard spectra, with a margin, and tested."""
+
+    floor: float
+    """For well conditioned matrices: the error of the polynomials and of rounded products."""
+    slope: float
+    """Per unit of the spread, which is the Frobenius norm over the smallest singular value that counts (at most 2^10):
+    rounding X turns the direction of that value by about the spread times the unit roundoff."""
+
+    def at(self, spread: float) -> float:
+        """The bound for a matrix of this spread."""
+        return self.floor + self.slope * spread
+
+
+_BF16, _FP16, _FP32 = 2.0**-9, 2.0**-12, 2.0**-24
+
+ERRORS: dict[tuple[str, str], StatedError] = {
+    ("svd", "auto"): StatedError(1e-6, _FP32),
+    ("quintic", "auto"): StatedError(1e-2, 3 * _BF16),
+    ("quintic_exact", "auto"): StatedError(3e-2, 4 * _BF16),
+    ("polar_express", "bf16"): StatedError(2e-2, 2 * _BF16),
+    ("polar_express", "fp16"): StatedError(4e-3, 2 * _FP16),
+    ("polar_express", "fp32"): StatedError(2e-3, 8 * _FP32),
+    ("cans", "auto"): StatedError(1e-5, 8 * _FP32),
+    ("gram", "bf16"): StatedError(3e-2, 2 * _BF16),
+    ("gram", "fp16"): StatedError(1.5e-2, 3 * _FP16),
+    ("gram", "fp32"): StatedError(1e-4, 16 * _FP32),
+}
+"""The stated error of each method and dtype."""
