@@ -245,7 +245,7 @@ def told(kind: Any, rank: int, code: int = 1) -> Failure:
         ({1: Ended(2)}, [told("own", 1, code=2)], set(), 2, None),
         ({0: Ended(2), 1: Ended(2)}, [], set(), 2, None),
         ({0: Ended(2)}, [told("peer", 5, code=2)], set(), 2, None),
-        ({0: Ended(1)}, [told("lost", 0)], set(), 1, "rank 0 on n lost another rank"),
+        ({0: Ended(1)}, [told("lost", 0)], set(), 1, "rank 0 on n lost the connection to another rank"),
     ],
 )
 def test_the_launcher_judges(
