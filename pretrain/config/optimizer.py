@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -13,7 +13,7 @@ from optimizers.precision import PolarDtype
 from optimizers.riemannian import Variant
 from optimizers.routing import Role, RowBlocks, Settings
 from optimizers.row_balance import BalanceRule
-from pretrain.config.base import Section
+from pretrain.config.base import NUMERICS, RESULT, Section
 
 _MATRIX = options.DEFAULTS["matrix"]
 _ADAMW = options.DEFAULTS["adamw"]
@@ -23,6 +23,8 @@ _MATRIX_FIELDS = tuple(key for key in _MATRIX if key not in ("direction", "eps_m
 
 class AdamWConfig(Section):
     """AdamW for embeddings, the output head, norm gains and biases, or for everything under name "adamw"."""
+
+    key_class = RESULT
 
     lr: float = Field(_ADAMW["lr"], ge=0)
     """Peak learning rate, multiplied by the schedule. About ten times smaller than the matrix lr; too large and the
@@ -47,7 +49,7 @@ class AdamWConfig(Section):
     weight_decay: float = Field(_ADAMW["weight_decay"], ge=0)
     """Decoupled decay a step, times the learning rate. On 2-D weights only: norm gains and biases never decay."""
 
-    fused: bool = _ADAMW["fused"]
+    fused: Annotated[bool, NUMERICS] = _ADAMW["fused"]
     """One kernel for all tensors: faster on a GPU, equal up to rounding."""
 
     @field_validator("betas", mode="before")
@@ -73,6 +75,8 @@ class OptimizerConfig(Section):
 
     A preset is written out into the options that it stands for.
     """
+
+    key_class = RESULT
 
     name: options.OptimizerName = "aurora"
     """Direction of the matrices: all 2-D weights but embeddings and the output head. "aurora": orthogonal with
@@ -107,7 +111,7 @@ class OptimizerConfig(Section):
     steps in bf16; "quintic_exact": in the released order of operations, slow on a CPU without bf16; "svd": exact in
     fp64, for tests and small models."""
 
-    polar_dtype: PolarDtype = _MATRIX["polar_dtype"]
+    polar_dtype: Annotated[PolarDtype, NUMERICS] = _MATRIX["polar_dtype"]
     """Precision of the products of "gram" and "polar_express": "auto" is fp16 on a GPU, bf16 on a CPU with AMX,
     else fp32. At condition numbers up to 2,000 bf16 turns directions by 1 to 4 %, fp16 by under 1 %, fp32 by under
     0.01 %."""

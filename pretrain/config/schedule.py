@@ -2,16 +2,18 @@
 
 from typing import Literal
 
-from pretrain.config.base import Section
+from pretrain.config.base import RESULT, Section
 from pretrain.config.fields import Fraction, NonNegativeInt
 
 
 class ScheduleConfig(Section):
-    """One factor for the learning rates of all parameter groups: warm-up, then the kind's shape."""
+    """One factor for the learning rates of all parameter groups: a warm-up, then a shape."""
+
+    key_class = RESULT
 
     kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    """`wsd`: flat, then linear decay over the last part; `cosine` and `linear`: decay from the end
-    of the warm-up on; `constant`: no decay."""
+    """`wsd`: constant, then a linear decay at the end; `cosine` and `linear`: decay from the end of the warm-up on;
+    `constant`: no decay."""
 
     warmup_tokens: NonNegativeInt = 0
     """Tokens over which the factor rises linearly to 1."""
@@ -20,9 +22,18 @@ class ScheduleConfig(Section):
     """`wsd` only: share of `train.total_tokens` over which the rate decays at the end."""
 
     final_fraction: Fraction = 0.0
-    """The factor that the decay ends at; not for `constant`."""
+    """The factor at the end of the decay; not for `constant`."""
 
     def ineffective(self) -> dict[str, str]:
-        """The options that the kind does not use."""
-        without = {} if self.kind == "wsd" else {"decay_fraction": f"{self.kind} has no separate decay"}
-        return without | ({"final_fraction": "a constant rate does not decay"} if self.kind == "constant" else {})
+        """Return the options that the kind does not use."""
+        if self.kind == "constant":
+            without = {"decay_fraction": "constant has no decay", "final_fraction": "a constant rate does not decay"}
+        elif self.kind != "wsd":
+            without = {"decay_fraction": f"{self.kind} decays from the end of the warm-up on"}
+        elif self.decay_fraction == 0:
+            without = {"final_fraction": "with schedule.decay_fraction 0 the rate does not decay"}
+        elif self.final_fraction == 1:
+            without = {"decay_fraction": "with schedule.final_fraction 1 the rate does not decay"}
+        else:
+            without = {}
+        return without

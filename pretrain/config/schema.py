@@ -1,56 +1,33 @@
-"""The whole config: its sections, and what makes two runs the same run."""
+"""The whole config: its sections, and the keys of a class."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
-from pretrain.config.base import Section
-from pretrain.config.data import DataConfig, TokenizerConfig
-from pretrain.config.loader import ConfigError
+from pretrain.config.base import KeyKind, Section, leaves, section_in
+from pretrain.config.checkpoint import CheckpointConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.effect import without_effect
+from pretrain.config.engine import EngineConfig
+from pretrain.config.errors import ConfigError
+from pretrain.config.logging import LoggingConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.run import RunConfig
+from pretrain.config.samples import SamplesConfig
 from pretrain.config.schedule import ScheduleConfig
 from pretrain.config.telemetry import TelemetryConfig
-from pretrain.config.train import (
-    CheckpointConfig,
-    EngineConfig,
-    LoggingConfig,
-    SamplesConfig,
-    TrainConfig,
-    ValidationConfig,
-    WandbConfig,
-)
-
-# Keys that may change on resume; all others are the run's identity. A name ending in "." is a section.
-EXECUTION_KEYS = (
-    "run.name",
-    "run.root",
-    "run.deterministic",
-    "data.workers",
-    "optimizer.adamw.fused",
-    "train.micro_batch_sequences",
-    "train.precision",
-    "train.activation_checkpointing",
-    "train.compile",
-    "train.loss_chunk_tokens",
-    "train.max_skipped_steps",
-    "train.peak_tflops",
-    "engine.",
-    "validation.",
-    "samples.",
-    "telemetry.",
-    "checkpoint.",
-    "logging.",
-    "wandb.",
-)
+from pretrain.config.tokenizer import TokenizerConfig
+from pretrain.config.train import TrainConfig
+from pretrain.config.validation import ValidationConfig
+from pretrain.config.wandb import WandbConfig
+from pretrain.config.yaml_text import dump_yaml
 
 
 class Config(Section):
@@ -87,7 +64,7 @@ class Config(Section):
         return self.train.total_tokens // self.train.global_batch_tokens
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches of each rank in one step.
+        """Return the micro-batches of each rank in one step.
 
         Raises:
             ConfigError: the global batch does not divide over the ranks.
@@ -107,35 +84,41 @@ class Config(Section):
         """`<root>/<name>`."""
         return Path(self.run.root) / self.run.name
 
-    def identity(self) -> dict[str, Any]:
-        """The keys that decide what the run computes, flat: dotted path to value."""
-        flat = dict(_flatten(self.resolved()))
-        return {
-            key: value
-            for key, value in flat.items()
-            if not any(key.startswith(k) if k.endswith(".") else key == k for k in EXECUTION_KEYS)
-        }
+    def keys_of(self, *kinds: KeyKind) -> dict[str, Any]:
+        """Return the keys of these classes that have an effect: dotted path to value, as in `resolved`."""
+        return {path: value for path, value, of in leaves(type(self), self.resolved()) if of.kind in kinds}
 
     def resolved(self) -> dict[str, Any]:
-        """Plain data with every default that has an effect written out; parses back to an equal config."""
-        return self.model_dump(mode="json")
+        """Return plain data with every default that has an effect written out; it parses back to an equal config."""
+        data = self.model_dump(mode="json")
+        for path in without_effect(self.sections()):
+            *parents, last = path.split(".")
+            section = data
+            for key in parents:
+                section = section.get(key, {})
+            section.pop(last, None)
+        return data
+
+    def sections(self) -> dict[str, Section]:
+        """Return the sections by name."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
 
     def to_yaml(self) -> str:
-        """`resolved`, as YAML."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        """Return `resolved` as YAML."""
+        return dump_yaml(self.resolved())
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
-    """sha256 of an identity mapping, independent of the order of its keys."""
+    """Return the sha256 of a mapping of plain data, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flatten(item, f"{prefix}{key}.")
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        for index, item in enumerate(value):
-            yield from _flatten(item, f"{prefix}{index}.")
-    else:
-        yield prefix.rstrip("."), value
+def is_section(path: str) -> bool:
+    """Return whether a dotted path names a section rather than a single key."""
+    section: type[Section] | None = Config
+    for part in path.split("."):
+        if section is None or (not part.isdecimal() and part not in section.model_fields):
+            return False
+        if not part.isdecimal():
+            section = section_in(section.model_fields[part].annotation)
+    return section is not None

@@ -1,9 +1,8 @@
-"""Plain data into a validated `Config`, with every problem reported at once."""
+"""Plain data into a validated `Config`. All problems are reported together."""
 
 from __future__ import annotations
 
 import copy
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,19 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pretrain.config.loader import ConfigError, apply_overrides, read_yaml
+from pretrain.config.base import STORED, section_in
+from pretrain.config.effect import without_effect
+from pretrain.config.errors import ConfigError
+from pretrain.config.loader import read_yaml
+from pretrain.config.overrides import apply_overrides
 from pretrain.config.schema import Config
+from pretrain.processes.errors import did_you_mean
 
 MISSING = "required, but missing"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file with ``section.key=value`` overrides applied.
+    """Return the config in a YAML file with ``section.key=value`` overrides applied.
 
     Raises:
         ConfigError: with every problem found.
@@ -32,13 +36,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(data: Mapping[str, Any]) -> Config:
-    """Validate plain data section by section, so that a fault in one does not hide those of another.
+    """Return the config in plain data that a person wrote: options without an effect are errors.
 
     Raises:
         ConfigError: with every problem found.
     """
+    return _parse(data, stored=False)
+
+
+def parse_stored_config(data: Mapping[str, Any]) -> Config:
+    """Return the config in plain data that this program wrote, into a checkpoint or a run folder.
+
+    Every default was written out there, by this version or an older one, so an option without an effect is not an
+    error.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    return _parse(data, stored=True)
+
+
+def _parse(data: Mapping[str, Any], stored: bool) -> Config:
+    """Validate section by section, so that a fault in one section does not hide those of another."""
     problems = [
-        f"{key}: unknown section{_did_you_mean(key, Config.model_fields)}"
+        f"{key}: unknown section{did_you_mean(key, Config.model_fields)}"
         for key in data
         if key not in Config.model_fields
     ]
@@ -50,28 +71,30 @@ def parse_config(data: Mapping[str, Any]) -> Config:
         if name not in data:
             problems.append(f"{name}: section is missing")
             continue
-        section, found = validate_section(field.annotation, data[name], name)
+        section, found = validate_section(field.annotation, data[name], name, stored)
         problems += found
         if section is not None:
             sections[name] = section
     problems += _cross_checks(sections)
+    if not stored:
+        problems += _given_without_effect(sections) + _checkpoint_problems(sections)
     if problems:
         raise ConfigError(problems)
-    return Config(**sections)
+    return Config.model_validate(sections, context=STORED if stored else None)
 
 
-def validate_section(model: Any, value: Any, name: str) -> tuple[Any, list[str]]:
-    """A validated section, or None, and the problems.
+def validate_section(model: Any, value: Any, name: str, stored: bool = False) -> tuple[Any, list[str]]:
+    """Return a validated section, or None, and the problems.
 
-    What is wrong with single keys must not hide what is wrong between the others, so the section is looked at again
-    without those keys.
+    Faults of single keys must not hide faults between the other keys, so the section is validated a second time
+    without the keys at fault.
     """
     if value is None:
         value = {}
     if not isinstance(value, dict):
         return None, [f"{name}: expected a section with keys, got {value!r}"]
     try:
-        return model.model_validate(value), []
+        return model.model_validate(value, context=STORED if stored else None), []
     except ValidationError as error:
         errors = _one_per_fault(model, error.errors(include_url=False))
     problems = [message for item in errors for message in _messages(model, item, name)]
@@ -79,7 +102,7 @@ def validate_section(model: Any, value: Any, name: str) -> tuple[Any, list[str]]
     removed = [_delete(rest, item["loc"]) for item in errors if item["type"] != "missing" and item["loc"]]
     if any(removed):
         # A key that was removed is not missing.
-        again = validate_section(model, rest, name)[1]
+        again = validate_section(model, rest, name, stored)[1]
         problems += [p for p in again if p not in problems and not p.endswith(MISSING)]
     return None, problems
 
@@ -121,7 +144,7 @@ def _messages(model: type[BaseModel], error: Any, section: str) -> list[str]:
     path = ".".join([section, *loc])
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
-        return [f"{path}: unknown key{_did_you_mean(loc[-1], _fields_at(model, error['loc'][:-1]))}"]
+        return [f"{path}: unknown key{did_you_mean(loc[-1], _fields_at(model, error['loc'][:-1]))}"]
     if kind == "missing":
         return [f"{path}: {MISSING}"]
     if kind == "value_error":
@@ -136,29 +159,13 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _did_you_mean(key: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-
-
 def _fields_at(model: Any, loc: Sequence[int | str]) -> list[str]:
     """Names of the fields of the section found by walking `loc` from `model`."""
     for part in loc:
         if isinstance(part, int):
             continue
-        model = _section_type(model.model_fields[part].annotation)
+        model = section_in(model.model_fields[part].annotation)
     return list(model.model_fields)
-
-
-def _section_type(annotation: Any) -> Any:
-    """The Section class inside an annotation such as ``tuple[SourceConfig, ...]`` or ``X | None``."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation
-    for argument in typing.get_args(annotation):
-        found = _section_type(argument)
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return found
-    return None
 
 
 def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
@@ -185,17 +192,11 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
     samples = sections.get("samples")
     if model and samples and model.architecture != "llama" and samples.every_steps is not None:
         problems.append(
-            f"samples.every_steps: expected null, for model.architecture {model.architecture} cannot generate text, "
+            f"samples.every_steps: expected null, since model.architecture {model.architecture} cannot generate text, "
             f"got {samples.every_steps}"
         )
     if sections.get("engine") and sections["engine"].kind == "deepspeed":
         problems += _deepspeed_problems(sections)
-    data, validation = sections.get("data"), sections.get("validation")
-    if data and validation and data.validation_fraction == 0 and validation.model_fields_set:
-        problems += [
-            f"validation.{key}: has no effect: data.validation_fraction is 0, so there is no validation split"
-            for key in sorted(validation.model_fields_set)
-        ]
     if train and schedule:
         decay = schedule.decay_fraction * train.total_tokens if schedule.kind == "wsd" else 0
         if schedule.warmup_tokens + decay > train.total_tokens:
@@ -206,13 +207,39 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _given_without_effect(sections: Mapping[str, Any]) -> list[str]:
+    """The keys that were given, and not as null, although another section leaves them without an effect."""
+    problems = []
+    for path, why in without_effect(sections).items():
+        name, *below = path.split(".")
+        section = sections[name]
+        for key in below[:-1]:
+            section = getattr(section, key)
+        given = below[-1:] if below else sorted(section.model_fields_set)
+        prefix = path.rpartition(".")[0] if below else name
+        problems += [
+            f"{prefix}.{key}: has no effect: {why}; remove it"
+            for key in given
+            if key in section.model_fields_set and getattr(section, key) is not None
+        ]
+    return problems
+
+
+def _checkpoint_problems(sections: Mapping[str, Any]) -> list[str]:
+    checkpoint = sections.get("checkpoint")
+    if not checkpoint or checkpoint.keep_every_steps is None:
+        return []
+    keep, save = checkpoint.keep_every_steps, checkpoint.save_every_steps
+    return _not_multiple("checkpoint.keep_every_steps", keep, "checkpoint.save_every_steps", save)
+
+
 def _deepspeed_problems(sections: Mapping[str, Any]) -> list[str]:
-    """What DeepSpeed does not support, or would do silently wrong."""
+    """What DeepSpeed does not support, or handles incorrectly without an error."""
     engine, problems = sections["engine"], []
     if train := sections.get("train"):
         problems += [f"engine.{problem}" for problem in engine.precision_problems(train.precision)]
         if train.compile:
-            problems.append("train.compile: expected false with engine.kind deepspeed, whose hooks it does not see")
+            problems.append("train.compile: expected false with engine.kind deepspeed, whose hooks it cannot trace")
     samples = sections.get("samples")
     if samples and samples.every_steps is not None and engine.zero_stage == 3:
         problems.append(

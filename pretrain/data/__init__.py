@@ -1,20 +1,22 @@
 """The text stream: files -> read units -> documents -> tokens -> packed sequences -> global batches.
 
-`plan` orders the read units and deals them to lanes, `readers` reads their rows, `documents` picks the rows of a
-split, `tokenizer` encodes them, `packing` fills sequences, `workers` runs that in other processes, and `stream` joins
-the lanes of all ranks and workers to one sequence of batches with one small state.
+From the bottom up: `sources` lists and opens files, `formats` reads their rows, `catalog` describes all of them once,
+`order` deals the read units to lanes, `documents` selects the rows of a split, `tokenizer` encodes them, `packing`
+fills sequences, `workers` does all that in other processes, and `stream` merges the lanes of all ranks and workers into
+one sequence of batches with one small state.
 """
 
 from pretrain.data.batch import TokenBatch
-from pretrain.data.catalog import fingerprint
-from pretrain.data.check import check_sources
+from pretrain.data.catalog import Catalog, content_digest, fingerprint, make_catalog
+from pretrain.data.check import check_sources, survey
 from pretrain.data.documents import validation_text
 from pretrain.data.errors import DataError
 from pretrain.data.masks import attention_inputs
 from pretrain.data.stream import LaneState, StreamState, TokenStream
-from pretrain.data.tokenizer import load_tokenizer
+from pretrain.data.tokenizer import load_tokenizer, separator_id, vocabulary_rows
 
 __all__ = [
+    "Catalog",
     "DataError",
     "LaneState",
     "StreamState",
@@ -22,7 +24,12 @@ __all__ = [
     "TokenStream",
     "attention_inputs",
     "check_sources",
+    "content_digest",
     "fingerprint",
     "load_tokenizer",
+    "make_catalog",
+    "separator_id",
+    "survey",
     "validation_text",
+    "vocabulary_rows",
 ]

@@ -1,111 +1,215 @@
-"""What the data of a run is: for its manifest, and to notice on a resume that it changed."""
+"""The catalog: which files the data of a run consists of, listed, sized and digested once.
+
+Rank 0 makes the catalog and hands it to the other ranks, which then open a file only to read its text. The catalog
+also yields the fingerprint for the manifest and the digest by which a resumed run recognises its data.
+"""
 
 import hashlib
-from pathlib import Path
-from typing import Any, TypedDict
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO, TypedDict
 
 from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.data.errors import DataError
-from pretrain.data.sources import source_files
+from pretrain.data.formats import SUFFIXES, TextFile, text_file
+from pretrain.data.sources import list_files, open_bytes, size_of
+from pretrain.data.units import Unit
 
 _HASHED_BYTES = 1 << 20
-_MAX_NAMES = 64  # a column with more values than this names rows rather than sources
+_MAX_NAMES = 64  # a column with more distinct values than this describes rows rather than sources
 
 
-class FileFingerprint(TypedDict):
+@dataclass(frozen=True, slots=True)
+class CatalogFile:
     """One file."""
 
     path: str
-    """As the config spells it."""
+    """Spelt as in the config."""
     bytes: int
-    rows: int | None
-    """Rows of a parquet file; None for JSON lines, which would have to be read."""
+    row_groups: tuple[int, ...] | None
+    """Rows of each row group of a parquet file; None for JSON lines, which would have to be read."""
     sha256: str
-    """Of the first and the last MiB and the size in decimal digits, in this order."""
+    """Of the first MiB, the last MiB and the size in decimal digits, in this order."""
+
+    def units(self, text_field: str, split_units: int) -> list[Unit]:
+        """Return the read units of the file: its row groups, or the file itself, each divided by `split_units`."""
+        groups: list[tuple[int | None, int | None]] = [(None, None)]
+        if self.row_groups is not None:
+            groups = list(enumerate(self.row_groups))
+        return [
+            Unit(self.path, text_field, group, rows, part, split_units, self.bytes)
+            for group, rows in groups
+            for part in range(split_units)
+        ]
 
 
-class SourceFingerprint(TypedDict):
+@dataclass(frozen=True, slots=True)
+class CatalogSource:
     """One source of the config."""
 
     path: str
-    sources: list[str]
+    files: tuple[CatalogFile, ...]
+    """In the order in which they are numbered for reading: by name."""
+    names: tuple[str, ...]
     """The values of a parquet column `source`, sorted; empty if there is none, or more than 64 values."""
-    licences: list[str]
+    licences: tuple[str, ...]
     """The values of a parquet column `licence` or `license`, likewise; if there are none, the config's `licence`."""
-    bytes: int
-    files: list[FileFingerprint]
 
 
-class DataFingerprint(TypedDict):
-    """All sources, in the order of the config."""
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """All sources, in the order of the config. Can be pickled."""
 
-    bytes: int
-    sources: list[SourceFingerprint]
+    sources: tuple[CatalogSource, ...]
+
+    def units(self, config: DataConfig) -> tuple[tuple[Unit, ...], ...]:
+        """Return the read units of each source, in order.
+
+        Raises:
+            ValueError: the catalog was made from other sources.
+
+        """
+        if [source.path for source in config.sources] != [source.path for source in self.sources]:
+            raise ValueError("the catalog was made from other sources than those of the config")
+        return tuple(
+            tuple(unit for file in found.files for unit in file.units(source.text_field, source.split_units))
+            for source, found in zip(config.sources, self.sources, strict=True)
+        )
 
 
-def fingerprint(config: DataConfig) -> DataFingerprint:
-    """Describe the data, equal on every machine as long as the files are.
+def make_catalog(config: DataConfig) -> Catalog:
+    """List the files of all sources and open each of them once.
 
     Raises:
-        DataError: a file is missing or damaged.
+        DataError: with a line for every source that cannot be listed and every file that cannot be read. The texts
+            themselves are not read; `pretrain.data.check.survey` does both.
 
     """
-    sources = [_source(source) for source in config.sources]
-    return DataFingerprint(bytes=sum(source["bytes"] for source in sources), sources=sources)
+    found = [catalog_source(source) for source in config.sources]
+    if problems := [problem for _, problems in found for problem in problems]:
+        raise DataError("\n".join(problems))
+    return Catalog(tuple(source for source, _ in found))
 
 
-def _source(source: SourceConfig) -> SourceFingerprint:
-    files: list[FileFingerprint] = []
+Visit = Callable[[CatalogFile, TextFile], None]
+
+
+def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[CatalogSource, list[str]]:
+    """Describe one source; return what was found and every problem, at most one per file.
+
+    Args:
+        source: the source.
+        visit: called with each file while it is open. A `DataError` that it raises counts as a problem of the file.
+
+    """
+    files: list[CatalogFile] = []
     names: set[str] = set()
     licences: set[str] = set()
-    for path in source_files(source):
-        rows = None
+    problems: list[str] = []
+    try:
+        paths = list_files(source.path, SUFFIXES)
+    except DataError as error:
+        paths, problems = [], [str(error)]
+    for path in paths:
         try:
-            if path.endswith(".parquet"):
-                with pq.ParquetFile(path) as file:
-                    rows = file.metadata.num_rows
-                    names |= _values(file, "source")
-                    licences |= _values(file, "licence") | _values(file, "license")
-            size, digest = _digest(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
-        files.append(FileFingerprint(path=path, bytes=size, rows=rows, sha256=digest))
+            with open_bytes(path) as file:
+                size, digest = _digest(file, path)
+                text = text_file(file, path, source.text_field)
+                names |= text.values("source", _MAX_NAMES)
+                licences |= text.values("licence", _MAX_NAMES) | text.values("license", _MAX_NAMES)
+                files.append(CatalogFile(path, size, text.row_groups(), digest))
+                if visit:
+                    visit(files[-1], text)
+        except DataError as error:
+            problems.append(str(error))
     licences = _few(licences) or ({source.licence} if source.licence else set())
-    return SourceFingerprint(
-        path=source.path,
-        sources=sorted(_few(names)),
-        licences=sorted(licences),
-        bytes=sum(file["bytes"] for file in files),
-        files=files,
-    )
-
-
-def _values(file: pq.ParquetFile, column: str) -> set[str]:
-    """The distinct strings of a column; none if there is no such column of strings."""
-    schema = file.schema_arrow
-    if column not in schema.names:
-        return set()
-    values: set[Any] = set()
-    for batch in file.iter_batches(columns=[column], use_threads=False):
-        values.update(pc.unique(batch.column(0)).to_pylist())
-        if len(values) > _MAX_NAMES:
-            break
-    return {value for value in values if isinstance(value, str)}
+    return CatalogSource(source.path, tuple(files), tuple(sorted(_few(names))), tuple(sorted(licences))), problems
 
 
 def _few(values: set[str]) -> set[str]:
     return values if len(values) <= _MAX_NAMES else set()
 
 
-def _digest(path: str) -> tuple[int, str]:
-    size = Path(path).stat().st_size
-    with open(path, "rb") as file:
+def _digest(file: BinaryIO, path: str) -> tuple[int, str]:
+    try:
+        size = size_of(file)
         digest = hashlib.sha256(file.read(_HASHED_BYTES))
-        file.seek(max(0, size - _HASHED_BYTES))
-        digest.update(file.read())
+        file.seek(max(0, size - _HASHED_BYTES), io.SEEK_SET)
+        digest.update(file.read(_HASHED_BYTES))
+        file.seek(0)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
     digest.update(str(size).encode())
     return size, digest.hexdigest()
+
+
+class FileFingerprint(TypedDict):
+    """One file; the fields are those of `CatalogFile`."""
+
+    path: str
+    bytes: int
+    rows: int | None
+    """Rows of a parquet file; None for JSON lines."""
+    sha256: str
+
+
+class SourceFingerprint(TypedDict):
+    """One source of the config; the fields are those of `CatalogSource`."""
+
+    path: str
+    sources: list[str]
+    licences: list[str]
+    bytes: int
+    files: list[FileFingerprint]
+
+
+class DataFingerprint(TypedDict):
+    """All sources, in the order of the config, as the manifest of a run holds them."""
+
+    bytes: int
+    sources: list[SourceFingerprint]
+
+
+def fingerprint(config: DataConfig, catalog: Catalog | None = None) -> DataFingerprint:
+    """Describe the data as JSON; equal on every machine as long as the files and their paths are.
+
+    Args:
+        config: the sources.
+        catalog: their catalog; made here if there is none.
+
+    Raises:
+        DataError: a file is missing or damaged.
+
+    """
+    sources = [_source_fingerprint(source) for source in (catalog or make_catalog(config)).sources]
+    return DataFingerprint(bytes=sum(source["bytes"] for source in sources), sources=sources)
+
+
+def _source_fingerprint(source: CatalogSource) -> SourceFingerprint:
+    return SourceFingerprint(
+        path=source.path,
+        sources=list(source.names),
+        licences=list(source.licences),
+        bytes=sum(file.bytes for file in source.files),
+        files=[
+            FileFingerprint(
+                path=file.path,
+                bytes=file.bytes,
+                rows=None if file.row_groups is None else sum(file.row_groups),
+                sha256=file.sha256,
+            )
+            for file in source.files
+        ],
+    )
+
+
+def content_digest(data: DataFingerprint) -> str:
+    """Return a hex sha256 of the contents of the data: the files of each source, in the order of reading.
+
+    Paths, licences and the values of other columns do not enter, so it survives a move to another mount and a
+    corrected licence. It is computed from a fingerprint, so that those in the manifests of older runs have one too.
+    """
+    contents = [[file["sha256"] for file in source["files"]] for source in data["sources"]]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()

@@ -1,39 +1,55 @@
-"""All faults of the sources at once, before training."""
+"""Find every fault of the sources before training."""
 
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
-from pathlib import Path
+from functools import partial
 
 from pretrain.config.data import DataConfig, SourceConfig
-from pretrain.data.errors import DataError
-from pretrain.data.formats import Unit, parse_line, read_unit
+from pretrain.data.catalog import Catalog, CatalogFile, catalog_source
+from pretrain.data.formats import TextFile
 from pretrain.data.order import Split, is_validation, lane_problem
-from pretrain.data.sources import file_units, source_files
+from pretrain.data.units import Unit
 
 logger = logging.getLogger(__name__)
 
-# Files are read to their end until so many bytes of them were; of each file after that, only samples.
+# Files are read in full until this many bytes have been read, and sampled from then on.
 FULL_SCAN_BYTES = 512 << 20
 _SAMPLE_BYTES = 1 << 20
-_SAMPLE_ROWS = 1024
 
 
 def check_sources(config: DataConfig) -> list[str]:
-    """Read the sources and return every problem, one message each; of a file, the first. Empty: none was found.
+    """Read the sources and return every problem, one message each; see `survey`."""
+    return survey(config)[1]
 
-    The first 512 MiB of files are read in full. Of files beyond that only the beginning and the end are (of
-    compressed JSON lines the beginning), which a warning in the log says; such files can still raise the same
+
+def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
+    """Read the sources, opening each file once.
+
+    The first 512 MiB of files are read in full. Of files beyond that, only the beginning and the end are read (of
+    compressed JSON lines, the beginning), and a warning in the log says so; such files can still raise the same
     `DataError` during training.
+
+    Returns:
+        The catalog, and every problem that was found, one message each and at most one per file. If there are
+        problems, the catalog is incomplete.
+
     """
     scan = _Scan(config.validation_fraction)
-    counts = [scan.source(source) for source in config.sources]
-    if not scan.problems:
-        if problem := lane_problem(config, counts):
-            scan.problems.append(problem)
+    sources, problems = [], []
+    for source in config.sources:
+        before = (scan.documents.total(), len(scan.sampled))
+        found, faults = catalog_source(source, partial(scan.file, source))
+        if not faults and before == (scan.documents.total(), len(scan.sampled)):
+            faults = [f"{source.path}: the source is empty, no row holds any text"]
+        sources.append(found)
+        problems += faults
+    catalog = Catalog(tuple(sources))
+    if not problems:
+        if problem := lane_problem(config, [len(units) for units in catalog.units(config)]):
+            problems.append(problem)
         if not scan.sampled:
-            scan.problems += _empty_splits(config, scan.documents)
+            problems += _empty_splits(config, scan.documents)
     if scan.sampled:
         logger.warning(
             "the sources are larger than %d MiB: only the beginning and the end were checked of %d files, from %s on",
@@ -41,7 +57,7 @@ def check_sources(config: DataConfig) -> list[str]:
             len(scan.sampled),
             scan.sampled[0],
         )
-    return scan.problems
+    return catalog, problems
 
 
 def _empty_splits(config: DataConfig, documents: "Counter[Split]") -> Iterator[str]:
@@ -56,81 +72,46 @@ def _empty_splits(config: DataConfig, documents: "Counter[Split]") -> Iterator[s
 
 
 class _Scan:
-    """What was found so far."""
+    """Reads the texts of open files and counts the documents of each split."""
 
     def __init__(self, validation_fraction: float) -> None:
-        self.problems: list[str] = []
         self.sampled: list[str] = []
+        """Files that were not read in full."""
         self.documents: Counter[Split] = Counter()
         self._fraction = validation_fraction
         self._budget = FULL_SCAN_BYTES
 
-    def source(self, source: SourceConfig) -> int:
-        """Look at all files of a source; return how many units it has."""
-        units = 0
-        before = (self.documents.total(), len(self.problems), len(self.sampled))
-        try:
-            files = source_files(source)
-        except DataError as error:
-            self.problems.append(str(error))
-            return 0
-        for path in files:
-            try:
-                units += len(file_units(path, source))
-                self._file(path, source)
-            except DataError as error:
-                self.problems.append(str(error))
-        if before == (self.documents.total(), len(self.problems), len(self.sampled)):
-            self.problems.append(f"{source.path}: the source is empty, no row holds any text")
-        return units
+    def file(self, source: SourceConfig, file: CatalogFile, text: TextFile) -> None:
+        """Read one file.
 
-    def _file(self, path: str, source: SourceConfig) -> None:
-        # Missing rights show here already; a file that vanished since it was listed, too.
-        try:
-            size = Path(path).stat().st_size
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
-        units = file_units(path, source.model_copy(update={"split_units": 1}))
-        if size <= self._budget:
-            self._budget -= size
-            texts: Iterator[str] = chain.from_iterable(_texts(unit, 0) for unit in units)
+        Raises:
+            DataError: the file is damaged, or one of its rows holds no valid text.
+
+        """
+        units = file.units(source.text_field, split_units=1)
+        if file.bytes <= self._budget:
+            self._budget -= file.bytes
+            texts = _all_texts(text, units)
         else:
-            self.sampled.append(path)
-            texts = _samples(units, size)
-        for text in texts:
-            if encoded := text.encode():
+            self.sampled.append(file.path)
+            texts = _samples(text, units)
+        for one in texts:
+            if encoded := one.encode():
                 self.documents["validation" if is_validation(encoded, self._fraction) else "train"] += 1
 
 
-def _texts(unit: Unit, first_row: int) -> Iterator[str]:
-    return (text for _, text in read_unit(unit, first_row, _SAMPLE_BYTES))
+def _all_texts(text: TextFile, units: list[Unit]) -> Iterator[str]:
+    return (one for unit in units for _, one in text.rows(unit, 0, _SAMPLE_BYTES))
 
 
-def _samples(units: list[Unit], size: int) -> Iterator[str]:
+def _samples(text: TextFile, units: list[Unit]) -> Iterator[str]:
     """Texts from the beginning and the end of a file."""
     if not units:
         return
     seen = 0
-    for text in _texts(units[0], 0):
-        yield text
-        seen += len(text)
+    for one in _all_texts(text, units[:1]):
+        yield one
+        seen += len(one)
         if seen > _SAMPLE_BYTES:
             break
-    last = units[-1]
-    if last.rows is not None:
-        yield from _texts(last, max(0, last.rows - _SAMPLE_ROWS))
-    elif last.path.endswith(".jsonl"):
-        yield from _last_lines(last, size)
-
-
-def _last_lines(unit: Unit, size: int) -> Iterator[str]:
-    start = max(0, size - _SAMPLE_BYTES)
-    with open(unit.path, "rb") as file:
-        file.seek(start)
-        if start:
-            start += len(file.readline())  # most likely the end of a line
-        for line in file:
-            text = parse_line(line, f"{unit.path}: the line at byte {start}", unit.text_field)
-            start += len(line)
-            if text is not None:
-                yield text
+    yield from text.last_texts(units, _SAMPLE_BYTES)

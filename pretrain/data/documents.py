@@ -1,31 +1,32 @@
-"""The documents of a lane, in order, each with its place."""
+"""The documents of a lane, in order, each with its position."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pretrain.config.data import DataConfig
+from pretrain.data.catalog import Catalog
 from pretrain.data.formats import read_unit
 from pretrain.data.order import ReadPlan, make_plan
 
 
 class Cursor(NamedTuple):
-    """A place in the text of a lane."""
+    """A position in the text of a lane."""
 
     epoch: int
     unit: int
     """Index among the units that the lane reads in this epoch."""
     row: int
-    """Row of the unit, from 0; rows of the other split and rows without text count as well."""
+    """Row of the unit, counted from 0, including rows of the other split and rows without text."""
     token: int
-    """Index among the document's tokens, its separator included."""
+    """Index among the document's tokens, including its separator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text of the chosen split, not empty, and the place of its first token."""
+    """A non-empty text of the chosen split and the position of its first token."""
 
-    place: Cursor
+    position: Cursor
     text: str
     text_bytes: int
     """Length in UTF-8."""
@@ -49,13 +50,13 @@ def lane_documents(plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, ba
                     yield Document(Cursor(epoch, index, row, 0), text, len(encoded))
 
 
-def validation_text(config: DataConfig) -> str:
-    """The text of the validation split, documents in the order in which they are validated on, nothing between them.
+def validation_text(config: DataConfig, catalog: Catalog | None = None) -> str:
+    """Return the text of the validation split: its documents in the order of validation, with nothing between them.
 
     Raises:
         DataError: see `read_unit`.
 
     """
-    plan = make_plan(config, "validation", 1)
+    plan = make_plan(config, "validation", 1, catalog)
     documents = lane_documents(plan, 0, Cursor(0, 0, 0, 0), last_epoch=0, batch_bytes=1 << 20)
     return "".join(document.text for document in documents)

@@ -1,7 +1,7 @@
-"""The error that every fault of the data raises."""
+"""The error for all faults of the data."""
 
 from pretrain.processes.errors import UserError
 
 
 class DataError(UserError):
-    """The data cannot be used as configured. The message names the file and the row, and says what to do."""
+    """The data cannot be used as configured. The message names the file, the row where there is one, and the remedy."""

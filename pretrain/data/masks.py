@@ -1,8 +1,8 @@
 """Attention masks and positions for packed sequences.
 
-The model library masks documents on its own accord where position ids start again, but only if no mask is given and
-no cache is in use. What a token sees must not hang on that, so whenever positions start again a mask is passed, a
-plain causal one if documents are to see each other.
+The transformers library masks documents by itself where position ids restart, but only if it gets no mask and uses no
+cache. What a token attends to must not depend on that. Whenever positions restart, a mask is therefore passed: a plain
+causal one if tokens may attend across documents.
 """
 
 import torch
@@ -13,18 +13,18 @@ def attention_inputs(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Build `attention_mask` and `position_ids` for a `LlamaForCausalLM` with SDPA and `use_cache=False`.
 
-    A document begins after a separator, and the separator belongs to the document that it ends. A row that begins
-    within a document treats what it holds of it as a whole one.
+    A document begins after a separator, and the separator belongs to the document that it ends. If a row begins within
+    a document, the part in the row is treated as a whole document.
 
     Args:
         tokens: the inputs, integers [B, T], on any device.
-        eos_id: the id of the separator.
-        document_mask: let tokens attend to their own document only.
-        reset_positions: count positions from 0 in each document.
+        eos_id: id of the separator.
+        document_mask: tokens attend to their own document only.
+        reset_positions: positions count from 0 in each document.
 
     Returns:
-        mask: bool [B, 1, T, T], true where query (third dimension) may attend to key (fourth); None where causal
-            attention over the whole row is meant and the model's fast kernel for it can be used.
+        mask: bool [B, 1, T, T], true where the query (third dimension) may attend to the key (fourth); None for causal
+            attention over the whole row, for which the model has a fast kernel.
         position_ids: int64 [B, T]; None for positions 0 to T-1.
 
     """

@@ -1,8 +1,8 @@
 """The order of reading: which units belong to an epoch, in which order, and which lane reads which of them.
 
 Say a source has the units a b c d e and there are two lanes. In epoch 0 the seed may order them d a e c b: lane 0
-then reads d e b and lane 1 reads a c. In epoch 1 the order is another one, and so are the shares. Nothing here knows
-of ranks or workers: they divide the lanes among themselves.
+then reads d e b, and lane 1 reads a c. Epoch 1 has a different order and different shares. Ranks and workers play no
+part here: they divide the lanes among themselves.
 """
 
 import hashlib
@@ -12,18 +12,18 @@ from math import ceil, floor
 from typing import Literal
 
 from pretrain.config.data import DataConfig
+from pretrain.data.catalog import Catalog, make_catalog
 from pretrain.data.errors import DataError
-from pretrain.data.formats import Unit
-from pretrain.data.sources import source_units
+from pretrain.data.units import Unit
 
 Split = Literal["train", "validation"]
 
-_KEPT_ORDERS = 4  # epochs whose order is remembered: the current one, and those that carried tails began in
+_KEPT_ORDERS = 4  # epochs whose order is cached: the current one, and those in which carried tails began
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Everything that decides what each lane reads; the same on every rank and in every worker."""
+    """Everything that determines what each lane reads; the same on every rank and in every worker."""
 
     units: tuple[tuple[Unit, ...], ...]
     """The units of each source."""
@@ -32,7 +32,7 @@ class ReadPlan:
     lanes: int
     seed: int
     epochs: int | None
-    """Epochs until the stream ends; None: it never does."""
+    """Epochs until the stream ends; None if it never does."""
     split: Split
     validation_fraction: float
     _orders: dict[int, list[Unit]] = field(default_factory=dict, repr=False, compare=False)
@@ -46,21 +46,27 @@ class ReadPlan:
         return self._orders[epoch][lane :: self.lanes]
 
     def selects(self, text: bytes) -> bool:
-        """Whether a document, given as UTF-8, belongs to the split that is read."""
+        """Return whether a document, given as UTF-8, belongs to the split that is read."""
         return is_validation(text, self.validation_fraction) == (self.split == "validation")
 
 
-def make_plan(config: DataConfig, split: Split, epochs: int | None) -> ReadPlan:
-    """List the units of all sources and lay down the order of reading.
+def make_plan(config: DataConfig, split: Split, epochs: int | None, catalog: Catalog | None = None) -> ReadPlan:
+    """Determine the order of reading.
 
-    The validation split is read by a single lane, once, each source with weight 1 and in an order that no setting
-    changes: so bits per byte compare between runs that differ in lanes, seed or weights.
+    The validation split is read once, by a single lane, each source with weight 1 and in an order that no setting
+    changes, so that bits per byte can be compared between runs that differ in lanes, seed or weights.
+
+    Args:
+        config: the sources and lanes.
+        split: the documents to read.
+        epochs: how often; None for no end.
+        catalog: the files of the sources; listed here if there is none.
 
     Raises:
         DataError: a source cannot be listed, or there are fewer units than lanes.
 
     """
-    units = tuple(tuple(source_units(source)) for source in config.sources)
+    units = (catalog or make_catalog(config)).units(config)
     if split == "validation":
         weights = (Fraction(1),) * len(units)
         return ReadPlan(units, weights, 1, 0, 1, split, config.validation_fraction)
@@ -71,7 +77,7 @@ def make_plan(config: DataConfig, split: Split, epochs: int | None) -> ReadPlan:
 
 
 def lane_problem(config: DataConfig, counts: list[int]) -> str | None:
-    """Return what to say if the sources, with these numbers of units, cannot feed all lanes; None if they can."""
+    """Return the problem if the sources, with these numbers of units, cannot feed all lanes; None if they can."""
     pairs = zip(config.sources, counts, strict=True)
     units = sum(floor(exact(source.weight) * count) for source, count in pairs)
     if units >= config.lanes:
@@ -90,9 +96,9 @@ def epoch_order(
 ) -> list[Unit]:
     """Return all units of an epoch in the order in which they are dealt to the lanes.
 
-    A source of n units and weight w has wn units in an epoch, or one more or less where that is no whole number: so
-    many that after every epoch the total is right. Units are sorted by a keyed hash rather than shuffled by a
-    library's generator, whose sequence may change between releases, under a run that is yet to be resumed.
+    A source of n units and weight w contributes wn units per epoch, rounded such that the total is right after every
+    epoch. Units are sorted by a keyed hash and not shuffled by a library's generator: its sequence may change in a
+    later release, and a run could then not be resumed.
     """
     entries: list[tuple[bytes, Unit]] = []
     for index, (source, weight) in enumerate(zip(units, weights, strict=True)):
@@ -108,7 +114,7 @@ def epoch_order(
 
 
 def is_validation(text: bytes, fraction: float) -> bool:
-    """Whether the hash of a document, given as UTF-8, puts it into the validation split."""
+    """Return whether a document, given as UTF-8, belongs to the validation split, which its hash decides."""
     return fraction > 0 and int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64 < fraction
 
 

@@ -1,59 +1,77 @@
-"""Which files a source consists of, and into which read units they fall."""
+"""Sources: which files a path stands for, and opening one of them as a stream of bytes.
+
+Nothing else in this package lists or opens files of data, so another kind of source (an object store, a hub) is added
+here. Files are read through what `open_bytes` returns and never by their path.
+"""
 
 import glob
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from pretrain.config.data import SourceConfig
 from pretrain.data.errors import DataError
-from pretrain.data.formats import SUFFIXES, Unit, open_parquet
 
 
-def source_files(source: SourceConfig) -> list[str]:
-    """Return the files of a source in the order of their names, spelt as the config spells the path.
+def list_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """List the files that the path of a source stands for, sorted by name and spelt as the config spells the path.
 
-    Below a folder, files of other kinds (a README) are passed over; a file or a glob is taken at its word.
+    Files of other kinds (a README, say) are skipped in a folder. Those that a path or a glob names must be readable.
+
+    Args:
+        path: a file, a folder (searched recursively) or a glob.
+        suffixes: the endings of file names that can be read.
 
     Raises:
-        DataError: nothing is there, or a file is of a kind that cannot be read.
+        DataError: nothing matches, or a file has none of the suffixes.
 
     """
-    path = Path(source.path)
-    kinds = ", ".join(SUFFIXES)
-    if path.is_dir():
-        files = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and _readable(file.name)]
+    kinds = ", ".join(suffixes)
+    folder = Path(path)
+    if folder.is_dir():
+        files = [str(file) for file in sorted(folder.rglob("*")) if file.is_file() and file.name.endswith(suffixes)]
         if not files:
-            raise DataError(f"{source.path}: the folder holds no file of a kind that can be read ({kinds})")
+            raise DataError(f"{path}: the folder holds no file of a kind that can be read ({kinds})")
         return files
-    if path.exists():
-        files = [source.path]
+    if folder.exists():
+        files = [path]
     else:
-        files = [name for name in sorted(glob.glob(source.path, recursive=True)) if Path(name).is_file()]
+        files = [name for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]
     if not files:
-        raise DataError(f"{source.path}: no such file or folder, and no file matches it as a pattern")
-    if unknown := [name for name in files if not _readable(name)]:
+        raise DataError(f"{path}: no such file or folder, and no file matches it as a pattern")
+    if unknown := [name for name in files if not name.endswith(suffixes)]:
         raise DataError(f"{', '.join(unknown)}: unknown kind of file, expected one of {kinds}")
     return files
 
 
-def _readable(name: str) -> bool:
-    return name.endswith(SUFFIXES)
+@contextmanager
+def open_bytes(path: str, expected_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """Open a file for reading; the stream can seek.
 
-
-def file_units(path: str, source: SourceConfig) -> list[Unit]:
-    """Return the units of one file: its row groups, or itself, each divided by `split_units`.
+    Args:
+        path: as `list_files` returns it.
+        expected_bytes: the size that the catalog recorded; None if the file is not in a catalog yet.
 
     Raises:
-        DataError: a parquet file that is damaged or has no text column. JSON lines are not opened.
+        DataError: the file cannot be opened, or its size is not the expected one.
 
     """
-    groups: list[tuple[int | None, int | None]] = [(None, None)]  # and its rows
-    if path.endswith(".parquet"):
-        with open_parquet(path, source.text_field) as file:
-            groups = [(index, file.metadata.row_group(index).num_rows) for index in range(file.num_row_groups)]
-    parts = source.split_units
-    return [Unit(path, source.text_field, *group, part, parts) for group in groups for part in range(parts)]
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    with file:
+        if expected_bytes is not None and (size := size_of(file)) != expected_bytes:
+            raise DataError(
+                f"{path}: has {size} bytes, but had {expected_bytes} when the run was started: the file has changed; "
+                "restore it, or start a new run"
+            )
+        yield file
 
 
-def source_units(source: SourceConfig) -> list[Unit]:
-    """Return the units of all files of a source, in order."""
-    return [unit for path in source_files(source) for unit in file_units(path, source)]
+def size_of(file: BinaryIO) -> int:
+    """Return the size of an open file in bytes; the stream is at its beginning afterwards."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    return size

@@ -1,20 +1,21 @@
 """The global stream of token batches: the same on any number of ranks and workers, and exactly resumable.
 
-Sequences come from a ring of lanes: each lane in turn contributes its next sequence and goes to the back; a lane
-whose epoch is over leaves; when all have left, the next epoch begins with all lanes. With three lanes of which lane
-1 has only one sequence in this epoch, batches of four are
+Sequences come from a ring of lanes: each lane in turn contributes its next sequence and goes to the back. A lane whose
+epoch is over leaves, and when all have left, the next epoch begins with all lanes. With three lanes, of which lane 1
+has only one sequence in this epoch, batches of four are
 
     sequence  0 1 2 3 | 4 5 6 7
     lane      0 1 2 0 | 2 0 2 0      lane 1 leaves when its second turn comes, after sequence 3
 
-The lanes are shared out: with R ranks of W workers each, lane l is read by reader l mod RW, which belongs to rank
-(l mod RW) // W. A reader yields the sequences of its own lanes in the order of the ring. To know how the lanes of
-others interleave, a rank needs to know only *how many* sequences each lane still has in this epoch, up to the few
-that the batch can take: one small all-reduce. Then every rank writes its own sequences into their rows, and a second
-all-reduce gives all rows to all ranks.
+The lanes are divided among the readers: with R ranks of W workers each, lane l is read by reader l mod RW, which
+belongs to rank (l mod RW) // W. A reader yields the sequences of its own lanes in the order of the ring. To know how
+the lanes of other ranks interleave, a rank only needs to know *how many* sequences each lane still has in this epoch,
+up to the few that the batch can take: one small all-reduce. Every rank then writes its own sequences into their rows,
+and a second all-reduce gives all rows to all ranks.
 """
 
 from collections import deque
+from functools import partial
 from typing import Literal, TypedDict
 
 import torch
@@ -22,38 +23,39 @@ import torch.distributed as dist
 
 from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data.batch import TokenBatch
+from pretrain.data.catalog import Catalog
 from pretrain.data.documents import Cursor
 from pretrain.data.errors import DataError
 from pretrain.data.order import make_plan
 from pretrain.data.packing import EpochEnd, PackedSequence, ReaderTask
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.workers import InlineReader, Reader, WorkerReader
+from pretrain.engine.ranks import Ranks
 
 STATE_VERSION = 1
-_MESSAGE_BYTES = 4096
 
 
 class LaneState(TypedDict):
-    """The first token of a lane that is not yet a target."""
+    """The first token of a lane that has not been a target yet."""
 
     epoch: int
-    """Earlier than the stream's epoch while the lane's tail waits for it to fill a sequence."""
+    """May be earlier than the epoch of the stream: a lane's tail waits until later epochs complete its sequence."""
     unit: int
-    """Index among the lane's units of that epoch."""
+    """Index among the units of the lane in that epoch."""
     row: int
-    """Row of the unit, counted from 0. May be one past the last."""
+    """Row of the unit, counted from 0; may be one past the last."""
     token: int
-    """Token of the document in that row."""
+    """Index of the token in the document of that row."""
 
 
 class StreamState(TypedDict):
-    """Where a stream is. JSON-serialisable; the same on every rank, for any number of ranks and workers."""
+    """Position of a stream. JSON-serialisable; the same on every rank, for any number of ranks and workers."""
 
     version: int
     """Version of this format: 1."""
     epoch: int
     next_lane: int
-    """The lane whose turn comes next; 0 when all have left."""
+    """The lane whose turn is next; 0 if all have left."""
     left: list[int]
     """Lanes that have left the ring in this epoch, ascending."""
     lanes: list[LaneState]
@@ -65,44 +67,47 @@ class StreamState(TypedDict):
 class TokenStream:
     """Batches of packed sequences from the sources of a config.
 
-    All ranks of `group` construct the stream with the same arguments and make the same calls in the same order.
+    All ranks of `group` construct the stream with the same arguments and make the same calls in the same order. The
+    catalog of rank 0 serves all of them.
     """
 
     def __init__(
         self,
         config: DataConfig,
         tokenizer: TokenizerConfig,
-        context_length: int,
+        sequence_length: int,
         *,
         split: Literal["train", "validation"] = "train",
         epochs: int | None = None,
         group: dist.ProcessGroup | None = None,
         state: StreamState | None = None,
+        catalog: Catalog | None = None,
     ) -> None:
-        """Open the sources, and go on where `state` was taken if one is given.
+        """Start the readers, at the position of `state` if there is one.
 
         Args:
             config: the sources, lanes and workers.
-            tokenizer: the tokenizer that each reader loads.
-            context_length: T, targets per sequence.
-            split: the training documents, or the validation documents: those once, in an order of their own.
-            epochs: end after so many epochs; None goes on for ever. The validation split always has one.
-            group: a process group with a backend for CPU tensors (gloo); None: this process is alone.
-            state: of a stream with the same arguments, `workers` and `group` excepted.
+            tokenizer: the tokenizer, which each reader loads.
+            sequence_length: T, targets per sequence.
+            split: the training documents, or the validation documents, which are read once in an order of their own.
+            epochs: number of epochs; None for a stream without end. The validation split always has one.
+            group: a process group with a backend for CPU tensors (gloo); None for a single process.
+            state: the state of a stream with the same arguments, except `workers` and `group`.
+            catalog: the files of the sources; listed here if there is none.
 
         Raises:
-            DataError: a source or the tokenizer cannot be used; see `check_sources` for all faults at once.
-            ValueError: an argument is out of range, or `state` is of another version or number of lanes.
+            DataError: a source or the tokenizer cannot be used; `check_sources` finds all faults at once.
+            ValueError: an argument is out of range, or `state` has another version or number of lanes.
 
         """
-        if context_length < 1:
-            raise ValueError(f"context_length is {context_length}, expected at least 1")
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length is {sequence_length}, expected at least 1")
         if epochs is not None and (epochs < 1 or (split == "validation" and epochs != 1)):
-            raise ValueError(f"epochs is {epochs}, expected at least 1, and no other number for the validation split")
-        self._plan = make_plan(config, split, epochs)
+            raise ValueError(f"epochs is {epochs}, expected at least 1, and exactly 1 for the validation split")
+        self._plan = make_plan(config, split, epochs, catalog)
         load_tokenizer(tokenizer)  # to fail here rather than in a reader
-        self._context_length = context_length
-        self._group = group
+        self._sequence_length = sequence_length
+        self._ranks = Ranks(group.rank(), group.size(), group) if group else Ranks()
         self._failure: BaseException | None = None
         self._sources = ", ".join(source.path for source in config.sources)
 
@@ -112,15 +117,15 @@ class TokenStream:
         self._ring = _ring(start)
         self._sequences = start["sequences_emitted"]
         self._text_bytes = start["text_bytes"]
-        self._epoch_is_whole = state is None  # begun here, not resumed
+        self._epoch_is_whole = state is None  # started here, not resumed
         self._epoch_sequences = 0
         # The validation split is small: a process of its own would take longer to start than to read it.
         self._queues = self._open_readers(start, tokenizer, config.workers if split == "train" else 0)
         self._cursors = {lane: Cursor(**start["lanes"][lane]) for lane in self._queues}
 
     def _open_readers(self, start: StreamState, tokenizer: TokenizerConfig, workers: int) -> dict[int, "ReaderQueues"]:
-        """Start this rank's readers; return the queues that each of its lanes is found in."""
-        rank, size = (self._group.rank(), self._group.size()) if self._group else (0, 1)
+        """Start the readers of this rank; return the queues of each of its lanes."""
+        rank, size = self._ranks.rank, self._ranks.world_size
         per_rank = max(workers, 1)
         queues: dict[int, ReaderQueues] = {}
         for reader in range(rank * per_rank, (rank + 1) * per_rank):
@@ -129,30 +134,32 @@ class TokenStream:
                 continue
             cursors = {lane: Cursor(**start["lanes"][lane]) for lane in lanes}
             ring = tuple(lane for lane in self._ring if lane in lanes)
-            task = ReaderTask(self._plan, tokenizer, self._context_length, cursors, self._epoch, ring)
+            task = ReaderTask(self._plan, tokenizer, self._sequence_length, cursors, self._epoch, ring)
             own = ReaderQueues(WorkerReader(task) if workers else InlineReader(task), lanes)
             queues |= dict.fromkeys(lanes, own)
         return queues
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the text in the batches returned so far, on all ranks, those before a resume included.
+        """UTF-8 bytes of the text in the batches returned so far, on all ranks and including those before a resume.
 
-        Once the stream has ended it is the size of all its documents. A document of which only some tokens were
-        targets counts by that share.
+        Once the stream has ended, this is the size of all its documents. A document of which only some tokens have
+        been targets counts in proportion.
         """
         return self._text_bytes
 
     def next_batch(self, num_sequences: int) -> TokenBatch:
         """Return the next global batch, the same on every rank; a collective call.
 
-        A finite stream returns a shorter batch at its end, and from then on raises StopIteration.
+        A finite stream returns a shorter batch at its end and raises StopIteration afterwards.
 
         Raises:
             StopIteration: the stream has ended.
-            DataError: a source cannot be read, here or on another rank, or holds no document for this split. From
-                then on every call raises it; `state` remains that of the last returned batch.
+            DataError: a source cannot be read, or no source holds a document of this split.
             RuntimeError: a worker process died.
+            PeerError: one of these happened on another rank.
+
+        After an error, every further call raises it again, and `state` remains that of the last returned batch.
 
         """
         if num_sequences < 1:
@@ -174,7 +181,7 @@ class TokenStream:
         return batch
 
     def state(self) -> StreamState:
-        """Return where the stream is after the last returned batch, whatever was read ahead; a collective call."""
+        """Return the position after the last returned batch, regardless of what was read ahead; a collective call."""
         cursors = torch.zeros(self._plan.lanes, len(Cursor._fields), dtype=torch.int64)
         for lane, cursor in self._cursors.items():
             cursors[lane] = torch.tensor(cursor)
@@ -196,7 +203,7 @@ class TokenStream:
             queues.reader.close()
 
     def _deal(self, num_sequences: int) -> tuple[list[int], deque[int], int]:
-        """Return the lanes that the next rows come from, and the ring and the epoch after them."""
+        """Return the lanes of the next rows, and the ring and the epoch after them."""
         ring, epoch = deque(self._ring), self._epoch
         rows: list[int] = []
         dealt = [0] * self._plan.lanes
@@ -215,9 +222,9 @@ class TokenStream:
         return rows, ring, epoch
 
     def _look_ahead(self, wanted: dict[int, int]) -> list[int]:
-        """Return for each lane how many sequences it can give, up to the wanted number; fewer: its epoch ends.
+        """Return how many sequences each lane can give, at most the wanted number; if fewer, its epoch ends.
 
-        Each rank looks at its own lanes. An error on one of them is raised on all, or the others would wait for ever.
+        Each rank looks at its own lanes. All ranks learn of an error on one of them, or they would wait for it forever.
         """
         ready = torch.zeros(self._plan.lanes + 1, dtype=torch.int64)
         failure: Exception | None = None
@@ -230,21 +237,11 @@ class TokenStream:
         self._all_reduce(ready)
         *counts, failures = ready.tolist()
         if failures:
-            raise self._common_failure(failure)
+            self._ranks.together(partial(_raise, failure))
         return counts
 
-    def _common_failure(self, own: Exception | None) -> Exception:
-        """Return this rank's error or, if it has none, a DataError with what the others' say."""
-        rank, size = (self._group.rank(), self._group.size()) if self._group else (0, 1)
-        messages = torch.zeros(size, _MESSAGE_BYTES, dtype=torch.uint8)
-        text = str(own or "").encode()[:_MESSAGE_BYTES]
-        messages[rank, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
-        self._all_reduce(messages)
-        texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in messages]
-        return own or DataError("; ".join(text for text in texts if text))
-
     def _end_epoch(self) -> None:
-        """Refuse an epoch without any document, after which the stream would search for ever."""
+        """Refuse an epoch without any document, after which the stream would search forever."""
         if self._epoch_is_whole and self._epoch_sequences == 0:
             documents = torch.tensor([sum(queues.documents for queues in set(self._queues.values()))])
             self._all_reduce(documents)
@@ -258,11 +255,11 @@ class TokenStream:
         self._epoch_is_whole, self._epoch_sequences = True, 0
 
     def _fill(self, rows: list[int]) -> tuple[TokenBatch, int, dict[int, Cursor]]:
-        """Write the sequences of this rank into their rows and add up those of all ranks.
+        """Write the sequences of this rank into their rows and add up the rows of all ranks.
 
-        Returns the batch, the bytes of its text, and the new cursors of this rank's lanes.
+        Returns the batch, the bytes of its text, and the new cursors of the lanes of this rank.
         """
-        width = self._context_length + 1
+        width = self._sequence_length + 1
         table = torch.zeros(len(rows), width + 2, dtype=torch.int32)  # tokens, length, bytes of text
         view = table.numpy()
         cursors: dict[int, Cursor] = {}
@@ -277,22 +274,22 @@ class TokenStream:
         return batch, int(table[:, -1].sum()), cursors
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
-        if self._group is not None:
-            dist.all_reduce(tensor, group=self._group)
+        if self._ranks.group is not None:
+            dist.all_reduce(tensor, group=self._ranks.group)
 
 
 class ReaderQueues:
-    """What a reader has yielded and no batch has taken yet, by lane."""
+    """The items that a reader has yielded and no batch has taken yet, by lane."""
 
     def __init__(self, reader: Reader, lanes: range) -> None:
         self.reader = reader
         self.documents = 0
-        """Documents that its lanes read for the epoch, of those lanes that have reached its end."""
+        """Documents of this epoch, over the lanes that have reached its end."""
         self._ready: dict[int, deque[PackedSequence]] = {lane: deque() for lane in lanes}
         self._ended: set[int] = set()
 
     def look_ahead(self, lane: int, wanted: int) -> int:
-        """Return how many sequences of the epoch a lane has, or `wanted` if it has more."""
+        """Return how many sequences of the epoch a lane has, at most `wanted`."""
         while len(self._ready[lane]) < wanted and lane not in self._ended:
             item = self.reader.pull()
             if isinstance(item, EpochEnd):
@@ -307,7 +304,7 @@ class ReaderQueues:
         return self._ready[lane].popleft()
 
     def begin_epoch(self) -> None:
-        """Expect sequences of all lanes again."""
+        """Expect sequences from all lanes again."""
         self._ended.clear()
         self.documents = 0
 
@@ -315,9 +312,9 @@ class ReaderQueues:
 def _take_turns(
     ring: deque[int], ready: list[int], wanted: dict[int, int], dealt: list[int], missing: int
 ) -> list[int]:
-    """Let the lanes of the ring take turns for at most `missing` rows; return whose turns they were.
+    """Let the lanes of the ring take turns for at most `missing` rows; return the lane of each row.
 
-    Advances `ring` and counts up `dealt`. Stops early at a lane that was not looked into far enough.
+    Advances `ring` and `dealt`. Stops early at a lane whose next sequences are not known yet.
     """
     rows: list[int] = []
     while ring and len(rows) < missing:
@@ -340,6 +337,11 @@ def _initial_state(lanes: int) -> StreamState:
     )
 
 
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
 def _check_state(state: StreamState, lanes: int) -> None:
     if state["version"] != STATE_VERSION:
         raise ValueError(f"the data state has version {state['version']}, this program reads {STATE_VERSION}")
@@ -351,7 +353,7 @@ def _check_state(state: StreamState, lanes: int) -> None:
 
 
 def _ring(state: StreamState) -> deque[int]:
-    """Return the lanes that have not left, beginning with the next one."""
+    """Return the lanes that have not left the ring, beginning with the next one."""
     ring = deque(lane for lane in range(len(state["lanes"])) if lane not in set(state["left"]))
     while ring and ring[0] != state["next_lane"]:
         ring.rotate(-1)

@@ -15,10 +15,10 @@ Tokens = npt.NDArray[np.int32]
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Load a `tokenizer.json` so that it reads any text as plain text: no padding, no cut, no special tokens.
+    """Load a `tokenizer.json` such that it reads every text as plain text: no padding, truncation or special tokens.
 
     Raises:
-        DataError: the file is missing or damaged, or `eos_token` is no special token of it.
+        DataError: the file is missing or damaged, or `eos_token` cannot serve as the separator of documents.
 
     """
     path = Path(config.path)
@@ -33,36 +33,92 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     tokenizer.no_truncation()
     # Without this, a text that spells out the separator would end its own document.
     tokenizer.encode_special_tokens = True
-    eos_id = tokenizer.token_to_id(config.eos_token)
-    if eos_id is None:
-        raise DataError(f"tokenizer.eos_token {config.eos_token!r} is not in {config.path}")
-    if eos_id in tokenizer.encode(config.eos_token, add_special_tokens=False).ids:
-        raise DataError(
-            f"tokenizer.eos_token {config.eos_token!r} is not marked special in {config.path}: "
-            "a text that contains it would end its own document"
-        )
+    _check_separator(tokenizer, config)
     return tokenizer
+
+
+def separator_id(tokenizer: Tokenizer, config: TokenizerConfig) -> int:
+    """Return the id of `eos_token`.
+
+    Raises:
+        DataError: the tokenizer has no such token.
+
+    """
+    found = tokenizer.token_to_id(config.eos_token)
+    if found is None:
+        raise DataError(f"tokenizer.eos_token {config.eos_token!r} is not in {config.path}")
+    return int(found)
+
+
+def _check_separator(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
+    """Refuse a separator that a text can contain."""
+    separator = separator_id(tokenizer, config)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if others := [token for token, number in vocabulary.items() if number == separator and token != config.eos_token]:
+        raise DataError(
+            f"tokenizer.eos_token {config.eos_token!r} has the id {separator} in {config.path}, and so has "
+            f"{others[0]!r}: a text that contains the latter would end its own document"
+        )
+    # The characters around it decide how a text is divided into words.
+    spellings = [form.format(config.eos_token) for form in ("{}", " {} ", "a{}b", "\n{}\n")]
+    if not any(separator in (_ids_or_none(tokenizer, text) or ()) for text in spellings):
+        return
+    added = tokenizer.get_added_tokens_decoder().get(separator)
+    if added is None or not added.special:
+        reason = f"is not marked special in {config.path}"
+    else:
+        reason = (
+            f"is marked special in {config.path}, but its model also produces this token from ordinary text: "
+            "choose another eos_token, or remove it from the vocabulary of the model part"
+        )
+    raise DataError(
+        f"tokenizer.eos_token {config.eos_token!r} {reason}: a text that contains it would end its own document"
+    )
+
+
+def vocabulary_rows(tokenizer: Tokenizer) -> int:
+    """Return the rows that an embedding needs: the largest id plus 1, which exceeds the number of entries if ids have
+    gaps. Includes added tokens."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Turns documents into token ids, each followed by the separator `eos_id`."""
+    """Encodes documents as token ids, each followed by the separator `eos_id`."""
 
     tokenizer: Tokenizer
     eos_id: int
+    path: str
+    """The file of the tokenizer, for messages."""
 
     @classmethod
     def load(cls, config: TokenizerConfig) -> "DocumentEncoder":
-        """Load the tokenizer; errors as `load_tokenizer`."""
+        """Load the tokenizer; raises the errors of `load_tokenizer`."""
         tokenizer = load_tokenizer(config)
-        eos_id = tokenizer.token_to_id(config.eos_token)
-        assert eos_id is not None
-        return cls(tokenizer, eos_id)
+        return cls(tokenizer, separator_id(tokenizer, config), config.path)
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
-        """Return int32 arrays, one per text; a text without tokens gives only the separator."""
-        return [
-            np.array([*encoding.ids, self.eos_id], dtype=np.int32)
-            # The fast variant leaves out the offsets, which nobody reads here.
-            for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        """Return int32 arrays, one per text; a text without tokens gives only the separator.
+
+        Raises:
+            DataError: the tokenizer has no token for a part of a text, and no token for unknown parts either.
+
+        """
+        return [np.array([*ids, self.eos_id], dtype=np.int32) for ids in _encode(self.tokenizer, texts, self.path)]
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], path: str) -> list[list[int]]:
+    try:
+        # The fast variant omits the offsets, which are not needed here.
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # the library raises plain Exception
+        text = next((text for text in texts if _ids_or_none(tokenizer, text) is None), "")
+        raise DataError(f"tokenizer.path {path}: cannot encode the text {text[:80]!r}: {error}") from error
+
+
+def _ids_or_none(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    """Return the ids of a text; None if it cannot be encoded."""
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except Exception:  # as above
+        return None

@@ -1,9 +1,9 @@
 """Readers that run in a process of their own.
 
-A worker is started as a plain program that gets its task on standard input and writes items to standard output.
-Unlike a forked process it inherits no locks or threads of the trainer, and unlike a spawned one it does not import
-the trainer's main module again. The pipe is also the lifeline: when the trainer is gone, however it ended, writing
-fails and the worker ends; when the worker is gone, reading fails and the trainer says so.
+A worker is started as a plain program that gets its task on standard input and writes items to standard output. Unlike
+a forked process, it inherits no locks or threads of the trainer; unlike a spawned one, it does not import the trainer's
+main module again. The pipe also ends orphans: when the trainer is gone, for whatever reason, writing fails and the
+worker ends; when the worker is gone, reading fails and the trainer reports it.
 """
 
 import os
@@ -20,7 +20,7 @@ from typing import IO, Protocol
 from pretrain.data.errors import DataError
 from pretrain.data.packing import Item, ReaderTask, read_items
 
-# Items are sent in blocks, and a worker prepares so many blocks ahead of the trainer.
+# Items are sent in blocks; a worker prepares at most this many blocks ahead of the trainer.
 _BLOCK_ITEMS = 32
 _BLOCKS_AHEAD = 16
 
@@ -28,27 +28,27 @@ Block = list[Item] | DataError
 
 
 class Reader(Protocol):
-    """The items of some lanes, in the order of the ring."""
+    """A source of items of some lanes, in the order of the ring."""
 
     def pull(self) -> Item:
-        """Return the next item; errors as `read_items`."""
+        """Return the next item; raises the errors of `read_items`."""
 
     def close(self) -> None:
         """Stop reading. May be called twice."""
 
 
 class InlineReader:
-    """Reads in this process, when an item is asked for."""
+    """Reads in this process, when an item is requested."""
 
     def __init__(self, task: ReaderTask) -> None:
         self._items = read_items(task)
 
     def pull(self) -> Item:
-        """Return the next item; errors as `read_items`."""
+        """Return the next item; raises the errors of `read_items`."""
         return next(self._items)
 
     def close(self) -> None:
-        """Close the files that are open."""
+        """Close the open files."""
         self._items = iter(())
 
 
@@ -60,7 +60,7 @@ class WorkerReader:
             [sys.executable, "-c", "from pretrain.data.workers import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # Several workers share the cores by being several: each tokenizes in one thread.
+            # The workers share the cores among themselves: each tokenizes in one thread.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"},
         )
         assert self._process.stdin
@@ -71,10 +71,10 @@ class WorkerReader:
         self._block: Iterator[Item] = iter(())
 
     def pull(self) -> Item:
-        """Return the next item, waiting for it if need be.
+        """Return the next item, waiting for it if necessary.
 
         Raises:
-            DataError: what the worker raised.
+            DataError: raised by the worker.
             RuntimeError: the worker died.
 
         """
@@ -84,7 +84,7 @@ class WorkerReader:
             block: Block = pickle.load(self._pipe)
         except (EOFError, pickle.UnpicklingError) as error:
             code = self._process.wait()
-            cause = f"signal {-code}, out of memory perhaps" if code < 0 else f"exit code {code}, see its output above"
+            cause = f"signal {-code}, possibly out of memory" if code < 0 else f"exit code {code}, see its output above"
             raise RuntimeError(f"a data worker (process {self._process.pid}) ended unexpectedly: {cause}") from error
         if isinstance(block, DataError):
             raise block
@@ -92,20 +92,20 @@ class WorkerReader:
         return next(self._block)
 
     def close(self) -> None:
-        """End the worker. It only reads, so there is nothing to be lost."""
+        """End the worker. It only reads, so nothing is lost."""
         self._process.kill()
         self._process.wait()
         self._pipe.close()
 
 
 def main() -> None:
-    """Be a worker: read the task from standard input, write blocks of items to standard output."""
-    # A scheduler's signals go to every process of a job; when to stop is the trainer's decision.
+    """Run a worker: read the task from standard input, write blocks of items to standard output."""
+    # A scheduler signals every process of a job, but the trainer decides when to stop.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     task: ReaderTask = pickle.load(sys.stdin.buffer)
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not end up among the items
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not end up among the items
     blocks: queue.Queue[Block | None] = queue.Queue(_BLOCKS_AHEAD)
     sender = threading.Thread(target=_send, args=(blocks, pipe))
     sender.start()

@@ -25,7 +25,8 @@ from optimizers.sharded import Held
 from pretrain.config import Config
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.ranks import Ranks
-from pretrain.model.build import LossModel, build_model
+from pretrain.model.build import build_model
+from pretrain.model.loss import LossModel
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for the other ranks."""

@@ -36,7 +36,7 @@ from optimizers.sharded.matrices import doubts
 from pretrain.config import Config, ConfigError
 from pretrain.engine.base import TIMEOUT, Engine
 from pretrain.engine.precision import resolve_precision
-from pretrain.model.build import LossModel
+from pretrain.model.loss import LossModel
 from pretrain.processes.torchrun import free_port
 
 # An inference kernel that DeepSpeed would compile for half a minute at its first start on a CPU.

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from optimizers import Aurora
 from pretrain.config import Config
 from pretrain.engine.base import TIMEOUT, Engine
-from pretrain.model.build import LossModel
+from pretrain.model.loss import LossModel
 
 
 class PlainEngine(Engine):

@@ -7,10 +7,10 @@ from typing import Any
 
 from pretrain.checkpoint.format import INDEX, CheckpointError
 from pretrain.checkpoint.store import CheckpointReader, newest_intact
-from pretrain.config import Config, parse_config
+from pretrain.config import Config, parse_stored_config
 from pretrain.export.folder import ExportError, ModelCard, export_folder
 from pretrain.files import file_sha256
-from pretrain.model.build import llama_config
+from pretrain.model.llama import llama_config
 from pretrain.run.folder import TOKENIZER_FILE, RunFolder
 
 
@@ -43,7 +43,7 @@ def export_checkpoint(source: Path, out: Path) -> CheckpointReader:
         ExportError: a model without a Hugging Face form, or `out` holds something else.
     """
     reader = open_checkpoint(source)
-    config = parse_config(reader.index["config"])
+    config = parse_stored_config(reader.index["config"])
     if config.model.architecture != "llama":
         raise ExportError(
             f"{reader.folder}: model.architecture is {config.model.architecture!r}, which has no Hugging Face form: "

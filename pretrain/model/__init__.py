@@ -1,1 +1,1 @@
-"""The models, their loss, and what they cost."""
+"""The models, their loss and their cost."""

@@ -1,15 +1,16 @@
 """The model of the modded-nanoGPT optimization track (record of 3,175 steps, Aurora with Contra-Muon and u/w floor).
 
-What sets it apart from Llama: an MLP of two matrices with ReLU^2 between them, biases on all linears, RMSNorm also
-after the embedding and on queries and keys, rotary positions on half of the head's dimensions, a fixed attention scale,
-and logits that saturate. Names of modules and parameters are Llama's where both have the part.
+It differs from Llama in its MLP (two matrices with ReLU^2 between them), biases on all linear layers, RMSNorm after the
+embedding and on queries and keys, rotary positions on half of the dimensions of a head, a fixed attention scale, and
+logits that saturate. Modules and parameters that Llama has too have Llama's names.
 
-B sequences of T tokens, width h, H heads of d = h / H dimensions, V entries of the vocabulary.
+Shapes: B sequences of T tokens, width h, H heads of d = h / H dimensions, a vocabulary of V entries.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.config.model import ModelConfig
 
 ATTENTION_SCALE = 0.12
-"""Factor on the scores: queries and keys have norm sqrt(d), so this is not the usual 1/sqrt(d)."""
+"""Factor of the attention scores; not the usual 1/sqrt(d), since queries and keys have norm sqrt(d)."""
 
 LOGIT_CAP = 15.0
-"""Logits stay within plus and minus this."""
+"""Bound on the absolute value of a logit."""
 
 INIT_VARIANCE = 0.33
-"""Of a weight, times its fan-in: nearly torch's own for a linear layer, 1/3, but normal."""
+"""Variance of an initial weight times its fan-in; close to the 1/3 of torch's linear layer, but normal."""
 
 _EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,9 +34,9 @@ _EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Embedding(nn.Embedding):
     """Token ids [B, T] to vectors [B, T, h] in fp32, or under autocast in the dtype of the weight.
 
-    That makes it the dtype of the residual stream. The look-up is in an fp32 copy whatever the weight's dtype: its
-    backward pass adds up the gradients of all occurrences of a token, which in bf16 on a CPU stand still long before
-    the thousands of a frequent one are in.
+    That dtype becomes the dtype of the residual stream. The look-up always uses an fp32 copy of the weight: its
+    backward pass sums the gradients of all occurrences of a token, and on a CPU a sum in bf16 stops growing long before
+    the thousands of occurrences of a frequent token have been added.
     """
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -64,8 +65,8 @@ class SoftcappedHead(nn.Linear):
 def rotation(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [..., 1, T, d/2] in fp32 of positions [..., T], for `rotate`.
 
-    The first d/4 of the d/2 pairs turn by base^(-i / (d/4 - 1)) radians a position, i = 0 .. d/4 - 1, so from 1 to
-    1/base; the others do not turn ("half-truncated").
+    The first d/4 of the d/2 pairs turn by base^(-i / (d/4 - 1)) radians per position, i = 0 .. d/4 - 1, so from 1 to
+    1/base. The others do not turn ("half-truncated").
     """
     turning = head_size // 4
     exponents = torch.linspace(0, 1, turning, dtype=torch.float32, device=positions.device)
@@ -75,7 +76,7 @@ def rotation(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Te
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads [B, H, T, d], pair i being the dimensions i and i + d/2, turned by the angles of `rotation`."""
+    """Turn heads [B, H, T, d] by the angles of `rotation`; pair i consists of the dimensions i and i + d/2."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, T, h] to [B, T, h]; `mask` [B, 1, T, T] is true where a query may attend, None is causal."""
+        """[B, T, h] to [B, T, h]; `mask` [B, 1, T, T] is true where a query may attend, None means causal."""
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (rotate(F.rms_norm(z.float(), z.shape[-1:], eps=self.eps), cos, sin).type_as(v) for z in (q, k))
         causal = mask is None
@@ -141,11 +142,11 @@ class Trunk(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.embed_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.recompute_every = 0  # which layers' activations are computed again in the backward pass: none
+        self.recompute_every = 0  # every n-th layer recomputes its activations in the backward pass; 0: none does
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """What the head reads, [B, T, h]; the arguments are those of `SpeedrunModel.hidden`."""
+        """Return the input of the head, [B, T, h]; the arguments are those of `SpeedrunModel.hidden`."""
         if positions is None:
             positions = torch.arange(ids.shape[-1], device=ids.device)
         cos, sin = rotation(positions, self.head_size, self.rope_theta)
@@ -160,9 +161,10 @@ class Trunk(nn.Module):
 
 
 class SpeedrunModel(nn.Module):
-    """The whole model, of the shape that `config` says; on the meta device until its weights are drawn.
+    """The whole model. Its weights are not initialised; see `pretrain.model.build.build_model`.
 
-    It trains only: there is no key-value cache to generate text with and no Hugging Face form to export.
+    It can only be trained and validated: it has no key-value cache for generating text and no Hugging Face counterpart
+    to export to.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -171,7 +173,7 @@ class SpeedrunModel(nn.Module):
         self.lm_head = SoftcappedHead(config.hidden_size, config.vocab_size)
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """What `lm_head` reads, [B, T, h].
+        """Return the input of `lm_head`, [B, T, h].
 
         Args:
             ids: int64 [B, T].
@@ -181,31 +183,34 @@ class SpeedrunModel(nn.Module):
         return self.model(ids, mask, positions)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] in fp32; the arguments are those of `hidden`."""
+        """Return logits [B, T, V] in fp32; the arguments are those of `hidden`."""
         return self.lm_head(self.hidden(ids, mask, positions))
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding, for the routing of parameters."""
+        """Return the embedding, for the routing of parameters."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head, for the routing of parameters."""
+        """Return the head, for the routing of parameters."""
         return self.lm_head
 
     def activation_checkpointing_enable(self, every_n_layers: int) -> None:
-        """Recompute the activations of layers 0, n, 2n, ... in the backward pass, as transformers' models do."""
+        """Recompute the activations of layers 0, n, 2n, ... in the backward pass, like the models of transformers."""
         self.model.recompute_every = every_n_layers
 
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Gains 1, biases 0, embedding N(0, 1), what writes into the residual stream and the head 0, the rest
-        N(0, 0.33 / fan-in); drawn in fp32 from `generator`, so that they do not depend on dtypes."""
+    def initial_weights(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, fp32 values on the CPU) of each parameter; see `pretrain.model.build.initial_weights`.
+
+        Gains are 1, biases 0, the embedding N(0, 1); the matrices that write into the residual stream and the head are
+        0, the others N(0, 0.33 / fan-in).
+        """
         for name, parameter in self.named_parameters():
+            shape = parameter.shape
             if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                yield name, torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
             elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
-                parameter.zero_()
+                yield name, torch.zeros(shape)
             else:
                 embeds = parameter is self.model.embed_tokens.weight
-                std = 1.0 if embeds else math.sqrt(INIT_VARIANCE / parameter.shape[1])
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                std = 1.0 if embeds else math.sqrt(INIT_VARIANCE / shape[1])
+                yield name, torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input: something that the person at the keyboard can put right.
@@ -27,3 +30,15 @@ class PeerError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[PeerError], tuple[int, str, str, int]]:
         return PeerError, (self.rank, self.host, self.text, self.exit_code)
+
+
+def nearest(got: object, known: Iterable[object], at_most: int = 1) -> list[str]:
+    """Return the known names that resemble `got`, the nearest first."""
+    return difflib.get_close_matches(str(got), [str(name) for name in known], n=at_most)
+
+
+def did_you_mean(got: object, known: Iterable[object]) -> str:
+    """Return the end of a message about an unknown name: the nearest known name, or all of them if none is near."""
+    names = [str(name) for name in known]
+    near = nearest(got, names)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names)}"

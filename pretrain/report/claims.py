@@ -17,13 +17,13 @@ This module needs nothing but the standard library: a sweep can be checked witho
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from eval.errors import EvalError
+from pretrain.processes.errors import did_you_mean
 
 _KEYS = ("claim", "measure", "step", "at", "where", "minus", "over", "slope_over", "above", "below", "source")
 _RELATIONS: tuple[Literal["minus", "over"], ...] = ("minus", "over")
@@ -161,7 +161,7 @@ def check_claim(claim: Claim, axes: Mapping[str, Sequence[str]], seed_axis: str 
             elif axis == seed_axis:
                 problems.append(f"{key}.{axis}: a claim is about all seeds; leave the axis out")
             elif axis not in open_axes:
-                problems.append(f"{key}.{axis}: no such axis{_did_you_mean(axis, open_axes)}")
+                problems.append(f"{key}.{axis}: no such axis{did_you_mean(axis, open_axes)}")
             elif label not in open_axes[axis]:
                 problems.append(f"{key}.{axis} is {label!r}; expected one of {', '.join(open_axes[axis])}")
     left = [axis for axis in open_axes if axis not in claim.where and axis != claim.slope_over]
@@ -213,7 +213,7 @@ def _problems_of_labels(data: Mapping[str, Any]) -> list[str]:
 
 def _problems_of_slope(axis: str, axes: Mapping[str, Sequence[str]]) -> list[str]:
     if axis not in axes:
-        return [f"slope_over is {axis!r}: no such axis{_did_you_mean(axis, axes)}"]
+        return [f"slope_over is {axis!r}: no such axis{did_you_mean(axis, axes)}"]
     problems = [
         f"slope_over: label {label!r} of {axis} is not a positive number"
         for label in axes[axis]
@@ -234,12 +234,7 @@ def positive_number(label: str) -> float | None:
 
 
 def _unknown(key: Any) -> str:
-    return f"unknown key {key!r}{_did_you_mean(str(key), _KEYS)}"
-
-
-def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else f"; expected one of {', '.join(known)}"
+    return f"unknown key {key!r}{did_you_mean(str(key), _KEYS)}"
 
 
 def _text(value: Any) -> bool:

@@ -143,7 +143,7 @@ class WandbTracker:
                 resume="allow",
                 dir=folder,
                 mode=mode,
-                config=config.model_dump(mode="json"),
+                config=config.resolved(),
                 settings=wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS, silent=True),
             )
 

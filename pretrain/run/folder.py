@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from pretrain.config import Config, identity_hash
+from pretrain.config import Config
 from pretrain.files import replace_text
 from pretrain.processes.errors import UserError
 from pretrain.run.json_lines import JsonLines
@@ -140,29 +140,6 @@ class RunFolder:
             return "finished" in (self.manifest() or {})
         except RunError:
             return False
-
-
-def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The identity keys that differ, one line each."""
-    return [
-        f"{key}: {saved.get(key)!r} in the run, {wanted.get(key)!r} now"
-        for key in sorted(saved.keys() | wanted.keys())
-        if saved.get(key) != wanted.get(key)
-    ]
-
-
-def check_identity(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Refuse to continue a run as another one.
-
-    Raises:
-        RunError: listing every key that differs and what to do.
-    """
-    if identity_hash(saved) == identity_hash(wanted):
-        return
-    lines = [f"{where}: this run was started with other identity keys:"]
-    lines += [f"  {difference}" for difference in differences(saved, wanted)]
-    lines.append("restore them to continue it, or choose another run.name to start a new run")
-    raise RunError("\n".join(lines))
 
 
 def git_commit() -> str | None:

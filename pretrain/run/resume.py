@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pretrain.checkpoint.format import CheckpointError
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact
 from pretrain.files import set_aside
-from pretrain.run.folder import RunError, RunFolder, check_identity
+from pretrain.run.folder import RunError, RunFolder
+from pretrain.run.identity import Identity
 
 
-def choose_checkpoint(folder: RunFolder, resume: str, identity: dict[str, Any]) -> tuple[Path | None, list[str]]:
+def choose_checkpoint(folder: RunFolder, resume: str, identity: Identity) -> tuple[Path | None, list[str]]:
     """The checkpoint to start from, or None for a fresh start, and warnings.
 
     Args:
@@ -23,27 +23,25 @@ def choose_checkpoint(folder: RunFolder, resume: str, identity: dict[str, Any]) 
         RunError: the run folder holds another run, or any run under ``never``.
         CheckpointError: the wanted checkpoint, or every one, is damaged.
     """
-    manifest = folder.manifest()
     if resume == "never":
-        if manifest or list_checkpoints(folder.checkpoints):
+        if folder.manifest() or list_checkpoints(folder.checkpoints):
             raise RunError(
                 f"{folder.path}: already holds a run; continue it with --resume auto, or choose another run.name"
             )
         return None, []
-    if manifest:
-        check_identity(manifest["identity"], identity, folder.path)
+    launched = Identity.of_run(folder)
+    notes = identity.check(launched, folder.path) if launched else []
     if resume != "auto":
         reader = CheckpointReader(Path(resume))
         reader.verify()
-        check_identity(reader.index["identity"], identity, reader.folder)
-        return reader.folder, []
+        return reader.folder, identity.check_checkpoint(reader)
     newest, damaged = newest_intact(folder.checkpoints)
     if newest is None and damaged:
         raise CheckpointError("\n".join([*damaged, f"{folder.checkpoints}: no intact checkpoint to resume from"]))
     if newest is None:
-        return None, []
-    check_identity(newest.index["identity"], identity, newest.folder)
-    return newest.folder, [f"{message}; falling back to {newest.folder.name}" for message in damaged]
+        return None, notes
+    notes = identity.check_checkpoint(newest)
+    return newest.folder, notes + [f"{message}; falling back to {newest.folder.name}" for message in damaged]
 
 
 def rewind(folder: RunFolder, step: int) -> int:

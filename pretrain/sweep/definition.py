@@ -29,7 +29,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from pretrain.config import Config, ConfigError, parse_config
 from pretrain.config.base import Section
-from pretrain.config.loader import assign, read_yaml
+from pretrain.config.loader import read_yaml
+from pretrain.config.overrides import assign
 from pretrain.config.run import valid_run_name
 from pretrain.config.validate import validate_section
 

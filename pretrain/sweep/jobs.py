@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import Config
+from pretrain.config import Config, identity_hash
 from pretrain.files import replace_text
 from pretrain.run.folder import RunFolder
 from pretrain.sweep.definition import Cell, Sweep
@@ -57,7 +56,7 @@ def plan_jobs(sweep: Sweep) -> list[Job]:
         if not _is_tuned_by(sweep, cell):
             open_values = len(cell.alternatives) > 1
             values = best.get(_without_seed(sweep, cell.labels)) if open_values else cell.alternatives[0]
-            config = None if values is None else _named(sweep.config(cell, values))
+            config = None if values is None else _named(sweep, sweep.config(cell, values))
             rest.append(Job(cell.labels, values or {}, config, chosen=True, is_trial=False))
     return trials + rest
 
@@ -69,7 +68,7 @@ def _is_tuned_by(sweep: Sweep, cell: Cell) -> bool:
 
 def _trials(sweep: Sweep, cell: Cell) -> Iterator[Job]:
     """A job for each combination of values; the best is chosen once all are complete."""
-    configs = [_named(sweep.config(cell, values)) for values in cell.alternatives]
+    configs = [_named(sweep, sweep.config(cell, values)) for values in cell.alternatives]
     losses = [final_loss(RunFolder(config.run_folder)) for config in configs]
     known = [loss for loss in losses if loss is not None]
     best = losses.index(min(known)) if len(known) == len(losses) else None
@@ -81,11 +80,18 @@ def _without_seed(sweep: Sweep, labels: dict[str, str]) -> tuple[tuple[str, str]
     return tuple((axis, label) for axis, label in labels.items() if axis != sweep.file.seed_axis)
 
 
-def _named(config: Config) -> Config:
-    """The config under a name that says what it computes and measures: equal runs of two sweeps are one."""
-    measured = {"validation": config.resolved()["validation"], "telemetry": config.resolved()["telemetry"]}
-    text = json.dumps([config.identity(), measured], sort_keys=True)
-    name = f"{config.optimizer.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+def _named(sweep: Sweep, config: Config) -> Config:
+    """Return the config under a name that says what it computes and measures: equal runs of two sweeps are one.
+
+    Keys that only change how a run is carried out are part of the name if the sweep compares them.
+    """
+    named = config.keys_of("result", "numerics")
+    compared = {key for labels in sweep.file.axes.values() for changes in labels.values() for key in changes}
+    for key, value in config.keys_of("execution").items():
+        if key in compared or any(key.startswith(f"{other}.") for other in compared):
+            named[key] = value
+    named |= {name: config.resolved().get(name) for name in ("validation", "telemetry")}
+    name = f"{config.optimizer.name}-{identity_hash(named)[:10]}"
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 
 

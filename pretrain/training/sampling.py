@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GenerationMixin
 
-from pretrain.config.train import SamplesConfig
+from pretrain.config.samples import SamplesConfig
 from pretrain.engine.base import Engine
 from pretrain.run.json_lines import JsonLines
 from pretrain.training.hooks import Hook, StepContext, is_due

@@ -17,8 +17,8 @@ from pretrain.config import Config
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.data.masks import attention_inputs
 from pretrain.engine.base import Engine
-from pretrain.model.build import IGNORED
 from pretrain.model.cost import flops_per_token, peak_flops
+from pretrain.model.loss import IGNORED
 from pretrain.training.hooks import Hook, StepContext
 from pretrain.training.schedule import lr_factor
 from pretrain.training.timing import PhaseClock

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pretrain.config import Config
-from pretrain.config.train import ValidationConfig
+from pretrain.config.validation import ValidationConfig
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.training.hooks import Hook, StepContext, is_due
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 import zstandard
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
-from pretrain.data import StreamState, TokenBatch, TokenStream
+from pretrain.data import Catalog, StreamState, TokenBatch, TokenStream, make_catalog
+from pretrain.data.units import Unit
 
 EOS = "<|endoftext|>"
 WORDS = ["the", "whale", "sea", "ship", "crew", "naïve", "鯨", "🐋", "a", "\n", "Ahab", EOS, "and", "harpoon", "..."]
@@ -47,6 +48,13 @@ def write_jsonl(path: Path, texts: Sequence[str], field: str = "text") -> Path:
     return path
 
 
+def source_units(source: SourceConfig) -> list[Unit]:
+    """The read units of one source."""
+    config = DataConfig(sources=[source], lanes=1)
+    [units] = make_catalog(config).units(config)
+    return list(units)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     data = path.read_bytes()
     if path.suffix == ".gz":
@@ -63,25 +71,34 @@ class Setting:
 
     config: DataConfig
     tokenizer: TokenizerConfig
-    context_length: int = 7
+    sequence_length: int = 7
     epochs: int | None = 2
     split: Any = "train"
 
-    def open(self, workers: int = 0, group: Any = None, state: StreamState | None = None) -> TokenStream:
+    def open(
+        self, workers: int = 0, group: Any = None, state: StreamState | None = None, catalog: Catalog | None = None
+    ) -> TokenStream:
         config = self.config.model_copy(update={"workers": workers})
         return TokenStream(
-            config, self.tokenizer, self.context_length, split=self.split, epochs=self.epochs, group=group, state=state
+            config,
+            self.tokenizer,
+            self.sequence_length,
+            split=self.split,
+            epochs=self.epochs,
+            group=group,
+            state=state,
+            catalog=catalog,
         )
 
     def changed(self, **data: Any) -> "Setting":
         config = DataConfig(**{**self.config.model_dump(), **data})
-        return Setting(config, self.tokenizer, self.context_length, self.epochs, self.split)
+        return Setting(config, self.tokenizer, self.sequence_length, self.epochs, self.split)
 
 
 def make_setting(tokenizer: TokenizerConfig, *paths: Path, **changes: Any) -> Setting:
     """Keys of SourceConfig hold for every source; those of Setting and DataConfig as they are."""
     of_source = {key: changes.pop(key) for key in list(changes) if key in SourceConfig.model_fields}
-    of_setting = {key: changes.pop(key) for key in list(changes) if key in ("context_length", "epochs", "split")}
+    of_setting = {key: changes.pop(key) for key in list(changes) if key in ("sequence_length", "epochs", "split")}
     sources = [SourceConfig(path=str(path), **of_source) for path in paths]
     data = {"lanes": 2, "validation_fraction": 0.0, **changes}
     return Setting(DataConfig(sources=sources, **data), tokenizer, **of_setting)

@@ -11,10 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from pretrain.data.formats import Unit
 from pretrain.data.order import epoch_order
-from pretrain.data.sources import source_units
-from tests.data.corpus import Setting, read_jsonl
+from pretrain.data.units import Unit
+from tests.data.corpus import Setting, read_jsonl, source_units
 
 
 @dataclass
@@ -58,7 +57,7 @@ def oracle_rows(setting: Setting) -> list[tuple[list[int], int]]:
     tokenizer = Tokenizer.from_file(setting.tokenizer.path)
     tokenizer.encode_special_tokens = True
     eos = tokenizer.token_to_id(setting.tokenizer.eos_token)
-    length, epochs = setting.context_length, 1 if setting.split == "validation" else setting.epochs
+    length, epochs = setting.sequence_length, 1 if setting.split == "validation" else setting.epochs
     assert epochs is not None
     lanes = [Lane([eos]) for _ in epoch_texts(setting, 0)]
     result = []

@@ -2,18 +2,18 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
-from tokenizers import AddedToken, Tokenizer
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
-from pretrain.data import DataError, check_sources, load_tokenizer
-from tests.data.corpus import EOS, drain, make_setting, make_texts, write_jsonl, write_parquet
+from pretrain.data import DataError, check_sources
+from tests.data.corpus import drain, make_setting, make_texts, write_jsonl, write_parquet
 
 TEXTS = make_texts(31, 12, longest=30)
 Builder = Callable[[Path], Path]
@@ -64,6 +64,11 @@ def column(values: pa.Array) -> Builder:
     return build
 
 
+def two_text_columns(folder: Path) -> Path:
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text"] * 2), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
 def not_utf8() -> pa.Array:
     """Strings of which the third is no UTF-8, as a careless writer leaves them."""
     values = pa.array([b"good", b"good", b"\xff\xfe", b"good"], pa.binary())
@@ -99,6 +104,7 @@ FAULTS: list[tuple[Builder, str]] = [
         lambda folder: write_parquet(folder / "a.parquet", TEXTS, 4, field="body"),
         r"a\.parquet: has no column 'text'; its columns are id, body: set text_field",
     ),
+    (two_text_columns, r"a\.parquet: has 2 columns 'text', expected one"),
     (appended(b'{"text": "\xff"}'), r"a\.jsonl: line 13 is not valid UTF-8"),
     (appended(b'{"text": "a"'), r"a\.jsonl: line 13 is not valid JSON"),
     (appended(b'"text"'), r"a\.jsonl: line 13 holds a JSON str, expected an object with a key 'text'"),
@@ -111,6 +117,8 @@ FAULTS: list[tuple[Builder, str]] = [
     (flipped("a.jsonl.gz"), r"a\.jsonl\.gz: damaged after line \d+"),
     (flipped("a.jsonl.zst"), r"a\.jsonl\.zst: damaged after line \d+"),
     (written("a.jsonl.zst", b""), r"a\.jsonl\.zst: damaged after line 0"),
+    (written("a.jsonl.gz", b""), r"a\.jsonl\.gz: damaged after line 0: the file is empty"),
+    (appended(b"\xef\xbb\xbf{}"), r"a\.jsonl: line 13 is not valid JSON"),
     (written("a.jsonl.gz", b"plain"), r"a\.jsonl\.gz: damaged after line 0"),
 ]
 
@@ -207,22 +215,31 @@ def test_beyond_the_budget_the_last_row_group_is_checked(tmp_path: Path, monkeyp
     assert "row 0 of row group 3" in problem
 
 
-def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
-    damaged = tmp_path / "damaged.json"
-    damaged.write_text(Path(tokenizer.path).read_text(encoding="utf-8")[:-100], encoding="utf-8")
-    ordinary = Tokenizer.from_file(tokenizer.path)
-    ordinary.add_tokens([AddedToken("<sep>", special=False)])
-    ordinary.save(str(tmp_path / "ordinary.json"))
-    cases = [
-        (tmp_path / "gone.json", EOS, "no such file"),
-        (tmp_path, EOS, "is a folder: name the tokenizer.json in it"),
-        (damaged, EOS, "cannot be read as a tokenizer"),
-        (Path(tokenizer.path), "</s>", "'</s>' is not in"),
-        (tmp_path / "ordinary.json", "<sep>", "'<sep>' is not marked special"),
-    ]
-    for path, eos, message in cases:
-        with pytest.raises(DataError, match=message):
-            load_tokenizer(TokenizerConfig(path=str(path), eos_token=eos))
+def test_a_damaged_row_that_cannot_be_found_is_still_a_fault_of_the_data(
+    tmp_path: Path, tokenizer: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Column:
+        """It cannot be decoded as a whole, but each of its rows can."""
+
+        type, null_count = pa.string(), 0
+
+        def slice(self, start: int) -> "Column":
+            return self
+
+        def __iter__(self) -> Iterator[pa.Scalar]:
+            return iter(pa.array(TEXTS))
+
+        def to_pylist(self) -> list[str]:
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    def batches(*_: object, **__: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(num_rows=len(TEXTS), column=lambda index: Column())
+
+    setting = make_setting(tokenizer, write_parquet(tmp_path / "a.parquet", TEXTS, len(TEXTS)), lanes=1)
+    stream = setting.open()
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", batches)
+    with pytest.raises(DataError, match=r"row group 0 has a damaged row between 0 and 11: 'utf-8' codec"):
+        stream.next_batch(1)
 
 
 @pytest.mark.parametrize(
@@ -247,10 +264,10 @@ def test_a_config_out_of_range_is_refused(changes: dict[str, object]) -> None:
         DataConfig.model_validate({"sources": [{"path": "a"}], **changes})
 
 
-@pytest.mark.parametrize(("batch", "context_length"), [(0, 4), (1, 0)])
+@pytest.mark.parametrize(("batch", "sequence_length"), [(0, 4), (1, 0)])
 def test_sizes_below_one_are_refused(
-    tmp_path: Path, tokenizer: TokenizerConfig, batch: int, context_length: int
+    tmp_path: Path, tokenizer: TokenizerConfig, batch: int, sequence_length: int
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     with pytest.raises(ValueError, match="expected at least 1"):
-        make_setting(tokenizer, path, lanes=1, context_length=context_length).open().next_batch(batch)
+        make_setting(tokenizer, path, lanes=1, sequence_length=sequence_length).open().next_batch(batch)

@@ -3,9 +3,11 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.data import fingerprint
@@ -53,4 +55,18 @@ def test_sources_and_licences_come_from_the_columns_or_else_the_config(tmp_path:
 def test_a_column_that_names_rows_is_not_listed(tmp_path: Path) -> None:
     urls = [f"page-{i}" for i in range(1000)]
     pq.write_table(pa.table({"text": urls, "source": urls}), tmp_path / "a.parquet")
+    assert fingerprint(config(tmp_path / "a.parquet"))["sources"][0]["sources"] == []
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.large_string())])
+def test_lists_of_licences_are_taken_apart(tmp_path: Path, kind: pa.DataType) -> None:
+    """As data sets of code have them."""
+    licences = pa.array([["MIT", "Apache-2.0"], None, ["MIT"]], kind)
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "license": licences}), tmp_path / "a.parquet")
+    assert fingerprint(config(tmp_path / "a.parquet"))["sources"][0]["licences"] == ["Apache-2.0", "MIT"]
+
+
+@pytest.mark.parametrize("values", [[{"a": 1}], [7], [[1]]], ids=str)
+def test_a_column_of_another_kind_names_no_source(tmp_path: Path, values: list[Any]) -> None:
+    pq.write_table(pa.table({"text": ["a"], "source": values}), tmp_path / "a.parquet")
     assert fingerprint(config(tmp_path / "a.parquet"))["sources"][0]["sources"] == []

@@ -1,5 +1,6 @@
 """Parquet and JSON lines, plain or compressed, give the same rows, from any row on."""
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pretrain.config.data import SourceConfig, TokenizerConfig
-from pretrain.data.formats import Unit, read_unit
-from pretrain.data.sources import source_files, source_units
-from tests.data.corpus import drain, make_setting, make_texts, rows, write_jsonl, write_parquet
+from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
+from pretrain.data import check_sources
+from pretrain.data.formats import SUFFIXES, read_unit
+from pretrain.data.sources import list_files
+from pretrain.data.units import Unit
+from tests.data.corpus import drain, make_setting, make_texts, rows, source_units, write_jsonl, write_parquet
 
 TEXTS = make_texts(11, 23)
 NAMES = ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"]
@@ -86,7 +89,7 @@ def test_a_path_is_a_file_a_folder_or_a_pattern(tmp_path: Path, monkeypatch: pyt
 
     def names() -> Iterator[list[str]]:
         for path in ("data", "data/*.jsonl", "data/**/*.parquet", "data/[x].jsonl"):
-            yield source_files(SourceConfig(path=path))
+            yield list_files(path, SUFFIXES)
 
     (tmp_path / "data" / "more").mkdir(parents=True)
     (tmp_path / "data" / "README.md").write_text("not data")
@@ -99,3 +102,16 @@ def test_a_path_is_a_file_a_folder_or_a_pattern(tmp_path: Path, monkeypatch: pyt
         ["data/more/a.parquet"],
         ["data/[x].jsonl"],  # the file of that very name, not what the pattern would match
     ]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_byte_order_mark_at_the_beginning_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampled: bool
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    [unit] = source_units(SourceConfig(path=str(path)))
+    assert read(unit) == list(enumerate(TEXTS))
+    if sampled:
+        monkeypatch.setattr("pretrain.data.check.FULL_SCAN_BYTES", 0)
+    assert check_sources(DataConfig(sources=[SourceConfig(path=str(path))], lanes=1, validation_fraction=0.0)) == []

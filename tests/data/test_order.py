@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, normalizers
 
 from pretrain.config.data import TokenizerConfig
 from pretrain.data import load_tokenizer
-from pretrain.data.formats import Unit
 from pretrain.data.order import epoch_order, make_plan
+from pretrain.data.units import Unit
 from tests.data.corpus import EOS, Setting, drain, make_setting, make_texts, rows, write_jsonl, write_parquet
 from tests.data.oracle import epoch_texts, oracle_rows
 
@@ -24,20 +24,20 @@ from tests.data.oracle import epoch_texts, oracle_rows
     lanes=st.integers(1, 4),
     split_units=st.integers(1, 3),
     weight=st.sampled_from([1.0, 2.0, 1.5]),
-    context_length=st.integers(1, 20),
+    sequence_length=st.integers(1, 20),
     epochs=st.integers(1, 3),
     seed=st.integers(0, 5),
     batch=st.integers(1, 9),
 )
 def test_batches_are_those_of_the_definition(
     tmp_path: Path, tokenizer: TokenizerConfig, texts: list[str], rows_per_group: int, lanes: int, split_units: int,
-    weight: float, context_length: int, epochs: int, seed: int, batch: int,
+    weight: float, sequence_length: int, epochs: int, seed: int, batch: int,
 ) -> None:  # fmt: skip
     path = write_parquet(tmp_path / "a.parquet", [*texts, "one that is not empty"], rows_per_group)
     groups = -(-(len(texts) + 1) // rows_per_group)
     setting = make_setting(
         tokenizer, path, lanes=min(lanes, groups * split_units), split_units=split_units, weight=weight, seed=seed,
-        context_length=context_length, epochs=epochs,
+        sequence_length=sequence_length, epochs=epochs,
     )  # fmt: skip
     batches = drain(setting.open(), batch)
     assert rows(batches) == oracle_rows(setting)
@@ -62,19 +62,19 @@ def test_a_lane_without_a_whole_sequence_in_an_epoch_carries_its_tokens_on(
     tmp_path: Path, tokenizer: TokenizerConfig
 ) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a", "the sea " * 20, "b"], 1)
-    setting = make_setting(tokenizer, path, lanes=3, context_length=9, epochs=7)
+    setting = make_setting(tokenizer, path, lanes=3, sequence_length=9, epochs=7)
     assert rows(drain(setting.open(), 4)) == oracle_rows(setting)
 
 
 def test_a_document_may_be_longer_than_context_and_batch(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["whale " * 500, "ship"], 1)
-    setting = make_setting(tokenizer, path, lanes=2, context_length=4, epochs=2)
+    setting = make_setting(tokenizer, path, lanes=2, sequence_length=4, epochs=2)
     assert rows(drain(setting.open(), 2)) == oracle_rows(setting)
 
 
 def test_special_tokens_spelt_out_in_a_text_are_ordinary_text(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     text = f"before {EOS} after"
-    setting = make_setting(tokenizer, write_jsonl(tmp_path / "a.jsonl", [text]), lanes=1, context_length=64, epochs=1)
+    setting = make_setting(tokenizer, write_jsonl(tmp_path / "a.jsonl", [text]), lanes=1, sequence_length=64, epochs=1)
     [(tokens, length)] = rows(drain(setting.open(), 1))
     eos = load_tokenizer(tokenizer).token_to_id(EOS)
     assert tokens[0] == eos
@@ -166,7 +166,7 @@ def test_the_text_of_a_large_file_needs_several_refills(
 ) -> None:
     """How much is tokenized and read at a time must not show in the batches."""
     path = write_parquet(tmp_path / "a.parquet", make_texts(3, 80), 20)
-    setting = make_setting(tokenizer, path, lanes=3, context_length=11)
+    setting = make_setting(tokenizer, path, lanes=3, sequence_length=11)
     expected = rows(drain(setting.open(), 4))
     monkeypatch.setattr("pretrain.data.packing.REFILL_BYTES", 50)
     monkeypatch.setattr("pretrain.data.packing.READ_AHEAD_BYTES", 100)

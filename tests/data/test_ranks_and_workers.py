@@ -8,7 +8,10 @@ import pytest
 import pretrain.data.stream
 from pretrain.config.data import TokenizerConfig
 from pretrain.data import DataError, StreamState
+from pretrain.data.packing import Item
 from pretrain.data.workers import InlineReader
+from pretrain.processes.errors import PeerError
+from pretrain.processes.exit_codes import BAD_INPUT, FAILED
 from tests.data.corpus import Setting, drain, make_setting, make_texts, on_ranks, rows, write_jsonl, write_parquet
 from tests.data.oracle import oracle_rows
 
@@ -18,7 +21,7 @@ def setting(tmp_path: Path, tokenizer: TokenizerConfig) -> Setting:
     """Lanes of unequal length, so that they leave the ring one by one; more lanes than a batch has rows."""
     texts = [text * (1 + 5 * (i % 7 == 0)) for i, text in enumerate(make_texts(5, 60, longest=25))]
     path = write_parquet(tmp_path / "a.parquet", texts, 4)
-    return make_setting(tokenizer, path, lanes=7, epochs=2, context_length=13)
+    return make_setting(tokenizer, path, lanes=7, epochs=2, sequence_length=13)
 
 
 def read(setting: Setting, workers: int, group: Any, batch: int = 5) -> tuple[list[str], list[StreamState], int]:
@@ -64,21 +67,48 @@ def test_validation_bytes_are_summed_over_ranks(tmp_path: Path, tokenizer: Token
     assert results[0][2] > 0
 
 
-def test_a_fault_on_one_rank_is_raised_on_all(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
+def failures(setting: Setting) -> list[DataError | PeerError | RuntimeError]:
+    """The error of each of two ranks that read until one of them fails."""
+
+    def read_until_error(group: Any) -> DataError | PeerError | RuntimeError:
+        stream = setting.open(group=group)
+        with pytest.raises((DataError, PeerError, RuntimeError)) as error:
+            drain(stream, 4)
+        with pytest.raises(type(error.value)) as again:  # the stream does not continue behind the fault
+            stream.next_batch(1)
+        assert again.value is error.value
+        return error.value
+
+    return on_ranks(2, read_until_error)
+
+
+def test_all_ranks_learn_of_a_fault_on_one(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     """Or the others would wait for it in a collective."""
     good = write_jsonl(tmp_path / "good.jsonl", ["the sea"] * 50)
     bad = write_jsonl(tmp_path / "bad.jsonl", ["a ship"] * 20)
     bad.write_bytes(bad.read_bytes() + b'{"text": \n')
-    setting = make_setting(tokenizer, good, bad, lanes=2)
+    found = failures(make_setting(tokenizer, good, bad, lanes=2))
+    [own] = (error for error in found if isinstance(error, DataError))
+    [peer] = (error for error in found if error is not own)
+    assert "bad.jsonl: line 21 is not valid JSON" in str(own)
+    assert isinstance(peer, PeerError)
+    assert (found.index(own), f"DataError: {own}", BAD_INPUT) == (peer.rank, peer.text, peer.exit_code)
 
-    def message(group: Any) -> str:
-        stream = setting.open(group=group)
-        with pytest.raises(DataError) as error:
-            drain(stream, 4)
-        with pytest.raises(DataError):  # and again: the stream does not go on behind the fault
-            stream.next_batch(1)
-        return str(error.value)
 
-    first, second = on_ranks(2, message)
-    assert first == second
-    assert "bad.jsonl: line 21 is not valid JSON" in first
+def test_a_dead_worker_of_one_rank_is_not_bad_input_on_the_other(
+    tmp_path: Path, tokenizer: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that all ranks raised as a DataError would send the reader to look for a fault in the data."""
+    path = write_parquet(tmp_path / "a.parquet", make_texts(2, 12), 3)
+
+    def pull(reader: InlineReader) -> Item:
+        item = next(reader._items)
+        if item.lane == 1:
+            raise RuntimeError("a data worker ended unexpectedly")
+        return item
+
+    monkeypatch.setattr(InlineReader, "pull", pull)
+    peer, own = failures(make_setting(tokenizer, path, lanes=2))
+    assert type(own) is RuntimeError
+    assert isinstance(peer, PeerError)
+    assert (peer.rank, peer.text, peer.exit_code) == (1, f"RuntimeError: {own}", FAILED)

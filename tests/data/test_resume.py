@@ -22,7 +22,7 @@ def setting(tmp_path: Path, tokenizer: TokenizerConfig) -> Setting:
     first = write_parquet(tmp_path / "a.parquet", make_texts(7, 30, longest=12), 4)
     second = write_jsonl(tmp_path / "b.jsonl.zst", ["sea " * 60, "", *make_texts(8, 10, longest=8)])
     return make_setting(
-        tokenizer, first, second, lanes=4, context_length=17, epochs=3, split_units=2, validation_fraction=0.2
+        tokenizer, first, second, lanes=4, sequence_length=17, epochs=3, split_units=2, validation_fraction=0.2
     )
 
 
@@ -95,7 +95,7 @@ def test_the_second_resume_does_not_start_over(setting: Setting) -> None:
 
 
 def test_an_endless_stream_resumes_in_a_late_epoch(setting: Setting) -> None:
-    endless = Setting(setting.config, setting.tokenizer, setting.context_length, epochs=None)
+    endless = Setting(setting.config, setting.tokenizer, setting.sequence_length, epochs=None)
     stream = endless.open()
     drain(stream, 16, limit=40)
     state = saved(stream.state())
@@ -121,7 +121,7 @@ def test_a_state_of_other_lanes_or_version_is_refused(setting: Setting) -> None:
 
 def test_changed_text_under_a_cursor_is_refused(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["the whale " * 30, "a ship"])
-    setting = make_setting(tokenizer, path, lanes=1, context_length=16)
+    setting = make_setting(tokenizer, path, lanes=1, sequence_length=16)
     stream = setting.open()
     stream.next_batch(2)
     state = saved(stream.state())

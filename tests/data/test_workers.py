@@ -35,7 +35,7 @@ main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "wait")
 @pytest.fixture
 def setting(tmp_path: Path, tokenizer: TokenizerConfig) -> Setting:
     path = write_parquet(tmp_path / "a.parquet", make_texts(4, 60), 5)
-    return make_setting(tokenizer, path, lanes=3, context_length=9, epochs=2)
+    return make_setting(tokenizer, path, lanes=3, sequence_length=9, epochs=2)
 
 
 def workers_of(stream: TokenStream) -> list[subprocess.Popen[bytes]]:
@@ -93,7 +93,7 @@ def test_an_error_in_a_worker_is_raised_as_it_was(tmp_path: Path, tokenizer: Tok
 
 
 def test_a_worker_that_dies_is_reported(setting: Setting) -> None:
-    endless = Setting(setting.config, setting.tokenizer, setting.context_length, epochs=None)
+    endless = Setting(setting.config, setting.tokenizer, setting.sequence_length, epochs=None)
     stream = endless.open(workers=1)
     [process] = workers_of(stream)
     process.kill()

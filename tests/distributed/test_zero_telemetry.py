@@ -95,7 +95,9 @@ def test_stage_1_measures_the_same_and_trains_bit_identically_without(dense: Pat
 @pytest.mark.long
 def test_directions_of_adamw_come_from_its_shards(tmp_path: Path) -> None:
     run_ranks(1, run, str(tmp_path / "dense"), DENSE | ON | ADAMW)
-    run_ranks(2, run, str(tmp_path / "zero"), zero(2) | ON | ADAMW | {"engine.wire_dtype": "fp32"})
+    changes = zero(2) | ON | ADAMW
+    del changes["engine.wire_dtype"]  # no matrix is sent
+    run_ranks(2, run, str(tmp_path / "zero"), changes)
     check_equal(tmp_path / "zero", tmp_path / "dense")
 
 

@@ -53,7 +53,7 @@ def test_a_claim_is_read_and_put_into_words() -> None:
     [
         ({"claim": None}, ["claim is None; expected text"]),
         ({"measure": 3}, ["measure is 3; expected text"]),
-        ({"mesure": "x"}, ["unknown key 'mesure' (did you mean measure?)"]),
+        ({"mesure": "x"}, ["unknown key 'mesure'; did you mean measure?"]),
         ({"step": "first"}, ["step is 'first'; expected a step such as 500, or last"]),
         ({"step": True}, ["step is True"]),
         ({"step": 0}, ["step is 0"]),
@@ -110,7 +110,7 @@ def test_what_is_no_mapping_is_refused() -> None:
     [
         ({"where": {"optimizer": "muon"}}, "where leaves the axis expansion open; choose one of 2, 4, 8"),
         ({"where": {}}, "where leaves the axis optimizer open"),
-        ({"where": {"optimiser": "muon", "expansion": "4"}}, "where.optimiser: no such axis (did you mean optimizer?)"),
+        ({"where": {"optimiser": "muon", "expansion": "4"}}, "where.optimiser: no such axis; did you mean optimizer?"),
         ({"where": {"optimizer": "sgd", "expansion": "4"}}, "where.optimizer is 'sgd'; expected one of muon, aurora"),
         ({"where": {**CLAIM["where"], "seed": "1"}}, "where.seed: a claim is about all seeds"),
         ({"minus": {"optimizer": "sgd"}}, "minus.optimizer is 'sgd'"),

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.config import Config, load_config
-from pretrain.model.build import IGNORED, LossModel, build_model
+from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token, parameter_count
+from pretrain.model.loss import IGNORED, LossModel
 
 MakeConfig = Callable[..., Config]
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def batch(vocabulary: int = 8192) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from optimizers import routes
 from pretrain.config import Config, ConfigError
 from pretrain.data.masks import attention_inputs
-from pretrain.model.build import IGNORED, LossModel, build_model
+from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token, parameter_count
+from pretrain.model.loss import IGNORED, LossModel
 from pretrain.model.speedrun import SpeedrunModel
 from tests.conftest import SPEEDRUN
 
@@ -298,16 +299,16 @@ def test_a_llama_has_the_keys_and_the_identity_that_it_always_had(tiny_config: M
         "context_length", "rope_theta", "tie_embeddings", "norm_eps", "init_std", "init_residual",
     }  # fmt: skip
     config = tiny_config()
-    assert {key.removeprefix("model.") for key in config.identity() if key.startswith("model.")} == before
+    assert {key.removeprefix("model.") for key in config.keys_of("result") if key.startswith("model.")} == before
     assert set(config.resolved()["model"]) == before
     said = tiny_config({"model.architecture": "llama"})
-    assert said.identity() == config.identity()
+    assert said.keys_of("result") == config.keys_of("result")
     with pytest.raises(ConfigError, match=r"model\.embedding_dtype: has no effect"):
         tiny_config({"model.embedding_dtype": "bf16"})
 
 
 def test_the_architecture_and_the_dtype_are_part_of_the_identity(speedrun: MakeConfig) -> None:
-    identity = speedrun().identity()
+    identity = speedrun().keys_of("result")
     assert identity["model.architecture"] == "speedrun"
     assert identity["model.embedding_dtype"] == "fp32"
-    assert identity != speedrun({"model.embedding_dtype": "bf16"}).identity()
+    assert identity != speedrun({"model.embedding_dtype": "bf16"}).keys_of("result")

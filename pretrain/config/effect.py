@@ -1,0 +1,69 @@
+"""Options that have no effect because of another section; within one section see `Section.ineffective`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys that have no effect, dotted, each with the reason; a whole section by its name.
+
+    Args:
+        sections: validated sections by name. What needs a section that is absent is not examined.
+    """
+    return {
+        **_of_validation(sections),
+        **_of_lengths(sections),
+        **_of_optimizer(sections),
+        **_past_the_end(sections),
+    }
+
+
+def _of_validation(sections: Mapping[str, Any]) -> dict[str, str]:
+    data = sections.get("data")
+    if data is None or data.validation_fraction > 0:
+        return {}
+    why = "data.validation_fraction is 0, so there is no validation split"
+    keys = {"validation": "validation", "telemetry.activation_sequences": "telemetry"}
+    return {key: why for key, section in keys.items() if section in sections}
+
+
+def _of_lengths(sections: Mapping[str, Any]) -> dict[str, str]:
+    """Chunks of the loss that are not smaller than what is computed in one pass."""
+    model, train, data, validation = (sections.get(name) for name in ("model", "train", "data", "validation"))
+    if not model or not train or train.loss_chunk_tokens is None:
+        return {}
+    sequences = train.micro_batch_sequences
+    if data and data.validation_fraction > 0 and validation:
+        sequences = max(sequences, validation.batch_sequences or 0)
+    tokens = sequences * (train.sequence_length or model.context_length)
+    if train.loss_chunk_tokens < tokens:
+        return {}
+    return {"train.loss_chunk_tokens": f"no forward pass has more than {tokens} tokens"}
+
+
+def _of_optimizer(sections: Mapping[str, Any]) -> dict[str, str]:
+    model, engine, optimizer = (sections.get(name) for name in ("model", "engine", "optimizer"))
+    found = {}
+    if optimizer and model and model.tie_embeddings and model.architecture == "llama":
+        found["optimizer.adamw.head_lr"] = "with model.tie_embeddings the head is the input embedding"
+    if optimizer and engine and engine.kind == "deepspeed" and optimizer.name == "adamw":
+        found["engine.wire_dtype"] = "with optimizer.name adamw no matrix is sent"
+    return found
+
+
+def _past_the_end(sections: Mapping[str, Any]) -> dict[str, str]:
+    """Steps that the run never reaches."""
+    train, telemetry, checkpoint = (sections.get(name) for name in ("train", "telemetry", "checkpoint"))
+    if not train:
+        return {}
+    steps = train.total_tokens // train.global_batch_tokens
+    found = {}
+    if telemetry and telemetry.reference_step > steps:
+        found["telemetry.reference_step"] = f"the run ends at step {steps}, before step {telemetry.reference_step}"
+    if checkpoint and (checkpoint.keep_every_steps or 0) > steps:
+        found["checkpoint.keep_every_steps"] = (
+            f"the run ends at step {steps}, before step {checkpoint.keep_every_steps}"
+        )
+    return found

@@ -1,0 +1,20 @@
+"""Config section `tokenizer`: how text becomes tokens."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pretrain.config.base import CONTENTS, RESULT, Section
+
+
+class TokenizerConfig(Section):
+    """The tokenizer, a `tokenizer.json` of the tokenizers library."""
+
+    key_class = RESULT
+
+    path: Annotated[str, Field(min_length=1), CONTENTS]
+    """The `tokenizer.json` file, relative to the working directory."""
+
+    eos_token: str = Field(default="<|endoftext|>", min_length=1)
+    """The special token that separates documents. The tokenizer must have it and mark it as special. The same
+    characters inside a text are read as ordinary text."""

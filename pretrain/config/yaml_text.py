@@ -1,0 +1,78 @@
+"""YAML text to plain data and back.
+
+PyYAML follows YAML 1.1: it reads ``3e-4`` as a string, ``1:30`` as 90, ``010`` as 8, ``no`` as false, and silently
+keeps the last of two equal keys. This module reads numbers and booleans as YAML 1.2 does (with ``_`` allowed between
+digits) and reports duplicates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader for YAML 1.2 scalars that collects duplicate keys instead of dropping them."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.duplicates: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen and key != "<<":
+                self.duplicates.append(f"{key}: given twice, in lines {seen[key]} and {line}; keep one")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """A SafeDumper that quotes what either version of YAML would read as something other than text."""
+
+
+_FIRST = {"bool": "tTfF", "int": "-+0123456789", "float": "-+.0123456789"}
+_NUMBER = r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$"
+_PATTERN = {
+    "bool": re.compile(r"^(true|True|TRUE|false|False|FALSE)$"),
+    "int": re.compile(r"^[-+]?[0-9][0-9_]*$"),
+    "float": re.compile(rf"{_NUMBER}|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+}
+
+
+def _use_yaml_1_2_scalars() -> None:
+    replaced = {f"tag:yaml.org,2002:{kind}" for kind in (*_PATTERN, "timestamp")}
+    _Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in replaced]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for kind, pattern in _PATTERN.items():
+        for used in (_Loader, _Dumper):
+            used.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", pattern, list(_FIRST[kind]))
+    # Leading zeros are decimal in YAML 1.2; PyYAML's own constructors would read octal and base 60.
+    _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+
+
+_use_yaml_1_2_scalars()
+
+
+def parse_yaml(text: str) -> tuple[Any, list[str]]:
+    """Return the document in a text, and a message for each key that is given twice.
+
+    Raises:
+        yaml.YAMLError, RecursionError, ValueError: it is not YAML.
+    """
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data(), loader.duplicates
+    finally:
+        loader.dispose()
+
+
+def dump_yaml(data: Any) -> str:
+    """Return plain data as YAML that `parse_yaml` reads back to equal data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,166 @@
+"""What makes two launches the same run, and what may change when a run is resumed.
+
+Each config key declares a class where it is defined (`pretrain.config.base.KeyClass`). On resume the *result* keys
+must match, and the contents of data and tokenizer, which stand in for their paths; a change of *numerics* keys, or of
+where the run ends, prints a warning; everything else is free.
+
+The identity of a saved run is derived from its stored config and the digests of its files, so that checkpoints of
+every version are compared alike. The identity that a checkpoint records is for people to read, except for the digest of
+the tokenizer, which stands nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pretrain.checkpoint.store import CheckpointReader
+from pretrain.config import Config, ConfigError, identity_hash, parse_stored_config
+from pretrain.config.base import leaves
+from pretrain.config.loader import read_yaml
+from pretrain.run.folder import RunError, RunFolder
+
+TOKENIZER = "tokenizer contents"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run computes. All keys are dotted paths of the config, or a path of files with ``contents`` behind it.
+
+    Attributes:
+        result: what is trained.
+        numerics: in which arithmetic.
+        length: where it ends.
+        scheduled: whether the learning rate depends on where it ends.
+        batch_tokens: tokens of a step.
+    """
+
+    result: dict[str, Any]
+    numerics: dict[str, Any]
+    length: dict[str, Any]
+    scheduled: bool
+    batch_tokens: int
+
+    @classmethod
+    def of(cls, config: Config, data: Mapping[str, Any], tokenizer_sha256: str) -> Self:
+        """Return the identity of a config whose files are known.
+
+        Args:
+            config: the run.
+            data: `pretrain.data.fingerprint` of its data.
+            tokenizer_sha256: of the file `tokenizer.path`.
+        """
+        result: dict[str, Any] = {}
+        numerics, length = {}, {}
+        for path, value, of in leaves(Config, config.resolved()):
+            if of.extends:
+                length[path] = value
+            elif of.kind == "numerics":
+                numerics[path] = value
+            elif of.kind == "result" and not of.by_content:
+                result[path] = value
+        for index, source in enumerate(data["sources"]):
+            result[f"data.sources.{index} contents"] = _contents(source)
+        result[TOKENIZER] = tokenizer_sha256
+        scheduled = config.schedule.kind != "constant"
+        return cls(result, numerics, length, scheduled, config.train.global_batch_tokens)
+
+    @classmethod
+    def of_checkpoint(cls, index: Mapping[str, Any]) -> Self:
+        """Return the identity of the run that wrote a checkpoint.
+
+        Raises:
+            ConfigError: its config cannot be read by this version.
+            RunError: it does not record what it was trained on.
+        """
+        return cls._of_record(parse_stored_config(index["config"]), index["provenance"], index["identity"])
+
+    @classmethod
+    def _of_record(cls, config: Config, described: Mapping[str, Any], identity: Mapping[str, Any]) -> Self:
+        try:
+            return cls.of(config, described["data"], identity[TOKENIZER])
+        except (KeyError, TypeError):
+            raise RunError("the digests of its data and tokenizer are missing") from None
+
+    @classmethod
+    def of_run(cls, folder: RunFolder) -> Self | None:
+        """Return the identity of the run in a folder, as last launched; None if it has not been launched.
+
+        Raises:
+            RunError: its manifest or its config is missing or cannot be read.
+        """
+        manifest = folder.manifest()
+        if manifest is None:
+            return None
+        try:
+            config = parse_stored_config(read_yaml(folder.path / "config.yaml"))
+            return cls._of_record(config, manifest, manifest.get("identity", {}))
+        except (ConfigError, RunError) as error:
+            raise RunError(
+                f"{folder.path}: already holds a run, but its config.yaml or manifest.json cannot be used, so it is "
+                f"not known whether this is the same run: {error}"
+            ) from None
+
+    def record(self) -> dict[str, Any]:
+        """Return what a manifest or a checkpoint keeps of it: plain data, flat."""
+        return {**self.result, **self.length, **self.numerics}
+
+    def check(self, saved: Identity, where: Path, step: int = 0) -> list[str]:
+        """Compare with what was saved; return the warnings for a resume from there.
+
+        Args:
+            saved: the identity of the run that is to be resumed.
+            where: its folder, for messages.
+            step: the step that it is at.
+
+        Raises:
+            RunError: it is another run, or would end before `step`; lists every key that differs and what to do.
+        """
+        changed = _differences(saved.result, self.result)
+        if changed:
+            lines = [f"{where}: this run was started with different settings:", *(f"  {line}" for line in changed)]
+            lines.append("restore them to resume the run, or choose another run.name to start a new one")
+            raise RunError("\n".join(lines))
+        warnings = []
+        trained = step * self.batch_tokens
+        for key, tokens in self.length.items():
+            if tokens < trained:
+                raise RunError(f"{where}: {key}: expected at least the {trained:,} tokens trained on, got {tokens:,}")
+            if tokens != saved.length[key] and self.scheduled:
+                warnings.append(
+                    f"{key} was {saved.length[key]:,}, now {tokens:,}: the schedule ends there, so the learning rates "
+                    "of the remaining steps change"
+                )
+        if changed := _differences(saved.numerics, self.numerics):
+            warnings.append(f"other arithmetic than before, so results will differ in rounding: {'; '.join(changed)}")
+        return warnings
+
+    def check_checkpoint(self, reader: CheckpointReader) -> list[str]:
+        """Do the same for a checkpoint, at the step that it was saved at.
+
+        Raises:
+            RunError: likewise, or if its config cannot be read by this version.
+        """
+        try:
+            saved = Identity.of_checkpoint(reader.index)
+        except (ConfigError, RunError) as error:
+            raise RunError(f"{reader.folder}: it cannot be told whether this is the same run: {error}") from None
+        return self.check(saved, reader.folder, reader.index["step"])
+
+
+def _contents(source: Mapping[str, Any]) -> str:
+    """What a source holds: its files in the order in which they are read, whatever they are called."""
+    digests = [file["sha256"] for file in source["files"]]
+    files = "1 file" if len(digests) == 1 else f"{len(digests)} files"
+    return f"{files}, {source['bytes']:,} bytes, sha256 {identity_hash({'files': digests})}"
+
+
+def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The keys that differ, one line each. A key that has no effect is absent, which is the same as null."""
+    return [
+        f"{key}: {saved.get(key)!r} in the run, {wanted.get(key)!r} now"
+        for key in sorted(saved.keys() | wanted.keys())
+        if saved.get(key) != wanted.get(key)
+    ]

@@ -1,0 +1,112 @@
+"""Which tokenizers can be used, and how many rows their embedding needs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from pretrain.config.data import TokenizerConfig
+from pretrain.data import DataError, load_tokenizer, vocabulary_rows
+from tests.data.corpus import EOS, drain, make_setting, rows, write_jsonl
+
+
+def saved(tokenizer: Tokenizer, folder: Path, eos: str = EOS) -> TokenizerConfig:
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return TokenizerConfig(path=str(path), eos_token=eos)
+
+
+def words(vocabulary: dict[str, int], unknown: str = "<unk>") -> Tokenizer:
+    """A token per word."""
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(Path(tokenizer.path).read_text(encoding="utf-8")[:-100], encoding="utf-8")
+    ordinary = Tokenizer.from_file(tokenizer.path)
+    ordinary.add_tokens([AddedToken("<sep>", special=False)])
+    ordinary.save(str(tmp_path / "ordinary.json"))
+    cases = [
+        (tmp_path / "gone.json", EOS, "no such file"),
+        (tmp_path, EOS, "is a folder: name the tokenizer.json in it"),
+        (damaged, EOS, "cannot be read as a tokenizer"),
+        (Path(tokenizer.path), "</s>", "'</s>' is not in"),
+        (tmp_path / "ordinary.json", "<sep>", "'<sep>' is not marked special"),
+    ]
+    for path, eos, message in cases:
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(TokenizerConfig(path=str(path), eos_token=eos))
+
+
+def unigram() -> Tokenizer:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "abcxy</>s")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [unigram(), words({"<unk>": 0, "</s>": 1})],
+    ids=["unigram", "words"],
+)
+def test_a_special_separator_that_the_model_also_produces_is_refused_for_that_reason(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    with pytest.raises(DataError, match=r"'</s>' is marked special in .* but its model also produces") as error:
+        load_tokenizer(saved(tokenizer, tmp_path, "</s>"))
+    assert "not marked special" not in str(error.value)
+    assert "a text that contains" in str(error.value)
+
+
+def test_a_separator_in_the_vocabulary_that_no_text_gives_is_accepted(tmp_path: Path) -> None:
+    """So GPT-2 has it: an entry of the model, but not the result of a merge."""
+    bpe = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, EOS: 3, "<": 4}, [("a", "b")]))
+    bpe.add_special_tokens([EOS])
+    assert load_tokenizer(saved(bpe, tmp_path)).encode(f"ab{EOS}").ids == [2, 4]
+
+
+def test_an_added_token_with_the_id_of_a_word_cannot_separate(tmp_path: Path) -> None:
+    """The library numbers added tokens from the size of the vocabulary on, into its gaps or onto its entries."""
+    tokenizer = words({"<unk>": 0, "the": 1, "sea": 3})
+    tokenizer.add_special_tokens([EOS])
+    assert tokenizer.token_to_id(EOS) == tokenizer.token_to_id("sea") == 3
+    with pytest.raises(DataError, match=r"has the id 3 .* and so has 'sea': a text that contains the latter would end"):
+        load_tokenizer(saved(tokenizer, tmp_path))
+
+
+def test_the_rows_needed_are_the_largest_id_plus_one(tokenizer: TokenizerConfig, tmp_path: Path) -> None:
+    contents = json.loads(Path(tokenizer.path).read_text(encoding="utf-8"))
+    assert vocabulary_rows(load_tokenizer(tokenizer)) == len(contents["model"]["vocab"]) == 300
+    vocabulary = contents["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.__getitem__)] = 900
+    (tmp_path / "gap.json").write_text(json.dumps(contents), encoding="utf-8")
+    with_gap = load_tokenizer(TokenizerConfig(path=str(tmp_path / "gap.json")))
+    assert with_gap.get_vocab_size() == 300
+    assert vocabulary_rows(with_gap) == 901
+
+
+def test_added_tokens_need_rows_as_well(tokenizer: TokenizerConfig, tmp_path: Path) -> None:
+    added = Tokenizer.from_file(tokenizer.path)
+    added.add_tokens(["[one]", AddedToken("[two]", special=True)])
+    assert vocabulary_rows(load_tokenizer(saved(added, tmp_path))) == 302
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_text_that_the_tokenizer_cannot_encode_is_a_fault_of_the_data(tmp_path: Path, workers: int) -> None:
+    """Where the token for unknown words is not in the vocabulary the library raises a plain Exception."""
+    tokenizer = words({"the": 0, "sea": 1}, unknown="[UNK]")
+    tokenizer.add_special_tokens([EOS])
+    config = saved(tokenizer, tmp_path)
+    good = make_setting(config, write_jsonl(tmp_path / "a.jsonl", ["the sea"]), lanes=1, epochs=1)
+    assert rows(drain(good.open(), 1)) == [([2, 0, 1, 2, 2, 2, 2, 2], 3)]
+    bad = make_setting(config, write_jsonl(tmp_path / "b.jsonl", ["the sea", "the whale"]), lanes=1)
+    stream = bad.open(workers=workers)
+    with pytest.raises(DataError, match=r"tokenizer\.json: cannot encode the text 'the whale': .*\[UNK\]"):
+        stream.next_batch(1)
+    stream.close()
