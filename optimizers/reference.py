@@ -57,7 +57,8 @@ def normuon(u: Tensor, v: Tensor, *, beta2: float = 0.95, target: str = "graft")
         P = polar(u);  v <- beta2 v + (1 - beta2) rowmean(P^2);  P_i / (sqrt(v_i) + 1e-10)
 
     Then `target` "graft" rescales the result to |P|_F; "unit" makes every row norm 1, a step sqrt(m/n) times larger. v
-    starts at zeros. For m <= n a polar factor of full rank already has unit rows: the direction is muon(u), and v stays.
+    starts at zeros. For m <= n a polar factor of full rank already has unit rows: the direction is muon(u), and v
+    stays.
     """
     _require("target", target, ("graft", "unit"))
     P, v = polar(u), v.double().clone()
@@ -106,8 +107,8 @@ def row_scale(
     By Sherman and Morrison, l_i/(1-l_i) is linear in D_i^2 while the other rows are fixed, so the odds rule sets each
     row exactly. Both rules have the same fixed point, l_i = t. For t > 0.999 there is no freedom left, and D stays.
 
-    An odds step that raises the spread of the row norms (deviation over mean) by more than 2^-8 is undone and replaced by
-    a tyler step with beta = 0.5. This shows at the next evaluation of l, so the last step is never checked. With a
+    An odds step that raises the spread of the row norms (deviation over mean) by more than 2^-8 is undone and replaced
+    by a tyler step with beta = 0.5. This shows at the next evaluation of l, so the last step is never checked. With a
     `tolerance`, the first evaluation with |sqrt(l_i/t) - 1| <= tolerance for all live rows is the last.
 
     eps_mode "relative" floors row norms at 1e-7 of the largest. "absolute", that of the released code, floors them at
@@ -285,7 +286,7 @@ def uw_floor(step: Tensor, w: Tensor, floor: float) -> Tensor:
 
 
 def decayed(w: Tensor, step: Tensor, *, lr: float, weight_decay: float, cautious: bool = False) -> Tensor:
-    """w - lr weight_decay w, decoupled from gradient and s(m, n); with `cautious` only for entries with step * w >= 0."""
+    """w - lr weight_decay w, without gradient or s(m, n); with `cautious` only for entries with step * w >= 0."""
     w = w.double()
     shrinks = (step.double() * w >= 0) if cautious else torch.ones_like(w, dtype=torch.bool)
     return torch.where(shrinks, w - lr * weight_decay * w, w)
