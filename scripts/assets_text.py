@@ -1,4 +1,4 @@
-"""From raw package text to documents: R data, paragraphs, chapters, cuts. Pure functions, no files.
+"""Turn raw text from packages into documents: R data, paragraphs, chapters, pieces. Pure functions, no files.
 
 R data file --read_rdb--> lines --chapters--> (slug, lines) --reflow--> text --cut--> documents
 """

@@ -1,8 +1,8 @@
-"""Time, FLOPs, memory and quality of every optimizer here, beside the released algorithm and those of others.
+"""Time, FLOPs, memory and quality of our optimizers, compared with the released algorithm and with other packages.
 
-For every shape all variants take turns within this process, in a new order each round; ratios are taken within a round.
-Every direction is judged against exact arithmetic on each input. The numbers that the project promises come first in
-the result. About twenty minutes on two cores with the defaults, which are what docs/benchmarks shows.
+For each shape all variants alternate in this process, in a new order each round; ratios are taken within a round. Every
+direction is compared with exact arithmetic on each input. The result starts with the numbers that the project promises.
+Takes about twenty minutes on two cores with the defaults, which produced the pages in docs/benchmarks.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="scripts/bench_optimizers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--shapes", help="such as 8192x2048,256x256 (default: those of the 1.1B and of the quickstart, and 5632x2048)")
+    add("--shapes", help="for example 8192x2048,256x256 (default: those of the 1.1B and the quickstart, and 5632x2048)")
     add("--inputs", help=f"some of {','.join(INPUTS)} (default: all)")
     add(
         "--captured",
@@ -80,11 +80,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"whose momentum is the captured input (default: {CAPTURE_STEPS} steps of the quickstart, cached)",
     )
     add("--rounds", type=positive, help="timed rounds (default: 7)")
-    add("--budget", type=float, default=60.0, help="seconds of rounds a shape, after the first three (default: 60)")
+    add("--budget", type=float, default=60.0, help="seconds per shape, after the first three rounds (default: 60)")
     add("--threads", type=positive, default=2, help="of torch (default: 2)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     add("--all-variants", action="store_true", help="also on large shapes, which takes hours")
-    add("--quick", action="store_true", help="tiny shapes and two rounds, without captured momentum: tries the script")
+    add("--quick", action="store_true", help="tiny shapes, two rounds, no captured momentum: to try the script")
     add("--json", type=Path, metavar="FILE", help="where the JSON goes (default: nowhere)")
     add("--markdown", type=Path, metavar="FILE", help="where the tables go (default: standard output)")
     options = parser.parse_args(arguments)
@@ -167,13 +167,13 @@ def chosen_inputs(options: argparse.Namespace) -> list[str]:
 
 
 def trained_run() -> Path:
-    """A run folder of the quickstart with `CAPTURE_STEPS` steps, trained now unless it is in the cache."""
+    """Return a run folder of the quickstart with `CAPTURE_STEPS` steps; train it first if it is not in the cache."""
     config = load_config(SMALL_CONFIG)
     root = default_cache() / "bench-optimizers"
     name = f"quickstart-{identity_hash(config.keys_of('result', 'numerics'))[:12]}"
     command = [sys.executable, "-m", "pretrain", "train", SMALL_CONFIG, f"run.root={root}", f"run.name={name}"]
     command += ["--stop-at", str(CAPTURE_STEPS)]
-    # What the run prints goes where this script's progress goes: standard output is for the result.
+    # The run prints to standard error, like this script's progress: standard output is for the result.
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode not in (DONE, STOPPED):
         raise subprocess.CalledProcessError(done.returncode, command)
@@ -188,7 +188,7 @@ def one_shape(
     results: list[Result],
     skipped: list[Skipped],
 ) -> str | None:
-    """Judge and time all variants of a shape; what was found is appended. Returns the baseline's name, if any."""
+    """Judge and time all variants of a shape, append the results, and return the name of the baseline, if any."""
     started = time.monotonic()
     first = next(iter(inputs.values()))[:1]
     running: list[Variant] = []
@@ -270,14 +270,14 @@ def observed(variant: Variant, u: Tensor) -> tuple[int, int, Tensor | None]:
 
 
 def paired(took: dict[str, list[float]], over: str | None, under: str | None) -> float | None:
-    """Median over the rounds of one's time over the other's; None where one was not timed."""
+    """Return the median over the rounds of the ratio of two times; None if one was not timed."""
     if over not in took or under not in took:
         return None
     return statistics.median(a / b for a, b in zip(took[over], took[under], strict=True))
 
 
 def describe_machine(options: argparse.Namespace) -> Machine:
-    """Everything that decides what the figures mean."""
+    """Describe the machine, the code and the command, which the figures depend on."""
     found: dict[str, Any] = environment()
     has = torch.cpu.get_capabilities()
     device = options.device
@@ -299,7 +299,7 @@ def describe_machine(options: argparse.Namespace) -> Machine:
 
 
 def progress(shape: Shape, started: float, what: str) -> None:
-    """A line on standard error."""
+    """Print a line to standard error."""
     print(f"{shape[0]} x {shape[1]}: {what} ({time.monotonic() - started:.1f} s)", file=sys.stderr, flush=True)
 
 

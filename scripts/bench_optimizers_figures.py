@@ -16,12 +16,12 @@ from bench_optimizers_variants import AURORA, AURORA_3, MUON, RELEASED, RELEASED
 from optimizers.flops import step_flops
 
 WITHOUT_AMX = "no bf16 AMX"
-# The 1.1B's MLP, as it is and with the width that is usual for its hidden size.
+# The MLP of the 1.1B, with its own width and with the usual one for its hidden size.
 WIDEST, NARROWER = (8192, 2048), (5632, 2048)
 
 
 class Results:
-    """The rows of a run, to be asked for by shape and variant."""
+    """The rows of a run, by shape and variant."""
 
     def __init__(self, results: Iterable[Result]) -> None:
         self._rows = {((row["shape"][0], row["shape"][1]), row["variant"]): row for row in results}
@@ -38,7 +38,7 @@ class Results:
         return None if row is None else row["median_seconds"]
 
     def ratio(self, shape: Shape, slower: str, faster: str) -> float | None:
-        """Median over the rounds of one's time over the other's."""
+        """Return the median over the rounds of the ratio of two times."""
         first, second = self.row(shape, slower), self.row(shape, faster)
         if first is None or second is None:
             return None

@@ -1,4 +1,4 @@
-"""What the optimizer benchmark runs on: the shapes of our models, and matrices that look like momentum or are hard."""
+"""Inputs of the optimizer benchmark: the shapes of our models, and matrices that resemble momentum or are hard."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How the optimizer benchmark measures: time, memory, and how good a direction is.
+"""Measurements of the optimizer benchmark: time, memory, and the quality of a direction.
 
-The quality of a direction is judged against exact arithmetic in fp64: `optimizers.reference` finds the row scaling D,
-and one singular value decomposition of D u gives the exact direction and the singular vectors to look along.
+Quality is judged by exact arithmetic in fp64: `optimizers.reference` computes the row scaling D, and one singular value
+decomposition of D u gives the exact direction and the singular vectors along which the singular values are measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from optimizers import reference
 from optimizers.directions import balances, form
 
-# Singular values under this share of the Frobenius norm are not asked to arrive at 1 (they may stay below it).
+# Singular values below this share of the Frobenius norm need not become 1.
 CUT = 2.0**-11
 NEAR = 0.01
 
@@ -154,7 +154,7 @@ def _largest(values: Sequence[float]) -> float:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that live at once, above those that lived before.
+    """Counts the peak bytes of live tensors, in excess of those that existed before.
 
     It sees every tensor that an operation returns, and its end. What a kernel allocates and frees within one operation
     (the workspace of an SVD, say) is not seen.
@@ -189,7 +189,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall clock of a call, the device's work included."""
+    """Return the wall-clock time of a call, including the work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -208,7 +208,7 @@ def timed_rounds(
     budget: float,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round, all in this process by turns and in a new order each round.
+    """Measure the seconds of every call in every round; the calls alternate, in a new order each round.
 
     Args:
         calls: by name; each prepares (not timed) and returns what is timed.

@@ -1,4 +1,4 @@
-"""The benchmark's result: its JSON, key by key, and the table made of it.
+"""The result of the optimizer benchmark: the JSON, key by key, and its tables.
 
 Times are seconds, memory is bytes, FLOPs are operations of one call. A value that was not measured is null.
 """

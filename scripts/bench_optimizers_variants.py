@@ -1,4 +1,4 @@
-"""What the optimizer benchmark compares: our directions, the released algorithm, and the optimizers of others."""
+"""The variants in the optimizer benchmark: our directions, the released algorithm, and other packages."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What an optimizer costs in training: whole training steps and the optimizer's part of them, over Muon's.
+"""The cost of optimizers in training, compared with Muon: time of whole steps and of their optimizer part.
 
-One trainer for each optimizer, as `aurora train` builds it, all in one process; they take turns, a few steps each a
-round, and the order changes every round. Beside the times stand the operations of an optimizer step, by torch's
-counter, and their share of the whole step's. Prints a table and, with --json, writes the figures.
+There is one trainer per optimizer, built as `aurora train` does, all in one process. They alternate, a few steps each
+per round, in an order that changes every round. The table also has the operations of an optimizer step, from torch's
+counter, and those of the whole step. With --json the figures are written to a file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BASELINE = "muon"
 
 
 def operations(config: Config) -> tuple[float, float]:
-    """Of one optimizer step, and of the model in one training step."""
+    """Return the operations of one optimizer step, and of the model in one training step."""
     model = build_model(config.model, config.run.seed, device="meta")
     (matrix,) = (g for g in param_groups(model, config.optimizer.settings()) if g["kind"] == "matrix")
     parts = zip(matrix["params"], row_blocks(matrix), strict=True)
@@ -42,7 +42,7 @@ def operations(config: Config) -> tuple[float, float]:
 
 
 def measure(configs: dict[str, Config], rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds a step of each optimizer in every round: `step` by the wall clock, `optimizer` within it."""
+    """Measure the seconds per step of each optimizer in every round: of the `step`, and of its `optimizer` part."""
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in configs}
     with tempfile.TemporaryDirectory() as folder:
         logs = {name: Path(folder) / f"{name}.jsonl" for name in configs}
@@ -63,7 +63,7 @@ def measure(configs: dict[str, Config], rounds: int, steps: int) -> dict[str, di
 
 
 def figures(configs: dict[str, Config], measured: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """One row an optimizer: medians of the rounds, ratios paired by round."""
+    """Return one row per optimizer: medians over the rounds, with ratios taken within a round."""
     base_flops, _ = operations(configs[BASELINE])
     rows = []
     for name, config in configs.items():
@@ -89,7 +89,7 @@ def figures(configs: dict[str, Config], measured: dict[str, dict[str, list[float
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Format the rows in Markdown."""
     columns = [
         "optimizer",
         "step, s",
@@ -121,9 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--optimizers", default="aurora,u_normuon", help="beside muon (default: %(default)s)")
+    parser.add_argument("--optimizers", default="aurora,u_normuon", help="in addition to muon (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="steps of each in a round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each per round (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args(arguments)
     names = [BASELINE, *(name.strip() for name in options.optimizers.split(","))]

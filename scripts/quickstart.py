@@ -1,4 +1,4 @@
-"""Train, export and evaluate the quickstart model, then sum up. Started by scripts/quickstart."""
+"""Train, export and evaluate the quickstart model, then print a summary. Started by scripts/quickstart."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from eval.schema import EvalResult
 from pretrain.config import Config, load_config
 from pretrain.data import validation_text
 from pretrain.files import file_sha256
+from pretrain.processes.errors import UserError
 from pretrain.run.json_lines import JsonLines
 
 CONFIG = "configs/quickstart.yaml"
 HELLASWAG_ITEMS = 2000
-# HellaSwag begins with 3,243 video captions: the first 2,000 items would hold none of its how-tos.
+# HellaSwag starts with 3,243 video captions, so the first 2,000 items would include none of its how-tos.
 SELECTION = "spread"
 
 
 def main() -> int:
-    """Run every stage that is not done yet; returns the exit code of the first that fails."""
+    """Run every stage that is not done yet; return the exit code of the first that fails."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__)
     parser.add_argument("--full", action="store_true", help="evaluate on all items of HellaSwag")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config overrides")
@@ -44,7 +45,7 @@ def main() -> int:
         stage(4, "evaluation")
         limits = {"winogrande": None, "hellaswag": None if options.full else HELLASWAG_ITEMS}
         results = [evaluated(config, folder, task, limit) for task, limit in limits.items()]
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
@@ -54,17 +55,17 @@ def main() -> int:
 
 
 def stage(number: int, title: str) -> None:
-    """Announce a stage."""
+    """Print the title of a stage."""
     print(f"\n[{number}/4] {title}", flush=True)
 
 
 def aurora(*arguments: str) -> None:
-    """Run an `aurora` verb in a process of its own."""
+    """Run `aurora` in a separate process."""
     subprocess.run([sys.executable, "-m", "pretrain", *arguments], check=True)
 
 
 def evaluated(config: Config, folder: Path, task: str, limit: int | None) -> EvalResult:
-    """One task's result: the one on disk if it is of these weights and items, else a new one."""
+    """Return the result of a task: the one on disk if it has the same weights and items, otherwise a new one."""
     out = config.run_folder / "eval" / task
     weights = {path.name: file_sha256(path) for path in folder.glob("*.safetensors")}
     result = read_result(out / RESULT_FILE)
@@ -83,7 +84,7 @@ def evaluated(config: Config, folder: Path, task: str, limit: int | None) -> Eva
 
 
 def read_result(path: Path) -> EvalResult | None:
-    """The result in a file; None if there is none that can be read."""
+    """Read the result in a file; None if it is missing or unreadable."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -91,7 +92,7 @@ def read_result(path: Path) -> EvalResult | None:
 
 
 def summarise(config: Config, results: list[EvalResult], seconds: float) -> None:
-    """Print the figures, and where everything is."""
+    """Print the results and the paths of all files."""
     folder = config.run_folder
     last = [record for record in JsonLines(folder / "metrics.jsonl").read() if "validation_loss" in record][-1]
     text = validation_text(config.data).encode()
@@ -104,12 +105,12 @@ def summarise(config: Config, results: list[EvalResult], seconds: float) -> None
     print(f"sample          {sample['prompt'] + sample['text']!r}")
     tasks = {name: task for result in results for name, task in result["tasks"].items()}
     print(format_table({**results[0], "tasks": tasks}))
-    print("a model of this size and this little text is at chance on both tasks (0.25 and 0.50): they show that the")
-    print("evaluation runs, not that the model knows anything")
+    print("A model of this size, trained on so little text, is at chance on both tasks (0.25 and 0.50). The numbers")
+    print("show that the evaluation runs, not that the model knows anything.")
     print(f"run             {folder} (metrics.jsonl, samples.jsonl, checkpoints/)")
     print(f"model           {folder / 'export'} (a Hugging Face folder)")
     print(f"evaluation      {folder / 'eval'}")
-    print(f"this call took {seconds:.0f} seconds")
+    print(f"this run took {seconds:.0f} seconds")
     if bits >= packed:
         sys.exit("error: the model does not compress its validation text better than xz")
 

@@ -1,5 +1,5 @@
-# Sourced by quickstart and test: the environment in .venv, from constraints.txt. Quick when it is up to date.
-# Sets nothing but the working directory and PATH; needs Python 3.11 or newer with venv.
+# Sourced by quickstart and test: creates the environment in .venv from constraints.txt, if it is not up to date.
+# Changes only the working directory and PATH. Needs Python 3.11 or newer with venv.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -12,7 +12,7 @@ setup_environment() {
     wanted=$(cat constraints.txt pyproject.toml | sha256sum | cut -d' ' -f1)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing the environment into .venv (a few minutes the first time)"
-        # An environment that was moved or half made is made anew; packages come from pip's cache.
+        # An environment that was moved or is incomplete is created again; packages come from pip's cache.
         .venv/bin/python -c '' 2>/dev/null || "$python" -m venv --clear .venv || exit 1
         .venv/bin/python -m pip install --disable-pip-version-check --quiet \
             --constraint constraints.txt torch --editable '.[dev]' || exit 1

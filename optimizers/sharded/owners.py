@@ -113,18 +113,35 @@ class Plan:
         received = [0] * self.layout.world_size
         for unit, team in zip(self.units, self.teams, strict=True):
             parts = [unit.part(member, len(team)) for member in range(len(team))]
-            for rank, own in enumerate(self.layout.fragments):
-                for low, high in (unit.run(fragment) for fragment in own if fragment.name == unit.name):
-                    for member, part in zip(team, parts, strict=True):
-                        if member != rank and low < high:
-                            moved = sum(r.elements for r in rectangles(low, high, unit.columns, part))
-                            received[member] += moved
-                            received[rank] += moved
+            for rank, fragment in self.fragments[unit.name]:
+                low, high = unit.run(fragment)
+                for member, part in zip(team, parts, strict=True):
+                    if member != rank and low < high:
+                        moved = sum(r.elements for r in rectangles(low, high, unit.columns, part))
+                        received[member] += moved
+                        received[rank] += moved
         return received
+
+    @cached_property
+    def fragments(self) -> dict[str, list[tuple[int, ShardFragment]]]:
+        """(rank, fragment) of every parameter, by rank."""
+        found: dict[str, list[tuple[int, ShardFragment]]] = {name: [] for name in self.layout.shapes}
+        for rank, own in enumerate(self.layout.fragments):
+            for fragment in own:
+                found[fragment.name].append((rank, fragment))
+        return found
+
+    @cached_property
+    def _owned(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(self.layout.world_size)]
+        for index, team in enumerate(self.teams):
+            for rank in team:
+                found[rank].append(index)
+        return found
 
     def owned(self, rank: int) -> list[int]:
         """Indices of the units that a rank works on."""
-        return [index for index, team in enumerate(self.teams) if rank in team]
+        return list(self._owned[rank])
 
     def digest(self) -> str:
         """sha256 of layout and teams, to be compared between ranks."""
@@ -192,17 +209,22 @@ def make_plan(
     """
     whole = [unit.cost for unit in units]
     mean = sum(whole) / layout.world_size
-    sizes, slowest = _team_sizes(layout, units, part_cost or {}, imbalance * mean)
+    held = _held(layout, units)
+    sizes, slowest = _team_sizes(layout, units, held, part_cost or {}, imbalance * mean)
     costs = _costs(whole, sizes, part_cost or {})
     limit = max(imbalance * mean, slowest)
-    teams = _assign(units, costs, sizes, layout, limit)
+    teams = _assign(units, costs, sizes, layout, held, limit)
     if max(_loads(teams, costs, layout.world_size), default=0) > limit:
-        teams = _assign(units, costs, sizes, layout, limit=0)
+        teams = _assign(units, costs, sizes, layout, held, limit=0)
     return Plan(layout, tuple(units), tuple(teams), tuple(costs))
 
 
 def _team_sizes(
-    layout: Layout, units: Sequence[Unit], part_cost: Mapping[int, Sequence[int]], enough: float
+    layout: Layout,
+    units: Sequence[Unit],
+    held: Sequence[Mapping[int, int]],
+    part_cost: Mapping[int, Sequence[int]],
+    enough: float,
 ) -> tuple[list[int], int]:
     """Team size by unit and the load of the slowest rank then.
 
@@ -214,7 +236,7 @@ def _team_sizes(
     best: tuple[int, list[int]] | None = None
     while True:
         costs = _costs(whole, sizes, part_cost)
-        slowest = max(_loads(_assign(units, costs, sizes, layout, limit=0), costs, layout.world_size), default=0)
+        slowest = max(_loads(_assign(units, costs, sizes, layout, held, limit=0), costs, layout.world_size), default=0)
         if best is None or slowest < best[0]:
             best = slowest, list(sizes)
         if slowest <= enough or not units:
@@ -234,11 +256,15 @@ def _costs(whole: Sequence[int], sizes: Sequence[int], part_cost: Mapping[int, S
 
 
 def _assign(
-    units: Sequence[Unit], costs: Sequence[int], sizes: Sequence[int], layout: Layout, limit: float
+    units: Sequence[Unit],
+    costs: Sequence[int],
+    sizes: Sequence[int],
+    layout: Layout,
+    held: Sequence[Mapping[int, int]],
+    limit: float,
 ) -> list[tuple[int, ...]]:
     teams: list[tuple[int, ...]] = [()] * len(units)
     loads = [0] * layout.world_size
-    held = _held(layout, units)
     for index in sorted(range(len(units)), key=lambda i: (-costs[i], i)):
         own = held[index]
         fits = [rank for rank, load in enumerate(loads) if load + costs[index] <= limit]

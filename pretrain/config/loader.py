@@ -9,6 +9,7 @@ import yaml
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.yaml_text import parse_yaml
+from pretrain.shipped import locate
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, unreadable, not UTF-8, not YAML, not a mapping, or gives a key twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(locate(str(path))).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such config file"]) from None
     except (OSError, UnicodeDecodeError) as error:

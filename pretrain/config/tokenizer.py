@@ -2,9 +2,10 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pretrain.config.base import CONTENTS, RESULT, Section
+from pretrain.shipped import locate
 
 
 class TokenizerConfig(Section):
@@ -12,7 +13,7 @@ class TokenizerConfig(Section):
 
     key_class = RESULT
 
-    path: Annotated[str, Field(min_length=1), CONTENTS]
+    path: Annotated[str, Field(min_length=1), AfterValidator(locate), CONTENTS]
     """The `tokenizer.json` file, relative to the working directory."""
 
     eos_token: str = Field(default="<|endoftext|>", min_length=1)

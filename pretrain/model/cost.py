@@ -1,27 +1,8 @@
-"""FLOPs of training, peak rates of known devices, and the model FLOPs utilisation (MFU) that follows."""
+"""Parameters of a model and FLOPs of its training."""
 
 from __future__ import annotations
 
-import re
-
-import torch
-
 from pretrain.config.model import ModelConfig
-
-# Dense bf16 peaks without sparsity, in FLOP/s, from the vendors' data sheets; first match wins.
-_BF16_PEAKS = (
-    (r"\bB200\b", 2250e12),
-    (r"\bGH200\b|\bH200\b", 989e12),
-    (r"\bH100\b.*PCIe", 756e12),
-    (r"\bH100\b.*NVL", 835e12),
-    (r"\bH100\b", 989e12),
-    (r"\bA100\b|\bA800\b", 312e12),
-    (r"\bL40S\b", 362e12),
-    (r"\bA10G\b", 70e12),
-    (r"\bMI300X\b", 1307e12),
-    (r"\bMI250X?\b", 383e12),
-    (r"RTX 4090", 165e12),
-)
 
 
 def parameter_count(config: ModelConfig) -> dict[str, int]:
@@ -64,20 +45,3 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """
     multiplied = parameter_count(config)["blocks"] + config.vocab_size * config.hidden_size
     return 6.0 * multiplied + 6.0 * config.num_layers * config.hidden_size * sequence_length
-
-
-def peak_flops(device: torch.device, bf16: bool, peak_tflops: float | None) -> float | None:
-    """Peak FLOP/s of one device: the configured figure, else the table's, else None (never a guess).
-
-    The table is for bf16: at another precision only a configured peak counts.
-    """
-    if peak_tflops is not None:
-        return peak_tflops * 1e12
-    if device.type != "cuda" or not bf16:
-        return None
-    return peak_flops_of(torch.cuda.get_device_name(device))
-
-
-def peak_flops_of(name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of a device by its name, None if it is not in the table."""
-    return next((peak for pattern, peak in _BF16_PEAKS if re.search(pattern, name)), None)

@@ -1,24 +1,25 @@
-"""How much memory a process of a run needs, by part, before anything is started.
+"""The memory that each process of a run needs, by part.
 
-What lives from step to step (weights, fp32 weights, optimizer state, DeepSpeed's buffers) follows from the layout and
-from what DeepSpeed 0.19.8 allocates, byte by byte. Gradients and activations live within a step; activations are those
-that the Llama of transformers saves for the backward pass, counted from its operations. What libraries, the allocator
-and CUDA take comes on top.
+What lives from step to step (weights, fp32 weights, optimizer state, DeepSpeed's buffers) follows to the byte from the
+layout and from what DeepSpeed 0.19.8 allocates. Gradients and activations live within a step; the activations are those
+that the Llama of transformers saves for the backward pass. Memory of libraries, the allocator and CUDA is not included.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from optimizers.blocks import BUCKET_ELEMENTS
 from optimizers.directions import keeps_second_moment
 from optimizers.sharded import Layout, Plan
 from pretrain.config import Config
+from pretrain.model.cost import parameter_count
 
 FP32, BF16 = 4, 2
-# Tensors of a bucket's size that a direction needs at once (optimizers.blocks), and the exchange beside them.
+# Tensors of a bucket's size that a direction needs at the same time (optimizers.blocks), and those of the exchange.
 DIRECTION_TENSORS, EXCHANGE_TENSORS = 6, 4
 
 
@@ -27,25 +28,25 @@ class Memory:
     """Bytes of one process."""
 
     weights: int
-    """What the forward pass reads."""
+    """Those that the forward pass reads."""
     master: int
-    """fp32 weights beside them that the optimizer steps."""
+    """The fp32 weights that the optimizer steps, if they are separate."""
     state: int
-    """Of the optimizer."""
+    """State of the optimizer."""
     buffers: int
-    """That DeepSpeed keeps from step to step."""
+    """Buffers that DeepSpeed keeps from step to step."""
     gradients: int
-    """At their most within a step."""
+    """Peak within a step."""
     gathered: int
-    """Weights that stage 3 has gathered for the forward and backward pass."""
+    """Weights that stage 3 gathers for the forward and backward pass, if it keeps all of them."""
     activations: int
-    """At their most within a forward and backward pass."""
+    """Peak within a forward and backward pass."""
     stepping: int
-    """What the optimizer's step needs beside all that: the shard's gradients in fp32, and two buckets."""
+    """What the optimizer's step needs in addition: the shard's gradients in fp32, and the tensors of its directions."""
 
     @property
     def lasting(self) -> int:
-        """Between steps."""
+        """Bytes between steps."""
         return self.weights + self.master + self.state + self.buffers
 
     start: int
@@ -53,31 +54,30 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """At the worst moment of a step, on a GPU."""
+        """Peak of a step, on a GPU."""
         return self.lasting + max(self.gradients + self.gathered + self.activations, self.gradients + self.stepping)
 
     @property
     def peak_on_cpu(self) -> int:
-        """Resident memory above the level before set-up: what was freed within a step stays with the process."""
+        """Peak resident memory above the level before set-up; what a step frees stays with the process."""
         return self.lasting + max(self.gradients + self.gathered, self.start) + max(self.activations, self.stepping)
 
     def parts(self) -> dict[str, int]:
-        """By name."""
+        """Bytes by name."""
         return asdict(self)
 
 
 def memory(
-    config: Config, groups: Sequence[Mapping[str, Any]], layout: Layout | None, plan: Plan | None, rank: int, bf16: bool
+    config: Config, groups: Sequence[Mapping[str, Any]], layout: Layout | None, plan: Plan | None, bf16: bool
 ) -> Memory:
-    """What one rank needs.
+    """The memory of the rank that needs most.
 
     Args:
         config: the run's.
         groups: the optimizer's, with whole `params` on any device.
-        layout: of ZeRO 1 to 3; None where every rank holds everything.
-        plan: of the matrices, if there is a layout and a matrix.
-        rank: which one.
-        bf16: whether the products are in bf16; under DeepSpeed the weights are then.
+        layout: of ZeRO 1 to 3; None if every rank holds everything.
+        plan: of the matrices; None without a layout or without matrices.
+        bf16: whether matrix products are in bf16; under DeepSpeed the weights then are too.
     """
     engine = config.engine
     zero = engine.kind == "deepspeed"
@@ -96,7 +96,7 @@ def memory(
         gradients = sum(whole) * element
     elif stage == 3:
         buffers = own * sums + bucket * element
-        # A gradient is let go when its bucket is reduced; the allocator keeps what all of them took.
+        # A gradient is freed once its bucket is reduced, but the allocator keeps what all of them took.
         gradients = gathered = sum(whole) * element
     elif stage == 1 and element == BF16 and sums == FP32:
         buffers = flat * FP32  # the bf16 optimizer sums the gradients of every weight on every rank
@@ -104,23 +104,31 @@ def memory(
     else:
         gradients = sum(whole) * element + min(bucket, sum(whole)) * element
     has_master = zero and (stage > 0 or element == BF16)
-    largest = _largest_bucket(plan, rank)
-    copies = DIRECTION_TENSORS + (EXCHANGE_TENSORS if plan else 0)
-    return Memory(
+    of_everyone = Memory(
         weights=own * element if stage == 3 else flat * element,
         master=own * FP32 if has_master else 0,
-        state=_state(groups, shards, plan, rank),
+        state=0,
         buffers=buffers,
         gradients=gradients,
         gathered=gathered,
         start=sum(whole) * FP32,
-        activations=activations(config, element if zero else (BF16 if bf16 else FP32)),
-        stepping=_stepping(own, stage, element, sums) + largest * FP32 * copies,
+        activations=activations(config, BF16 if bf16 else FP32, autocast=bf16 and not zero),
+        stepping=_stepping(own, stage, element, sums),
     )
+    copies = DIRECTION_TENSORS + (EXCHANGE_TENSORS if plan else 0)
+    each = (
+        replace(
+            of_everyone,
+            state=_state(groups, shards, plan, rank),
+            stepping=of_everyone.stepping + _largest_bucket(plan, rank) * FP32 * copies,
+        )
+        for rank in range(world if plan else 1)
+    )
+    return max(each, key=lambda found: found.peak)
 
 
 def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Plan | None, rank: int) -> int:
-    """fp32 state: a momentum for matrices, two moments for the rest, and running row norms."""
+    """Bytes of the fp32 state: a momentum for matrices, two moments for the rest, and running row norms."""
     total = sum(
         size * (FP32 if group["kind"] == "matrix" else 2 * FP32) for group, size in zip(groups, shards, strict=True)
     )
@@ -137,45 +145,77 @@ def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Pla
 
 
 def _largest_bucket(plan: Plan | None, rank: int) -> int:
-    """Elements of the largest stack of equal matrices that a rank works on at once."""
+    """Elements of the largest stack of equally shaped matrices that a rank processes together."""
     if plan is None:
         return BUCKET_ELEMENTS
-    largest = 0
-    for unit in (plan.units[index] for index in plan.owned(rank)):
-        alike = sum(other.shape == unit.shape for other in (plan.units[index] for index in plan.owned(rank)))
-        largest = max(largest, unit.elements * min(alike, max(1, BUCKET_ELEMENTS // unit.elements)))
-    return largest
+    shapes = Counter(plan.units[index].shape for index in plan.owned(rank))
+    stacks = (m * n * min(alike, max(1, BUCKET_ELEMENTS // (m * n))) for (m, n), alike in shapes.items())
+    return max(stacks, default=0)
 
 
 def _stepping(own: int, stage: int, element: int, sums: int) -> int:
-    """The gradients of a shard, which DeepSpeed gives the optimizer in fp32 made from a copy of their fragments."""
+    """Bytes of a shard's gradients in fp32, which DeepSpeed makes for the optimizer from a copy of their fragments."""
     if stage == 0 or (stage == 1 and element == BF16 and sums == FP32):
         return 0  # whole gradients, or a view of the buffer that they are summed in
     return own * FP32 if stage == 3 else own * (FP32 + element)
 
 
-def activations(config: Config, element: int) -> int:
-    """Bytes that the forward pass of a micro-batch saves, and what the head needs beside them; 0 if not known.
+def activations(config: Config, element: int, *, autocast: bool = False) -> int:
+    """Peak bytes of activations in the forward and backward pass of a micro-batch; 0 if not known.
 
-    A layer of a Llama saves, for each token: the inputs of both norms in fp32; in the dtype of the products 6 tensors
-    of the hidden width (normed inputs, inputs of projections, q, the attention's result), keys and values, and 4 of the
-    MLP's width; one fp32 number a head.
+    To what the forward pass saves, the backward pass adds one recomputed layer and, for the head, the gradients of the
+    log-softmax in fp32 and of the logits, and under `train.loss_chunk_tokens` the recomputed log-softmax.
     """
-    model, train = config.model, config.train
-    if model.architecture != "llama":
+    if config.model.architecture != "llama":
         return 0
+    train, tokens = config.train, _tokens(config)
+    recomputed = 0 if train.activation_checkpointing == "none" else tokens * _layer(config, element, autocast)
+    chunk = min(train.loss_chunk_tokens or tokens, tokens)
+    head = chunk * config.model.vocab_size * (FP32 + element + (FP32 if chunk < tokens else 0))
+    return saved_activations(config, element, autocast=autocast) + recomputed + head
+
+
+def saved_activations(config: Config, element: int, *, autocast: bool = False) -> int:
+    """Bytes that the forward pass of a Llama saves for the backward pass of a micro-batch.
+
+    Token ids, labels and the tables of rotary angles, which all layers share, are left out. A test counts the rest to
+    the byte.
+
+    Args:
+        config: the run's.
+        element: bytes of an element in the dtype of the products.
+        autocast: whether weights are fp32 and products bf16 by autocast, as under the plain engine.
+    """
+    model, train, tokens = config.model, config.train, _tokens(config)
+    hidden, every = model.hidden_size, train.activation_checkpointing
+    step = None if every == "none" else 1 if every == "full" else every
+    recomputed = 0 if step is None else -(-model.num_layers // step)  # of these only the input is saved
+    stream = FP32 if autocast else element
+    layers = (model.num_layers - recomputed) * _layer(config, element, autocast) + recomputed * hidden * stream
+    # Of the last norm its input and result in fp32, and what the head reads.
+    top = hidden * (2 * FP32 + BF16 if autocast else FP32 + 2 * element) + FP32
+    whole = (train.loss_chunk_tokens or tokens) >= tokens
+    logits = model.vocab_size * FP32 if whole else 0  # their log-softmax
+    # Autocast keeps bf16 copies of the weights that are multiplied.
+    parts = parameter_count(model)
+    copies = BF16 * (parts["blocks"] // model.num_layers * (model.num_layers - recomputed)) if autocast else 0
+    copies += BF16 * model.vocab_size * hidden if autocast and whole else 0
+    return tokens * (layers + top + logits) + copies
+
+
+def _tokens(config: Config) -> int:
+    """Of a micro-batch on one rank."""
+    return config.train.micro_batch_sequences * config.sequence_length
+
+
+def _layer(config: Config, element: int, autocast: bool) -> int:
+    """Bytes that a layer saves for each token.
+
+    Of both norms the input in fp32 and the normalised input, and one fp32 number; of each projection its input, which
+    those that read the same share unless autocast converts it for each; queries, keys and values; four tensors of the
+    MLP's width; one fp32 number for each head.
+    """
+    model = config.model
     hidden, kv = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
-    tokens = train.micro_batch_sequences * config.sequence_length
-    layer = 2 * hidden * FP32 + element * (6 * hidden + 4 * model.intermediate_size + 2 * kv) + FP32 * model.num_heads
-    every = train.activation_checkpointing
-    if every == "none":
-        layers = model.num_layers * layer
-    else:
-        step = 1 if every == "full" else every
-        recomputed = -(-model.num_layers // step)
-        # One of the recomputed layers exists at a time; of the others only the input.
-        layers = (model.num_layers - recomputed + 1) * layer + recomputed * hidden * element
-    head_tokens = min(train.loss_chunk_tokens or tokens, tokens)
-    # log-softmax and its gradient in fp32, and the logits' gradient.
-    head = head_tokens * model.vocab_size * (2 * FP32 + element)
-    return tokens * (layers + hidden * (FP32 + 2 * element)) + head
+    wide = hidden * (4 * FP32 + 7 * BF16) if autocast else hidden * (2 * FP32 + 6 * element)
+    return wide + element * (4 * model.intermediate_size + 2 * kv) + FP32 * (model.num_heads + 2)

@@ -1,4 +1,4 @@
-"""What a config amounts to, in words and numbers: printed by `aurora check` and at the start of a run."""
+"""The numbers that follow from a config: `aurora check` and every run print them at the start."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pretrain.model.cost import flops_per_token, parameter_count
 
 
 def routing_table(config: Config, model: nn.Module) -> list[dict[str, Any]]:
-    """How each parameter is trained, a row each, for the manifest."""
+    """How each parameter is trained, one row each, for the manifest."""
     return [asdict(route) for route in config.optimizer.routes(model)]
 
 
 def format_routing(config: Config, model: nn.Module) -> list[str]:
-    """The routing table in columns: name, shape, form, optimizer, direction, lr scale, why."""
+    """The routing table as text, in columns: name, shape, form, optimizer, direction, lr scale, why."""
     header = ("parameter", "shape", "form", "optimizer", "direction", "lr scale", "why")
     rows = [header]
     for route in config.optimizer.routes(model):
@@ -31,7 +31,7 @@ def format_routing(config: Config, model: nn.Module) -> list[str]:
 
 
 def describe(config: Config, model: nn.Module, world_size: int) -> list[str]:
-    """Every derived number with what it was derived from, a line each."""
+    """Every derived number with its inputs, one line per subject."""
     counts = parameter_count(config.model)
     train, length = config.train, config.sequence_length
     per_token = flops_per_token(config.model, length)
@@ -54,7 +54,7 @@ def describe(config: Config, model: nn.Module, world_size: int) -> list[str]:
 
 
 def _optimizer(config: Config, model: nn.Module) -> str:
-    """What the matrix optimizer covers and costs."""
+    """Which parameters the matrix optimizer trains, and the cost of its step."""
     matrix = next((g for g in config.optimizer.param_groups(model) if g["kind"] == "matrix"), None)
     if matrix is None:
         return "adamw for every parameter"

@@ -33,6 +33,7 @@ from pretrain.config.loader import read_yaml
 from pretrain.config.overrides import assign
 from pretrain.config.run import valid_run_name
 from pretrain.config.validate import validate_section
+from pretrain.shipped import locate
 
 ClaimProblems = Callable[[Mapping[str, Any], Mapping[str, Sequence[str]], str], list[str]]
 """What is wrong with an entry of `claims`, given the axes with their labels, and the seed's axis."""
@@ -154,7 +155,7 @@ def load_sweep(path: Path, claim_problems: ClaimProblems = lambda claim, axes, s
     problems += [f"{path}: {problem}" for problem in _problems(file, claim_problems)]
     if problems:
         raise ConfigError(problems)
-    base = read_yaml(path.parent / file.base)
+    base = read_yaml(Path(locate(file.base, path.parent)))
     sweep = Sweep(file, path, base)
     problems = _job_problems(sweep)
     if problems:

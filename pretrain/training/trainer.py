@@ -17,8 +17,9 @@ from pretrain.config import Config
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.data.masks import attention_inputs
 from pretrain.engine.base import Engine
-from pretrain.model.cost import flops_per_token, peak_flops
+from pretrain.model.cost import flops_per_token
 from pretrain.model.loss import IGNORED
+from pretrain.planning.devices import peak_flops
 from pretrain.training.hooks import Hook, StepContext
 from pretrain.training.schedule import lr_factor
 from pretrain.training.timing import PhaseClock

