@@ -1,20 +1,23 @@
-"""Muon and Aurora for matrices, AdamW for the rest. Needs nothing but torch.
+"""Muon and Aurora for matrices, AdamW for everything else. It needs only torch.
 
     groups = param_groups(model, Settings(name="aurora", matrix={"lr": 0.02}))
     optimizer = Aurora(groups)
 
-`polar`, `row_balance` and `directions` are the mathematics as pure functions of stacks of matrices; `update`
-and `adamw` the elementwise parts; `aurora` the class that holds the state; `routing` says which parameter
-belongs where, `options` what can be set, `flops` what a step costs.
+`polar` and `directions` are the mathematics, as pure functions of stacks of matrices. `aurora` is the class that holds
+the state, `matrices` the step of a matrix group, `adamw` and `update` its elementwise parts. `routing` decides which
+parameter goes where, `options` says what can be set, `flops` what a step costs. `sharded` is the same step for
+parameters that are cut between processes.
 """
 
-from optimizers import directions, flops, polar
-from optimizers.aurora import Aurora
-from optimizers.precision import has_fast_bf16
-from optimizers.routing import Route, Settings, param_groups, routes
+from . import directions, flops, polar
+from .aurora import Aurora
+from .fields import OptionError
+from .polar.precision import has_fast_bf16
+from .routing import Route, Settings, param_groups, routes
 
 __all__ = [
     "Aurora",
+    "OptionError",
     "Route",
     "Settings",
     "directions",

@@ -1,8 +1,7 @@
-"""AdamW for the tensors that are no matrices, through torch's own kernels.
+"""AdamW for the tensors that are not matrices, with torch's own kernels.
 
-torch.optim's functional form does the arithmetic (Loshchilov & Hutter, arXiv 1711.05101). Around it: fp32
-moments whatever the dtype of the weight, and no change at all where the flag says that a gradient somewhere
-was not finite.
+torch.optim's functional form does the arithmetic (Loshchilov & Hutter, arXiv 1711.05101). What is added here: the
+moments are fp32 whatever the dtype of the weight, and nothing changes if a gradient anywhere is not finite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,44 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from optimizers.update import commit_
+from .fields import Declared, option
+from .update import commit_
+
+
+@dataclass(frozen=True)
+class AdamWOptions(Declared):
+    """The options of an adamw group."""
+
+    lr: float | Tensor = option(
+        3e-3,
+        "Peak learning rate; the schedule multiplies it. About ten times smaller than that of the matrices: if it is "
+        "too large, the embeddings diverge within the first hundred steps.",
+        group="main",
+        acts="step",
+    )
+    betas: tuple[float, float] = option(
+        (0.9, 0.95),
+        "Averaging factors of the gradient and of its square, each in [0, 1). A second factor above 0.99 averages over "
+        "more steps than a short run has.",
+        group="main",
+        acts="step",
+        high=1.0,
+    )
+    eps: float = option(
+        1e-8,
+        "Added to the root of the second moment; large values turn the update towards plain momentum.",
+        acts="step",
+    )
+    weight_decay: float = option(
+        0.0,
+        "Decoupled weight decay per step, times the learning rate. It acts on 2-D weights only: norm gains and biases "
+        "never decay.",
+        group="main",
+        acts="step",
+    )
+    fused: bool = option(
+        False, "One kernel for all tensors: faster on a GPU, equal up to rounding.", acts="step", numerics=True
+    )
 
 
 @dataclass(frozen=True)
@@ -28,7 +64,7 @@ class AdamwTensor:
 
 
 def adamw_step(tensors: Sequence[AdamwTensor], options: Mapping[str, Any], finite: Tensor) -> None:
-    """One AdamW step in place on weights, moments and step counts; none at all where `finite` is False.
+    """One AdamW step in place on weights, moments and step counts; no change at all where `finite` is False.
 
     Args:
         tensors: what to step. Gradients are not changed.
@@ -43,7 +79,7 @@ def adamw_step(tensors: Sequence[AdamwTensor], options: Mapping[str, Any], finit
 
 
 def _plain(tensor: AdamwTensor, options: Mapping[str, Any], finite: Tensor) -> None:
-    """Steps copies of one tensor and its state and keeps them where the flag is up."""
+    """Steps copies of one tensor and its state, and keeps them if the gradients are finite."""
     dtype = torch.promote_types(tensor.weight.dtype, torch.float32)
     own = (tensor.weight, tensor.exp_avg, tensor.exp_avg_sq)
     weight, exp_avg, exp_avg_sq = (t.detach().to(dtype, copy=True) for t in own)

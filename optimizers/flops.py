@@ -1,9 +1,9 @@
 """Floating point operations of directions and optimizer steps, counted while they run.
 
-A direction runs on the meta device, where tensors have shapes and no values, under torch's own counter: no formula of
-a direction is written down a second time, so none can go stale. Torch counts matrix products, 2 operations for a
-multiplication with addition; `counter` adds the operations of linear algebra that torch counts as nothing.
-Elementwise work and reductions are left out, as everywhere.
+A direction runs on the meta device, where tensors have shapes but no values, under torch's own counter. No formula of a
+direction is written down twice, so none can become outdated. Torch counts matrix products, with 2 operations for a
+multiplication and an addition; `counter` adds the linear algebra that torch does not count. Elementwise work and
+reductions are left out, as is usual.
 """
 
 import functools
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from optimizers import directions
-from optimizers.options import DEFAULTS
-from optimizers.polar import has_dtype_choice
-from optimizers.precision import DTYPES, resolve
+from . import directions
+from .options import DEFAULTS, MATRIX
+from .polar import has_dtype_choice
+from .polar.precision import DTYPES, resolve
 
-# Options of a group that its directions do not read: a learning rate that moves must not start a new count.
-_UNREAD = frozenset({"lr", "weight_decay", "momentum", "nesterov", "lr_scale", "cautious", "uw_floor"})
+# Options that directions do not read are left out: a learning rate that moves must not start a new count.
+_READ = ("direction", *(name for name, known in MATRIX.items() if known.acts != "step"))
 
 aten = torch.ops.aten
 
@@ -30,12 +30,12 @@ aten = torch.ops.aten
 def counter() -> FlopCounterMode:
     """A context manager that counts everything run inside it; `get_total_flops()` has the sum.
 
-    Beside the products that torch counts it knows, for each n x n matrix of a stack: n^3/3 for a Cholesky factor and
+    Besides the products that torch counts, it counts for each n x n matrix of a stack: n^3/3 for a Cholesky factor and
     for a triangular inverse, m n^2 for a triangular solve with m right-hand sides, products with a vector, products in
     place, and the textbook estimates of `FORMULAS`.
 
-    A triangular inverse is a solve whose right-hand side is an identity: what `torch.eye` made under this counter, or
-    a view of it. It is counted as LAPACK's trtri, which skips the zeros.
+    A triangular inverse is a solve whose right-hand side is an identity that `torch.eye` made under this counter, or a
+    view of it. It is counted like LAPACK's trtri, which skips the zeros.
     """
     identities: set[StorageWeakRef] = set()
 
@@ -58,11 +58,11 @@ def direction_flops(m: int, n: int, options: Mapping[str, Any], *, device: torch
     Args:
         m: rows of the weight.
         n: columns.
-        options: of a group of `optimizers.Aurora` or for one; what is missing has its default.
-        device: where the direction is meant to run: options that are "auto" are resolved for it.
+        options: of a group of `optimizers.Aurora`, or for one; missing options have their defaults.
+        device: where the direction will run; options that are "auto" are resolved for it.
 
-    A loop that may end early because of its values is counted to its last turn. Counts are kept: asking again for the
-    same shape and options costs nothing.
+    A loop that may end early, depending on its values, is counted to its last turn. Counts are cached by shape and
+    options.
     """
     return _counted(m, n, tuple(sorted(read_options(options, device).items())))
 
@@ -85,12 +85,12 @@ def _counted(m: int, n: int, options: tuple[tuple[str, Any], ...]) -> int:
 
 
 def read_options(options: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """All options that a direction reads, with what "auto" stands for on `device`.
+    """All options that a direction reads, with "auto" replaced by what it means on `device`.
 
-    On the meta device "auto" would be that device's choice.
+    (On the meta device "auto" would be the choice for that device.)
     """
     complete = {**DEFAULTS["matrix"], **options}
-    chosen = {key: complete[key] for key in DEFAULTS["matrix"] if key not in _UNREAD}
+    chosen = {key: complete[key] for key in _READ}
     if chosen["polar_dtype"] == "auto" and has_dtype_choice(chosen["polar"]):
         dtype = resolve("auto", device)
         chosen["polar_dtype"] = next(name for name, known in DTYPES.items() if known == dtype)
@@ -100,7 +100,7 @@ def read_options(options: Mapping[str, Any], device: torch.device | str) -> dict
 
 
 class _Raw:
-    """A formula that is given the tensors rather than their shapes."""
+    """A formula that takes the tensors rather than their shapes."""
 
     _get_raw = True  # how torch's counter recognises one
 
@@ -111,7 +111,7 @@ class _Raw:
         return self._formula(*args, **kwargs)
 
 
-# The formulas take the shapes of an operation's arguments, in their order, and that of its result as `out_shape`.
+# The formulas take the shapes of an operation's arguments in order, and the shape of its result as `out_shape`.
 Shape = tuple[int, ...]
 
 
@@ -152,5 +152,5 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten.addmm_: _product_added,
     aten.baddbmm_: _product_added,
 }
-"""What torch's counter does not know, by operation with all its overloads. `svd` and `eigh` are textbook estimates
-with all vectors: their iterations end when the values say so."""
+"""Formulas for operations, with all their overloads, that torch's counter does not know. Those of `svd` and `eigh` are
+textbook estimates with all vectors: the number of their iterations depends on the values."""

@@ -1,11 +1,11 @@
-"""The optimizers once more, to be read: one matrix at a time, in fp64, every formula as it stands on paper.
+"""The optimizers again, for reading: one matrix at a time, in fp64, every formula as on paper.
 
-This module shares no arithmetic with the fast one. The tests use it as their oracle, and it is the place to
-learn from what each optimizer computes, from the top: momentum, polar factor, directions, step.
+This module shares no arithmetic with the fast code. It is the oracle of the tests, and the place to learn what each
+optimizer computes, from the top: momentum, polar factor, directions, step.
 
-Conventions. A weight w is [m, n]: m rows, one for each output neuron. Tall: m > n. g is its gradient, b the
-momentum buffer, u what a direction is made from. Every function takes real tensors of any floating dtype,
-computes in fp64, returns new fp64 tensors and changes none of its arguments.
+Conventions. A weight w is [m, n]: m rows, one per output neuron. Tall: m > n. g is its gradient, b the momentum buffer,
+u the input of a direction. Every function takes real tensors of any floating dtype, computes in fp64, returns new fp64
+tensors and does not change its arguments.
 
 For every direction: zero gives zero; a matrix with a NaN or an infinity gives NaNs; and, unless a docstring says
 otherwise, d(c u) = d(u) for c > 0. fp64 needs no care for that; fp32 does (see `optimizers.polar.prescale`).
@@ -27,17 +27,17 @@ def blend(g: Tensor, b: Tensor, mu: float, nesterov: bool) -> tuple[Tensor, Tens
 
 
 def polar(x: Tensor) -> Tensor:
-    """polar(X) = U V^T over the singular values of X [m, n] that are not zero.
+    """polar(X) = U V^T over the nonzero singular values of X [m, n].
 
-    With full rank: the nearest matrix with orthonormal columns (tall) or rows (wide). With less: the partial
-    isometry, which needs no arbitrary choice of a basis. Singular values up to max(m, n) 2^-52 sigma_1 count as zero.
+    For full rank it is the nearest matrix with orthonormal columns (tall) or rows (wide), otherwise a partial isometry:
+    a completed basis would be arbitrary. Singular values up to max(m, n) 2^-52 sigma_1 count as zero.
     """
     x = _matrix(x)
     if (known := _without_factorising(x)) is not None:
         return known
     left, sigma, right = torch.linalg.svd(x, full_matrices=False)
     kept = sigma > max(x.shape) * 2.0**-52 * sigma[0]
-    # Zero rows and columns exactly: an SVD may leave 1e-17 there, which a division by the row norm would make 1.
+    # Exact zeros: an SVD may leave 1e-17 in rows and columns of zeros, which dividing by the row norm would make 1.
     return torch.where(_live(x)[:, None] & _live(x.T), left[:, kept] @ right[kept, :], 0.0)
 
 
@@ -56,9 +56,8 @@ def normuon(u: Tensor, v: Tensor, *, beta2: float = 0.95, target: str = "graft")
 
         P = polar(u);  v <- beta2 v + (1 - beta2) rowmean(P^2);  P_i / (sqrt(v_i) + 1e-10)
 
-    then, by `target`, "graft" rescales the whole to |P|_F and "unit" makes every row norm 1, a step that is
-    sqrt(m/n) times larger. v starts at zeros. A wide or square polar factor of full rank has unit rows already:
-    for m <= n the direction is muon(u), and v stays.
+    Then `target` "graft" rescales the result to |P|_F; "unit" makes every row norm 1, a step sqrt(m/n) times larger. v
+    starts at zeros. For m <= n a polar factor of full rank already has unit rows: the direction is muon(u), v stays.
     """
     _require("target", target, ("graft", "unit"))
     P, v = polar(u), v.double().clone()
@@ -81,8 +80,8 @@ def u_normuon(u: Tensor) -> Tensor:
 def u_normuon_running(u: Tensor, v: Tensor, *, beta2: float = 0.95) -> tuple[Tensor, Tensor]:
     """U-NorMuon by NorMuon's running v [m]: d_i = P_i sqrt(n/m) / (sqrt(n) (sqrt(v_i) + 1e-10)), and the new v.
 
-    The v of a row that is still 0 starts at its first mean square, so that row starts with norm sqrt(n/m)
-    and there is no bias to correct. For m <= n it is muon(u), and v stays.
+    A row's v starts at its first mean square, so the row starts with norm sqrt(n/m) and has no bias to correct. For
+    m <= n the direction is muon(u), and v stays.
     """
     P, v = polar(u), v.double().clone()
     m, n = P.shape
@@ -104,15 +103,15 @@ def row_scale(
         tyler:  D_i <- D_i (t / l_i)^beta, the fixed-point iteration of Tyler's M-estimator
         odds:   D_i <- D_i sqrt(t/(1-t) (1-l_i)/l_i), l clamped to [1e-6, 1 - 1e-6]
 
-    By Sherman and Morrison l_i/(1-l_i) is linear in D_i^2 while the other rows are held: the odds rule sets each
-    row exactly. Both rules have one fixed point, l_i = t. For t > 0.999 there is no freedom left, and D stays.
+    By Sherman and Morrison, l_i/(1-l_i) is linear in D_i^2 while the other rows are fixed, so the odds rule sets each
+    row exactly. Both rules have the same fixed point, l_i = t. For t > 0.999 there is no freedom left, and D stays.
 
-    An odds step that raised the spread of the row norms (deviation over mean) by over 2^-8 is taken back for a
-    tyler step with beta = 0.5. That is seen at the next evaluation of l, so the last step is never judged.
-    With a `tolerance` the first evaluation at which all live rows have |sqrt(l_i/t) - 1| <= tolerance is the last.
+    An odds step that raises the spread of the row norms (deviation over mean) by more than 2^-8 is undone and replaced
+    by a tyler step with beta = 0.5. This shows at the next evaluation of l, so the last step is never checked. With a
+    `tolerance`, the first evaluation with |sqrt(l_i/t) - 1| <= tolerance for all live rows is the last.
 
-    eps_mode "relative" floors row norms at 1e-7 of the largest. "absolute", the released code's, floors them at
-    1e-7 (which depends on the scale of u), takes t = n/m and knows no t > 0.999.
+    eps_mode "relative" floors row norms at 1e-7 of the largest. "absolute", that of the released code, floors them at
+    1e-7 (so it depends on the scale of u), takes t = n/m and has no rule for t > 0.999.
     """
     u, (m, n) = _matrix(u), u.shape
     relative, live, norms = eps_mode == "relative", _live(u), u.norm(dim=1)
@@ -156,12 +155,12 @@ def aurora(
 ) -> Tensor:
     """Aurora (arXiv 2606.27715): d = polar(D u), near u, with orthonormal columns and rows near norm sqrt(n/m).
 
-    `iterations` K counts the polar factors, that of d included. Since D starts at 1/|u_i|, d does not change
-    under positive scaling of single rows of u, for any K. It is a feasible point of both constraints and maximises
+    `iterations` K counts the polar factors, including that of d. Since D starts at 1/|u_i|, d does not change under
+    positive scaling of single rows of u, for any K. It is a feasible point of both constraints and maximises
     Tr((D u)^T d), not Tr(u^T d). If more than m/n rows share a direction, no even scaling exists.
 
-    `scope` says which forms are balanced: "tall", "wide" (transposed, treated, transposed back) or "all"; the
-    others, and every square matrix, get muon(u). The remaining options are those of `row_scale`.
+    `scope` says which shapes are balanced: "tall", "wide" (transposed, treated, transposed back) or "all". The others,
+    and every square matrix, get muon(u). The remaining options are those of `row_scale`.
     """
     _require("balance_rule", balance_rule, ("odds", "tyler"))
     _require("eps_mode", eps_mode, ("relative", "absolute"))
@@ -286,10 +285,7 @@ def uw_floor(step: Tensor, w: Tensor, floor: float) -> Tensor:
 
 
 def decayed(w: Tensor, step: Tensor, *, lr: float, weight_decay: float, cautious: bool = False) -> Tensor:
-    """w - lr weight_decay w; with `cautious` only the entries with step * w >= 0, which the step shrinks as well.
-
-    Decoupled: neither the gradient nor s(m, n) has a part in it.
-    """
+    """w - lr weight_decay w, decoupled from gradient and s(m, n); with `cautious` only where step * w >= 0."""
     w = w.double()
     shrinks = (step.double() * w >= 0) if cautious else torch.ones_like(w, dtype=torch.bool)
     return torch.where(shrinks, w - lr * weight_decay * w, w)

@@ -1,9 +1,9 @@
 """The elementwise parts of a step.
 
-None of them looks at the shape of a matrix, so they act on whole weights and on flat shards of them alike. A
-step is: flag the gradients, blend the momentum, find the directions (on whole matrices), update the weights.
-Only `commit_` writes, and it writes nothing when the flag is down: a selection, not a product, since 0 * NaN
-is NaN. Nothing waits for the device.
+None of them depends on the shape of a matrix, so they work on whole weights and on flat shards. A step is: check that
+the gradients are finite, blend the momentum, find the directions (of whole matrices), update the weights. Only
+`commit_` writes, and it writes nothing if a gradient is not finite: it selects instead of multiplying, since 0 * NaN is
+NaN. Nothing waits for the device.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def all_finite(grads: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One bool tensor on `device`: whether no gradient has a NaN or an infinity. True for no gradients."""
+    """One bool tensor on `device`: whether all gradients are finite. True if there are none."""
     if not grads:
         return torch.ones((), dtype=torch.bool, device=device)
     return torch.stack([grad.isfinite().all().to(device) for grad in grads]).all()
@@ -32,8 +32,8 @@ def blend(grad: Tensor, momentum: Tensor, mu: float, nesterov: bool) -> tuple[Te
 def updated(weight: Tensor, step: Tensor, *, lr: float | Tensor, weight_decay: float, cautious: bool = False) -> Tensor:
     """w - lr * weight_decay * w, then minus lr * step, as a new tensor of the weight's precision or fp32.
 
-    The decay is decoupled and takes the base lr; `step` is the direction times its learning-rate scale. With
-    `cautious` only the entries decay whose step does not point away from zero (step * w >= 0).
+    The decay is decoupled and uses the base lr; `step` is the direction times its learning-rate scale. With `cautious`,
+    only entries decay whose step does not point away from zero (step * w >= 0).
     """
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     decayed = w * (1 - lr * weight_decay)
@@ -45,5 +45,5 @@ def updated(weight: Tensor, step: Tensor, *, lr: float | Tensor, weight_decay: f
 
 
 def commit_(target: Tensor, value: Tensor, finite: Tensor) -> None:
-    """Writes value into target where the flag is up; otherwise target keeps its bits."""
+    """Writes `value` into `target` if `finite` is true; otherwise `target` keeps its bits."""
     target.copy_(torch.where(finite.to(target.device), value.to(target.dtype), target))

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from optimizers import Aurora, param_groups
-from optimizers.sharded import shard, zero_layout
+from optimizers.sharded import ShardedMatrices, shard, zero_layout
 from pretrain.config import Config, load_config
 from pretrain.model.build import build_model
 from pretrain.processes.torchrun import free_port
@@ -110,10 +110,11 @@ def turns(rank: int, options: argparse.Namespace) -> dict[str, Any]:
     config = big_sibling(options.layers)
     dense = dense_optimizer(config)
     sharded = sharded_optimizer(config, dense, options.stage, rank, 2)
-    assert sharded.sharded is not None
+    holder = sharded.matrices
+    assert isinstance(holder, ShardedMatrices)
     found: dict[str, list[float]] = {"one": [], "independent": [], "sharded": []}
     sharded.step()  # warms up, and counts
-    moved, planned = sharded.sharded.exchange.received_bytes, sharded.sharded.plan.received_elements[rank] * 2
+    moved, planned = holder.exchange.received_bytes, holder.plan.received_elements[rank] * 2
     dense.step()
 
     def timed(step: Callable[[], None], runs: bool) -> float:
@@ -132,7 +133,7 @@ def turns(rank: int, options: argparse.Namespace) -> dict[str, Any]:
             found[way].append(timed(step, way != "one" or rank == 0))
     dist.barrier()
     dist.destroy_process_group()
-    return {"seconds": found, "bytes": moved, "planned": planned, "imbalance": sharded.sharded.plan.imbalance}
+    return {"seconds": found, "bytes": moved, "planned": planned, "imbalance": holder.plan.imbalance}
 
 
 class Matrices(nn.Module):
@@ -177,7 +178,7 @@ def engines(rank: int, options: argparse.Namespace) -> dict[str, Any]:
             model=module, model_parameters=list(module.parameters()), config={**settings, "optimizer": muon}
         )
     else:
-        from optimizers.sharded.deepspeed import read_layout
+        from optimizers.sharded.engines.deepspeed import read_layout
 
         group = {"params": list(named.values()), "param_names": list(named), "direction": options.engine}
         optimizer = Aurora([{**group, "kind": "matrix"}])

@@ -1,10 +1,11 @@
 """Aurora on parameters that an engine has flattened and cut between processes.
 
-    layout = flat_layout(groups, world_size)     # or read from DeepSpeed: optimizers.sharded.deepspeed
+    layout = flat_layout(groups, world_size)     # or read from an engine: optimizers.sharded.engines
     shard(optimizer, layout, rank)               # its groups hold this rank's flat shards
 
-`layout` says where every element lies, `plan` who computes what, `exchange` moves fragments, `matrices` makes the step,
-`row_sharded` shares one matrix out among several ranks.
+`layout` says where every element lies, `owners` who computes what, and `exchange` moves fragments. `matrices` is the
+holder of these matrices for `optimizers.matrices`, whose step is the same as for whole ones. `teams` splits one matrix
+between several ranks.
 """
 
 from collections.abc import Mapping
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from optimizers.aurora import Aurora
-from optimizers.sharded.exchange import WireDtype
-from optimizers.sharded.layout import Held, Layout, LayoutError, chunked_layout, flat_layout, zero_layout
-from optimizers.sharded.matrices import ShardedMatrices
-from optimizers.sharded.plan import Plan, make_plan, units_of
-from optimizers.sharded.row_sharded import part_flops, unshareable
+from ..aurora import Aurora
+from .exchange import WireDtype
+from .layout import Held, Layout, LayoutError, chunked_layout, flat_layout, zero_layout
+from .matrices import ShardedMatrices
+from .owners import Plan, make_plan, units_of
+from .teams import part_flops, unshareable
 
 __all__ = [
     "Held",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 TEAM_SIZES = (2, 3, 4, 8, 16)
-"""Ranks that may share one matrix. Their work on its short side is the same for each, so larger teams gain nothing."""
+"""Sizes of teams that share a matrix. All members repeat the work on its short side, so larger teams gain nothing."""
 
 
 def plan_group(layout: Layout, group: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Plan:
@@ -64,19 +65,19 @@ def shard(
     device: torch.device | str = "cpu",
     plan: Plan | None = None,
 ) -> ShardedMatrices | None:
-    """Tell an optimizer how its shards make up matrices; a collective of all ranks.
+    """Tell an optimizer which matrices its shards are made of; a collective call of all ranks.
 
     Args:
-        optimizer: with named groups; when it steps, each holds this rank's flat fp32 shard.
+        optimizer: with named groups. When it steps, each group holds this rank's flat fp32 shard.
         layout: of all its groups.
-        rank: this process's, in `group`.
+        rank: of this process in `group`.
         group: the process group over which the layout is cut; None is the default one.
         wire_dtype: in which momenta and steps travel between the ranks.
         device: where the shards live.
-        plan: who works on what, if it is not to be `plan_group`'s.
+        plan: who works on what; by default that of `plan_group`.
 
     Returns:
-        What does the work; None if the optimizer has no matrices, and then needs nothing.
+        The holder of the matrices; None if the optimizer has no matrices and needs nothing.
 
     Raises:
         LayoutError: the layout does not fit the optimizer, or the ranks disagree.
@@ -85,7 +86,9 @@ def shard(
     if not matrices:
         return None
     if len(matrices) > 1:
-        raise LayoutError(f"{len(matrices)} matrix groups: all matrices have to be in one, so that all can be planned")
+        raise LayoutError(
+            f"{len(matrices)} matrix groups: all matrices have to be in one group, so that one plan covers them"
+        )
     plan = plan or plan_group(layout, matrices[0], device=device)
     sharded = ShardedMatrices(plan, rank, group, wire_dtype, torch.device(device))
     optimizer.bind(sharded)

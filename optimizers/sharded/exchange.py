@@ -1,15 +1,15 @@
-"""Fragments of matrices to the ranks that work on them, and back.
+"""Bring fragments of matrices to the ranks that work on them, and back.
 
-Work goes in *rounds* of equally shaped parts, as many on a rank as a bucket holds. A round is one uneven all-to-all
-there and one back: what a rank holds of its own parts is copied, the rest travels in the wire dtype. Every value is
-rounded to the wire dtype, whether it travels or not, so the result does not depend on who owns what. Every rank takes
-part in every round, also one that holds nothing.
+The work is divided into *rounds* of equally shaped parts, as many per rank as a bucket holds. A round is one uneven
+all-to-all there and one back: what a rank holds of its own parts is copied, everything else travels in the wire dtype.
+Every value is rounded to the wire dtype whether it travels or not, so the result does not depend on who owns what.
+Every rank takes part in every round, even if it holds nothing.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optimizers.blocks import BUCKET_ELEMENTS
-from optimizers.sharded.plan import Plan, Rectangle, rectangles
+from ..blocks import BUCKET_ELEMENTS, Rectangle
+from .owners import Plan, rectangles
 
 WireDtype = Literal["bf16", "fp32"]
 WIRE_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -33,19 +33,19 @@ class Run(NamedTuple):
     offset: int
 
     def of(self, shard: Tensor) -> Tensor:
-        """The view of a flat tensor as long as the shard."""
+        """Its view of the shard, or of a tensor of the same length."""
         return shard[self.offset : self.offset + self.high - self.low]
 
 
 class Part(NamedTuple):
-    """What this rank works on: a unit, or its share of one."""
+    """What this rank works on: a unit, or its part of one."""
 
     unit: int
     area: Rectangle
 
 
 class Link(NamedTuple):
-    """A rectangle in a run and in a part, by their places in the round's lists; -1 for what lies on the other rank."""
+    """A rectangle in a run and in a part, by their places in the round's lists; -1 if one is on the other rank."""
 
     run: int
     part: int
@@ -66,12 +66,12 @@ class Round:
 
 
 def make_rounds(plan: Plan, rank: int, bucket_elements: int = BUCKET_ELEMENTS) -> list[Round]:
-    """The rounds of one rank. All ranks make equally many, of the same units."""
+    """The rounds of one rank. All ranks have equally many, with the same units."""
     return [_round(plan, indices, rank) for indices in _schedule(plan, bucket_elements)]
 
 
 def _schedule(plan: Plan, bucket_elements: int) -> Iterator[list[int]]:
-    """Units of one shape and team size, a bucket's worth for every rank; a rank works in one team at a time."""
+    """Units of one shape and team size, up to a bucket for every rank. A rank works in one team at a time."""
     alike: dict[tuple[tuple[int, int], int], list[int]] = defaultdict(list)
     for index, (unit, team) in enumerate(zip(plan.units, plan.teams, strict=True)):
         alike[unit.shape, len(team)].append(index)
@@ -120,15 +120,15 @@ def _round(plan: Plan, indices: Sequence[int], rank: int) -> Round:
 
 
 class Transfer(NamedTuple):
-    """An all-to-all under way, with what it writes to."""
+    """An all-to-all in progress, with the tensor that it writes to."""
 
     received: Tensor
     sent: Tensor
-    """Kept until the end: the collective reads from it."""
+    """Kept alive until the end, since the collective reads from it."""
     work: dist.Work | None
 
     def wait(self) -> Tensor:
-        """The received elements, complete for what is launched after this."""
+        """The received elements, complete for whatever is launched after this call."""
         if self.work is not None:
             self.work.wait()
         return self.received
@@ -139,13 +139,13 @@ class Exchange:
 
     Args:
         plan: who works on what.
-        rank: this process's.
+        rank: of this process.
         group: the process group over which the layout is cut; None is the default one.
         wire_dtype: in which values travel.
         device: where the shards live.
 
     Attributes:
-        received_bytes: by all collectives so far, counted where they are called.
+        received_bytes: of all collectives so far, counted where they are called.
     """
 
     def __init__(
@@ -156,13 +156,13 @@ class Exchange:
         self.dtype = WIRE_DTYPES[wire_dtype]
         self.received_bytes = 0
 
-    def gather(self, turn: Round, runs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Gathering:
+    def gather(self, turn: Round, runs: Iterable[Tensor], dtype: torch.dtype | None = None) -> Gathering:
         """Start to bring the values of the runs to the parts.
 
         Args:
             turn: the round.
             runs: flat, by run.
-            dtype: of the wire, if it is not the usual one.
+            dtype: of the wire, if not the usual one.
         """
         dtype = dtype or self.dtype
         rounded = [run.to(dtype) for run in runs]

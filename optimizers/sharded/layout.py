@@ -1,9 +1,9 @@
 """Where the elements of every parameter lie when an engine has flattened its parameters and cut them between ranks.
 
-An optimizer group of the engine is one flat tensor a rank, its *shard*. A *fragment* is a run of elements of one
-flattened parameter in a shard. The layout is the table of all fragments of all ranks: planning, the exchange and
-checkpoints read nothing else, so a layout that was read from DeepSpeed (see `deepspeed`) and one that was computed here
-for any number of ranks serve alike.
+On each rank, an optimizer group of the engine is one flat tensor, its *shard*. A *fragment* is a run of elements of one
+flattened parameter in a shard. The layout is the table of all fragments of all ranks. Plans, the exchange and
+checkpoints read nothing else, so they work equally with a layout that was read from an engine (see `engines`) and with
+one that was computed here for any number of ranks.
 """
 
 import hashlib
@@ -16,18 +16,18 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 Groups = Sequence[Mapping[str, Shape]]
-"""The parameters of each optimizer group in their order: name -> shape."""
+"""The parameters of each optimizer group in order: name -> shape."""
 
-# DeepSpeed pads a flat group to a multiple of this many elements a rank (nccl_start_alignment_factor).
+# DeepSpeed pads a flat group to a multiple of this many elements per rank (nccl_start_alignment_factor).
 ALIGNMENT = 2
 
 
 class LayoutError(ValueError):
-    """Fragments that do not make up the parameters."""
+    """Fragments that do not cover the parameters exactly, or a layout that does not fit."""
 
 
 @dataclass(frozen=True)
-class Fragment:
+class ShardFragment:
     """A run of elements of one parameter in one shard."""
 
     name: str
@@ -50,22 +50,22 @@ class Layout:
     """All fragments of all ranks.
 
     Raises:
-        LayoutError: fragments that overlap, leave a gap or are of an unknown parameter.
+        LayoutError: fragments overlap, leave a gap, or belong to an unknown parameter.
     """
 
     shapes: Mapping[str, Shape]
-    """Every parameter's own shape."""
-    fragments: tuple[tuple[Fragment, ...], ...]
+    """The shape of every parameter."""
+    fragments: tuple[tuple[ShardFragment, ...], ...]
     """By rank."""
     shard_sizes: tuple[int, ...]
-    """Elements of each shard of a rank, padding included: the same on every rank."""
+    """Elements of each shard of a rank, including padding; the same on every rank."""
 
     def __post_init__(self) -> None:
         pieces: dict[str, list[tuple[int, int]]] = {name: [] for name in self.shapes}
         for rank, own in enumerate(self.fragments):
             for fragment in own:
                 if fragment.name not in pieces:
-                    raise LayoutError(f"rank {rank} holds a fragment of {fragment.name!r}, which is no parameter")
+                    raise LayoutError(f"rank {rank} holds a fragment of {fragment.name!r}, which is not a parameter")
                 pieces[fragment.name].append((fragment.start, fragment.stop))
         for name, shape in self.shapes.items():
             end = 0
@@ -83,7 +83,7 @@ class Layout:
         return len(self.fragments)
 
     def digest(self) -> str:
-        """sha256 of the table, to be compared between ranks."""
+        """sha256 of the table, for comparing ranks."""
         table = [sorted(self.shapes.items()), [[astuple(f) for f in own] for own in self.fragments], self.shard_sizes]
         return hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
@@ -99,11 +99,11 @@ class Held:
 
 
 def flat_layout(groups: Groups, world_size: int) -> Layout:
-    """That of DeepSpeed's stages 1 and 2 and of its bf16 optimizer.
+    """The layout of DeepSpeed's stages 1 and 2 and of its bf16 optimizer.
 
-    The parameters of a group end to end, padded at the end, cut into as many equal shards as there are ranks.
+    The parameters of a group are laid end to end, padded at the end, and cut into one equal shard per rank.
     """
-    fragments: list[list[Fragment]] = [[] for _ in range(world_size)]
+    fragments: list[list[ShardFragment]] = [[] for _ in range(world_size)]
     sizes = []
     for shard, parameters in enumerate(groups):
         total = sum(prod(shape) for shape in parameters.values())
@@ -114,14 +114,14 @@ def flat_layout(groups: Groups, world_size: int) -> Layout:
             stop = first + prod(shape)
             for rank in range(first // size, -(-stop // size)):
                 low, high = max(first, rank * size), min(stop, (rank + 1) * size)
-                fragments[rank].append(Fragment(name, low - first, high - low, shard, low - rank * size))
+                fragments[rank].append(ShardFragment(name, low - first, high - low, shard, low - rank * size))
             first = stop
     return Layout(_shapes(groups), tuple(map(tuple, fragments)), tuple(sizes))
 
 
 def chunked_layout(groups: Groups, world_size: int) -> Layout:
-    """That of DeepSpeed's stage 3: every parameter in as many equal chunks as there are ranks, the last ones short."""
-    fragments: list[list[Fragment]] = [[] for _ in range(world_size)]
+    """The layout of DeepSpeed's stage 3: every parameter in one equal chunk per rank; the last may be shorter."""
+    fragments: list[list[ShardFragment]] = [[] for _ in range(world_size)]
     sizes = []
     for shard, parameters in enumerate(groups):
         offset = 0
@@ -131,7 +131,7 @@ def chunked_layout(groups: Groups, world_size: int) -> Layout:
             for rank in range(world_size):
                 start = rank * chunk
                 if start < total:
-                    fragments[rank].append(Fragment(name, start, min(chunk, total - start), shard, offset))
+                    fragments[rank].append(ShardFragment(name, start, min(chunk, total - start), shard, offset))
             offset += chunk
         sizes.append(offset)
     return Layout(_shapes(groups), tuple(map(tuple, fragments)), tuple(sizes))

@@ -1,13 +1,13 @@
-"""The step of a matrix group whose parameters are cut between ranks.
+"""The holder of matrices that are cut between ranks: flat shards, with an owner or a team for each matrix.
 
-Elementwise parts act on the flat shard; directions need whole matrices. For each round of the plan: blend the momentum
-of this rank's runs, bring them to the owners, find the directions there, bring the steps back, update the runs. The
-next round travels while the present one is computed. Beside the shard a step needs two rounds' buffers.
+The step itself is `optimizers.matrices.matrix_step`. Here its pieces are the runs of this rank's flat shard, and its
+stacks are what the plan assigns to this rank. The values of the next round travel while the present one is computed, so
+a step needs the buffers of two rounds besides the shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optimizers import directions
-from optimizers.rows import HERE
-from optimizers.sharded.exchange import Exchange, Part, Round, Run, WireDtype, make_rounds
-from optimizers.sharded.layout import LayoutError
-from optimizers.sharded.plan import Plan, Rectangle, Unit
-from optimizers.sharded.row_sharded import Team, row_sharded_direction
-from optimizers.speedrun import enlarged
-from optimizers.update import blend, commit_, updated
+from .. import directions
+from ..blocks import Block
+from ..directions import Direction
+from ..matrices import Place, State
+from ..polar.rows import HERE, Rows
+from .exchange import Exchange, Gathering, Round, Scattering, WireDtype, make_rounds
+from .layout import LayoutError
+from .owners import Plan, Unit
+from .teams import Team, row_sharded_direction
 
-# Larger than any backend's stated error, smaller than any fault's.
+# Larger than the stated error of any backend, smaller than the error that a fault causes.
 TOLERANCE, UNEVEN = 0.1, 0.25
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What a step did to one matrix: properties of (w before - w after) / (lr scale), decay taken out."""
+    """What a step did to one matrix: properties of (w before - w after) / (lr scale), without the decay."""
 
     unit: Unit
     largest: float
@@ -38,14 +39,14 @@ class Applied:
     filled: float
     """Squared Frobenius norm over the short side: 1 where every singular value is 1, less for low rank."""
     spread: float
-    """Deviation of the norms of the rows that are not zero over their mean."""
+    """Standard deviation over mean of the norms of the rows that are not zero."""
 
 
 def doubts(measured: Iterable[Applied], options: Mapping[str, Any]) -> list[str]:
-    """What a step of these options cannot have done: one message for each matrix. No step at all is no doubt.
+    """What a step with these options cannot have done: one message for each matrix. A matrix without a step is skipped.
 
-    A direction with singular values of 1 may have some of 0, where the momentum has low rank: the largest tells. Even
-    rows are promised where the rank is full.
+    If the momentum has low rank, a direction with singular values of 1 also has some of 0, so only the largest is
+    checked. Even rows are promised only for full rank.
     """
     plain = not options["contra"] and not options["uw_floor"]
     orthogonal = plain and options["direction"] in ("muon", "aurora", "riemannian_aurora")
@@ -64,27 +65,41 @@ def doubts(measured: Iterable[Applied], options: Mapping[str, Any]) -> list[str]
     return found
 
 
+@dataclass(frozen=True)
+class ShardedTurn:
+    """A round of the plan, as a step of this rank's shard sees it."""
+
+    round: Round
+    flat: Tensor
+    """The shard."""
+    pieces: list[Block]
+    """Its runs."""
+    shape: tuple[int, int]
+    """Of each whole matrix; (0, 0) where this rank works on none."""
+    places: list[Place]
+
+
 class ShardedMatrices:
-    """One process's side of the matrix group of an optimizer.
+    """One process's side of the matrix group of an optimizer: a holder for `optimizers.matrices`.
 
     Args:
-        plan: owners, with the layout.
-        rank: this process's.
+        plan: the owners, with the layout.
+        rank: of this process.
         group: the process group over which the layout is cut; None is the default one.
         wire_dtype: in which momenta and steps travel.
         device: where the shards live.
-        connect: whether to check the plan with the other ranks; without, nothing can be stepped (a dry run).
+        connect: whether to check the plan with the other ranks. Without it nothing can be stepped: for dry runs.
 
     Attributes:
         exchange: counts the bytes received.
-        direction_observer: as `Aurora.direction_observer`, called with a unit and the rectangle of it that this rank
-            works on in place of a block.
+        device: where the shards live.
 
     Raises:
-        LayoutError: the ranks disagree about layout or plan, or are not as many as it says.
+        LayoutError: the ranks disagree about layout or plan, or their number is not that of the layout.
     """
 
-    direction_observer: Callable[[Unit, Rectangle, Tensor], None] | None = None
+    is_whole = False
+    in_flight = 1
 
     def __init__(
         self,
@@ -116,14 +131,14 @@ class ShardedMatrices:
             return
         present = dist.get_world_size(self.group)
         if present != self.world_size:
-            raise LayoutError(f"the layout is of {self.world_size} ranks, the process group has {present}")
+            raise LayoutError(f"the layout is for {self.world_size} ranks, but the process group has {present}")
         digests: list[Any] = [None] * self.world_size
         dist.all_gather_object(digests, self.plan.digest(), group=self.group)
         if len(set(digests)) > 1:
-            raise LayoutError("the ranks made different plans: they do not train one model with one config")
+            raise LayoutError("the ranks made different plans: they do not train the same model with the same config")
 
     def _check_assembly(self) -> None:
-        """Sends every element its own number: each part has to arrive whole, in order, at one rank."""
+        """Sends every element its own number: each part has to arrive complete and in order."""
         wrong = []
         for turn in self.rounds:
             runs = [_numbers(self.plan.units[run.unit], run.low, run.high, self.device) for run in turn.runs]
@@ -138,10 +153,10 @@ class ShardedMatrices:
         if self.world_size > 1:
             dist.all_gather_object(everyone, wrong, group=self.group)
         if names := [name for some in everyone for name in some]:
-            raise LayoutError(f"{len(names)} matrices do not arrive whole at their owner: {', '.join(names[:5])}")
+            raise LayoutError(f"{len(names)} matrices do not arrive complete at their owner: {', '.join(names[:5])}")
 
     def _make_teams(self) -> dict[tuple[int, ...], Team]:
-        """A process group for every team of several; making one is a collective of all ranks."""
+        """A process group for every team of two or more; making one is a collective of all ranks."""
         teams = {}
         for ranks in dict.fromkeys(team for team in self.plan.teams if len(team) > 1):
             everyone = ranks if self.group is None else [dist.get_global_rank(self.group, rank) for rank in ranks]
@@ -149,143 +164,107 @@ class ShardedMatrices:
         return teams
 
     def agree(self, finite: Tensor) -> Tensor:
-        """Whether the flag is up on every rank."""
+        """Whether the flag is true on every rank."""
         if self.world_size == 1:
             return finite
         flag = finite.to(self.device, torch.int32)
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
         return flag.bool()
 
-    def state_shapes(self, options: Mapping[str, Any]) -> dict[str, torch.Size]:
+    def total(self, counts: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(counts, group=self.group)
+        return counts
+
+    def state_shapes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:
         """The state of the shard: `momentum` of its size; `second_moment` of the rows of this rank's parts."""
         shapes = {"momentum": torch.Size([self.plan.layout.shard_sizes[self.shard]]), "step": torch.Size()}
-        rows = sum(stop - start for _, start, stop in self.owned_rows(options))
-        if self.keeps_second_moment(options):
+        rows = sum(stop - start for _, start, stop in self.owned_rows(group))
+        if self.keeps_second_moment(group):
             shapes["second_moment"] = torch.Size([rows])
         return shapes
 
     def keeps_second_moment(self, options: Mapping[str, Any]) -> bool:
-        """Whether any matrix of the group has one."""
+        """Whether any matrix of the group has a second moment."""
         return any(directions.keeps_second_moment(options, *unit.shape) for unit in self.plan.units)
 
     def owned_rows(self, options: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """(parameter, row, row stop) of what `second_moment` holds, in its order.
 
-        A parameter of which one block keeps a second moment has one of all its rows, as in the dense optimizer.
+        If one block of a parameter keeps a second moment, all its rows have one, as where parameters are whole.
         """
         units = self.plan.units
         names = {unit.name for unit in units if directions.keeps_second_moment(options, *unit.shape)}
         for turn in self.rounds:
             for part in turn.parts:
                 unit = units[part.unit]
-                # Of a wide matrix that is shared out by columns every member has all rows: the first keeps them.
+                # Each member of a team has all rows of a wide matrix, which is cut by columns: the first keeps them.
                 first = self.rank == self.plan.teams[part.unit][0] or unit.rows >= unit.columns
                 if unit.name in names and first:
                     yield unit.name, unit.row + part.area.row, unit.row + part.area.row_stop
 
-    def step(self, flat: Tensor, state: dict[str, Tensor], options: Mapping[str, Any], finite: Tensor) -> Tensor:
-        """Steps the shard `flat`, whose gradient is in `flat.grad`.
+    def turns(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> list[ShardedTurn]:
+        """The rounds of the plan. All ranks have equally many, also those that hold nothing."""
+        (flat,) = params
+        return [self._turn(turn, flat) for turn in self.rounds]
 
-        Args:
-            flat: this rank's shard of the matrix group, fp32.
-            state: its state, by `state_shapes`.
-            options: of the group, complete.
-            finite: the flag, agreed on by all ranks; False leaves everything as it is.
+    def _turn(self, turn: Round, flat: Tensor) -> ShardedTurn:
+        pieces = [Block(flat, run.offset, run.offset + run.high - run.low) for run in turn.runs]
+        units = [self.plan.units[part.unit] for part in turn.parts]
+        places = [Place(unit.name, part.area.shifted(unit.row)) for unit, part in zip(units, turn.parts, strict=True)]
+        return ShardedTurn(turn, flat, pieces, units[0].shape if units else (0, 0), places)
 
-        Returns:
-            Fallbacks and retries of all ranks' directions, int64 [2].
-        """
-        assert flat.grad is not None, "callers choose shards that have a gradient"
-        norms = self._weight_norms(flat) if options["uw_floor"] else None
-        moments = self._second_moments(state, options)
-        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
-        pending = None
+    def gather(self, turn: ShardedTurn, values: Iterable[Tensor]) -> Gathering:
+        """Start to bring the runs to the owners."""
+        return self.exchange.gather(turn.round, values)
 
-        def blended(turn: Round) -> list[Tensor]:
-            return [_blend(run, flat.grad, state["momentum"], options, finite) for run in turn.runs]  # type: ignore[arg-type]
+    def scatter(self, turn: ShardedTurn, stack: Tensor) -> Scattering:
+        """Start to bring the steps back to the runs."""
+        return self.exchange.scatter(turn.round, stack)
 
-        gathering = self.exchange.gather(self.rounds[0], blended(self.rounds[0])) if self.rounds else None
-        for index, turn in enumerate(self.rounds):
-            assert gathering is not None
-            u = gathering.wait()
-            following = self.rounds[index + 1 : index + 2]
-            gathering = self.exchange.gather(following[0], blended(following[0])) if following else None
-            found, steps = self._steps(turn, u, moments, options, norms, finite)
-            counts += found
-            returning = self.exchange.scatter(turn, steps)
-            if pending is not None:
-                _apply(pending.turn.runs, pending.wait(), flat, options, finite)
-            pending = returning
-        if pending is not None:
-            _apply(pending.turn.runs, pending.wait(), flat, options, finite)
-        if self.world_size > 1:
-            dist.all_reduce(counts, group=self.group)
-        return counts
-
-    def _second_moments(self, state: dict[str, Tensor], options: Mapping[str, Any]) -> dict[int, Tensor]:
-        """Views of `second_moment`, by unit."""
-        views: dict[int, Tensor] = {}
-        if "second_moment" not in state:
-            return views
-        at, owned = 0, list(self.owned_rows(options))
-        parts = {(self.plan.units[p.unit].name, self.plan.units[p.unit].row + p.area.row): p for p in self._parts()}
-        for name, start, stop in owned:
-            views[parts[name, start].unit] = state["second_moment"][at : at + stop - start]
+    def second_moments(self, turn: ShardedTurn, group: Mapping[str, Any], state: State) -> list[Tensor]:
+        """Views of `second_moment`: it has the rows of this rank's parts, in the order of `owned_rows`."""
+        moments, at = state[turn.flat]["second_moment"], 0
+        views = {}
+        for name, start, stop in self.owned_rows(group):
+            views[name, start] = moments[at : at + stop - start]
             at += stop - start
-        return views
+        return [views[place.name, place.area.row] for place in turn.places]
 
-    def _parts(self) -> Iterator[Part]:
-        for turn in self.rounds:
-            yield from turn.parts
-
-    def _steps(
-        self,
-        turn: Round,
-        u: Tensor,
-        moments: Mapping[int, Tensor],
-        options: Mapping[str, Any],
-        norms: Tensor | None,
-        finite: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Fallbacks and retries, and the steps before the learning rate, of this rank's parts of a round."""
-        if not turn.parts:
-            return torch.zeros(2, dtype=torch.int64, device=self.device), u
-        units = [part.unit for part in turn.parts]
-        shape = self.plan.units[units[0]].shape
-        team = self.teams.get(self.plan.teams[units[0]])
-        second = None
-        if directions.keeps_second_moment(options, *shape):
-            second = torch.stack([moments[index] for index in units])
-        if team is None:
-            found = directions.from_options(u, options, second)
-        else:
-            found = row_sharded_direction(u, shape, options, team, second)
-        if self.direction_observer is not None:
-            for part, d in zip(turn.parts, found.d, strict=True):
-                self.direction_observer(self.plan.units[part.unit], part.area, d)
-        if found.second_moment is not None:
-            for index, values in zip(units, found.second_moment, strict=True):
-                commit_(moments[index], values, finite)
-        counted = torch.stack([found.fallbacks.sum(), found.retries.sum()])
-        # What a team counts each of its members has seen.
-        counted = counted if team is None or self.rank == self.plan.teams[units[0]][0] else torch.zeros_like(counted)
-        steps = directions.scaled(found.d, directions.lr_scale(options["lr_scale"], *shape), polar=options["polar"])
-        if norms is not None:
-            steps = enlarged(steps, options["uw_floor"] * norms[units][:, None, None], team or HERE)
-        return counted, steps
-
-    def _weight_norms(self, flat: Tensor) -> Tensor:
-        """The Frobenius norm of every unit's weight."""
+    def weight_norms(self, turns: Sequence[ShardedTurn]) -> list[Tensor]:
+        """From the sums of squares of all ranks."""
         squares = torch.zeros(len(self.plan.units), dtype=torch.float32, device=self.device)
-        for turn in self.rounds:
-            for run in turn.runs:
-                squares[run.unit] += run.of(flat).float().square().sum()
-        if self.world_size > 1:
-            dist.all_reduce(squares, group=self.group)
-        return squares.sqrt()
+        for turn in turns:
+            for run, piece in zip(turn.round.runs, turn.pieces, strict=True):
+                squares[run.unit] += piece.of(piece.param).float().square().sum()
+        norms = self.total(squares).sqrt()
+        units = [torch.tensor([part.unit for part in turn.round.parts], dtype=torch.int64) for turn in turns]
+        return [norms[some.to(norms.device)][:, None, None] for some in units]
+
+    def direction(
+        self, turn: ShardedTurn, u: Tensor, group: Mapping[str, Any], second_moment: Tensor | None
+    ) -> Direction:
+        """By `directions.from_options`, or by a team where this rank works on a part of a matrix."""
+        team = self._team(turn)
+        if team is None:
+            return directions.from_options(u, group, second_moment)
+        found = row_sharded_direction(u, turn.shape, group, team, second_moment)
+        if self.rank == self.plan.teams[turn.round.parts[0].unit][0]:
+            return found
+        # Each member of a team has seen what the team counts.
+        none = torch.zeros_like(found.fallbacks)
+        return found._replace(fallbacks=none, retries=none)
+
+    def rows(self, turn: ShardedTurn) -> Rows:
+        """Those of the team, if this rank has a part of the rows only."""
+        return self._team(turn) or HERE
+
+    def _team(self, turn: ShardedTurn) -> Team | None:
+        return self.teams.get(self.plan.teams[turn.round.parts[0].unit])
 
     def applied(self, before: Tensor, after: Tensor, options: Mapping[str, Any]) -> list[Applied]:
-        """What a step did to the matrices that this rank is the first to work on, from the weights themselves.
+        """What a step did to the matrices whose first rank this is, measured from the weights.
 
         Args:
             before: the shard before the step.
@@ -306,29 +285,12 @@ class ShardedMatrices:
 
 
 def _numbers(unit: Unit, low: int, high: int, device: torch.device) -> Tensor:
-    """A number for each element, exact in fp32, that no other element near it in any direction has."""
+    """A number for each element, exact in fp32, that differs from those of all elements near it."""
     return ((torch.arange(low, high, device=device) + 7919 * unit.row) % 1_000_003).float()
 
 
-def _blend(run: Run, grad: Tensor, momentum: Tensor, options: Mapping[str, Any], finite: Tensor) -> Tensor:
-    """Moves the momentum of a run; returns the input of the direction, zeros where the step is void."""
-    moved, blended = blend(run.of(grad), run.of(momentum), options["momentum"], options["nesterov"])
-    commit_(run.of(momentum), moved, finite)
-    return torch.where(finite, blended, 0.0)
-
-
-def _apply(
-    runs: Sequence[Run], steps: Sequence[Tensor], flat: Tensor, options: Mapping[str, Any], finite: Tensor
-) -> None:
-    """Updates the runs by their steps."""
-    decay = {key: options[key] for key in ("lr", "weight_decay", "cautious")}
-    for run, step in zip(runs, steps, strict=True):
-        weight = run.of(flat)
-        commit_(weight, updated(weight, step, **decay), finite)
-
-
 def _measure(unit: Unit, part: Tensor, options: Mapping[str, Any], team: Team | None) -> Applied:
-    """The properties of a direction [rows, columns], or of a member's part of one."""
+    """The properties of a direction [rows, columns], or of a direction of which this is a member's part."""
     d = part / directions.lr_scale(options["lr_scale"], *unit.shape)
     tall = d if unit.rows >= unit.columns else d.mT
     gram = tall.mT @ tall

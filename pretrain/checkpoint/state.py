@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from optimizers import Aurora
-from optimizers.blocks import row_blocks
-from optimizers.sharded import Held
+from optimizers.sharded import Held, ShardedMatrices
 from pretrain.checkpoint.format import TELEMETRY_SLOT, CheckpointError, Fragment
 from pretrain.checkpoint.store import CheckpointReader
 
@@ -31,9 +30,9 @@ def _whole(model: nn.Module, optimizer: Aurora) -> Iterator[Fragment]:
     """Every tensor as one fragment. What the optimizer steps counts: it may be an fp32 copy of the model's weight."""
     stepped = set()
     for group in optimizer.param_groups:
-        for name, p, entry in zip(group["param_names"], group["params"], row_blocks(group), strict=True):
+        for name, p in zip(group["param_names"], group["params"], strict=True):
             stepped.add(name)
-            for slot, values in {"weight": p.detach(), **optimizer.state_of(p, group, entry)}.items():
+            for slot, values in {"weight": p.detach(), **optimizer.state_of(p, group)}.items():
                 yield Fragment(name, slot, tuple(values.shape), 0, values)
     for name, parameter in model.named_parameters():
         if name not in stepped:  # frozen
@@ -55,9 +54,9 @@ def _cut(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
 
 def _second_moments(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
     """The one state that lies with the owner of a matrix instead of with its elements."""
-    sharded = optimizer.sharded
-    if sharded is None:
-        return
+    sharded = optimizer.matrices
+    if not isinstance(sharded, ShardedMatrices):
+        return  # only AdamW
     group = optimizer.param_groups[sharded.shard]
     moments, at = optimizer.state_of(held.shards[sharded.shard], group).get("second_moment"), 0
     if moments is None:
@@ -68,8 +67,9 @@ def _second_moments(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
 
 
 def group_settings(optimizer: Aurora) -> list[dict[str, Any]]:
-    """The optimizer's groups: hyper-parameters and `param_names`."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    """The optimizer's groups: hyper-parameters and `param_names`. `base_lr` is the config's, so it is not saved."""
+    without = ("params", "base_lr")
+    return [{key: value for key, value in group.items() if key not in without} for group in optimizer.param_groups]
 
 
 @torch.no_grad()

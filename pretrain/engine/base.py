@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from optimizers import Aurora, param_groups
+from optimizers import Aurora
 from optimizers.sharded import Held
 from pretrain.config import Config
 from pretrain.engine.precision import resolve_precision
@@ -99,7 +99,7 @@ class Engine:
         model = build_model(self.config.model, self.config.run.seed)
         if load is not None:
             load(model)
-        optimizer = Aurora(param_groups(model, self.config.optimizer.settings()))
+        optimizer = Aurora(self.config.optimizer.param_groups(model))
         self.prepare(LossModel(model, self.config.train), optimizer)
         return optimizer
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from optimizers import Aurora
 from optimizers.directions import treats
 from optimizers.sharded import Held, ShardedMatrices, shard
-from optimizers.sharded.deepspeed import read_layout
+from optimizers.sharded.engines.deepspeed import read_layout
 from optimizers.sharded.matrices import doubts
 from pretrain.config import Config, ConfigError
 from pretrain.engine.base import TIMEOUT, Engine

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from optimizers import Aurora
-from optimizers.blocks import Block
+from optimizers.blocks import Rectangle
+from optimizers.matrices import Place
 from optimizers.sharded import Held, Layout, make_plan
 from optimizers.sharded.exchange import Exchange, make_rounds
-from optimizers.sharded.layout import Fragment as Place
-from optimizers.sharded.plan import Rectangle, Unit
+from optimizers.sharded.layout import ShardFragment
+from optimizers.sharded.owners import Unit
 from optimizers.update import blend, commit_
 from pretrain.checkpoint.format import TELEMETRY_SLOT, Fragment
 from pretrain.checkpoint.store import CheckpointReader
@@ -72,7 +73,7 @@ class Piece:
     """What is here of a watched matrix: a run of its elements."""
 
     watched: Watched
-    place: Place
+    place: ShardFragment
     average: Tensor
     """[place.length] fp32, of b."""
 
@@ -125,24 +126,14 @@ class WatchedMatrices:
     def watch_directions(self, on: bool) -> None:
         """Have the optimizer show its directions, or no longer."""
         self._directions = {}
-        self.optimizer.direction_observer = self._take_block if on and self.here else None
-        if self.optimizer.sharded is not None:
-            self.optimizer.sharded.direction_observer = self._take_part if on else None
+        self.optimizer.direction_observer = self._take_direction if on and self.here else None
 
-    def _take_block(self, block: Block, direction: Tensor) -> None:
-        for piece in self._by_shard.get(block.param, ()):
-            area = Rectangle(block.start, block.stop, 0, block.shape[1])
-            self._take_direction(piece.watched, area, direction)
-
-    def _take_part(self, unit: Unit, area: Rectangle, direction: Tensor) -> None:
-        if unit.name in self._by_parameter:
-            area = area._replace(row=unit.row + area.row, row_stop=unit.row + area.row_stop)
-            self._take_direction(self._by_parameter[unit.name], area, direction)
-
-    def _take_direction(self, watched: Watched, area: Rectangle, direction: Tensor) -> None:
-        total = self._directions.setdefault(watched.name, self._zeros(watched))
-        # Contiguous, since the order of the elements in memory decides how a sum is rounded.
-        _add_squares(total, watched, area, direction.contiguous())
+    def _take_direction(self, place: Place, direction: Tensor) -> None:
+        watched = self._by_parameter.get(place.name)
+        if watched is not None:
+            total = self._directions.setdefault(watched.name, self._zeros(watched))
+            # Contiguous, since the order of the elements in memory decides how a sum is rounded.
+            _add_squares(total, watched, place.area, direction.contiguous())
 
     @torch.no_grad()
     def measure(self, taken: bool) -> dict[str, Tensor]:
@@ -238,7 +229,7 @@ def _as_held(optimizer: Aurora, names: list[str]) -> Held:
     groups = optimizer.param_groups
     stepped = {name: p for g in groups for name, p in zip(g["param_names"], g["params"], strict=True)}
     shapes = {name: tuple(stepped[name].shape) for name in names}
-    places = tuple(Place(name, 0, prod(shape), shard, 0) for shard, (name, shape) in enumerate(shapes.items()))
+    places = tuple(ShardFragment(name, 0, prod(shape), shard, 0) for shard, (name, shape) in enumerate(shapes.items()))
     layout = Layout(shapes, (places,), tuple(place.length for place in places))
     return Held(layout, 0, [stepped[name] for name in names])
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from optimizers import has_fast_bf16, param_groups
+from optimizers import has_fast_bf16
 from optimizers.flops import step_flops
 from optimizers.options import complete
 from optimizers.sharded import Layout, LayoutError, Plan, plan_group, zero_layout
-from optimizers.sharded.plan import rectangles
+from optimizers.sharded.owners import rectangles
 from pretrain.config import Config
 from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token
@@ -134,7 +134,7 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
     ranks, device = cluster.ranks, cluster.device.kind
     config.accumulation(ranks)
     model = build_model(config.model, config.run.seed, device="meta")
-    groups = param_groups(model, config.optimizer.settings())
+    groups = config.optimizer.param_groups(model)
     # On a GPU "auto" is bf16, on a CPU what this one is fast at.
     auto = device == "cuda" or has_fast_bf16("cpu")
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and auto)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from optimizers import param_groups, routes
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from pretrain.config import Config
@@ -17,14 +16,14 @@ from pretrain.model.cost import flops_per_token, parameter_count
 
 def routing_table(config: Config, model: nn.Module) -> list[dict[str, Any]]:
     """How each parameter is trained, one row each, for the manifest."""
-    return [asdict(route) for route in routes(model, config.optimizer.settings())]
+    return [asdict(route) for route in config.optimizer.routes(model)]
 
 
 def format_routing(config: Config, model: nn.Module) -> list[str]:
     """The routing table as text, in columns: name, shape, form, optimizer, direction, lr scale, why."""
     header = ("parameter", "shape", "form", "optimizer", "direction", "lr scale", "why")
     rows = [header]
-    for route in routes(model, config.optimizer.settings()):
+    for route in config.optimizer.routes(model):
         shape = " x ".join(map(str, route.shape)) + (f" ({route.blocks} blocks)" if route.blocks > 1 else "")
         scale = "" if route.lr_scale is None else f"{route.lr_scale:.4g}"
         rows.append((route.name, shape, route.form, route.optimizer, route.direction, scale, route.why))
@@ -63,7 +62,7 @@ def block_shapes(group: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 def _optimizer(config: Config, model: nn.Module) -> str:
     """Which parameters the matrix optimizer trains, and the cost of its step."""
-    matrix = next((g for g in param_groups(model, config.optimizer.settings()) if g["kind"] == "matrix"), None)
+    matrix = next((g for g in config.optimizer.param_groups(model) if g["kind"] == "matrix"), None)
     if matrix is None:
         return "adamw for every parameter"
     shapes = block_shapes(matrix)

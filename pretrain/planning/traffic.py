@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from optimizers import directions
 from optimizers.flops import read_options
 from optimizers.sharded import Layout, Plan
-from optimizers.sharded.row_sharded import Team, row_sharded_direction
+from optimizers.sharded.teams import Team, row_sharded_direction
 from pretrain.config import Config
 from pretrain.planning.stage_3 import gathered_elements, padded
 

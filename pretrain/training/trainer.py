@@ -89,7 +89,6 @@ class Trainer:
         self.eos_id = eos_id
         self.state = state or TrainState()
         self.hooks, self.log, self.save, self.stop_requested = hooks, log, save, stop_requested
-        self.base_lrs = base_lrs(config, optimizer)
         self.micro_batches = config.accumulation(engine.world_size)
         self.flops_per_token = flops_per_token(config.model, config.sequence_length)
         self.peak_flops = peak_flops(engine.device, engine.precision.is_bf16, config.train.peak_tflops)
@@ -185,8 +184,8 @@ class Trainer:
         """Set every group's rate for this step; returns what is logged."""
         train = self.config.train
         factor = lr_factor(self.config.schedule, self.state.tokens, train.global_batch_tokens, train.total_tokens)
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
         groups = self.optimizer.param_groups
         lrs = {"lr": next((group for group in groups if group["role"] == "hidden"), groups[0])["lr"]}
         own = self.config.optimizer.adamw.lrs()
@@ -280,13 +279,3 @@ class Trainer:
                 "row (train.max_skipped_steps); the weights are those before these steps. Lower the learning "
                 "rates or look at the data"
             )
-
-
-def base_lrs(config: Config, optimizer: Aurora) -> list[float]:
-    """Each group's rate before the schedule. From the config, since a restored group holds a scheduled one."""
-    optimizer_config = config.optimizer
-    adamw = optimizer_config.adamw
-    return [
-        optimizer_config.lr if group["kind"] == "matrix" else adamw.lrs().get(group["role"], adamw.lr)
-        for group in optimizer.param_groups
-    ]

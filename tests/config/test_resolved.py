@@ -49,7 +49,8 @@ FITTING: dict[str, list[Any]] = {
 # Keys that cannot change alone in the quickstart: they act with other settings only, or have to fit others.
 NEVER_ALONE = {
     *(f"engine.{key}" for key in EngineConfig.model_fields if key != "kind"),
-    *(f"optimizer.{key}" for key in ("beta", "beta2", "normuon_target", "outer_steps", "riemannian", "running_norms")),
+    *(f"optimizer.{key}" for key in ("beta", "beta2", "cautious", "normuon_target", "outer_steps")),
+    *("optimizer.riemannian", "optimizer.running_norms"),
     *("model.architecture", "model.context_length", "model.embedding_dtype", "model.num_heads"),
     *("optimizer.adamw.head_lr", "schedule.kind", "wandb.project"),
 }

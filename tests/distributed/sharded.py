@@ -89,7 +89,7 @@ def states(optimizer: Aurora, layout: Layout | None, rank: int) -> Iterator[tupl
                 yield f.name, slot, f.start, values[f.offset : f.offset + f.length]
     matrix = next(g for g in optimizer.param_groups if g["kind"] == "matrix")
     moment, at = optimizer.state[matrix["params"][0]].get("second_moment"), 0
-    for name, low, high in optimizer.sharded.owned_rows(matrix) if moment is not None else ():
+    for name, low, high in optimizer.matrices.owned_rows(matrix) if moment is not None else ():
         yield name, "second_moment", low, moment[at : at + high - low]
         at += high - low
 

@@ -13,8 +13,8 @@ import torch
 
 from optimizers import Aurora
 from optimizers.sharded import LayoutError, zero_layout
-from optimizers.sharded.deepspeed import ContractError, read_layout
-from optimizers.sharded.layout import Fragment, Layout
+from optimizers.sharded.engines.deepspeed import ContractError, read_layout
+from optimizers.sharded.layout import Layout, ShardFragment
 from pretrain.checkpoint.format import CheckpointError
 from pretrain.checkpoint.store import CheckpointReader
 from pretrain.cli import main
@@ -184,7 +184,7 @@ def test_matrices_straddle_shards_and_ranks_are_empty() -> None:
     ],
 )
 def test_a_layout_that_does_not_make_up_the_parameters_is_refused(fragments: Any, words: str) -> None:
-    by_rank = tuple(tuple(Fragment(n, start, length, 0, 0) for n, start, length in own) for own in fragments)
+    by_rank = tuple(tuple(ShardFragment(n, start, length, 0, 0) for n, start, length in own) for own in fragments)
     with pytest.raises(LayoutError, match=words):
         Layout({"w": (2, 3)}, by_rank, (6,))
 

@@ -51,11 +51,11 @@ def test_steps_equal_the_reference(direction: str, m: int, n: int, nesterov: boo
 def test_bare_matrices_are_one_group_with_the_documented_keys() -> None:
     optimizer = Aurora([weight(4, 2), weight(3, 3)], lr=0.05)
     (group,) = optimizer.param_groups
-    assert set(group) == {"params", "kind", *DEFAULTS["matrix"]}
+    assert set(group) == {"params", "kind", "base_lr", *DEFAULTS["matrix"]}
     assert group["lr"] == 0.05
     assert group["kind"] == "matrix"
     assert set(Aurora([{"params": [weight(1, 1)], "kind": "adamw"}]).param_groups[0]) == {
-        *("params", "kind", "lr", "weight_decay", "betas", "eps", "fused")
+        *("params", "kind", "base_lr", "lr", "weight_decay", "betas", "eps", "fused")
     }
 
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from optimizers import gram, iterations
-from optimizers.coefficients import Quintic, best_quintic, cans, polar_express
+from optimizers.polar import gram, iterations
+from optimizers.polar.coefficients import Quintic, best_quintic, cans, polar_express
 
 # The eight rows that the authors of Polar Express print for lower end 1e-3 (arXiv 2505.16932, implementation).
 PUBLISHED = [

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimizers import Aurora, directions, leverage, reference
-from optimizers.directions import aurora, aurora_counted, lr_scale, muon
+from optimizers import Aurora, directions, reference
+from optimizers.directions import aurora, aurora_counted, leverage, lr_scale, muon
 from optimizers.options import DEFAULTS
-from optimizers.precision import gram_matrix
+from optimizers.polar.precision import gram_matrix
 from tests.optimizers.helpers import error, low_rank, row_spread, with_condition
 
 TALL = [(16, 4), (64, 16), (33, 30), (9, 1), (40, 36)]
@@ -216,7 +216,7 @@ def test_unknown_options_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             aurora(x, **bad)
-    with pytest.raises(ValueError, match="polar method"):
+    with pytest.raises(ValueError, match="polar is 'cubic': expected one of gram"):
         aurora(x, polar="cubic")
     with pytest.raises(ValueError, match="lr_scale"):
         lr_scale("aspct", 2, 3)

@@ -16,7 +16,7 @@ from optimizers import Aurora, directions, param_groups
 from optimizers.flops import counter, direction_flops, step_flops
 from optimizers.options import complete
 from optimizers.polar import BACKENDS, has_dtype_choice
-from optimizers.precision import gram_matrix
+from optimizers.polar.precision import gram_matrix
 from pretrain.config import load_config
 from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token

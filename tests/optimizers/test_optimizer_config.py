@@ -2,8 +2,10 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from torch import nn
 
 from optimizers import options
+from pretrain.config import ConfigError
 from pretrain.config.optimizer import AdamWConfig, OptimizerConfig
 
 
@@ -83,7 +85,14 @@ def test_every_direction_loads_with_its_own_options() -> None:
     for data in (
         {"name": "aurora", "tolerance": 0.01, "row_balance": "gram", "polar_dtype": "fp16"},
         {"name": "riemannian_aurora", "riemannian": "released", "outer_steps": 2, "scope": "all"},
-        {"name": "muon", "contra": 0.2, "uw_floor": 0.35, "cautious": True, "row_blocks": {"qkv": [8, 4, 4]}},
+        {
+            "name": "muon",
+            "contra": 0.2,
+            "uw_floor": 0.35,
+            "cautious": True,
+            "weight_decay": 0.1,
+            "row_blocks": {"qkv": [8, 4, 4]},
+        },
         {"name": "normuon", "normuon_target": "graft", "beta2": 0.9},
         {"name": "u_normuon", "running_norms": True, "beta2": 0.9},
     ):
@@ -156,3 +165,21 @@ def test_every_field_is_documented() -> None:
     for section in (OptimizerConfig, AdamWConfig):
         for name, field in section.model_fields.items():
             assert field.description, name
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"overrides": {"nothing": "adamw"}}, "optimizer.overrides: override 'nothing' matches no parameter name"),
+        ({"row_blocks": {"0": 5}}, "optimizer.row_blocks: row_blocks '0' splits 0.weight into 5"),
+        ({"adamw": {"head_lr": 0.1}}, "optimizer.adamw.head_lr: adamw learning rate of role 'head' has no effect"),
+        ({"overrides": {"0": "adamw"}}, "optimizer.name: optimizer 'aurora' found no matrix among 2 parameters"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_errors_of_the_config(data: dict[str, Any], problem: str) -> None:
+    config, model = OptimizerConfig.model_validate(data), nn.Sequential(nn.Linear(2, 4))
+    for call in (config.param_groups, config.routes):
+        with pytest.raises(ConfigError) as caught:
+            call(model)
+        (found,) = caught.value.problems
+        assert found.startswith(problem)

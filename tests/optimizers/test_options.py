@@ -38,7 +38,7 @@ def weight() -> nn.Parameter:
         ({"balance_rule": "tyler", "beta": 0.0}, "beta is 0.0: .*above 0 and at most 1"),
         ({"weight_decay": -1}, "weight_decay is -1"),
         ({"preset": "relased"}, "preset is 'relased'.*did you mean 'released'"),
-        ({"preset": "released", "direction": "muon"}, "preset 'released' is one of direction 'aurora'"),
+        ({"preset": "released", "direction": "muon"}, "preset 'released' is for direction 'aurora', not 'muon'"),
         ({"betas": (0.9, 0.95)}, "betas has no effect"),
     ],
 )

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimizers import gram
-from optimizers.polar import ERRORS, polar
+from optimizers.polar import ERRORS, gram, polar
 
 SHAPES = [(512, 64), (64, 512), (96, 96), (300, 256), (33, 32), (40, 2), (3, 3)]
 SPECTRA = ["log", "power", "half", "first", "last"]

@@ -2,9 +2,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from optimizers import precision
-from optimizers.polar import polar
-from optimizers.precision import Products, as_stated, gram_matrix, has_fast_bf16, resolve
+from optimizers.polar import polar, precision
+from optimizers.polar.precision import Products, as_stated, gram_matrix, has_fast_bf16, resolve
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from optimizers import reference
 from optimizers.directions import from_options, keeps_second_moment
+from optimizers.directions.speedrun import contra, uw_floor
 from optimizers.polar import ERRORS, polar
-from optimizers.speedrun import contra, uw_floor
 from tests.optimizers.helpers import OPTIONS, error, gaussian, low_rank, row_spread, with_condition
 
 METHODS = sorted(ERRORS)

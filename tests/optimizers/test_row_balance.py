@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from optimizers.directions import aurora_counted
+from optimizers.directions.row_balance import balance
 from optimizers.reference import leverage_scores
-from optimizers.row_balance import balance
 
 
 def true_leverage(u: Tensor) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,7 @@
 """The package works outside this project, with nothing but torch."""
 
 import ast
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 import optimizers
 from optimizers import Aurora, Settings, param_groups
-from optimizers import directions as directions_module
 
 PACKAGE = Path(optimizers.__file__).parent
 
 
 def test_the_package_needs_nothing_but_torch() -> None:
-    allowed = {"optimizers", "torch", *sys.stdlib_module_names}
+    # Itself it imports relatively, since it may be installed under another name.
+    allowed = {"torch", *sys.stdlib_module_names}
     files = sorted(PACKAGE.rglob("*.py"))
     assert files
     for file in files:
@@ -26,8 +27,7 @@ def test_the_package_needs_nothing_but_torch() -> None:
             if isinstance(node, ast.Import):
                 found = {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, file.name
-                found = {(node.module or "").split(".")[0]}
+                found = set() if node.level else {(node.module or "").split(".")[0]}
             else:
                 continue
             assert found <= allowed, f"{file.name} imports {found - allowed}"
@@ -100,8 +100,10 @@ def test_a_thousand_small_matrices_take_one_polar_call(monkeypatch: pytest.Monke
         calls.append(tuple(x.shape))
         return polar(x, *args, **kwargs)
 
-    polar = directions_module.polar_factor
-    monkeypatch.setattr(directions_module, "polar_factor", counted)
+    # `directions.aurora` is the function of that name.
+    module = importlib.import_module("optimizers.directions.aurora")
+    polar = module.polar_factor
+    monkeypatch.setattr(module, "polar_factor", counted)
     weights = [nn.Parameter(torch.randn(8, 4)) for _ in range(1000)]
     for weight in weights:
         weight.grad = torch.randn_like(weight)

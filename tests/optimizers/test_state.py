@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from optimizers import Aurora
+from pretrain.checkpoint.state import group_settings
 
 
 def build(dtype: torch.dtype = torch.float32, **matrix: Any) -> tuple[list[nn.Parameter], Aurora]:
@@ -139,3 +140,43 @@ def test_state_is_fp32_whatever_the_default_dtype_of_the_process() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert {value.dtype for p in params for value in optimizer.state[p].values()} == {torch.float32}
+
+
+def test_a_schedule_finds_the_rate_that_each_group_began_with() -> None:
+    optimizer = build(lr=0.05)[1]
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * 0.5
+    assert [group["base_lr"] for group in optimizer.param_groups] == [0.05, 3e-3]
+    saved = optimizer.state_dict()
+    resumed = build(lr=0.2)[1]
+    resumed.load_state_dict(saved)
+    assert [group["base_lr"] for group in resumed.param_groups] == [0.05, 3e-3]
+    # A state from before there was a base_lr leaves that of the optimizer that loads it.
+    for group in saved["param_groups"]:
+        del group["base_lr"]
+    resumed = build(lr=0.2)[1]
+    resumed.load_state_dict(saved)
+    assert [group["base_lr"] for group in resumed.param_groups] == [0.2, 3e-3]
+    assert [group["lr"] for group in resumed.param_groups] == [0.025, 1.5e-3]
+
+
+def test_a_checkpoint_does_not_hold_the_rate_that_the_config_gives() -> None:
+    optimizer = build(lr=0.05)[1]
+    assert all("lr" in settings and "base_lr" not in settings for settings in group_settings(optimizer))
+
+
+def test_observers_are_told_the_place_of_every_direction() -> None:
+    seen: list[tuple[Any, torch.Tensor]] = []
+    params = [nn.Parameter(torch.zeros(8, 3)), nn.Parameter(torch.zeros(3, 8))]
+    optimizer = Aurora([{"params": params, "param_names": ["a", "b"], "row_blocks": [(6, 2), None]}], lr_scale="rms")
+    optimizer.direction_observer = lambda place, d: seen.append((place, d.clone()))
+    step(params, optimizer, 1)
+    assert {(place.name, tuple(place.area)) for place, _ in seen} == {
+        ("a", (0, 6, 0, 3)),
+        ("a", (6, 8, 0, 3)),
+        ("b", (0, 3, 0, 8)),
+    }
+    for place, d in seen:
+        area, weight = place.area, params[0 if place.name == "a" else 1]
+        applied = weight[area.row : area.row_stop, area.column : area.column_stop]
+        assert torch.allclose(applied, -0.02 * 0.2 * max(area.shape) ** 0.5 * d)

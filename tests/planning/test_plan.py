@@ -13,7 +13,7 @@ import pytest
 
 from optimizers import Aurora, param_groups
 from optimizers.sharded import LayoutError, chunked_layout, exchange, flat_layout, plan_group
-from optimizers.sharded.plan import Rectangle, Unit, rectangles
+from optimizers.sharded.owners import Rectangle, Unit, rectangles
 from pretrain.cli import main
 from pretrain.config import Config, load_config
 from pretrain.model.build import build_model

@@ -1,9 +1,9 @@
 """The polynomials of the polar iterations, derived.
 
-An odd polynomial p applied to a matrix, X <- p(X), acts on its singular values and leaves its singular vectors.
-A polar iteration is a chain of polynomials after which every singular value that began in [lower, 1] is near 1.
-Each polynomial here is the best one for what the one before has left: if the values lie in [l, u], the p of its
-degree with the smallest max |1 - p| on [l, u], which leaves them in [p(l), 2 - p(l)].
+An odd polynomial p applied to a matrix, X <- p(X), acts on its singular values and keeps its singular vectors. A polar
+iteration is a chain of polynomials after which every singular value that started in [lower, 1] is near 1. Each
+polynomial is the best one for what its predecessor leaves: if the values lie in [l, u], it is the p of its degree with
+the smallest max |1 - p| on [l, u], after which they lie in [p(l), 2 - p(l)].
 """
 
 import functools

@@ -1,13 +1,13 @@
 """Polar factors of stacks of matrices.
 
-polar(X) = U V^T over the singular values of X that are not zero: the nearest matrix with orthonormal
-rows or columns where X has full rank, a partial isometry where it has not, and 0 for X = 0.
-Its squared row norms are the leverage scores of X; they sum to the rank.
+polar(X) = U V^T over the nonzero singular values of X: the nearest matrix with orthonormal rows or columns if X has
+full rank, a partial isometry if it does not, and 0 for X = 0. Its squared row norms are the leverage scores of X, which
+sum to the rank.
 
-Two errors describe a backend, both over the singular values above 2^-10 of the Frobenius norm:
-(a) max |sigma - 1| of the result, (b) |d - d_svd|_F / |d_svd|_F. Rounding the input already costs (b), the more the
-larger the condition number, and (a) does not show it. Directions below that cut come back with
-0 <= sigma <= 1 + (a). `ERRORS` states a bound of both.
+Two errors describe a backend, both over the singular values above 2^-10 of the Frobenius norm: (a) max |sigma - 1| of
+the result, and (b) |d - d_svd|_F / |d_svd|_F. Rounding the input alone causes an error (b) that grows with the
+condition number and that (a) does not show. Singular directions below the cut come back with 0 <= sigma <= 1 + (a).
+`ERRORS` states a bound for both.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers import iterations
-from optimizers.gram import gram_polar
-from optimizers.precision import PolarDtype, as_stated, resolve
+from . import iterations
+from .gram import gram_polar
+from .precision import PolarDtype, as_stated, resolve
 
 # Inputs whose largest entry lies in this range are used as they are; others are scaled by a power of two.
 SMALLEST_UNSCALED, LARGEST_UNSCALED = 2.0**-20, 2.0**40
@@ -30,12 +30,12 @@ class Backend:
     """How one method finds polar factors."""
 
     factor: Callable[[Tensor, torch.dtype], Tensor]
-    """Takes a stack [k, m, n] in fp32 (fp64 for "svd"), finite and scaled, and the dtype of its products; returns
-    [k, m, n] of any floating dtype. What it returns for a zero matrix is not used."""
+    """Takes a stack [k, m, n] in fp32 (fp64 for "svd"), finite and scaled, and the dtype of its products. Returns
+    [k, m, n] in any floating dtype; its result for a zero matrix is not used."""
     dtype: torch.dtype | None = None
-    """The dtype of its products where it is no choice."""
+    """The dtype of its products, if there is only one."""
     is_guarded: bool = True
-    """Whether its input is scaled and freed of zero and non-finite matrices first."""
+    """Whether its input is scaled first, and zero and non-finite matrices are taken out."""
 
 
 def polar(x: Tensor, method: str = "quintic", *, exact: bool = False, dtype: PolarDtype = "auto") -> Tensor:
@@ -46,20 +46,20 @@ def polar(x: Tensor, method: str = "quintic", *, exact: bool = False, dtype: Pol
         method: a key of `BACKENDS`. "svd": exact, fp64. "quintic": the released code's 12 steps. "polar_express": 7
             better steps. "cans": to the precision of fp32. "gram": Polar Express on the smaller Gram matrix, the
             fastest for matrices that are not square. "quintic_exact": see `exact`.
-        exact: with "quintic" the released code's operations in their order, one matrix at a time, in
-            true bf16 and without the scaling below: the same as method "quintic_exact".
-        dtype: of the products of "polar_express" and "gram": "bf16", "fp16", "fp32", or "auto": fp16 on a
-            GPU, bf16 on a CPU with AMX, else fp32. The other methods have one dtype: svd fp64, cans fp32, quintic bf16.
+        exact: with "quintic", the released code's operations in their order, one matrix at a time, in true bf16 and
+            without the scaling below: the same as method "quintic_exact".
+        dtype: of the products of "polar_express" and "gram": "bf16", "fp16", "fp32", or "auto": fp16 on a GPU, bf16 on
+            a CPU with AMX, otherwise fp32. The other methods have one dtype: svd fp64, cans fp32, quintic bf16.
 
     Returns:
-        [..., m, n] in fp32, of any strides. A zero matrix gives zeros. A matrix with a NaN or an infinity
-        gives NaN everywhere, and only that matrix of the stack.
+        [..., m, n] in fp32, with any strides. A zero matrix gives zeros. A matrix with a NaN or an infinity gives NaN
+        everywhere; the other matrices of the stack are not affected.
 
-    If the largest entry of a matrix is outside [2^-20, 2^40] the matrix is first multiplied by the power
-    of two that brings it into [1, 2). That is exact, so the result has no scale from the smallest to
-    the largest number of the dtype.
+    If the largest entry of a matrix is outside [2^-20, 2^40], the matrix is first multiplied by the power of two that
+    brings that entry into [1, 2). This is exact, so the result does not depend on the scale, from the smallest to the
+    largest number of the dtype.
 
-    Nothing waits for the device, except that `svd` itself does on a GPU.
+    Nothing waits for the device, except `svd` itself on a GPU.
 
     Raises:
         ValueError: x has fewer than two dimensions or is not real floating point, an unknown method or dtype,
@@ -70,7 +70,7 @@ def polar(x: Tensor, method: str = "quintic", *, exact: bool = False, dtype: Pol
             f"polar takes a real floating point stack [..., m, n], got {x.dtype} of shape {tuple(x.shape)}"
         )
     if exact and method not in ("quintic", "quintic_exact"):
-        raise ValueError(f"exact=True repeats the released quintic; method {method!r} has no such form")
+        raise ValueError(f"exact=True repeats the released quintic: expected method 'quintic', got {method!r}")
     method = "quintic_exact" if exact else method
     backend = backend_named(method)
     product_dtype = backend.dtype or resolve(dtype, x.device)
@@ -92,7 +92,7 @@ def backend_named(method: str) -> Backend:
 
 
 def has_dtype_choice(method: str) -> bool:
-    """Whether the products of a method can be had in several dtypes."""
+    """Whether a method offers several dtypes for its products."""
     return backend_named(method).dtype is None
 
 
@@ -107,12 +107,12 @@ def working_dtype(method: str) -> torch.dtype:
 def prescale(x: Tensor) -> Tensor:
     """Multiplies each matrix of [..., m, n] by a power of two if its largest entry is outside [2^-20, 2^40].
 
-    The largest entry of a scaled matrix is in [1, 2). Exact, but for entries that underflow beside one
-    about 1e38 times larger. Zero and non-finite matrices pass unchanged; x itself is returned where it is known
-    that nothing is to be scaled.
+    The largest entry of a scaled matrix is in [1, 2). This is exact, except for entries that underflow next to one that
+    is about 1e38 times larger. Zero and non-finite matrices pass unchanged; x itself is returned if it is known that
+    nothing has to be scaled.
     """
     largest = largest_entry(x)
-    # Again a look that costs nothing on a CPU alone.
+    # Looking at a value is free on a CPU only; elsewhere it would wait for the device.
     if x.device.type == "cpu" and not _is_outside(largest).any():
         return x
     return prescale_by(x, largest)
@@ -120,13 +120,13 @@ def prescale(x: Tensor) -> Tensor:
 
 def largest_entry(x: Tensor) -> Tensor:
     """The largest absolute entry of each matrix, [..., 1, 1]; NaN where there is a NaN."""
-    # Two reductions rather than one of |x|, which would be a tensor as large as x.
+    # Two reductions instead of one of |x|, which would be a tensor as large as x.
     dims = (-2, -1)
     return torch.maximum(x.amax(dim=dims, keepdim=True), -x.amin(dim=dims, keepdim=True))
 
 
 def _is_outside(largest: Tensor) -> Tensor:
-    """Whether a matrix with this largest entry is to be scaled."""
+    """Whether a matrix with this largest entry has to be scaled."""
     outside = (largest < SMALLEST_UNSCALED) | (largest > LARGEST_UNSCALED)
     return outside & largest.isfinite() & (largest > 0)
 
@@ -134,7 +134,7 @@ def _is_outside(largest: Tensor) -> Tensor:
 def prescale_by(x: Tensor, largest: Tensor) -> Tensor:
     """x times the power of two that a matrix with this largest entry is scaled by."""
     exponent = torch.where(_is_outside(largest), 1 - torch.frexp(largest).exponent, 0)
-    # In two halves, since 2^exponent itself overflows for a subnormal input.
+    # In two halves, since 2^exponent alone overflows for a subnormal input.
     half = exponent // 2
     return x * _power_of_two(half, x.dtype) * _power_of_two(exponent - half, x.dtype)
 
@@ -156,8 +156,8 @@ def _guarded(stack: Tensor, backend: Backend, dtype: torch.dtype) -> Tensor:
     largest = largest_entry(x)
     finite = largest.isfinite()
     usable = finite & (largest > 0)
-    # Zero matrices are common (every zero-initialised weight at its first step), and on a CPU the look
-    # costs nothing; on an accelerator it would stall the queue.
+    # Zero matrices are common (every zero-initialised weight at its first step). Looking for them is free on a CPU; on
+    # an accelerator it would stall the queue.
     if x.device.type == "cpu":
         if not usable.any():
             return torch.where(finite, torch.zeros_like(x), torch.nan)
@@ -172,7 +172,7 @@ def _svd(x: Tensor, _: torch.dtype) -> Tensor:
     u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
     cut = max(x.shape[-2:]) * 2.0**-52 * sigma[..., :1]
     factor = (u * (sigma > cut).unsqueeze(-2)) @ vh
-    # Rows and columns of zeros come back with entries of 1e-17: a direction that evens out rows would enlarge them.
+    # Rows and columns of zeros come back with entries of 1e-17, which a direction that evens out rows would enlarge.
     live = (x != 0).any(dim=-1, keepdim=True) & (x != 0).any(dim=-2, keepdim=True)
     return torch.where(live, factor, 0.0)
 
@@ -180,8 +180,8 @@ def _svd(x: Tensor, _: torch.dtype) -> Tensor:
 def _quintic_exact(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The released iteration, one matrix at a time.
 
-    On one machine it repeats the released code bit for bit; between machines the summation order of the
-    products differs. It has the released code's range: fails from about 1e-8 down and 1e18 up.
+    On one machine it repeats the released code bit for bit; between machines the summation order of the products
+    differs. It has the range of the released code: it fails below about 1e-8 and above about 1e18.
     """
     tall = x.shape[-2] > x.shape[-1]
     factors = torch.stack([iterations.released_quintic(matrix.mT if tall else matrix) for matrix in x.to(dtype)])
@@ -200,13 +200,13 @@ BACKENDS: dict[str, Backend] = {
 
 
 class StatedError(NamedTuple):
-    """What (a) and (b) stay below: measured over random and hard spectra, with a margin, and tested."""
+    """A bound of (a) and (b): measured over random and hard spectra, with a margin, and tested."""
 
     floor: float
-    """For well conditioned matrices: what the polynomials leave and the products round."""
+    """For well conditioned matrices: the error of the polynomials and of rounded products."""
     slope: float
-    """Grows with the spread, the Frobenius norm over the smallest singular value that counts (at most 2^10): the
-    rounding of X itself turns that direction by about spread times the unit roundoff."""
+    """Per unit of the spread, which is the Frobenius norm over the smallest singular value that counts (at most 2^10):
+    rounding X turns the direction of that value by about the spread times the unit roundoff."""
 
     def at(self, spread: float) -> float:
         """The bound for a matrix of this spread."""

@@ -6,20 +6,20 @@ Both take stacks [..., m, n] in fp32 and return a new tensor; a zero direction s
 import torch
 from torch import Tensor
 
-from optimizers.rows import HERE, Rows
+from ..polar.rows import HERE, Rows
 
-# Power iterations for the largest singular value, and what norms are clamped at before a division.
+# Power iterations for the largest singular value, and the lower bound of norms before a division.
 POWER_STEPS, SMALLEST_NORM = 5, 1e-8
 
 
 def contra(d: Tensor, u: Tensor, strength: float) -> Tensor:
-    """Contra-Muon: d - strength * u / sigma_1(u), brought to the Frobenius norm of d.
+    """Contra-Muon: d - strength * u / sigma_1(u), rescaled to the Frobenius norm of d.
 
-    A polar factor has all singular values alike; this makes the small ones of u the larger ones of the step.
-    sigma_1 comes from 5 power iterations on a constant vector; the largest row norm bounds it from below, for rows that
-    sum to zero.
+    All singular values of a polar factor are equal; this makes the small ones of u the larger ones of the step. sigma_1
+    comes from 5 power iterations that start at a constant vector. The largest row norm is used as a lower bound, for
+    rows that sum to zero.
     """
-    # u^T u of gradients of real size would fall below the clamp.
+    # For gradients of realistic size, u^T u would fall below the clamp.
     u = u.float()
     largest = u.abs().amax(dim=(-2, -1), keepdim=True)
     u = u / torch.where(largest > 0, largest, 1.0)

@@ -1,8 +1,8 @@
 """Polar iterations on the matrix itself: X <- p(X), a few odd polynomials p in turn.
 
-An odd quintic of a wide X is X <- a X + (b A + c A^2) X with A = X X^T: two products of the size of X and one of
-A. All functions take and give a stack [k, m, n], scaled by the Frobenius norm first, which puts all singular
-values into [0, 1].
+An odd quintic of a wide X is X <- a X + (b A + c A^2) X with A = X X^T: two products of the size of X and one of the
+size of A. All functions take and return a stack [k, m, n]. They divide it by its Frobenius norm first, which brings all
+singular values into [0, 1].
 """
 
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from optimizers.coefficients import Quintic, cans, polar_express
-from optimizers.precision import Products
+from .coefficients import Quintic, cans, polar_express
+from .precision import Products
 
 QUINTIC = Quintic(2.0, -1.5, 0.5)
 """The released code's polynomial: p(1) = 1, p'(1) = 0, and small values double."""
@@ -20,13 +20,13 @@ QUINTIC_STEPS = 12
 # Guards the division by the Frobenius norm, as in the released code.
 NORM_EPS = 1e-7
 
-# 2^-12: with the safety below, all from 2^-11 of the Frobenius norm arrives (see polar.ERRORS).
+# 2^-12: with this safety, everything above 2^-11 of the Frobenius norm arrives near 1 (see polar.ERRORS).
 EXPRESS = polar_express(7, lower=2.0**-12, cushion=0.024, safety=1.01)
 PRECISE = cans(2.0**-11, 1e-6, cushion=0.1)
 
 
 def quintic(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """12 steps of `QUINTIC`: the reference, with every product computed in full as the released code does."""
+    """12 steps of `QUINTIC`: the reference, with every product computed in full, as in the released code."""
     return _iterate(x, [QUINTIC] * QUINTIC_STEPS, Products.on(x.device, dtype, mirrored=False))
 
 
@@ -43,7 +43,7 @@ def precise(x: Tensor, dtype: torch.dtype) -> Tensor:
 def released_quintic(X: Tensor) -> Tensor:
     """The released iteration on one wide bf16 matrix [m, n]: every operation rounded to bf16, in the same order.
 
-    The strides count too: products and sums run in the order that they give.
+    The strides matter too: they decide the order in which products and sums run.
     """
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + NORM_EPS)
     for _ in range(QUINTIC_STEPS):

@@ -1,17 +1,18 @@
-"""The polar factor by way of the n x n Gram matrix: of an iteration's products only two in a restart are m x n.
+"""The polar factor from the n x n Gram matrix: only two products per restart have the size m x n.
 
 polar(X) = X (X^T X)^(-1/2). An odd polynomial p(x) = x r(x^2) of X is X R with R = r(A) and A = X^T X, and the Gram
-matrix of the result is R A R. So a chain of polynomials needs n x n products only, which collect in Q, and one
-product X Q at the end. All matrices in between are polynomials of A: symmetric, and they commute.
+matrix of the result is R A R. So a chain of polynomials needs only n x n products, collected in Q, and one product X Q
+at the end. All matrices in between are polynomials of A: they are symmetric and commute.
 
-What rounding does: A has the squares of the singular values, so the small ones are lost in it, and A <- R A R
-multiplies the error of a value that is 0 by up to 68 a step until it is large and negative. A *restart* forms X Q
-and a fresh A from it before that happens. How often is needed was measured (docs/decisions, 2026-11-22, Gram
+Rounding: A holds the squares of the singular values, so the small ones are lost in it, and A <- R A R multiplies the
+error of a value that should be 0 by up to 68 per step, until it is large and negative. A *restart* forms X Q, and a
+fresh A from it, before that happens. How often that is needed was measured (docs/decisions, 2026-11-22, Gram
 iteration): in bf16, whose products keep 8 bits, the first steps cannot be joined at all. Q is kept as q I + Q', since
-rounding the identity's share would cost 0.4 % in bf16, and in the short types a last step X <- X - X E / 2 with the
-residual E = X^T X - I takes out what rounding has left. In bf16 rounding X itself would be the largest error of all, in
-the directions of the small singular values: the first product X Q takes X in two parts, what it rounds to and the rest.
-(After it the small values are larger. The Gram matrix, where they are lost anyway, is that of the first part.)
+rounding the share of the identity would cost 0.4 % in bf16. In the short types a last step X <- X - X E / 2, with the
+residual E = X^T X - I, removes most of what rounding left. In bf16, rounding X itself would be the largest error of
+all, in the directions of the small singular values. Therefore the first product X Q takes X in two parts: its rounded
+value and the rest. (After that product the small values are larger. The Gram matrix, in which they are lost anyway, is
+that of the first part.)
 """
 
 from collections.abc import Sequence
@@ -19,21 +20,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optimizers.coefficients import Quintic, polar_express
-from optimizers.precision import Products
-from optimizers.rows import HERE, Rows
+from .coefficients import Quintic, polar_express
+from .precision import Products
+from .rows import HERE, Rows
 
 # All singular values from 2^-11 of the Frobenius norm arrive within 2e-5 of 1, before rounding.
 EXPRESS = polar_express(7, lower=2.0**-11, cushion=0.024, safety=1.01)
 
 SEGMENTS = {torch.float32: (3, 4), torch.float16: (2, 2, 3), torch.bfloat16: (1, 1, 1, 2, 2)}
-"""How many steps are taken between restarts, by dtype of the products."""
+"""The number of steps between restarts, by dtype of the products."""
 
 
 def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The polar factor of a stack [k, m, n], scaled by its Frobenius norm first, with all products in `dtype`.
 
-    7 steps of Polar Express with restarts; for every dtype but fp32 the residual step follows.
+    7 steps of Polar Express with restarts; for every dtype except fp32 the residual step follows.
     """
     is_wide = x.shape[-2] < x.shape[-1]
     factor = tall_gram_polar((x.mT if is_wide else x).float(), dtype)
@@ -41,7 +42,7 @@ def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def tall_gram_polar(tall: Tensor, dtype: torch.dtype, rows: Rows = HERE) -> Tensor:
-    """`gram_polar` of an fp32 stack of tall or square matrices, of which `rows` may know more rows than are here."""
+    """`gram_polar` of an fp32 stack of tall or square matrices. `rows` may cover more rows than these."""
     products = Products.on(tall.device, dtype)
     # A power of two near sqrt(n) keeps the first Gram matrix out of fp16's smallest numbers (and, up to 2^7, below its
     # largest); the first polynomial takes it out again.
@@ -80,11 +81,11 @@ def inverse_sqrt(A: Tensor) -> Tensor:
 
 
 def _chain(polynomials: Sequence[Quintic], A: Tensor, products: Products) -> tuple[float, Tensor]:
-    """q and Q' with q I + Q' = r_1(A) r_2(A_1) ... for the polynomials x r_i(x^2) in turn. A is used up."""
+    """q and Q' with q I + Q' = r_1(A) r_2(A_1) ... for the polynomials x r_i(x^2) in turn. A is overwritten."""
     R, spare = torch.empty_like(A), torch.empty_like(A)
     q, Q = 1.0, R
     for i, (a, b, c) in enumerate(polynomials):
-        # R is what a I leaves of r(A): r(A) = a I + R.
+        # R is r(A) without the share of the identity: r(A) = a I + R.
         products.symmetric(A, A, c=A, beta=b, alpha=c, out=R)
         if i:
             # (q I + Q)(a I + R) = q a I + (q R + a Q) + Q R
@@ -102,8 +103,8 @@ def _chain(polynomials: Sequence[Quintic], A: Tensor, products: Products) -> tup
 def _without_residual(X: Tensor, products: Products, rows: Rows) -> Tensor:
     """X - X E / 2 in fp32 with E = X^T X - I: the Newton step, which squares the distance from orthogonality.
 
-    Off the diagonal E is small and so are its rounding errors; its diagonal is the difference of numbers near 1 and
-    comes from sums of squares in fp32.
+    Off the diagonal E is small, and so are its rounding errors. Its diagonal is a difference of numbers near 1, so it
+    is computed from sums of squares in fp32.
     """
     E = rows.total(products.symmetric(X.mT, X))
     E.diagonal(dim1=-2, dim2=-1).copy_(rows.sum(X.float().square())[..., 0, :] - 1)

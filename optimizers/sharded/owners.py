@@ -11,34 +11,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from optimizers.flops import direction_flops
-from optimizers.sharded.layout import Fragment, Layout
+from ..blocks import Rectangle
+from ..flops import direction_flops
+from .layout import Layout, ShardFragment
 
 IMBALANCE = 1.1
 """Up to this load of the slowest rank over the mean an owner is chosen for what it already holds of a matrix."""
-
-
-class Rectangle(NamedTuple):
-    """Rows [row, row_stop) and columns [column, column_stop) of a matrix."""
-
-    row: int
-    row_stop: int
-    column: int
-    column_stop: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.row_stop - self.row, self.column_stop - self.column
-
-    @property
-    def elements(self) -> int:
-        """How many there are."""
-        return (self.row_stop - self.row) * (self.column_stop - self.column)
 
 
 @dataclass(frozen=True)
@@ -62,7 +44,7 @@ class Unit:
         """How many there are."""
         return self.rows * self.columns
 
-    def run(self, fragment: Fragment) -> tuple[int, int]:
+    def run(self, fragment: ShardFragment) -> tuple[int, int]:
         """What the fragment holds of this unit, as elements [low, high) of the flattened unit; none if low >= high."""
         if fragment.name != self.name:
             return 0, 0
@@ -141,9 +123,9 @@ class Plan:
         return received
 
     @cached_property
-    def fragments(self) -> dict[str, list[tuple[int, Fragment]]]:
+    def fragments(self) -> dict[str, list[tuple[int, ShardFragment]]]:
         """(rank, fragment) of every parameter, by rank."""
-        found: dict[str, list[tuple[int, Fragment]]] = {name: [] for name in self.layout.shapes}
+        found: dict[str, list[tuple[int, ShardFragment]]] = {name: [] for name in self.layout.shapes}
         for rank, own in enumerate(self.layout.fragments):
             for fragment in own:
                 found[fragment.name].append((rank, fragment))

@@ -1,10 +1,10 @@
 """Matrix products in a stated precision, the same on every device.
 
-The polar backends multiply in bf16, fp16 or fp32: operands rounded to that dtype, sums in fp32, one rounding of
-the result. A processor without instructions for a dtype runs torch's native product some hundred times slower
-than fp32. There the operands are kept as fp32 tensors that hold only values of the dtype ("carried" in fp32),
-the product runs in fp32 and its result is rounded: products of two bf16 or fp16 numbers are exact in fp32, so
-this differs from the native arithmetic in the order of summation only.
+The polar backends multiply in bf16, fp16 or fp32: operands are rounded to that dtype, sums are in fp32, and the result
+is rounded once. On a processor without instructions for a dtype, torch's native product is about a hundred times slower
+than fp32. There the operands are fp32 tensors that hold only values of the dtype ("carried" in fp32), the product runs
+in fp32, and its result is rounded. Products of two bf16 or fp16 numbers are exact in fp32, so this differs from the
+native arithmetic only in the order of summation.
 """
 
 import functools
@@ -21,19 +21,19 @@ PolarDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# A symmetric product is computed by strips of rows up to the diagonal. Below about 256 rows a strip costs more in
-# calls than it saves in operations; four strips save 3/8 of the operations, more strips hardly more.
+# A symmetric product is computed in strips of rows up to the diagonal. Below about 256 rows a strip costs more in calls
+# than it saves in operations. Four strips save 3/8 of the operations; more strips save little more.
 STRIP_ROWS, MOST_STRIPS = 256, 4
 
 
 def has_fast_bf16(device: torch.device | str) -> bool:
     """Whether matrix products in bf16 are faster than in fp32 on `device`.
 
-    True for CUDA devices of compute capability 8 or more, and for CPUs with AMX or AVX-512 bf16
-    instructions in a torch that has oneDNN. Every other device says False, which is always safe.
+    True for CUDA devices of compute capability 8 or more, and for CPUs with AMX or AVX-512 bf16 instructions if torch
+    has oneDNN. False for all other devices, which is always safe.
 
     Raises:
-        RuntimeError: by torch, for a name that is no device, or a CUDA device that is not there.
+        RuntimeError: by torch, for a name that is not a device, or a CUDA device that does not exist.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -52,15 +52,15 @@ def _cpu_has_fast_bf16() -> bool:
 
 
 def _cpu_has(instructions: str) -> bool:
-    """Whether the processor has bf16 instructions of this name, and torch a library that uses them."""
+    """Whether the processor has bf16 instructions of this name and torch has a library that uses them."""
     return bool(torch.cpu.get_capabilities().get(instructions, False)) and torch.backends.mkldnn.is_available()
 
 
 def resolve(dtype: PolarDtype, device: torch.device | str) -> torch.dtype:
-    """The torch dtype that is meant.
+    """The torch dtype of a name.
 
-    "auto" is fp16 on a GPU, where it is as fast as bf16 and keeps three bits more; bf16 on a CPU with AMX; fp32
-    elsewhere. (AVX-512's bf16 instructions are at best twice as fast as fp32, and the iteration in bf16 has more
+    "auto" is fp16 on a GPU, where it is as fast as bf16 and keeps three more bits; bf16 on a CPU with AMX; fp32
+    elsewhere. (The bf16 instructions of AVX-512 are at best twice as fast as fp32, and the iteration in bf16 has more
     products.)
 
     Raises:
@@ -77,10 +77,10 @@ def resolve(dtype: PolarDtype, device: torch.device | str) -> torch.dtype:
 
 @contextmanager
 def as_stated(device: torch.device) -> Iterator[None]:
-    """Switches off what would give products another precision than the one chosen here.
+    """Switches off whatever would change the precision of products.
 
-    That is autocast, and the permission to run fp32 products in TF32 or bf16 that
-    torch.set_float32_matmul_precision gives: a Gram matrix in TF32 is not positive definite.
+    These are autocast, and the permission of torch.set_float32_matmul_precision to run fp32 products in TF32 or bf16:
+    a Gram matrix in TF32 is not positive definite.
     """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     allowed = backend.matmul.fp32_precision
@@ -100,29 +100,29 @@ def _has_autocast(device: torch.device) -> bool:
 class Products:
     """Products of stacks [k, p, q] whose entries are values of `dtype`, held in tensors of `carrier`.
 
-    Every result is rounded once. `out` receives the result and is returned; it may be the addend c, but no factor.
+    Every result is rounded once. `out` receives the result and is returned; it may be the addend c, but not a factor.
     """
 
     dtype: torch.dtype
     carrier: torch.dtype
     mirrored: bool = True
-    """Whether large symmetric products are computed up to the diagonal only."""
+    """Whether large symmetric products are computed only up to the diagonal."""
 
     @classmethod
     def on(cls, device: torch.device, dtype: torch.dtype, *, mirrored: bool = True) -> "Products":
-        """Products in `dtype`, native where the device is fast at them and carried in fp32 elsewhere."""
+        """Products in `dtype`: native if the device is fast at them, otherwise carried in fp32."""
         is_native = dtype == torch.float32 or (
             has_fast_bf16(device) if dtype == torch.bfloat16 else device.type == "cuda"
         )
         return cls(dtype, dtype if is_native else torch.float32, mirrored)
 
     def round(self, x: Tensor) -> Tensor:
-        """x in the form that the products take and give: contiguous, sharing no memory with x."""
+        """x in the form that the products take and return: contiguous, sharing no memory with x."""
         rounded = x.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
         return rounded.to(self.carrier)
 
     def round_(self, x: Tensor) -> Tensor:
-        """`round` for an x that the caller does not need any more: no copy where x has the form already."""
+        """`round` for an x that the caller no longer needs: no copy if x has that form already."""
         return x.to(self.dtype).to(self.carrier).contiguous()
 
     def mm(self, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -147,7 +147,7 @@ class Products:
         alpha: float = 1.0,
         out: Tensor | None = None,
     ) -> Tensor:
-        """a @ b, or beta * c + alpha * (a @ b), that is known to be symmetric: [k, p, q] and [k, q, p].
+        """a @ b, or beta * c + alpha * (a @ b), if it is known to be symmetric: [k, p, q] and [k, q, p].
 
         Large ones are computed in strips of rows up to the diagonal and mirrored: 5/8 of the operations.
         """
@@ -168,7 +168,7 @@ class Products:
         return result
 
     def settle(self, x: Tensor) -> Tensor:
-        """Rounds x in place to values of `dtype`, which a native result is already."""
+        """Rounds x in place to values of `dtype`; a native result already has them."""
         return x if self.carrier == self.dtype else x.copy_(x.to(self.dtype))
 
 

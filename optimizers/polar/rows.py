@@ -1,7 +1,7 @@
-"""Sums over the rows of matrices, which may lie on several processes.
+"""Reductions over the rows of matrices, which may lie on several processes.
 
-Whatever a direction has to know of a whole tall matrix is a sum or a maximum over its rows, or its Gram matrix, which
-is a sum over rows too. So a direction of rows that are spread over processes is the same code with these reductions.
+All that a direction has to know about a whole tall matrix is a sum or a maximum over its rows, or its Gram matrix,
+which is also a sum over rows. So the same code serves rows that are spread over processes, with other reductions.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Rows:
-    """Reductions over the second to last dimension, where all rows are here."""
+    """Reductions over the second to last dimension, if all rows are on this process."""
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all rows, [..., 1, n]."""
@@ -20,7 +20,7 @@ class Rows:
         return x.amax(dim=-2, keepdim=True)
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of what every process has found for its rows."""
+        """The sum of what the processes found for their rows."""
         return x
 
     def norm(self, x: Tensor) -> Tensor:

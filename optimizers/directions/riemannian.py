@@ -1,23 +1,78 @@
 """Riemannian Aurora: climb towards u inside the set of matrices with orthonormal columns and rows of equal norm.
 
-Aurora's row scaling finds *a* member of that set near u. This variant starts from the polar factor U of u and takes
-a few steps of projected gradient ascent on <u, U>. The tangent space at U is what changes neither U^T U nor the row
-norms; the multipliers of the second condition, one per row, solve a linear system whose m x m matrix is never formed.
+Aurora's row scaling finds *a* member of that set near u. This variant starts from the polar factor U of u and takes a
+few steps of projected gradient ascent on <u, U>. The tangent space at U holds the changes that keep U^T U and the row
+norms. The multipliers of the second condition, one per row, solve a linear system whose m x m matrix is never formed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from ..fields import option, takes_options
+from ..polar import prescale
+from .aurora import ScopedOptions
+from .base import Direction, balances, form
+from .muon import orthogonal
 
 Variant = Literal["exact", "released"]
 
 STEP_SIZE = 0.1
 RETRACTIONS = 2
 MOST_CG_STEPS, CG_TOLERANCE, SMALLEST_CURVATURE = 20, 1e-8, 1e-30
-# The released system is shifted until its diagonal dominates by this much.
+# The released system is shifted until its diagonal dominates by this margin.
 RELEASED_MARGIN = 1e-3
+
+
+@dataclass(frozen=True)
+class RiemannianAuroraOptions(ScopedOptions):
+    """The options of Riemannian Aurora."""
+
+    direction: ClassVar[str] = "riemannian_aurora"
+
+    riemannian: Variant = option(
+        "exact",
+        'Form of the ascent of riemannian_aurora. "released": that of the released code, which vanishes for gradients '
+        "of real size.",
+        group="parity",
+    )
+    outer_steps: int = option(3, "Ascent steps of riemannian_aurora, each with two polar calls.", low=1, unit="steps")
+
+    def find(self, u: Tensor, second_moment: Tensor | None) -> Direction:
+        """`riemannian_aurora`."""
+        m, n = u.shape[-2:]
+        if not balances(self.scope, form(m, n)) or u.numel() == 0:
+            return Direction.uncounted(orthogonal(u, self))
+        x = u.detach().float()
+        tall = (x if m > n else x.mT).reshape(-1, max(m, n), min(m, n))
+
+        def factor(stack: Tensor) -> Tensor:
+            return orthogonal(stack, self)
+
+        start = prescale(tall) if self.riemannian == "exact" else tall
+        d = ascend(start, factor, variant=self.riemannian, steps=self.outer_steps)
+        return Direction.uncounted((d if m > n else d.mT).reshape(u.shape))
+
+
+@takes_options(RiemannianAuroraOptions)
+def riemannian_aurora(u: Tensor, options: RiemannianAuroraOptions) -> Tensor:
+    """Climbs from polar(u) towards the direction nearest to u among those with orthonormal columns and even rows.
+
+    Args:
+        u: [..., m, n].
+
+    Returns:
+        [..., m, n] in fp32. Shapes outside `scope` get `muon`; square ones always do.
+
+    Raises:
+        OptionError: an option out of range.
+    """
+    return options.find(u, None).d
 
 
 def ascend(u: Tensor, polar: Callable[[Tensor], Tensor], *, variant: Variant, steps: int) -> Tensor:
@@ -29,9 +84,9 @@ def ascend(u: Tensor, polar: Callable[[Tensor], Tensor], *, variant: Variant, st
         variant: "exact": u is brought to the Frobenius norm sqrt(n) first, and the multipliers solve with
             M = diag(row sums of P.P) - P.P, P = U U^T: a graph Laplacian, positive semi-definite, with the constants
             in its kernel.
-            "released": no normalisation, so that the ascent vanishes for small u, and M = r I - P.P with r = n/m
-            raised until the diagonal dominates.
-        steps: how many.
+            "released": no normalisation, so the ascent vanishes for small u, and M = r I - P.P with r = n/m raised
+            until the diagonal dominates.
+        steps: the number of ascent steps.
 
     Returns:
         [k, m, n] fp32, a polar factor. A step with a NaN or an infinity ends the ascent of its matrix; rows that are
@@ -55,7 +110,7 @@ def ascend(u: Tensor, polar: Callable[[Tensor], Tensor], *, variant: Variant, st
 
 
 def _tangent(u: Tensor, U: Tensor, variant: Variant) -> Tensor:
-    """The gradient u with its components off the tangent space at U taken away."""
+    """The gradient u without its components outside the tangent space at U."""
     product = U.mT @ u
     S = (product + product.mT) / 2
     US = U @ S
@@ -64,7 +119,7 @@ def _tangent(u: Tensor, U: Tensor, variant: Variant) -> Tensor:
 
 
 def _multipliers(U: Tensor, q: Tensor, variant: Variant) -> Tensor:
-    """lambda [k, m, 1] with M lambda = q, both centred, by conjugate gradients; 0 where that fails."""
+    """lambda [k, m, 1] with M lambda = q, both centred, by conjugate gradients; 0 if that fails."""
     live = (U != 0).any(dim=-1, keepdim=True)
 
     def overlap(v: Tensor) -> Tensor:
@@ -76,8 +131,8 @@ def _multipliers(U: Tensor, q: Tensor, variant: Variant) -> Tensor:
         largest = U.square().sum(dim=-1, keepdim=True).square().amax(dim=-2, keepdim=True)
         diagonal = r + (largest - r + RELEASED_MARGIN).clamp(min=0)
     else:
-        # The row sums of P.P are |U_i|^2 where U^T U = I. Taken as sums they leave the constants in the kernel of a U
-        # that is orthonormal to a few digits only.
+        # If U^T U = I, the row sums of P.P are |U_i|^2. Computed as sums, they keep the constants in the kernel even
+        # for a U that is orthonormal only to a few digits.
         diagonal = overlap(torch.ones_like(q))
 
     def apply(v: Tensor) -> Tensor:
@@ -90,7 +145,7 @@ def _multipliers(U: Tensor, q: Tensor, variant: Variant) -> Tensor:
     for _ in range(MOST_CG_STEPS):
         Mp = apply(p)
         curvature = _dot(p, Mp)
-        # Matrices that have arrived stay where they are; nothing of them is divided by zero.
+        # Matrices that have converged do not change any more, and nothing of theirs is divided by zero.
         going = (square > enough) & (curvature >= SMALLEST_CURVATURE)
         alpha = torch.where(going, square / torch.where(going, curvature, 1.0), 0.0)
         x, residual = x + alpha * p, residual - alpha * Mp
@@ -101,7 +156,7 @@ def _multipliers(U: Tensor, q: Tensor, variant: Variant) -> Tensor:
 
 
 def _centred(v: Tensor, live: Tensor) -> Tensor:
-    """v without its mean over the rows that are not zero; 0 on the others."""
+    """v minus its mean over the rows that are not zero; 0 on the other rows."""
     mean = torch.where(live, v, 0.0).sum(dim=-2, keepdim=True) / live.sum(dim=-2, keepdim=True).clamp(min=1)
     return torch.where(live, v - mean, 0.0)
 

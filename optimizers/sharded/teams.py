@@ -1,9 +1,9 @@
-"""Directions of a matrix whose long side is shared out among the ranks of a team.
+"""Directions of a matrix whose long side is cut between the ranks of a team.
 
-Each member has a part of the long side of one matrix and computes that part of the direction. What it has to know of
-the others is in n x n Gram matrices (n the short side) and in sums of single numbers: one all-reduce of a Gram matrix
-for each balancing step, and as many for a polar factor as the iteration has restarts. The n x n work is done by every
-member, so a team is slower than one rank would be in all; it pays where one matrix is more than a rank's share.
+Each member has a part of the long side of one matrix and computes that part of the direction. All that it needs from
+the others are n x n Gram matrices (n is the short side) and sums of single numbers: one all-reduce of a Gram matrix for
+each balancing step, and one for each restart of the iteration of a polar factor. Every member repeats the n x n work,
+so a team does more work in total than one rank would; it pays off if one matrix is more than a rank's share.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optimizers import directions, leverage
-from optimizers.directions import Direction
-from optimizers.flops import counter, read_options
-from optimizers.gram import tall_gram_polar
-from optimizers.polar import largest_entry, prescale_by
-from optimizers.precision import as_stated, resolve
-from optimizers.row_balance import balance
-from optimizers.rows import Rows
+from .. import directions
+from ..directions import Direction, leverage
+from ..directions.row_balance import balance
+from ..flops import counter, read_options
+from ..polar import largest_entry, prescale_by
+from ..polar.gram import tall_gram_polar
+from ..polar.precision import as_stated, resolve
+from ..polar.rows import Rows
 
 
 class Team(Rows):
-    """Reductions over the rows of all members; each has to be called by all of them."""
+    """Reductions over the rows of all members, which all have to call them."""
 
     def __init__(self, group: dist.ProcessGroup | None, size: int) -> None:
         self.group, self.size = group, size
@@ -37,7 +37,7 @@ class Team(Rows):
         return self.largest(x.amax(dim=-2, keepdim=True))
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over the members, of floating point numbers in at least fp32."""
+        """The sum over the members; floating point numbers are added in fp32 or better."""
         if self.size == 1 or x.is_meta:
             return x
         wide = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x.long()
@@ -46,7 +46,7 @@ class Team(Rows):
         return wide.to(x.dtype) if x.is_floating_point() else wide
 
     def largest(self, x: Tensor) -> Tensor:
-        """The largest over the members."""
+        """The maximum over the members."""
         if self.size == 1 or x.is_meta:
             return x
         largest = x.clone()
@@ -59,7 +59,7 @@ class Team(Rows):
 
 
 def unshareable(options: Mapping[str, Any]) -> str | None:
-    """Why no team can compute the direction of these options; None if one can."""
+    """Why a team cannot compute the direction of these options; None if it can."""
     if options["polar"] != "gram":
         return f"polar {options['polar']!r} works on the matrix itself, not on its Gram matrix"
     if options["direction"] == "riemannian_aurora":
@@ -83,7 +83,7 @@ def row_sharded_direction(
     Args:
         u: [1, rows, columns] fp32, finite: a part of the rows of a tall or square matrix, of the columns of a wide one.
         shape: of the whole matrix.
-        options: complete, without what is `unshareable`.
+        options: complete; `unshareable` must be None for them.
         team: the members.
         second_moment: [1, rows] of this part, where the direction keeps one.
     """

@@ -2,8 +2,8 @@
 
 For a tall u [m, n] Aurora wants a direction with orthonormal columns and every row of norm sqrt(n/m).
 polar(D u) has orthonormal columns for any D; its squared row norms l_i are the leverage scores of D u.
-This module moves D until they are even, reading l from a function that it is given. It acts row by row, so
-it also runs on a stack [..., m, n].
+This module changes D until they are even, and takes l from a function. It acts row by row, so it also runs on a stack
+[..., m, n].
 """
 
 from collections.abc import Callable
@@ -12,30 +12,30 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.rows import HERE, Rows
+from ..polar.rows import HERE, Rows
 
 BalanceRule = Literal["odds", "tyler"]
 EpsMode = Literal["relative", "absolute"]
 
 # Smallest row norm that is still divided by: a share of the largest (relative), or as it is (absolute).
 ROW_NORM_EPS = 1e-7
-# Leverage lies in (0, 1); the odds rule needs it away from both ends.
+# Leverage lies in (0, 1); the odds rule needs it away from the ends.
 LEVERAGE_MARGIN = 1e-6
-# The released code's floor under l, only there so that the division is finite.
+# The released code's lower bound of l, which only keeps the division finite.
 SMALLEST_LEVERAGE = 1e-14
-# Mean leverage above which the rows have no freedom left to be balanced with.
+# Mean leverage above which the rows have no freedom left to be balanced.
 NO_FREEDOM = 0.999
-# Two spreads that differ by less than the resolution of bf16 differ by rounding, not because a step went wrong.
+# Spreads that differ by less than the resolution of bf16 differ by rounding, not because a step went wrong.
 SPREAD_RESOLUTION = 2.0**-8
 
 
 class RowScale(NamedTuple):
-    """The scaling and how it was reached."""
+    """The scaling, and how it was found."""
 
     D: Tensor
     """[..., m, 1] in the dtype of u, zero on rows of u that are zero."""
     fallbacks: Tensor
-    """[...] int64: how many steps of the odds rule were taken back for a tyler step."""
+    """[...] int64: how many steps of the odds rule were undone and replaced by a tyler step."""
 
 
 def balance(
@@ -49,11 +49,11 @@ def balance(
     tolerance: float | None = None,
     rows: Rows = HERE,
 ) -> RowScale:
-    """Starts at D_i = 1/|u_i| and updates D `updates` times from the leverage scores of D u.
+    """Start at D_i = 1/|u_i| and update D `updates` times from the leverage scores of D u.
 
     Args:
-        u: [..., m, n] fp32 or fp64, tall (m > n), of a scale at which its row norms neither over- nor underflow.
-        leverage: gives the leverage scores [..., m, 1] in fp32 of D u, for D [..., m, 1].
+        u: [..., m, n] fp32 or fp64, tall (m > n), at a scale where its row norms neither overflow nor underflow.
+        leverage: takes D [..., m, 1] and returns the leverage scores of D u, [..., m, 1] in fp32.
         updates: one less than the polar calls K of a direction. With 0 the rows are only normalised.
         rule: "tyler", D_i <- D_i (t/l_i)^beta, the fixed-point iteration of Tyler's M-estimator; or "odds",
             D_i <- D_i sqrt(t/(1-t) (1-l_i)/l_i), which sets each row exactly while the others are held, as
@@ -63,15 +63,15 @@ def balance(
         eps_mode: "relative" floors row norms at 1e-7 of the largest. "absolute" floors them at 1e-7 and
             takes t = n/m, as the released code does (t scales all of D alike, which polar does not see).
         tolerance: keep D once every row norm of polar(D u) is within this share of sqrt(t); None: never.
-        rows: sums over all rows, of which u may have a part only ("absolute" needs them all here).
+        rows: reductions over all rows; u may hold only some of them ("absolute" needs all).
 
-    Rows that are exactly zero keep D = 0. Where t > 0.999 D stays ("absolute" has no such rule): there is nothing
-    to balance with.
+    Rows that are exactly zero keep D = 0. If t > 0.999, D does not change ("absolute" has no such rule): there is no
+    freedom to balance with.
 
-    If a step of the odds rule is seen to raise the spread of the row norms (their deviation over their
-    mean) by more than 2^-8, D goes back and takes a tyler step instead, and the step is counted. A step is seen at
-    the next evaluation of `leverage`, so the last one is not: with one update the rule is never checked. (With exact
-    scores a search of a million random matrices found no such step; rounding makes them from condition 1e4 on.)
+    If a step of the odds rule raises the spread of the row norms (their deviation over their mean) by more than 2^-8,
+    it is undone, a tyler step is taken instead, and that is counted. This shows at the next evaluation of `leverage`,
+    so the last step is not checked; with one update the rule is never checked. (With exact scores, a search of a
+    million random matrices found no such step; rounding causes them from condition 1e4 on.)
     """
     live = (u != 0).any(dim=-1, keepdim=True)
     live_rows = rows.sum(live).clamp(min=1)
@@ -85,7 +85,7 @@ def balance(
         mean = rows.sum(scores) / live_rows
         if tolerance is not None:
             settled = settled | _is_even(scores, mean, live, tolerance, rows)
-            # A look costs nothing on a CPU and would stall the queue of an accelerator, where D merely stays.
+            # Looking is free on a CPU. It would stall the queue of an accelerator, where D just stays as it is.
             if D.device.type == "cpu" and bool(settled.all()):
                 break
         raised = torch.zeros_like(settled)
@@ -117,9 +117,9 @@ def _initial_scale(u: Tensor, live: Tensor, eps_mode: EpsMode, rows: Rows) -> Te
 
 
 def _odds_factor(mean: Tensor, scores: Tensor) -> Tensor:
-    """sqrt of the wanted odds over the present ones."""
+    """The square root of the wanted odds over the present ones."""
     inside = scores.clamp(LEVERAGE_MARGIN, 1 - LEVERAGE_MARGIN)
-    # Above NO_FREEDOM there is no division by zero, and the caller does not use the result.
+    # The clamp avoids a division by zero above NO_FREEDOM, where the caller does not use the result.
     wanted = mean.clamp(LEVERAGE_MARGIN, NO_FREEDOM)
     return ((wanted / (1 - wanted)) * ((1 - inside) / inside)).sqrt()
 

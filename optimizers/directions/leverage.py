@@ -1,8 +1,8 @@
-"""Leverage scores: the squared row norms of polar(X), which all but the last polar call of Aurora is made for.
+"""Leverage scores: the squared row norms of polar(X). All polar calls of Aurora but the last serve only to find them.
 
-l_i = x_i (X^T X)^-1 x_i^T needs a factorisation of the n x n Gram matrix only. The rows of X = D u have norm 1 or
-near it, so X is well conditioned where u is not. Every function takes a tall stack X [k, m, n] in fp32 and returns
-the scores [k, m, 1] in fp32 with the number of retries [k]. `rows` may know of more rows than are here.
+l_i = x_i (X^T X)^-1 x_i^T needs only a factorisation of the n x n Gram matrix. The rows of X = D u have norms near 1,
+so X is well conditioned even if u is not. Every function takes a tall stack X [k, m, n] in fp32 and returns the scores
+[k, m, 1] in fp32 with the number of retries [k]. `rows` may cover more rows than these.
 """
 
 from collections.abc import Callable
@@ -10,18 +10,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optimizers.gram import inverse_sqrt
-from optimizers.polar import polar
-from optimizers.precision import PolarDtype, as_stated, gram_matrix
-from optimizers.rows import HERE, Rows
+from ..polar import polar
+from ..polar.gram import inverse_sqrt
+from ..polar.precision import PolarDtype, as_stated, gram_matrix
+from ..polar.rows import HERE, Rows
 
 RIDGES = (1e-8, 1e-6)
-"""Shares of the trace that are added to the diagonal of a Gram matrix, the second where Cholesky's factorisation
-fails with the first. It is the rounding error of an fp32 Gram matrix; a rank-deficient one has no factor without."""
+"""Shares of the trace that are added to the diagonal of a Gram matrix; the second is used if the Cholesky factorisation
+fails with the first. They are about the rounding error of an fp32 Gram matrix. Without them a rank-deficient matrix has
+no factor."""
 
 
 def from_polar(x: Tensor, method: str, dtype: PolarDtype) -> tuple[Tensor, Tensor]:
-    """The squared row norms of a polar factor: any backend, the reference."""
+    """The squared row norms of a polar factor from any backend: the reference."""
     scores = polar(x, method, dtype=dtype).square().sum(dim=-1, keepdim=True)
     return scores, torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
@@ -31,8 +32,8 @@ def from_cholesky(
 ) -> tuple[Tensor, Tensor]:
     """|L^-1 x_i|^2 with L L^T = X^T X + ridge: 2 m n^2 for the Gram matrix, m n^2 to solve, n^3 / 3.
 
-    Where the factorisation fails with the first ridge it is tried with the second, and then `fallback` finds the
-    scores; each is one retry. Looking whether it failed waits for the device.
+    If the factorisation fails with the first ridge, the second is tried; if that fails too, `fallback` finds the
+    scores. Each of these is one retry. Checking whether it failed waits for the device.
     """
     with torch.no_grad(), as_stated(x.device):
         A = rows.total(gram_matrix(x))
@@ -49,7 +50,7 @@ def from_cholesky(
 
 
 def from_gram(x: Tensor, rows: Rows = HERE) -> tuple[Tensor, Tensor]:
-    """The squared row norms of X (X^T X + ridge)^(-1/2), by products of matrices only and without waiting."""
+    """The squared row norms of X (X^T X + ridge)^(-1/2), by matrix products only and without waiting for the device."""
     with torch.no_grad(), as_stated(x.device):
         Q = inverse_sqrt(_ridged(rows.total(gram_matrix(x)), RIDGES[0]))
         scores = _squared_rows(torch.bmm(x, Q))
@@ -57,14 +58,14 @@ def from_gram(x: Tensor, rows: Rows = HERE) -> tuple[Tensor, Tensor]:
 
 
 def _cholesky(A: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Lower factors of A with a ridge, and which failed. One of a failed matrix is nothing to use."""
+    """Lower factors of A with a ridge, and which of them failed; a failed one must not be used."""
     L, info = torch.linalg.cholesky_ex(_ridged(A, ridge))
     return L, info > 0
 
 
 def _ridged(A: Tensor, ridge: float) -> Tensor:
     ridged = A.clone()
-    # A zero matrix has no trace; with 1 on its diagonal its scores are the zeros that they should be.
+    # A zero matrix has trace 0; with 1 on its diagonal its scores are zeros, as they should be.
     trace = A.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     ridged.diagonal(dim1=-2, dim2=-1).add_(torch.where(trace > 0, ridge * trace, 1.0)[:, None])
     return ridged
@@ -75,5 +76,5 @@ def _squared_rows(x: Tensor) -> Tensor:
 
 
 def _any(flags: Tensor) -> bool:
-    """Whether a flag is up; a tensor without data has none."""
+    """Whether any flag is true; False for a tensor without data."""
     return flags.device.type != "meta" and bool(flags.any())

@@ -1,0 +1,180 @@
+"""Aurora: a direction near the momentum with orthonormal columns and rows of equal norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..fields import option, takes_options
+from ..polar import PolarDtype, prescale, working_dtype
+from ..polar import polar as polar_factor
+from . import leverage
+from .base import Direction, MatrixOptions, Scope, balances, form
+from .muon import orthogonal
+from .row_balance import BalanceRule, EpsMode, balance
+
+RowBalance = Literal["auto", "polar", "leverage", "gram"]
+
+
+def _one_iteration(options: Mapping[str, Any]) -> str | None:
+    return "with iterations = 1 the row scaling is never updated" if options["iterations"] == 1 else None
+
+
+def _beta_idle(options: Mapping[str, Any]) -> str | None:
+    if options["iterations"] != 1 and options["balance_rule"] == "odds":
+        return "the balance rule 'odds' has no step size; only 'tyler' has one"
+    return _one_iteration(options)
+
+
+@dataclass(frozen=True)
+class ScopedOptions(MatrixOptions):
+    """The options of the directions that balance rows: both auroras."""
+
+    scope: Scope = option(
+        "tall",
+        'Which shapes the auroras balance: "tall" (gate and up projections), "wide" (down projections) or "all". The '
+        "others, and square ones always, get the direction of muon.",
+        group="main",
+    )
+
+    @staticmethod
+    def treats(options: Mapping[str, Any], m: int, n: int) -> bool:
+        """Those in its scope."""
+        return balances(options["scope"], form(m, n))
+
+
+@dataclass(frozen=True)
+class AuroraOptions(ScopedOptions):
+    """The options of Aurora."""
+
+    direction: ClassVar[str] = "aurora"
+
+    iterations: int = option(
+        2,
+        "Polar calls of an aurora direction. All but the last serve the row norms only; `row_balance` says what those "
+        "cost. 2 leaves row norms within about 1 %, 3 within 0.1 %. 1 only normalises the rows of the momentum, which "
+        "can leave those of the direction less even than muon's, and warns.",
+        group="main",
+        low=1,
+        unit="calls",
+    )
+    tolerance: float | None = option(
+        None,
+        "Stop balancing a matrix once all its rows are within this share of their norm, after `iterations` calls at "
+        "the latest: 0.01 is 1 %. By default balancing always takes `iterations` calls.",
+        above=True,
+        high=1.0,
+        unit="share of the row norm",
+        idle=_one_iteration,
+    )
+    balance_rule: BalanceRule = option(
+        "odds",
+        'How row scales move between the polar calls. "odds" sets each row exactly, at any shape. "tyler" is the '
+        "released rule, slow on nearly square matrices.",
+        group="parity",
+        idle=_one_iteration,
+    )
+    beta: float = option(
+        0.5,
+        'Power of a "tyler" step: 0.5 is undamped, smaller is slower and steadier, larger overshoots.',
+        group="parity",
+        above=True,
+        high=1.0,
+        closed=True,
+        idle=_beta_idle,
+    )
+    row_balance: RowBalance = option(
+        "auto",
+        'Where the row norms between the polar calls come from. "polar": a polar factor, as expensive as muon. '
+        '"leverage": a Cholesky factor, about a quarter of that. "gram": matrix products alone, for a GPU. "auto": '
+        '"leverage" on a CPU, "gram" on a GPU.',
+        group="parity",
+        idle=_one_iteration,
+    )
+    eps_mode: EpsMode = option(
+        "relative",
+        'What guards the division by a row norm. "relative": 1e-7 of the largest, so that the direction has no scale '
+        'from 1e-20 to 1e20. "absolute": the fixed 1e-7 of the released code.',
+        group="parity",
+        preset_only=True,
+    )
+
+    def find(self, u: Tensor, second_moment: Tensor | None) -> Direction:
+        """`aurora`, with its fallbacks and retries."""
+        m, n = u.shape[-2:]
+        if not balances(self.scope, form(m, n)) or u.numel() == 0:
+            return Direction.uncounted(orthogonal(u, self))
+        # fp64 stays: rounded to fp32, a matrix of deficient rank would have full rank.
+        x = u.detach() if u.dtype == torch.float64 else u.detach().float()
+        tall = (x if m > n else x.mT).reshape(-1, max(m, n), min(m, n))
+        if self.eps_mode == "relative":
+            tall = prescale(tall)
+        # The product with D in the backend's own precision: see working_dtype.
+        rows = tall.to(working_dtype(self.polar))
+        retries = torch.zeros(len(tall), dtype=torch.int64, device=u.device)
+
+        def scores(D: Tensor) -> Tensor:
+            found, retried = _leverage(D * rows, self.row_balance, self.polar, self.polar_dtype)
+            retries.add_(retried)
+            return found
+
+        with torch.no_grad():
+            scale = balance(
+                tall,
+                scores,
+                updates=self.iterations - 1,
+                rule=self.balance_rule,
+                beta=self.beta,
+                eps_mode=self.eps_mode,
+                tolerance=self.tolerance,
+            )
+            d = polar_factor(scale.D * rows, self.polar, dtype=self.polar_dtype)
+        if m < n:
+            d = d.mT
+        lead = u.shape[:-2]
+        return Direction(d.reshape(u.shape), scale.fallbacks.reshape(lead), retries.reshape(lead))
+
+
+@takes_options(AuroraOptions)
+def aurora(u: Tensor, options: AuroraOptions) -> Tensor:
+    """A direction near u with orthonormal columns and rows of equal norm, for the shapes in `scope`.
+
+    Args:
+        u: [..., m, n].
+
+    Returns:
+        [..., m, n] in fp32. It does not change under positive scaling of single rows of u, moves with row permutations,
+        and turns with rotations of the columns. For wide matrices, rows and columns are exchanged.
+
+    Raises:
+        OptionError: an option out of range.
+    """
+    return options.find(u, None).d
+
+
+@takes_options(AuroraOptions)
+def aurora_counted(u: Tensor, options: AuroraOptions) -> Direction:
+    """`aurora`, with the counts of its fallbacks and retries."""
+    return options.find(u, None)
+
+
+def _leverage(x: Tensor, how: RowBalance, polar: str, polar_dtype: PolarDtype) -> tuple[Tensor, Tensor]:
+    """The leverage scores of a tall stack [k, m, n], and the retries that they took."""
+
+    def from_polar(stack: Tensor) -> tuple[Tensor, Tensor]:
+        return leverage.from_polar(stack, polar, polar_dtype)
+
+    if how == "auto":
+        how = automatic_row_balance(x.device)
+    if how == "polar":
+        return from_polar(x)
+    return leverage.from_gram(x.float()) if how == "gram" else leverage.from_cholesky(x.float(), from_polar)
+
+
+def automatic_row_balance(device: torch.device) -> RowBalance:
+    """What "auto" stands for. A Cholesky factorisation is a row of small dependent steps, which a GPU is slow at."""
+    return "gram" if device.type == "cuda" else "leverage"

@@ -1,0 +1,341 @@
+"""The step of a matrix group, and how it reaches matrices that may lie on several processes.
+
+A direction needs whole matrices; everything else in a step is elementwise. So a step works with two views of a group:
+*pieces*, the runs of elements that this process stores, and *stacks* of equally shaped matrices, or of its parts of
+matrices, for which this process finds directions. A holder says what the pieces and stacks are and moves values between
+them. `WholeMatrices` is the holder where every parameter is whole; `optimizers.sharded.ShardedMatrices` is the one for
+flat shards (DeepSpeed's ZeRO). An engine that cuts parameters in another way (FSDP2) needs another holder and no other
+step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import directions
+from .blocks import Block, Rectangle, blocks, buckets, entry_of, row_blocks
+from .directions import Direction
+from .directions.speedrun import enlarged
+from .fields import OptionError
+from .polar.rows import HERE, Rows
+from .update import blend, commit_, updated
+
+State = Mapping[Tensor, Mapping[str, Tensor]]
+"""The state of each parameter or shard, as in `Optimizer.state`."""
+
+
+class Place(NamedTuple):
+    """Which part of which parameter a matrix of a stack is."""
+
+    name: str
+    """The parameter's name in its group's `param_names`; "parameter 3" in a group without names."""
+    area: Rectangle
+    """Rows and columns of the parameter."""
+
+
+DirectionObserver = Callable[[Place, Tensor], None]
+"""Called with the direction, [rows, columns] fp32, of a part of a parameter."""
+
+
+class Turn(Protocol):
+    """A share of a step's work: matrices of one shape, as many as a bucket holds."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of each whole matrix, though the stack may hold parts of them."""
+
+    @property
+    def pieces(self) -> Sequence[Block]:
+        """The runs of these matrices that are stored here: views of parameters or shards, and of their state."""
+
+    @property
+    def places(self) -> Sequence[Place]:
+        """What the stack here holds, in its order; none if this process finds no direction in this turn."""
+
+
+class Arriving(Protocol):
+    """Values on their way."""
+
+    def wait(self) -> Any:
+        """The values, complete for whatever is launched after this call."""
+
+
+class Matrices(Protocol):
+    """A holder: where the matrices of a group lie, and how their values move.
+
+    All processes that share a group call every method that moves values, in the same order.
+    """
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the flag and the counts of a step live; None: where the first parameter is."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process stores all of every matrix. If not, one step may take several calls of `step`, and a
+        state_dict has only this process's share."""
+
+    @property
+    def in_flight(self) -> int:
+        """How many turns may be on their way back while the next is computed."""
+
+    def agree(self, finite: Tensor) -> Tensor:
+        """Whether `finite` is true on all processes."""
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The sum over all processes."""
+
+    def state_shapes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:
+        """The state of a parameter or shard of a matrix group, by slot."""
+
+    def turns(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Sequence[Turn]:
+        """The work of a step of these parameters or shards of the group.
+
+        Raises:
+            OptionError: a parameter that this holder cannot step.
+        """
+
+    def gather(self, turn: Any, values: Iterable[Tensor]) -> Arriving:
+        """Start to bring the values of the pieces, one tensor each, to the stacks: [k, rows, columns] fp32."""
+
+    def scatter(self, turn: Any, stack: Tensor) -> Arriving:
+        """Start to bring the values of the stacks back to the pieces: a sequence of fp32 tensors."""
+
+    def second_moments(self, turn: Any, group: Mapping[str, Any], state: State) -> list[Tensor]:
+        """For each matrix of the stack the part of `second_moment` that belongs to it, to be written to."""
+
+    def weight_norms(self, turns: Sequence[Any]) -> list[Tensor]:
+        """For each turn the Frobenius norms of the whole matrices in the stack, [k, 1, 1]."""
+
+    def direction(self, turn: Any, u: Tensor, group: Mapping[str, Any], second_moment: Tensor | None) -> Direction:
+        """The directions of a stack. Over all processes together, every fallback and retry is counted once."""
+
+    def rows(self, turn: Any) -> Rows:
+        """Reductions over the rows of the whole matrices of the stack."""
+
+
+def matrix_step(
+    matrices: Matrices,
+    turns: Sequence[Turn],
+    state: State,
+    group: Mapping[str, Any],
+    finite: Tensor,
+    observer: DirectionObserver | None = None,
+) -> Tensor:
+    """Step the parameters or shards of a matrix group, whose gradients are in their `grad`.
+
+    For each turn: blend the momenta, gather them, find the directions, scatter the steps, update the weights. While a
+    turn is computed the values of the next one may already be travelling.
+
+    Args:
+        matrices: the holder.
+        turns: its turns for these parameters or shards.
+        state: of each of them, by the holder's `state_shapes`.
+        group: complete options.
+        finite: bool scalar that all processes agree on; False leaves everything as it is.
+        observer: is shown every direction.
+
+    Returns:
+        The fallbacks and retries of all directions, over all processes: int64 [2] on the device of `finite`.
+    """
+    counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
+    norms: Sequence[Tensor | None] = matrices.weight_norms(turns) if group["uw_floor"] else [None] * len(turns)
+
+    def start(turn: Turn) -> Arriving:
+        return matrices.gather(turn, _blended(turn, state, group, finite))
+
+    coming = [start(turn) for turn in turns[:1]]
+    returning: deque[tuple[Turn, Arriving]] = deque()
+    for index, turn in enumerate(turns):
+        u = coming.pop().wait()
+        coming = [start(following) for following in turns[index + 1 : index + 2]]
+        if len(u):
+            u, counted = _stepped(matrices, turn, u, state, group, norms[index], finite, observer)
+            counts += counted.to(counts.device)
+        returning.append((turn, matrices.scatter(turn, u)))
+        del u
+        while len(returning) > matrices.in_flight:
+            _apply(*returning.popleft(), group, finite)
+    while returning:
+        _apply(*returning.popleft(), group, finite)
+    return matrices.total(counts)
+
+
+def _blended(turn: Turn, state: State, group: Mapping[str, Any], finite: Tensor) -> Iterator[Tensor]:
+    """Moves the momentum of each piece and gives its u; zeros if the step is void, so that no backend sees a NaN."""
+    for piece in turn.pieces:
+        momentum = piece.of(state[piece.param]["momentum"])
+        moved, u = blend(piece.of(dense_grad(piece.param)), momentum, group["momentum"], group["nesterov"])
+        commit_(momentum, moved, finite)
+        yield torch.where(finite.to(u.device), u, 0.0)
+
+
+def _stepped(
+    matrices: Matrices,
+    turn: Turn,
+    u: Tensor,
+    state: State,
+    group: Mapping[str, Any],
+    norms: Tensor | None,
+    finite: Tensor,
+    observer: DirectionObserver | None,
+) -> tuple[Tensor, Tensor]:
+    """The steps of a stack before the learning rate, with the fallbacks and retries of its directions."""
+    kept = matrices.second_moments(turn, group, state) if directions.keeps_second_moment(group, *turn.shape) else []
+    found = matrices.direction(turn, u, group, torch.stack(kept) if kept else None)
+    if observer is not None:
+        for place, d in zip(turn.places, found.d, strict=True):
+            observer(place, d)
+    if found.second_moment is not None:
+        for values, new in zip(kept, found.second_moment, strict=True):
+            commit_(values, new, finite)
+    steps = directions.scaled(found.d, directions.lr_scale(group["lr_scale"], *turn.shape), polar=group["polar"])
+    if norms is not None:
+        steps = enlarged(steps, group["uw_floor"] * norms, matrices.rows(turn))
+    return steps, torch.stack([found.fallbacks.sum(), found.retries.sum()])
+
+
+def _apply(turn: Turn, returning: Arriving, group: Mapping[str, Any], finite: Tensor) -> None:
+    """Updates the pieces of a turn by their steps."""
+    decay = {key: group[key] for key in ("lr", "weight_decay", "cautious")}
+    for piece, step in zip(turn.pieces, returning.wait(), strict=True):
+        weight = piece.of(piece.param)
+        commit_(weight, updated(weight, step, **decay), finite)
+
+
+@dataclass(frozen=True)
+class WholeTurn:
+    """Equally shaped matrices of one device, each a piece of its own."""
+
+    pieces: list[Block]
+    places: list[Place]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.pieces[0].shape
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Values that have nowhere to go. They are made when they are waited for: one bucket at a time is in memory."""
+
+    values: Callable[[], Any]
+
+    def wait(self) -> Any:
+        """The values."""
+        return self.values()
+
+
+class WholeMatrices:
+    """The holder of parameters that are whole on this process. Equal shapes are stacked in buckets."""
+
+    device = None
+    is_whole = True
+    in_flight = 0
+
+    def agree(self, finite: Tensor) -> Tensor:
+        """There is nobody else."""
+        return finite
+
+    def total(self, counts: Tensor) -> Tensor:
+        """There is nobody else."""
+        return counts
+
+    def state_shapes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:
+        """`momentum` of the parameter's shape, `step`, and `second_moment` of its rows if any of its blocks has one."""
+        shapes = {"momentum": p.shape, "step": torch.Size()}
+        if any(directions.keeps_second_moment(group, *block.shape) for block in blocks(p, entry_of(p, group))):
+            shapes["second_moment"] = p.shape[:1]
+        return shapes
+
+    def turns(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> list[WholeTurn]:
+        """The buckets of these parameters' blocks."""
+        check_params(group)
+        entries = dict(zip(group["params"], row_blocks(group), strict=True))
+        names = dict(zip(group["params"], param_names(group), strict=True))
+        members = (block for p in params for block in blocks(p, entries[p]))
+        return [WholeTurn(bucket, [Place(names[b.param], b.area) for b in bucket]) for bucket in buckets(members)]
+
+    def gather(self, turn: WholeTurn, values: Iterable[Tensor]) -> _Here:
+        """Stacks them."""
+
+        def stack() -> Tensor:
+            device = turn.pieces[0].param.device
+            u = torch.empty(len(turn.pieces), *turn.shape, dtype=torch.float32, device=device)
+            for matrix, value in zip(u, values, strict=True):
+                matrix.copy_(value)
+            return u
+
+        return _Here(stack)
+
+    def scatter(self, turn: WholeTurn, stack: Tensor) -> _Here:
+        """The matrices of the stack."""
+        return _Here(lambda: stack)
+
+    def second_moments(self, turn: WholeTurn, group: Mapping[str, Any], state: State) -> list[Tensor]:
+        """The rows of each block."""
+        return [block.of(state[block.param]["second_moment"]) for block in turn.pieces]
+
+    def weight_norms(self, turns: Sequence[WholeTurn]) -> list[Tensor]:
+        """Of the weights as they are."""
+
+        def norm(block: Block) -> Tensor:
+            return torch.linalg.vector_norm(block.of(block.param).float(), dim=(-2, -1), keepdim=True)
+
+        return [torch.stack([norm(block) for block in turn.pieces]) for turn in turns]
+
+    def direction(
+        self, turn: WholeTurn, u: Tensor, group: Mapping[str, Any], second_moment: Tensor | None
+    ) -> Direction:
+        """`directions.from_options`."""
+        return directions.from_options(u, group, second_moment)
+
+    def rows(self, turn: WholeTurn) -> Rows:
+        """All rows are here."""
+        return HERE
+
+
+def param_names(group: Mapping[str, Any]) -> list[str]:
+    """The names of a group's parameters, for messages and observers: their positions if it has no names."""
+    return list(group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))]))
+
+
+def check_params(group: Mapping[str, Any]) -> None:
+    """Refuse what a group of this kind cannot step.
+
+    Raises:
+        OptionError: a complex or integer tensor, a matrix that is not 2-D, or row_blocks that do not fit.
+    """
+    for name, p in zip(param_names(group), group["params"], strict=True):
+        if not p.is_floating_point():
+            raise OptionError(f"{name} has dtype {p.dtype}: expected a real floating point tensor")
+        if group["kind"] == "matrix" and p.ndim != 2:
+            raise OptionError(
+                f"{name} of shape {tuple(p.shape)} is in a matrix group: expected 2-D. If it was flattened or split "
+                "(by DeepSpeed or FSDP), its direction cannot be found from the pieces; if it is not a matrix, put it "
+                "into a group of kind 'adamw' (optimizers.param_groups does)"
+            )
+    if group["kind"] == "adamw" and "row_blocks" in group:
+        raise OptionError("row_blocks in a group of kind 'adamw': only matrices have blocks")
+    if group["kind"] == "matrix":
+        row_blocks(group)
+
+
+def dense_grad(p: Tensor) -> Tensor:
+    """The gradient of a parameter that has one.
+
+    Raises:
+        ValueError: it is sparse.
+    """
+    grad = p.grad
+    assert grad is not None, "callers choose parameters that have a gradient"
+    if grad.layout != torch.strided:
+        raise ValueError(f"a gradient has layout {grad.layout}: expected a dense one (sparse=False in nn.Embedding)")
+    return grad

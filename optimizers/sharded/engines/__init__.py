@@ -1,0 +1,1 @@
+"""How each engine cuts its parameters: a module per engine reads the layout."""
