@@ -88,7 +88,6 @@ class ShardedMatrices:
         group: the process group over which the layout is cut; None is the default one.
         wire_dtype: in which momenta and steps travel.
         device: where the shards live.
-        connect: whether to check the plan with the other ranks. Without it nothing can be stepped: for dry runs.
 
     Attributes:
         exchange: counts the bytes received.
@@ -108,23 +107,19 @@ class ShardedMatrices:
         group: dist.ProcessGroup | None,
         wire_dtype: WireDtype,
         device: torch.device,
-        *,
-        connect: bool = True,
     ) -> None:
         self.plan, self.rank, self.group, self.device = plan, rank, group, device
         self.world_size = plan.layout.world_size
-        if connect:
-            self._check_agreement()
+        self._check_agreement()
         self.exchange = Exchange(plan, rank, group, wire_dtype, device)
         self.rounds = make_rounds(plan, rank)
-        self.teams = self._make_teams() if connect else {}
+        self.teams = self._make_teams()
         names = {unit.name for unit in plan.units}
         shards = {f.shard for own in plan.layout.fragments for f in own if f.name in names}
         if len(shards) > 1:
             raise LayoutError(f"the matrices are in the groups {sorted(shards)}: expected one group of all matrices")
         (self.shard,) = shards or {0}
-        if connect:
-            self._check_assembly()
+        self._check_assembly()
 
     def _check_agreement(self) -> None:
         if self.world_size == 1:
