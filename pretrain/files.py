@@ -1,11 +1,14 @@
-"""Writing files and folders that are complete or absent, whatever happens on the way."""
+"""Writing files and folders that are complete or absent, whatever happens in between."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 
@@ -19,29 +22,47 @@ def sync(path: Path) -> None:
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Give the complete folder `partial` its name; what had that name before is deleted only afterwards.
+    """Rename the complete folder `partial` to `final`; a folder of that name is deleted only after the rename.
 
     The files in `partial` must be synced already.
+
+    Raises:
+        OSError: it could not be renamed; what `final` held is still there.
     """
     sync(partial)
     replaced = final.with_name(final.name + ".old")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
     sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file in the place of an earlier one, in one rename; several processes may do so at once."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file that takes the place of `path` in one rename, once it is written and synced.
+
+    Several processes may do so at the same time. If the block raises, `path` stays as it was.
+    """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in the place of an earlier one, in one rename."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:
@@ -57,3 +78,8 @@ def set_aside(path: Path) -> None:
     if target.is_dir():
         shutil.rmtree(target)
     path.replace(target)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 to the second, as our files have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -35,10 +35,12 @@ from pretrain.processes.exit_codes import DONE, STOPPED
 from pretrain.processes.failures import report
 from pretrain.processes.signals import StopRequests, stop_requests
 from pretrain.processes.torchrun import is_orphaned
-from pretrain.run.display import Display, make_tracker
-from pretrain.run.folder import TOKENIZER_FILE, RunFolder, git_commit
+from pretrain.run.display import Display
+from pretrain.run.folder import TOKENIZER_FILE, RunFolder
 from pretrain.run.identity import Identity
+from pretrain.run.manifest import git_commit, write_manifest
 from pretrain.run.resume import choose_checkpoint, rewind
+from pretrain.run.wandb import make_tracker
 from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
 from pretrain.training.trainer import Trainer, TrainState
@@ -266,7 +268,7 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
         "device": str(engine.device),
         "precision": str(engine.precision),
     }
-    folder.write_manifest(setup.config, facts, launch)
+    write_manifest(folder, setup.config, facts, launch)
     return run_id
 
 
@@ -281,7 +283,7 @@ def _save(setup: Setup, trainer: Trainer) -> None:
         data_state=dict(trainer.stream.state()),
         optimizer_groups=group_settings(optimizer),
         provenance={
-            "git_commit": git_commit(),
+            "git_commit": git_commit() if engine.rank == 0 else None,  # rank 0 writes the index
             "precision": str(engine.precision),
             "data": setup.inputs.data,
         },

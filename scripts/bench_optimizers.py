@@ -32,7 +32,7 @@ from pretrain.config import identity_hash, load_config
 from pretrain.files import replace_text
 from pretrain.model.cost import flops_per_token
 from pretrain.processes.exit_codes import DONE, STOPPED
-from pretrain.run.folder import environment
+from pretrain.run.manifest import environment
 
 LARGE_CONFIG, SMALL_CONFIG = "configs/aurora-1.1b.yaml", "configs/quickstart.yaml"
 CAPTURE_STEPS = 50

@@ -25,8 +25,8 @@ from pretrain.config import Config, load_config
 from pretrain.engine.plain import PlainEngine
 from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token
-from pretrain.run.folder import environment
 from pretrain.run.json_lines import JsonLines
+from pretrain.run.manifest import environment
 
 BASELINE = "muon"
 

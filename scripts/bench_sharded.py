@@ -33,7 +33,7 @@ from optimizers.sharded import ShardedMatrices, shard, zero_layout
 from pretrain.config import Config, load_config
 from pretrain.model.build import build_model
 from pretrain.processes.torchrun import free_port
-from pretrain.run.folder import environment
+from pretrain.run.manifest import environment
 
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
 BIG_SIBLING = ("model.hidden_size=1024", "model.intermediate_size=4096", "model.num_heads=16", "model.num_kv_heads=16")

@@ -23,8 +23,8 @@ from pretrain.config import Config, load_config
 from pretrain.data import TokenBatch, TokenStream, load_tokenizer
 from pretrain.engine.plain import PlainEngine
 from pretrain.model.build import build_model
-from pretrain.run.folder import environment
 from pretrain.run.json_lines import JsonLines
+from pretrain.run.manifest import environment
 from pretrain.training.trainer import Trainer
 
 

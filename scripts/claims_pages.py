@@ -14,9 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from eval.errors import EvalError
 from pretrain.files import replace_text
 from pretrain.processes.errors import UserError
+from pretrain.report.errors import ReportError
 from pretrain.report.schema import ReportResult, Summary
 from pretrain.report.write import results
 
@@ -100,14 +100,14 @@ def update(page: Path, found: ReportResult) -> None:
     """Write the tables between the markers of a page.
 
     Raises:
-        EvalError: the page has no markers.
+        ReportError: the page has no markers.
     """
     start = f"# {found['title']}\n\n{found['question']}\n\n{BEGIN}\n{END}\n"
     text = page.read_text(encoding="utf-8") if page.exists() else start
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise EvalError(f"{page}: expected the markers {BEGIN} and {END}")
+        raise ReportError(f"{page}: expected the markers {BEGIN} and {END}")
     replace_text(page, "\n".join([before + BEGIN, "", *tables(found), "", END + after]))
 
 

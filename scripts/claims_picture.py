@@ -13,8 +13,8 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from eval.errors import EvalError
 from pretrain.processes.errors import UserError
+from pretrain.report.errors import ReportError
 from pretrain.report.statistics import band
 from pretrain.report.styles import arrange
 from pretrain.report.sweep import load
@@ -38,7 +38,7 @@ def draw(folder: Path, out: Path) -> None:
             for series in sweep.series:
                 found = band([run.curve(key) for run in series.done.values()], points=200)
                 if found is None:
-                    raise EvalError(f"{folder}: {series.name} has no complete run with {key}")
+                    raise ReportError(f"{folder}: {series.name} has no complete run with {key}")
                 x, mean, low, high = found
                 colour, name = styles[series.name].colour, series.labels["optimizer"]
                 axes.fill_between(x, factor * low, factor * high, color=colour, alpha=0.2, linewidth=0)

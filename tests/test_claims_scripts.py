@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPOSITORY, TINY, merged
-from tests.eval.report_folders import job, records, write_run, write_sweep
+from tests.report.folders import job, records, write_run, write_sweep
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 bench_overhead = importlib.import_module("bench_overhead")

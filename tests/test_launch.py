@@ -346,7 +346,7 @@ def test_wandb_goes_on_offline_when_the_server_cannot_be_reached(
     secret = "0123456789" * 4
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", secret)
-    monkeypatch.setattr("pretrain.run.display.WANDB_TIMEOUT_SECONDS", 3)
+    monkeypatch.setattr("pretrain.run.wandb.TIMEOUT_SECONDS", 3)
     config = tiny_config({**SHORT, "wandb.mode": "online"})
     assert train(config, stop_at=1) == 75
     assert "wandb cannot be reached" in capsys.readouterr().out

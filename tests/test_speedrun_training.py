@@ -165,6 +165,7 @@ def reduced(config: Config, root: Path) -> Config:
         "train.precision": "fp32",
         "train.compile": False,
         "validation.max_tokens": 4096,
+        "telemetry.reference_step": 5,
     }
     if config.samples.every_steps is not None:
         changes |= {"samples.every_steps": 5, "samples.max_new_tokens": 4}

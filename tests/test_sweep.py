@@ -147,9 +147,9 @@ def test_a_sweep_runs_to_its_end_and_is_not_run_again(
     before = [(job.run.path / "metrics.jsonl").stat().st_mtime_ns for job in jobs]
     assert main(["sweep", str(path)]) == DONE
     assert [(job.run.path / "metrics.jsonl").stat().st_mtime_ns for job in jobs] == before
-    assert "5 of 5 jobs complete" in capfd.readouterr().out
+    assert "5 of 5 jobs done" in capfd.readouterr().out
     assert main(["sweep", "status", str(path)]) == DONE
-    assert capfd.readouterr().out.count("complete") == 6
+    assert capfd.readouterr().out.count("done") == 6
     plan = json.loads((path.parent / "runs/sweeps/tiny/sweep.json").read_text())
     assert [job["chosen"] for job in plan["jobs"]].count(False) == 1
     assert main(["report", str(path)]) == DONE
@@ -169,7 +169,7 @@ def start(path: Path) -> subprocess.Popen[bytes]:
 def wait_for_steps(path: Path, steps: int) -> None:
     """Until the runs have taken so many steps together."""
     runs = path.parent / "runs"
-    for _ in range(600):
+    for _ in range(6000):
         if sum(len(JsonLines(file).read()) for file in runs.glob("*/metrics.jsonl")) >= steps:
             return
         time.sleep(0.1)
@@ -210,7 +210,7 @@ def test_a_failed_job_is_named_and_the_others_are_run(
     out = capfd.readouterr().out
     assert "FAILED   seed 1: error: " in out
     assert "manifest.json" in out
-    assert "1 of 2 jobs complete, 1 failed" in out
+    assert "1 of 2 jobs done, 1 failed" in out
     assert any("failed (exit 2)" in line for line in format_status(sweep))
 
 

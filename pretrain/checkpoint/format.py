@@ -131,6 +131,14 @@ def _content_problems(index: dict[str, Any]) -> Iterator[str]:
             yield f"damaged: {key} is {index[key]!r}"
     if index["counters"].get("step", index["step"]) != index["step"]:
         yield f"damaged: step is {index['step']}, but the counters say {index['counters']['step']}"
+    groups = index["optimizer_groups"]
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        yield "damaged: optimizer_groups is not a list of mappings"
+    generators = sorted(name for name in index["files"] if name.startswith("rng-"))
+    if generators != [f"rng-{rank:05d}.safetensors" for rank in range(len(generators))]:
+        yield f"damaged: the files of the random generators are {', '.join(generators)}"
+    if len(generators) != index["world_size"]:
+        yield f"damaged: random generators of {len(generators)} ranks, but world_size is {index['world_size']!r}"
     for name, digest in index["files"].items():
         if not _FILE_NAME.fullmatch(name):
             yield f"damaged: {name!r} is not a file of a checkpoint"

@@ -56,17 +56,47 @@ class CheckpointReader:
             raise CheckpointError(f"{path}: {problem}")
 
     def verify(self) -> None:
-        """Compare every file with the checksum in the index.
+        """Compare every file with its checksum in the index, and its tensors with the records in the index.
 
         Raises:
-            CheckpointError: naming the first file that is missing or differs.
+            CheckpointError: naming the first file that is missing, cannot be read or differs.
         """
         for name, digest in self.index["files"].items():
             path = self.folder / name
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing; this checkpoint cannot be used")
-            if file_sha256(path) != digest:
+            try:
+                found = file_sha256(path)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+            if found != digest:
                 raise CheckpointError(f"{path}: damaged (its sha256 is not the recorded one)")
+        self._compare_headers()
+
+    def _compare_headers(self) -> None:
+        """Compare what the files say of their tensors with the records: an index without a digest may say anything."""
+        expected: dict[str, list[tuple[str, str, FragmentRecord, torch.dtype]]] = {}
+        for name, slots in self.index["parameters"].items():
+            for slot, record in slots.items():
+                for fragment in record["fragments"]:
+                    if fragment["length"]:
+                        expected.setdefault(fragment["file"], []).append((name, slot, fragment, dtype_of(record)))
+        for file_name, entries in expected.items():
+            path = self.folder / file_name
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name, slot, fragment, dtype in entries:
+                        stored = file.get_slice(fragment_key(name, slot, fragment["start"]))
+                        self._compare(path, f"{slot} of {name}", stored.get_shape(), stored[0:0].dtype, fragment, dtype)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: does not hold what the index says: {error}") from None
+
+    @staticmethod
+    def _compare(
+        path: Path, label: str, shape: list[int], found: torch.dtype, fragment: FragmentRecord, dtype: torch.dtype
+    ) -> None:
+        if shape != [fragment["length"]] or found != dtype:
+            raise CheckpointError(f"{path}: {label} is not what the index says: {shape}, {found}")
 
     def read(self, name: str, slot: str, start: int = 0, length: int | None = None) -> Tensor:
         """Elements [start, start + length) of a flattened slot; the whole slot in its own shape by default.
@@ -102,8 +132,7 @@ class CheckpointReader:
                 found, part = stored.get_shape(), stored[low - first : high - first]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: {slot} of {name} cannot be read: {error}") from None
-        if found != [fragment["length"]] or part.dtype != dtype:
-            raise CheckpointError(f"{path}: {slot} of {name} is not what the index says: {found}, {part.dtype}")
+        self._compare(path, f"{slot} of {name}", found, part.dtype, fragment, dtype)
         return part
 
     def weights(self) -> dict[str, Tensor]:

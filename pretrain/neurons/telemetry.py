@@ -28,7 +28,7 @@ from pretrain.checkpoint.format import Fragment
 from pretrain.checkpoint.store import CheckpointReader
 from pretrain.config.telemetry import TelemetryConfig
 from pretrain.data import TokenBatch
-from pretrain.files import set_aside, sync
+from pretrain.files import replacing, set_aside
 from pretrain.neurons import measures as neurons
 from pretrain.neurons.watched import WatchedMatrices
 from pretrain.training.hooks import Hook, StepContext, is_due
@@ -254,10 +254,9 @@ def save_arrays(folder: Path, step: int, arrays: Mapping[str, Tensor | None]) ->
     """Write one measurement, fp32, complete or not at all; what is None is left out."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"
-    partial = path.with_suffix(".tmp")
-    save_file({key: values.float().cpu().contiguous() for key, values in arrays.items() if values is not None}, partial)
-    sync(partial)
-    partial.replace(path)
+    kept = {key: values.float().cpu().contiguous() for key, values in arrays.items() if values is not None}
+    with replacing(path) as partial:
+        save_file(kept, partial)
     return path
 
 

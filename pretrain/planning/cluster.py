@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from optimizers import has_fast_bf16
-from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
 from optimizers.options import complete
 from optimizers.sharded import Layout, LayoutError, Plan, plan_group, zero_layout
@@ -24,6 +23,7 @@ from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token
 from pretrain.planning.devices import Device
 from pretrain.planning.memory import FP32, Memory, memory
+from pretrain.planning.summary import block_shapes
 from pretrain.planning.traffic import Collective, collectives
 
 
@@ -146,6 +146,7 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
         by_polar = plan_group(layout, {**_completed(group), "row_balance": "polar"}, device=device).imbalance
     if plan is not None:
         check_cover(plan)
+    whole = step_flops(block_shapes(group), group, device=device) if group and not plan else 0
     return RunPlan(
         config=config,
         model=model,
@@ -154,7 +155,7 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
         by_polar=by_polar,
         memory=memory(config, groups, layout, plan, bf16),
         model_flops=flops_per_token(config.model, config.sequence_length) * config.train.global_batch_tokens,
-        optimizer_flops=max(plan.loads) if plan else _whole_flops(group, device),
+        optimizer_flops=max(plan.loads) if plan else whole,
         collectives=collectives(config, model, groups, layout, plan, ranks, bf16, device=device),
         checkpoint_bytes=_checkpoint_bytes(groups),
     )
@@ -207,13 +208,6 @@ def _completed(group: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("params", "param_names", "kind", "role", "row_blocks")
     options = complete("matrix", {key: value for key, value in group.items() if key not in keys})
     return {**options, **{key: group[key] for key in keys if key in group}}
-
-
-def _whole_flops(group: Mapping[str, Any] | None, device: str) -> int:
-    if group is None:
-        return 0
-    parts = zip(group["params"], row_blocks(group), strict=True)
-    return step_flops([block.shape for p, split in parts for block in blocks(p, split)], group, device=device)
 
 
 def _checkpoint_bytes(groups: Sequence[Mapping[str, Any]]) -> int:

@@ -56,7 +56,7 @@ def answer(plan: RunPlan) -> list[str]:
         f"{cluster.per_node} {cluster.device.name}{_device_figures(plan)}",
         f"fits      {_verdict(need, plan)}",
         f"step      {_step(plan)}",
-        f"length    {_length(plan)}",
+        f"total     {_total(plan)}",
         f"compute   {_compute(plan)}",
         f"network   {_network(plan)}",
         f"memory    {_memory(need)}",
@@ -96,7 +96,7 @@ def _step(plan: RunPlan) -> str:
     return f"{total:.3f} s = {apart}, one after the other (no overlap is assumed)"
 
 
-def _length(plan: RunPlan) -> str:
+def _total(plan: RunPlan) -> str:
     seconds, hours = plan.step_seconds, plan.gpu_hours
     if seconds is None or hours is None:
         return "not known without the time of a step"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -53,13 +54,18 @@ def describe(config: Config, model: nn.Module, world_size: int) -> list[str]:
     ]
 
 
+def block_shapes(group: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(rows, columns) of each matrix that gets a direction of its own: a weight, or a block of a fused one."""
+    parts = zip(group["params"], row_blocks(group), strict=True)
+    return [block.shape for weight, split in parts for block in blocks(weight, split)]
+
+
 def _optimizer(config: Config, model: nn.Module) -> str:
     """Which parameters the matrix optimizer trains, and the cost of its step."""
     matrix = next((g for g in config.optimizer.param_groups(model) if g["kind"] == "matrix"), None)
     if matrix is None:
         return "adamw for every parameter"
-    parts = zip(matrix["params"], row_blocks(matrix), strict=True)
-    shapes = [block.shape for weight, split in parts for block in blocks(weight, split)]
+    shapes = block_shapes(matrix)
     flops = step_flops(shapes, matrix)
     share = flops / (flops_per_token(config.model, config.sequence_length) * config.train.global_batch_tokens)
     elements = sum(rows * columns for rows, columns in shapes)

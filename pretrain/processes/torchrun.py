@@ -119,7 +119,8 @@ def judge(
         first = next((report for report in reports if report["kind"] == "peer"), reports[0])
         if first["kind"] == "peer":
             return first["exit_code"], None
-        return FAILED, f"rank {first['rank']} on {first['host']} lost another rank, which failed first: {first['text']}"
+        where = f"rank {first['rank']} on {first['host']}"
+        return FAILED, f"{where} lost the connection to another rank, whose own message says why ({first['text']})"
     if codes:
         return (STOPPED if STOPPED in codes.values() else BAD_INPUT), None
     return FAILED, "the processes were ended before they could say why"

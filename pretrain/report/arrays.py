@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from eval.errors import EvalError
-from pretrain.report.runs import Run
+from pretrain.report.errors import ReportError
 from pretrain.report.statistics import Curve
+from pretrain.run.reader import Run
 
 DEAD = 0.1  # of the mean leverage
 _REFERENCE_STEP = 500  # where the config names none
@@ -104,7 +104,7 @@ def _leverages(path: Path) -> dict[tuple[int, str], NDArray[np.float64]]:
                     if len(rows) and np.isfinite(rows).all():
                         found[int(match[1]), match[2]] = rows
     except (OSError, SafetensorError) as error:
-        raise EvalError(f"{path}: cannot be read: {error}; remove it to leave this measurement out") from None
+        raise ReportError(f"{path}: cannot be read: {error}; remove it to leave this measurement out") from None
     return found
 
 

@@ -22,15 +22,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eval.errors import EvalError
 from pretrain.processes.errors import did_you_mean
+from pretrain.report.errors import ReportError
 
 _KEYS = ("claim", "measure", "step", "at", "where", "minus", "over", "slope_over", "above", "below", "source")
 _RELATIONS: tuple[Literal["minus", "over"], ...] = ("minus", "over")
 Labels = Mapping[str, str]
 
 
-class ClaimError(EvalError):
+class ClaimError(ReportError):
     """A claim that cannot be evaluated as written; one line per problem."""
 
 

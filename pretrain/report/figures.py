@@ -13,11 +13,11 @@ from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pretrain.report.arrays import DEAD, LOG_BINS, Histograms, Survival, histograms
-from pretrain.report.runs import Run
 from pretrain.report.statistics import Array, Curve, band, smoothed
 from pretrain.report.styles import Group, Style
 from pretrain.report.svg import figure, percent_axis, short_number, tidy, to_svg
 from pretrain.report.sweep import Series
+from pretrain.run.reader import Run
 
 _POINTS = 160  # of a curve
 _FEW = 12  # points that get a dot each

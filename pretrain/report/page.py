@@ -26,6 +26,7 @@ from pretrain.report.schema import ReportResult, Summary
 from pretrain.report.styles import Style, arrange
 from pretrain.report.sweep import Series, Sweep
 from pretrain.report.trends import Trend, trends
+from pretrain.run.reader import STATES
 
 _FOLDER = Path(__file__).parent
 _MOST_HEATMAPS = 12  # series
@@ -128,13 +129,13 @@ def render(sweep: Sweep, found: ReportResult) -> str:
 
 
 def state_line(sweep: Sweep) -> str:
-    """Such as "28 of 30 jobs done, 1 running, 1 missing"."""
+    """Such as "28 of 30 jobs done, 1 running, 1 pending"."""
     counts = Counter(job.run.state for job in sweep.jobs)
     if sweep.kind == "run":
         run = sweep.jobs[0].run
         steps = f"step {run.last_step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")
         return f"{run.state}, {steps}"
-    rest = [f"{counts[state]} {state}" for state in ("running", "stopped", "failed", "missing") if counts[state]]
+    rest = [f"{counts[state]} {state}" for state in STATES if state != "done" and counts[state]]
     return ", ".join([f"{counts['done']} of {len(sweep.jobs)} jobs done", *rest])
 
 

@@ -5,6 +5,8 @@ Numbers are plain JSON numbers, shares are fractions between 0 and 1, losses nat
 
 from typing import Any, Literal, TypedDict
 
+from pretrain.run.reader import State
+
 SCHEMA_VERSION = 1
 
 
@@ -102,7 +104,7 @@ class JobRow(TypedDict):
     run: str | None
     series: str
     seed: str
-    state: Literal["done", "running", "stopped", "failed", "missing"]
+    state: State
     step: int
     total_steps: int | None
     chosen: bool

@@ -1,6 +1,6 @@
-"""A sweep folder, read: its jobs, grouped into series that differ in nothing but the seed.
+"""Read a sweep folder: its jobs, grouped into series whose jobs differ only in the seed.
 
-A single run is a sweep of one job, so that everything behind has one case to handle.
+A single run is read as a sweep of one job, so that the rest of the report has one case to handle.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.errors import EvalError
 from pretrain.report.claims import Claim, Labels, claim_problems, parse_claim, positive_number
-from pretrain.report.runs import Run, load_run
+from pretrain.report.errors import ReportError
+from pretrain.run.reader import Run, read_exit_code, read_run
 
 SWEEP_FILE = "sweep.json"
 _FORMAT, _VERSION = "aurora-sweep", 1
@@ -29,7 +29,7 @@ class Job:
         run: its folder, read; an empty one while the job waits for the runs that choose its values.
         labels: axis -> label.
         tuned: dotted config keys that were chosen among alternatives -> value.
-        chosen: it enters the comparison; False for a trial of another tuned value, or while none is chosen.
+        chosen: it is part of comparisons; False for a trial of another tuned value, or while none is chosen.
         is_waiting: it waits for the runs that choose its values.
     """
 
@@ -42,12 +42,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Series:
-    """The jobs that differ in nothing but the seed.
+    """The jobs that differ only in the seed.
 
     Attributes:
         labels: axis -> label, without the seed's.
         name: short, unique in its sweep.
-        jobs: seed -> job, all that enter the comparison, done or not.
+        jobs: seed -> job, all that are part of comparisons, done or not.
     """
 
     labels: Labels
@@ -139,15 +139,15 @@ def load(path: Path) -> Sweep:
     """Read a run or sweep folder.
 
     Raises:
-        EvalError: no such folder, neither run nor sweep, or a file of it is malformed; a line per problem.
+        ReportError: no such folder, neither run nor sweep, or a file of it is malformed; a line per problem.
     """
     if not path.is_dir():
-        raise EvalError(f"{path}: no such folder; expected a run or a sweep")
+        raise ReportError(f"{path}: no such folder; expected a run or a sweep")
     if (path / SWEEP_FILE).exists():
         return _load_sweep(path)
-    run = load_run(path)
+    run = read_run(path)
     if not run.manifest and not run.records:
-        raise EvalError(f"{path}: neither a run nor a sweep: it has no {SWEEP_FILE}, manifest.json or metrics.jsonl")
+        raise ReportError(f"{path}: neither a run nor a sweep: it has no {SWEEP_FILE}, manifest.json or metrics.jsonl")
     return Sweep("run", path, run.name, run.name, [Job(run, {}, {}, chosen=True)])
 
 
@@ -156,7 +156,7 @@ def _load_sweep(path: Path) -> Sweep:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EvalError(f"{file}: cannot be read: {error}") from None
+        raise ReportError(f"{file}: cannot be read: {error}") from None
     _raise(file, _problems(data))
     axes = {axis: [str(label) for label in labels] for axis, labels in data["axes"].items()}
     seed_axis = data["seed_axis"] if data.get("seed_axis") in axes else None
@@ -184,10 +184,8 @@ def _load_sweep(path: Path) -> Sweep:
 def _job(folder: Path, entry: dict[str, Any]) -> Job:
     """A job of sweep.json, its run read."""
     run = folder / (entry["run"] or "no run yet")
-    exit_file = folder / "jobs" / f"{run.name}.exit"
-    code = exit_file.read_text(encoding="utf-8").strip() if exit_file.is_file() else ""
     return Job(
-        run=load_run(run, int(code) if code.removeprefix("-").isdecimal() else None),
+        run=read_run(run, read_exit_code(folder, run.name)),
         labels={axis: str(label) for axis, label in entry["labels"].items()},
         tuned=entry.get("tuned") or {},
         chosen=entry.get("chosen", True),
@@ -197,7 +195,7 @@ def _job(folder: Path, entry: dict[str, Any]) -> Job:
 
 def _raise(file: Path, problems: Sequence[str]) -> None:
     if problems:
-        raise EvalError("\n".join(f"{file}: {problem}" for problem in problems))
+        raise ReportError("\n".join(f"{file}: {problem}" for problem in problems))
 
 
 def _problems(data: Any) -> list[str]:

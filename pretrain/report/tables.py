@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 from pretrain.report.claims import positive_number
-from pretrain.report.runs import Run
 from pretrain.report.schema import (
     SCHEMA_VERSION,
     ClaimResult,
@@ -23,6 +22,7 @@ from pretrain.report.schema import (
 from pretrain.report.statistics import mean_interval
 from pretrain.report.sweep import Job, Series, Sweep
 from pretrain.report.verdicts import Verdict, evaluate
+from pretrain.run.reader import Run
 
 LOSS = "validation_loss"
 PHASES = ("data", "forward_backward", "optimizer")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pretrain.report.claims import Claim, Labels, positive_number
-from pretrain.report.runs import Reading, Run
 from pretrain.report.statistics import Interval, log2_slope, mean_interval, value_at
 from pretrain.report.sweep import Sweep
+from pretrain.run.reader import Reading, Run
 
 Outcome = Literal["holds", "does not hold", "not tested"]
 
@@ -151,7 +151,7 @@ def _scale(sweep: Sweep, claim: Claim) -> str:
     labels = sweep.axes[claim.slope_over] if claim.slope_over else [None]
     wanted = [claim.where if label is None else {**claim.where, str(claim.slope_over): label} for label in labels]
     runs = [run for w in wanted if (series := sweep.find(w)) for run in series.done.values()]
-    parameters = [counts[1] for run in runs if (counts := run.parameters())]
+    parameters = [counts.inner for run in runs if (counts := run.parameters)]
     readings = [run.read(claim.measure, claim.step) for run in runs]
     tokens = [reading.tokens for reading in readings if reading.tokens is not None]
     steps = [reading.step for reading in readings if reading.step is not None]

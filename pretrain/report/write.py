@@ -1,4 +1,4 @@
-"""Write the report: one HTML page that needs nothing but itself, and its numbers as JSON beside it.
+"""Write the report: one self-contained HTML page, and its numbers as JSON next to it.
 
 load() -> Sweep -> tables() -> ReportResult -> report.json
                 -> figures  -> render()     -> report.html
@@ -7,10 +7,10 @@ load() -> Sweep -> tables() -> ReportResult -> report.json
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-from eval.errors import EvalError
+from pretrain.files import replace_text
+from pretrain.report.errors import ReportError
 from pretrain.report.page import render
 from pretrain.report.schema import ReportResult
 from pretrain.report.sweep import load
@@ -20,7 +20,7 @@ PAGE_FILE = "report.html"
 
 
 def write_report(path: Path, out: Path | None = None) -> Path:
-    """Write the page of a run or sweep folder, and the same name with .json beside it; earlier ones are replaced.
+    """Write the page of a run or sweep folder, and a JSON file of the same name next to it; earlier ones are replaced.
 
     Args:
         path: the folder.
@@ -30,14 +30,14 @@ def write_report(path: Path, out: Path | None = None) -> Path:
         The page's path.
 
     Raises:
-        EvalError: neither a run nor a sweep, a malformed file in it (a line per problem), or no place to write to.
+        ReportError: neither a run nor a sweep, a malformed file in it (a line per problem), or no place to write to.
     """
     sweep = load(path)
     found = tables(sweep)
     page = render(sweep, found)
     target = out or path / PAGE_FILE
     if target.suffix != ".html":
-        raise EvalError(f"{target}: expected a file name that ends in .html")
+        raise ReportError(f"{target}: expected a file name that ends in .html")
     _replace(target.with_suffix(".json"), json.dumps(found, indent=1, allow_nan=False) + "\n")
     _replace(target, page)
     return target
@@ -47,20 +47,14 @@ def results(path: Path) -> ReportResult:
     """The numbers of a run or sweep folder, as report.json has them; writes nothing.
 
     Raises:
-        EvalError: as `write_report`.
+        ReportError: as `write_report`.
     """
     return tables(load(path))
 
 
 def _replace(target: Path, text: str) -> None:
-    """Write a file in the place of an earlier one; it is complete or absent."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_text(target, text)
     except OSError as error:
-        raise EvalError(f"cannot write the report to {target}: {error}") from error
+        raise ReportError(f"cannot write the report to {target}: {error}") from error

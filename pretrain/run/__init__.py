@@ -1,1 +1,11 @@
-"""The run folder: its files, its lock, its manifest, and what a person watches."""
+"""The run folder.
+
+folder      paths and lock
+manifest    what the run trains, and what each launch runs on
+identity    what must match on resume
+resume      which checkpoint a launch starts from
+reader      reads a run folder, for reports, sweeps and the command line
+json_lines  metrics.jsonl and samples.jsonl
+display     the progress display
+wandb       step records to Weights & Biases
+"""

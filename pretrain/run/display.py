@@ -1,4 +1,4 @@
-"""What a person watches: the progress display on rank 0, and wandb."""
+"""The progress display on rank 0."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
-
-from pretrain.config import Config
-
-WANDB_TIMEOUT_SECONDS = 60  # how long an online run waits for the server before it goes on offline
 
 
 class Display:
@@ -21,7 +16,7 @@ class Display:
 
     Args:
         rank: of this process.
-        every_steps: plain lines and bar texts are shown every so many steps.
+        every_steps: a line is shown after every this many steps.
     """
 
     def __init__(self, rank: int, every_steps: int) -> None:
@@ -81,7 +76,7 @@ class Display:
 
 
 def step_line(record: dict[str, Any], total_steps: int) -> str:
-    """One line with what one wants to know of a step."""
+    """One line with the main numbers of a step."""
     per_second = record["tokens_per_second"]
     left = (total_steps - record["step"]) * record["tokens"] / record["step"] / per_second
     parts = [
@@ -103,69 +98,3 @@ def step_line(record: dict[str, Any], total_steps: int) -> str:
             f"validation loss {record['validation_loss']:.4f}, {record['validation_bits_per_byte']:.4f} bits per byte"
         )
     return " | ".join(parts)
-
-
-class Tracker(Protocol):
-    """Where records go besides metrics.jsonl."""
-
-    def log(self, record: dict[str, Any]) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
-class NoTracker:
-    """wandb.mode disabled, and every rank but 0."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class WandbTracker:
-    """Weights & Biases with our own step axis, so that a resumed run continues its curves.
-
-    Args:
-        config: the run; its name and identity make the wandb run id.
-        folder: the run folder, where offline data goes.
-        run_id: the same for every launch of the run.
-        warn: called when the server cannot be reached and the run goes on offline.
-    """
-
-    def __init__(self, config: Config, folder: Path, run_id: str, warn: Any) -> None:
-        import wandb  # optional: only runs that ask for it pay for its import
-
-        def init(mode: Any) -> Any:
-            return wandb.init(
-                project=config.wandb.project,
-                name=config.run.name,
-                id=run_id,
-                resume="allow",
-                dir=folder,
-                mode=mode,
-                config=config.resolved(),
-                settings=wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS, silent=True),
-            )
-
-        try:
-            self.run = init(config.wandb.mode)
-        except (wandb.Error, OSError) as error:
-            warn(f"wandb cannot be reached, going on offline: {str(error).splitlines()[0]}")
-            wandb.teardown()  # the failed start still holds the run id
-            self.run = init("offline")
-        self.run.define_metric("*", step_metric="step")
-
-    def log(self, record: dict[str, Any]) -> None:
-        """One step's record."""
-        self.run.log({key: value for key, value in record.items() if value is not None and not isinstance(value, str)})
-
-    def close(self) -> None:
-        """Flush and finish."""
-        self.run.finish()
-
-
-def make_tracker(config: Config, folder: Path, run_id: str, rank: int, warn: Any) -> Tracker:
-    """The tracker that `wandb.mode` asks for."""
-    if config.wandb.mode == "disabled" or rank != 0:
-        return NoTracker()
-    return WandbTracker(config, folder, run_id, warn)

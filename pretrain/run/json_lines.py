@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, each step once."""
+"""Files with one JSON object per line, such as metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from pretrain.files import replace_text
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """The value, or None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class JsonLines:
-    """An append-only file of JSON objects that all have a ``step``."""
+    """An append-only file of JSON objects, each with a ``step``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line and hand it to the operating system."""
+        """Write one line and hand it to the operating system. NaN and infinity become null."""
         line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All complete records; a line cut off by a crash is not one."""
+        """All complete records; a line that a crash cut off is not a record."""
         if not self.path.exists():
             return []
         return [record for record, _ in _records(self.path) if record is not None]
 
     def discard_after(self, step: int) -> int:
-        """Move the records past `step` (and a cut-off line) to ``*.discarded.jsonl``; returns how many.
+        """Move the records past `step`, and a line that was cut off, to ``*.discarded.jsonl``; returns how many.
 
-        The kept part replaces the file in one rename, after the moved part is safe.
+        The kept records replace the file in one rename, after the moved ones are on the disk.
         """
         if not self.path.exists():
             return 0

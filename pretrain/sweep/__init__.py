@@ -1,9 +1,9 @@
 """Sweeps: one base config, axes of changes to it, and the list of runs that follows.
 
 definition  the sweep file, validated
-plan        the file into jobs, each a run config; which of tuned values is taken
-runner      some jobs at once, each a training process of its own
-status      how far each job is
+jobs        the jobs that follow from it, each a run config; which of the tuned values is chosen
+runner      runs several jobs at a time, each in its own training process
+status      the state of each job
 """
 
 from pretrain.sweep.definition import Sweep, is_sweep_file, load_sweep

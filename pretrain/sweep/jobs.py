@@ -1,4 +1,4 @@
-"""A sweep into jobs: each is one run, named after what it computes."""
+"""The jobs of a sweep: each is one run, named after what it computes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from pretrain.config import Config, identity_hash
 from pretrain.files import replace_text
 from pretrain.run.folder import RunFolder
+from pretrain.run.reader import read_run
 from pretrain.sweep.definition import Cell, Sweep
 
 FORMAT, VERSION = "aurora-sweep", 1
@@ -29,7 +30,7 @@ class Job:
     config: Config | None
     """The run's config with its name; None while it waits for the runs that choose its values."""
     chosen: bool
-    """Whether it enters comparisons: false for a trial of other values than those chosen."""
+    """Whether it is part of comparisons; False for a trial of values that were not chosen."""
     is_trial: bool
     """Whether values are chosen by it."""
 
@@ -45,7 +46,7 @@ class Job:
 
 
 def plan_jobs(sweep: Sweep) -> list[Job]:
-    """All jobs, those first that values are chosen by; what is chosen follows from the run folders as they are."""
+    """All jobs, those that choose values first. The choice follows from the present state of the run folders."""
     trials = [job for cell in sweep.cells if _is_tuned_by(sweep, cell) for job in _trials(sweep, cell)]
     best = {}
     for job in trials:
@@ -67,7 +68,7 @@ def _is_tuned_by(sweep: Sweep, cell: Cell) -> bool:
 
 
 def _trials(sweep: Sweep, cell: Cell) -> Iterator[Job]:
-    """A job for each combination of values; the best is chosen once all are complete."""
+    """A job for each combination of values; the best one is chosen once all are done."""
     configs = [_named(sweep, sweep.config(cell, values)) for values in cell.alternatives]
     losses = [final_loss(RunFolder(config.run_folder)) for config in configs]
     known = [loss for loss in losses if loss is not None]
@@ -96,18 +97,8 @@ def _named(sweep: Sweep, config: Config) -> Config:
 
 
 def final_loss(run: RunFolder) -> float | None:
-    """The last validation loss of a complete run; infinite where it was not finite, None if it is not complete."""
-    if not run.finished:
-        return None
-    validated = [record for record in run.metrics.read() if "validation_loss" in record]
-    loss = validated[-1]["validation_loss"] if validated else None
-    return float("inf") if loss is None else loss
-
-
-def steps_taken(run: RunFolder) -> int:
-    """Steps in the run's metrics."""
-    records = run.metrics.read()
-    return records[-1]["step"] if records else 0
+    """The last validation loss of a run that is done, infinite if it was not finite; None for any other run."""
+    return read_run(run.path).final_loss if run.finished else None
 
 
 def write_plan(sweep: Sweep, jobs: list[Job]) -> Path:

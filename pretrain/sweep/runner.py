@@ -1,8 +1,8 @@
-"""Runs the jobs of a sweep, some at once, each in a training process of its own.
+"""Run the jobs of a sweep, several at a time, each in its own training process.
 
-The sweep keeps no state beside the run folders: a job that is complete is not run again, one that was stopped goes on
-from its checkpoint, and which values are chosen is found anew. So a sweep may be killed at any time and started again,
-by several processes at once if need be: a run that another process trains is waited for.
+The sweep keeps no state besides the run folders: a job that is done is not run again, a job that was stopped resumes
+from its checkpoint, and the chosen values are determined again. A sweep may therefore be killed at any time and started
+again, also by several processes at the same time: if another process trains a run, the sweep waits for it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pretrain.processes.exit_codes import DONE, FAILED, STOPPED
 from pretrain.processes.signals import StopRequests, stop_requests
 from pretrain.processes.torchrun import PARENT_VARIABLE
 from pretrain.run.folder import RunError
+from pretrain.run.reader import job_file
 from pretrain.sweep.definition import Sweep
 from pretrain.sweep.jobs import Job, plan_jobs, write_plan
 
@@ -104,7 +105,7 @@ class _Runner:
         """Until everything that can be done is done."""
         jobs = self.plan()
         done = sum(job.config is not None and job.run.finished for job in jobs)
-        print(f"{len(jobs)} jobs, {done} complete, {self.at_once} at once; runs in {self.sweep.file.root}", flush=True)
+        print(f"{len(jobs)} jobs, {done} done, {self.at_once} at once; runs in {self.sweep.file.root}", flush=True)
         with stop_requests(self.requests, "stopping the running jobs after their step", warn=print):
             self.start(jobs)
             while self.running or (self.open_jobs(jobs) and not self.requests):
@@ -141,9 +142,8 @@ class _Runner:
     def launch(self, job: Job) -> _Running:
         """Start the training process of a job; it stops by itself, with a checkpoint, should this process vanish."""
         assert job.config is not None
-        folder = self.sweep.folder / "jobs"
-        folder.mkdir(parents=True, exist_ok=True)
-        config, log = (folder / f"{job.config.run.name}{suffix}" for suffix in (".yaml", ".log"))
+        config, log = (job_file(self.sweep.folder, job.config.run.name, suffix) for suffix in (".yaml", ".log"))
+        config.parent.mkdir(parents=True, exist_ok=True)
         replace_text(config, job.config.to_yaml())
         environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}
         taken = {running.gpu for running in self.running}
@@ -180,12 +180,12 @@ class _Runner:
             if self.requests and code < 0:
                 code = STOPPED  # it had not come to listen to signals yet, or was not given the time
             self.ended[running.job.run.path] = code
-            replace_text(running.log.with_suffix(".exit"), f"{code}\n")
+            replace_text(job_file(self.sweep.folder, running.job.run.path.name, ".exit"), f"{code}\n")
             minutes = (time.monotonic() - running.started) / 60
             took = f"{minutes:.1f} min"
             if code == DONE:
                 self.minutes.append(minutes)
-                print(f"{_clock()} complete {running.job} ({took})", flush=True)
+                print(f"{_clock()} done     {running.job} ({took})", flush=True)
             elif code == STOPPED:
                 print(f"{_clock()} stopped  {running.job} ({took})", flush=True)
             else:
@@ -197,15 +197,13 @@ class _Runner:
         left = sum(job.config is None or not job.run.finished for job in jobs)
         if left and self.minutes:
             estimate = left * sum(self.minutes) / len(self.minutes) / self.at_once
-            print(
-                f"{_clock()} {len(jobs) - left} of {len(jobs)} jobs complete, about {estimate:.0f} min left", flush=True
-            )
+            print(f"{_clock()} {len(jobs) - left} of {len(jobs)} jobs done, about {estimate:.0f} min left", flush=True)
 
     def outcome(self, jobs: list[Job]) -> int:
         """The exit code, and a last line."""
         done = sum(job.config is not None and job.run.finished for job in jobs)
         failed = sum(code not in (DONE, STOPPED) for code in self.ended.values())
-        print(f"{done} of {len(jobs)} jobs complete" + (f", {failed} failed" if failed else ""), flush=True)
+        print(f"{done} of {len(jobs)} jobs done" + (f", {failed} failed" if failed else ""), flush=True)
         if failed:
             return FAILED
         if done < len(jobs):

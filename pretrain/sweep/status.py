@@ -1,41 +1,44 @@
-"""How far each job of a sweep is."""
+"""The state of each job of a sweep."""
 
 from __future__ import annotations
 
-from pretrain.processes.exit_codes import DONE, STOPPED
+from pretrain.run.folder import RunError
+from pretrain.run.reader import read_exit_code, read_run
 from pretrain.sweep.definition import Sweep
-from pretrain.sweep.jobs import Job, final_loss, plan_jobs, steps_taken
+from pretrain.sweep.jobs import Job, plan_jobs
 
 
 def format_status(sweep: Sweep) -> list[str]:
-    """A line for each job: its index, how far it is, its validation loss, its labels and its run folder."""
+    """A line per job: index, state and step, validation loss if done, labels, run folder."""
     jobs = plan_jobs(sweep)
     rows = [("job", "state", "loss", "", "labels", "run")]
+    done = 0
     for index, job in enumerate(jobs):
-        loss = final_loss(job.run) if job.config else None
+        state, loss = _state_and_loss(sweep, job)
+        done += state == "done"
         mark = "chosen" if job.is_trial and job.chosen else ""
         run = str(job.run.path) if job.config else ""
-        rows.append((str(index), _state(sweep, job), "" if loss is None else f"{loss:.4f}", mark, str(job), run))
+        rows.append((str(index), state, "" if loss is None else f"{loss:.4f}", mark, str(job), run))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    done = sum(job.config is not None and job.run.finished for job in jobs)
-    lines.append(f"{done} of {len(jobs)} jobs complete")
+    lines.append(f"{done} of {len(jobs)} jobs done")
     trials = sum(job.is_trial for job in jobs)
     if 0 < trials < len(jobs):
-        lines.append(f"the jobs 0 to {trials - 1} choose values for the others: in a job array run them first")
+        lines.append(f"jobs 0 to {trials - 1} choose values for the others: in a job array, run them first")
     return lines
 
 
-def _state(sweep: Sweep, job: Job) -> str:
+def _state_and_loss(sweep: Sweep, job: Job) -> tuple[str, float | None]:
+    """The state of a job's run, one of `pretrain.run.reader.STATES`, and how far it is; its loss if it is done."""
     if job.config is None:
-        return "waits for its values"
-    if job.run.finished:
-        return "complete"
-    steps = f"step {steps_taken(job.run)} of {job.config.total_steps}"
-    if job.run.is_locked():
-        return f"running, {steps}"
-    exit_file = sweep.folder / "jobs" / f"{job.config.run.name}.exit"
-    code = exit_file.read_text().strip() if exit_file.exists() else str(STOPPED)
-    if code not in (str(DONE), str(STOPPED)):
-        return f"failed (exit {code}), {steps}"
-    return f"stopped, {steps}" if job.run.path.exists() else "not started"
+        return "pending, waits for its values", None
+    code = read_exit_code(sweep.folder, job.config.run.name)
+    failed = "failed" if code is None else f"failed (exit {code})"
+    try:
+        run = read_run(job.run.path, code)
+        if run.state in ("done", "pending"):
+            return run.state, run.final_loss
+        state = failed if run.state == "failed" else run.state
+        return f"{state}, step {run.last_step} of {job.config.total_steps}", None
+    except RunError as error:
+        return f"{failed}: {error}", None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.checkpoint import writer
+from pretrain.checkpoint import store, writer
 from pretrain.checkpoint.format import INDEX, CheckpointError, Fragment, index_digest
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.engine.ranks import Ranks
+from pretrain.files import file_sha256
 
 
 def snapshot(step: int) -> Snapshot:
@@ -302,6 +304,59 @@ def test_a_file_that_does_not_hold_what_the_index_says_is_refused(tmp_path: Path
     index["digest"] = index_digest(index)
     (folder / INDEX).write_text(json.dumps(index))
     reader = CheckpointReader(folder)
-    reader.verify()
+    with pytest.raises(CheckpointError, match="not what the index says"):
+        reader.verify()
     with pytest.raises(CheckpointError, match="not what the index says"):
         reader.read("b", "weight")
+
+
+def without_digest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change an index of format 1, which nothing guards."""
+    index = json.loads((folder / INDEX).read_text()) | {"format": 1}
+    del index["digest"]
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["parameters"]["b"]["weight"].update(dtype="float16"),
+        lambda index: index["parameters"]["w"].update(other=index["parameters"]["w"]["momentum"]),
+        lambda index: index["parameters"]["w"]["momentum"]["fragments"][0].update(file="rng-00000.safetensors"),
+        lambda index: index["parameters"]["w"]["weight"].update(
+            fragments=[{"file": "state-00000.safetensors", "start": 0, "length": 12}]
+        ),
+        lambda index: index.update(optimizer_groups={}),
+        lambda index: index.update(world_size=2),
+        lambda index: index["files"].pop("rng-00000.safetensors"),
+    ],
+)
+def test_an_index_without_a_digest_must_fit_the_files(
+    change: Callable[[dict[str, Any]], object], tmp_path: Path
+) -> None:
+    save(tmp_path, 5)
+    folder = save(tmp_path, 10)
+    without_digest(folder, lambda index: None)
+    CheckpointReader(folder).verify()
+    without_digest(save(tmp_path, 10), change)
+    reader, damaged = newest_intact(tmp_path)
+    assert reader is not None
+    assert reader.index["step"] == 5
+    assert "step-00000010" in damaged[0]
+
+
+def test_a_file_that_cannot_be_read_counts_as_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+
+    def fails(path: Path) -> str:
+        if "step-00000010" in str(path):
+            raise OSError(5, "Input/output error")
+        return file_sha256(path)
+
+    monkeypatch.setattr(store, "file_sha256", fails)
+    reader, damaged = newest_intact(tmp_path)
+    assert reader is not None
+    assert reader.index["step"] == 5
+    assert "Input/output error" in damaged[0]

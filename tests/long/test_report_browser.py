@@ -18,7 +18,7 @@ import pytest
 import websocket
 
 from pretrain.report.write import write_report
-from tests.eval.report_folders import job, records, write_run, write_sweep
+from tests.report.folders import job, records, write_run, write_sweep
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

@@ -72,7 +72,7 @@ def test_the_plan_of_the_1b_on_64_ranks_answers_in_ten_lines(capsys: pytest.Capt
         "cluster",
         "fits",
         "step",
-        "length",
+        "total",
         "compute",
         "network",
         "memory",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,15 @@ from pretrain.cli import main
 from pretrain.processes import failures
 from pretrain.processes.errors import PeerError, UserError
 from pretrain.processes.failures import Failure, is_first_to_say, read_failures, report
-from pretrain.processes.torchrun import judge
-from tests.processes.launching import launch, launch_with_fault, write_config
+from pretrain.processes.torchrun import free_port, judge
+from tests.conftest import REPOSITORY
+from tests.processes.launching import FAULTS, TIMEOUT_SECONDS, environment, launch, launch_with_fault, write_config
 
 HOST = socket.gethostname()
 LONG = pytest.mark.long
 
 # On rank 1 of two, in the second step: what its output shows, and what the launcher's last line says of it.
-FAULTS = [
+ON_ONE_RANK = [
     pytest.param("memory", "MemoryError: no memory for 12 bytes", "failed first: MemoryError: no memory", id="memory"),
     pytest.param("kill", None, "was ended by signal 9 (SIGKILL)", id="kill"),
     pytest.param("out of memory", "tried to allocate 20.00 GiB", "failed first: OutOfMemoryError", marks=LONG),
@@ -35,7 +38,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "shown", "named"), FAULTS)
+@pytest.mark.parametrize(("fault", "shown", "named"), ON_ONE_RANK)
 def test_an_error_on_one_rank_is_shown_there_and_named_first_by_the_launcher(
     fault: str, shown: str | None, named: str, tmp_path: Path
 ) -> None:
@@ -60,6 +63,29 @@ def test_torchrun_itself_names_the_rank_that_failed_first(tmp_path: Path) -> Non
     root_cause = done.stderr.split("Root Cause (first observed failure)")[1]
     assert re.search(r"rank +: 1 ", root_cause)
     assert "MemoryError: no memory for 12 bytes" in root_cause
+
+
+@LONG
+def test_of_two_nodes_each_says_what_it_knows(tmp_path: Path) -> None:
+    """Two launchers on this machine, one process each; the second one fails."""
+    port = free_port()
+    command = [sys.executable, "-m", "pretrain.processes", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-id", "1", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    command += ["--local-addr", "127.0.0.1"]
+    started = []
+    fault = {"AURORA_TEST_FAULT": "memory", "AURORA_TEST_FAULT_RANK": "1", "PYTHONPATH": f"{FAULTS}:{REPOSITORY}"}
+    for node in (0, 1):
+        options = ["--rdzv-conf", f"is_host={int(node == 0)}", "-m", "pretrain", "train", str(write_config(tmp_path))]
+        started.append(
+            subprocess.Popen(
+                [*command, *options], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment(**fault)
+            )
+        )
+    said = [node.communicate(timeout=TIMEOUT_SECONDS)[1] for node in started]
+    assert [node.returncode for node in started] == [1, 1], said
+    last = sorted(text.splitlines()[-1] for text in said)
+    assert last[0].startswith(f"error: rank 0 on {HOST} lost the connection to another rank"), said
+    assert last[1] == f"error: rank 1 on {HOST} failed first: MemoryError: no memory for 12 bytes"
 
 
 BAD_INPUT = "error: data/part-7.jsonl: line 3 is not JSON\n  it reads: {\nerror: data/part-8.jsonl: empty\n"
@@ -245,7 +271,7 @@ def told(kind: Any, rank: int, code: int = 1) -> Failure:
         ({1: Ended(2)}, [told("own", 1, code=2)], set(), 2, None),
         ({0: Ended(2), 1: Ended(2)}, [], set(), 2, None),
         ({0: Ended(2)}, [told("peer", 5, code=2)], set(), 2, None),
-        ({0: Ended(1)}, [told("lost", 0)], set(), 1, "rank 0 on n lost another rank"),
+        ({0: Ended(1)}, [told("lost", 0)], set(), 1, "rank 0 on n lost the connection to another rank"),
     ],
 )
 def test_the_launcher_judges(

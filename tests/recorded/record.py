@@ -1,11 +1,13 @@
-"""Train a fixed set of small runs and print the hashes of everything that they leave behind.
+"""Train a fixed set of small runs and record what they leave behind, to compare two commits bit by bit.
 
-    python tests/recorded/record.py OUT.json             the code of the working directory
-    python tests/recorded/record.py --compare A.json B.json
+    python tests/recorded/record.py OUT.json [--only RUN ...]    record the code of the working directory
+    python tests/recorded/record.py --compare A.json B.json      print what differs; exit 1 if anything does
 
-Two commits that train alike give equal files on one machine: hashes of every tensor of the last checkpoint, and every
-field of metrics.jsonl that is not a timing. The script reads checkpoints without the code under test, so that it runs
-with any commit: start it in the root of another checkout, with that checkout's environment.
+A record holds the sha256 of every tensor and random generator in each run's last checkpoint, and every field of
+metrics.jsonl that is not a timing. Two commits that compute the same give equal records on the same machine.
+
+The script does not import the code under test: it starts the command in a new process and reads checkpoints itself.
+To record another commit, start it in the root of a checkout of that commit, with that checkout's environment.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import yaml
 from safetensors import safe_open
 
 TIMINGS = ("seconds", "tokens_per_second", "mfu")
+"""Endings of the metric keys that differ from run to run."""
 
 CORPUS, TOKENIZERS = Path("assets/corpus").resolve(), Path("assets/tokenizer").resolve()
 
@@ -65,6 +68,7 @@ SPEEDRUN = {
 }
 ZERO = {"engine.kind": "deepspeed"}
 
+# Name: the changes to BASE, and the options of each launch.
 RUNS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "plain-1": ({}, [[]]),
     "plain-2": ({}, [["--processes", "2"]]),
@@ -99,28 +103,37 @@ SWEEP = {
 
 
 def merged(changes: dict[str, Any]) -> dict[str, Any]:
-    """BASE with dotted keys replaced, or removed where the value is None."""
+    """BASE with the given `section.key` replaced, or removed where the value is None."""
     data = copy.deepcopy(BASE)
     for path, value in changes.items():
         section, key = path.split(".")
-        data.setdefault(section, {})[key] = value
         if value is None:
-            del data[section][key]
+            data[section].pop(key, None)
+        else:
+            data.setdefault(section, {})[key] = value
     return data
 
 
 def aurora(arguments: list[str], folder: Path) -> None:
-    """Run the command of the working directory's code in `folder`; exit codes 0 and 75 are good."""
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pretrain", *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    """Run the working directory's `python -m pretrain` in `folder`.
+
+    Raises:
+        SystemExit: with its output, if it ends with another exit code than 0 (done) or 75 (stopped as asked).
+    """
+    own = {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "pretrain", *arguments]
+    done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 75):
         raise SystemExit(f"aurora {' '.join(arguments)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
 
 
+def sha256(values: torch.Tensor) -> str:
+    """The digest of a tensor's bytes."""
+    return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def tensors(checkpoint: Path) -> dict[str, str]:
-    """sha256 of every tensor of a checkpoint, assembled from its fragments, by parameter and slot."""
+    """The digest of every tensor of a checkpoint by parameter and slot, put together from its fragments."""
     index = json.loads((checkpoint / "index.json").read_text())
     found = {}
     for name, slots in index["parameters"].items():
@@ -129,78 +142,87 @@ def tensors(checkpoint: Path) -> dict[str, str]:
             for fragment in sorted(record["fragments"], key=lambda f: f["start"]):
                 with safe_open(checkpoint / fragment["file"], framework="pt") as file:
                     parts.append(file.get_tensor(f"{name}:{slot}:{fragment['start']}").reshape(-1))
-            values = torch.cat(parts).contiguous()
-            found[f"{name} {slot}"] = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
+            found[f"{name} {slot}"] = sha256(torch.cat(parts))
+    return found
+
+
+def generators(checkpoint: Path) -> dict[str, str]:
+    """The digest of every random generator of every rank."""
+    found = {}
+    for path in sorted(checkpoint.glob("rng-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                found[f"{path.stem} {key}"] = sha256(file.get_tensor(key))
     return found
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What a run left: hashes of its newest checkpoint and of its random generators, metrics without timings."""
-    newest = sorted((run / "checkpoints").glob("step-????????"))[-1]
+    """What a run left behind: digests of its newest checkpoint, and its metrics without timings."""
+    newest = max((run / "checkpoints").glob("step-????????"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    generators = {}
-    for file in sorted(newest.glob("rng-*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                values = opened.get_tensor(key).contiguous().view(torch.uint8).numpy().tobytes()
-                generators[f"{file.stem} {key}"] = hashlib.sha256(values).hexdigest()
     return {
         "tensors": tensors(newest),
-        "generators": generators,
+        "generators": generators(newest),
         "metrics": [{key: value for key, value in line.items() if not key.endswith(TIMINGS)} for line in lines],
     }
 
 
+def train(name: str, folder: Path) -> dict[str, Any]:
+    """Train one of RUNS in `folder`; its outcome."""
+    changes, launches = RUNS[name]
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(merged({"run.name": name, **changes})))
+    for options in launches:
+        aurora(["train", f"{name}.yaml", *options], folder)
+    return outcome(folder / "runs" / name)
+
+
+def sweep(folder: Path) -> dict[str, dict[str, Any]]:
+    """Run SWEEP in `folder`; the outcome of each job."""
+    (folder / "base.yaml").write_text(yaml.safe_dump(merged({"run.name": "base"})))
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    aurora(["sweep", "sweep.yaml", "--jobs", "1"], folder)
+    root = folder / "runs/sweeps/two"
+    jobs = json.loads((root / "sweep.json").read_text())["jobs"]
+    return {f"sweep {job['labels']}": outcome(root / job["run"]) for job in jobs}
+
+
 def record(names: list[str]) -> dict[str, Any]:
-    """The outcome of every run."""
-    found = {}
+    """The outcomes of the named runs; of all if none is named."""
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="recorded-") as scratch:
-        folder = Path(scratch)
         for name in names or [*RUNS, "sweep"]:
             print(name, file=sys.stderr, flush=True)
-            if name == "sweep":
-                (folder / "base.yaml").write_text(yaml.safe_dump(merged({"run.name": "base"})))
-                (folder / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
-                aurora(["sweep", "sweep.yaml", "--jobs", "1"], folder)
-                plan = json.loads((folder / "runs/sweeps/two/sweep.json").read_text())
-                for job in plan["jobs"]:
-                    found[f"sweep {job['labels']}"] = outcome(folder / "runs/sweeps/two" / job["run"])
-                continue
-            changes, launches = RUNS[name]
-            (folder / f"{name}.yaml").write_text(yaml.safe_dump(merged({"run.name": name, **changes})))
-            for options in launches:
-                aurora(["train", f"{name}.yaml", *options], folder)
-            found[name] = outcome(folder / "runs" / name)
+            found |= sweep(Path(scratch)) if name == "sweep" else {name: train(name, Path(scratch))}
     return found
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """What differs, a line each."""
+    """What differs between two records, one line each."""
     lines = []
     for name in first.keys() | second.keys():
         if name not in first or name not in second:
             lines.append(f"{name}: only in one of them")
             continue
         for part in ("tensors", "generators"):
-            one, other = first[name][part], second[name][part]
-            lines += [f"{name}: {part} {key}" for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+            lines += [f"{name}: {part} {key}" for key in _unequal(first[name][part], second[name][part])]
         one, other = first[name]["metrics"], second[name]["metrics"]
         if len(one) != len(other):
             lines.append(f"{name}: {len(one)} and {len(other)} metric lines")
         for a, b in zip(one, other, strict=False):
-            lines += [
-                f"{name}: step {a['step']} {key}: {a.get(key)} and {b.get(key)}"
-                for key in a.keys() | b.keys()
-                if a.get(key) != b.get(key)
-            ]
+            lines += [f"{name}: step {a['step']} {key}: {a.get(key)} and {b.get(key)}" for key in _unequal(a, b)]
     return sorted(lines)
+
+
+def _unequal(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """The keys whose values differ or that only one of them has."""
+    return [key for key in first.keys() | second.keys() if first.get(key) != second.get(key)]
 
 
 def main() -> int:
     """Record, or compare two records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", action="store_true", help="compare two records instead")
-    parser.add_argument("--only", nargs="*", default=[], metavar="RUN", help=f"some of {', '.join(RUNS)}, sweep")
+    parser.add_argument("--only", nargs="*", default=[], metavar="RUN", help=f"any of {', '.join(RUNS)}, sweep")
     parser.add_argument("files", nargs="+", metavar="FILE.json")
     options = parser.parse_args()
     if options.compare:

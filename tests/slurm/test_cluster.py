@@ -32,7 +32,7 @@ CHANGES = [
     *("engine.kind=deepspeed", "engine.zero_stage=1"),
 ]
 # Two nodes, one process each, and what keeps everything on loopback: both nodes go by names that nothing resolves.
-OPTIONS = ["--nodes=2", "--gpus-per-node=0", "--time=10"]
+OPTIONS = ["--gpus-per-node=0", "--time=10"]
 ENVIRONMENT = {
     "AURORA_VENV": sys.prefix,
     "AURORA_RENDEZVOUS_HOST": "127.0.0.1",
@@ -61,9 +61,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def submit(cluster: Cluster, folder: Path, *arguments: str) -> Job:
+def submit(cluster: Cluster, folder: Path, *arguments: str, nodes: int = 2) -> Job:
     return cluster.run(
-        *(*OPTIONS, str(SCRIPT), str(CONFIG), *arguments),
+        *(*OPTIONS, f"--nodes={nodes}", str(SCRIPT), str(CONFIG), *arguments),
         directory=folder,
         environment=ENVIRONMENT,
         timeout_seconds=JOB_SECONDS,
@@ -114,3 +114,9 @@ def test_a_job_ends_with_the_code_of_bad_input(cluster: Cluster, folder: Path) -
     assert (refused.state, refused.exit_code) == ("FAILED", 2), refused.output
     assert "error: optimizer.lr" in refused.output
     assert "Traceback" not in refused.output
+
+
+def test_one_node_with_one_process_is_no_special_case(cluster: Cluster, folder: Path) -> None:
+    stopped = submit(cluster, folder, "--stop-at", "2", *CHANGES, nodes=1)
+    assert (stopped.state, stopped.exit_code) == ("FAILED", 75), stopped.output
+    assert "1 ranks" in stopped.output

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.processes.torchrun import free_port
+from tests.processes.launching import write_config
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm/pretrain.sbatch"
@@ -56,7 +57,7 @@ class Nodes:
             env=ours | job | path | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
 
     def arguments(self) -> list[str]:
@@ -166,6 +167,25 @@ def test_a_node_that_does_not_reach_the_first_one_says_so_without_a_traceback() 
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "error: lost or never reached the other nodes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+def test_one_node_with_one_process_trains(engine: str, nodes: Nodes) -> None:
+    """The script with a stand-in for srun, and everything after it real."""
+    config = write_config(nodes.folder, {"engine.kind": engine})
+    done = nodes.run(
+        *("config.yaml", "--stop-at", "2"),
+        **{"NODE": "0", "SLURM_JOB_NUM_NODES": "1", "AURORA_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY)},
+        **{"AURORA_RENDEZVOUS_HOST": "127.0.0.1", "PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"},
+        # As srun sets them for its one task.
+        **{"PMI_SIZE": "1", "PMI_RANK": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+    )
+    assert config.name == "config.yaml"
+    assert done.returncode == 75, done.stderr
+    assert ", 1 ranks," in done.stdout
+    assert "[rank 0]: stopped after step 2" in done.stdout
     assert "Traceback" not in done.stderr
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from eval.errors import EvalError
 from pretrain.report.claims import ClaimError, check_claim, claim_problems, parse_claim
+from pretrain.report.errors import ReportError
 
 AXES = {"optimizer": ["muon", "aurora"], "expansion": ["2", "4", "8"], "seed": ["1", "2"]}
 CLAIM: dict[str, Any] = {
@@ -101,7 +101,7 @@ def test_claims_on_speed_are_told_apart() -> None:
 
 
 def test_what_is_no_mapping_is_refused() -> None:
-    with pytest.raises(EvalError, match="a claim is 'Muon wins'; expected a mapping"):
+    with pytest.raises(ReportError, match="a claim is 'Muon wins'; expected a mapping"):
         parse_claim("Muon wins")
 
 

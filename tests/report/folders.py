@@ -11,6 +11,9 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from pretrain.config.model import ModelConfig
+from pretrain.model.cost import parameter_count
+
 CONFIG: dict[str, Any] = {
     "run": {"name": "made-up", "seed": 1},
     "model": {
@@ -95,11 +98,18 @@ def write_run(
 ) -> Path:
     """A run folder; `arrays` are the steps with telemetry arrays of so many layers."""
     folder.mkdir(parents=True, exist_ok=True)
-    manifest: dict[str, Any] = {"run": folder.name, "launches": list(launches)}
+    whole = {**CONFIG, **(config or {})}
+    train, model = whole["train"], ModelConfig.model_validate({"context_length": 32, **whole["model"]})
+    manifest: dict[str, Any] = {
+        "run": folder.name,
+        "parameters": parameter_count(model),
+        "total_steps": train["total_tokens"] // train["global_batch_tokens"],
+        "launches": list(launches),
+    }
     if finished:
         manifest["finished"] = {"step": rows[-1]["step"], "time": "2026-11-24T11:00:00+00:00"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, **(config or {})}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(whole))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in arrays:
         write_arrays(folder, step, step / 500, layers)

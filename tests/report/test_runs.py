@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,59 +10,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from eval.errors import EvalError
-from pretrain.report import runs as runs_module
 from pretrain.report.arrays import LOG_BINS, histograms, survival
-from pretrain.report.runs import load_run
+from pretrain.report.errors import ReportError
 from pretrain.report.sweep import load
 from pretrain.report.tables import tables
-from tests.eval.report_folders import BASELINE, LAUNCH, job, records, write_run, write_sweep
+from pretrain.run.folder import RunError
+from pretrain.run.reader import read_run
+from tests.report.folders import BASELINE, LAUNCH, job, records, write_run, write_sweep
 
 AXES = {"optimizer": ["muon", "aurora"], "seed": ["1"]}
 JOBS = [job("muon-1", {"optimizer": "muon", "seed": "1"})]
 
 
-def age(folder: Path, seconds: float = 3600) -> None:
-    """Set the files back in time."""
-    then = time.time() - seconds
-    for name in ("metrics.jsonl", "manifest.json"):
-        os.utime(folder / name, (then, then))
-
-
-def test_states_of_a_run(tmp_path: Path) -> None:
-    assert load_run(tmp_path / "nowhere").state == "missing"
-    done = write_run(tmp_path / "done", records(3))
-    assert load_run(done).state == "done"
-    broken_off = write_run(tmp_path / "broken-off", records(3), finished=False)
-    assert load_run(broken_off).state == "running"  # written to just now
-    assert load_run(broken_off, exit_code=1).state == "failed"
-    age(broken_off)
-    assert load_run(broken_off).state == "stopped"
-    assert load_run(broken_off, exit_code=75).state == "stopped"
-    assert load_run(done, exit_code=1).state == "done"
-
-
-@pytest.mark.skipif(not runs_module.LOCKS.exists(), reason="not run: no /proc/locks here")
-def test_a_run_whose_lock_is_held_is_running_and_its_lock_is_left_alone(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "held", records(3), finished=False)
-    age(folder)
-    with (folder / ".lock").open("w") as lock:
-        assert load_run(folder).state == "stopped"
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert load_run(folder).state == "running"
-
-
-def test_a_cut_off_line_is_no_record_and_each_step_counts_once(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", [{"step": 2, "loss": 2.0}, {"step": 1, "loss": 9.0}, {"step": 1, "loss": 1.0}])
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
-    assert [(record["step"], record["loss"]) for record in load_run(folder).records] == [(1, 1.0), (2, 2.0)]
-
-
 def test_disturbed_runs(tmp_path: Path) -> None:
     def with_share(share: float, **changes: Any) -> list[str]:
         rows = [{**row, "cpu_seconds": share * row["step_seconds"]} for row in records(5)]
-        return load_run(write_run(tmp_path / "run", rows, **changes)).disturbances
+        return read_run(write_run(tmp_path / "run", rows, **changes)).disturbances
 
     assert with_share(0.95) == []
     assert with_share(0.5) == ["its thread had a core for 50 % of the time"]
@@ -73,28 +33,12 @@ def test_disturbed_runs(tmp_path: Path) -> None:
     assert with_share(0.5, launches=[threads]) == []  # says nothing about several threads
     assert with_share(0.95, launches=[LAUNCH, LAUNCH]) == ["2 launches"]
     old = [{"step": 1, "loss": 1.0}]
-    assert load_run(write_run(tmp_path / "old", old)).disturbances == []
-
-
-def test_parameters_are_counted_as_the_trainer_does(tmp_path: Path) -> None:
-    from pretrain.config import load_config
-    from pretrain.model.cost import parameter_count
-
-    repository = Path(__file__).parents[2]
-    for name in ("quickstart", "aurora-1.1b"):
-        config = load_config(str(repository / f"configs/{name}.yaml"), [])
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.yaml").write_text(config.to_yaml())
-        counts = parameter_count(config.model)
-        run = load_run(folder)
-        assert run.parameters() == (counts["total"], counts["blocks"] + counts["norms"])
-        assert run.total_steps == config.total_steps
+    assert read_run(write_run(tmp_path / "old", old)).disturbances == []
 
 
 def test_the_exit_codes_that_a_sweep_keeps_tell_failed_runs(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path, AXES, JOBS)
-    assert load(folder).jobs[0].run.state == "missing"
+    assert load(folder).jobs[0].run.state == "pending"
     (folder / "jobs").mkdir()
     (folder / "jobs" / "muon-1.exit").write_text("2\n")
     assert load(folder).jobs[0].run.state == "failed"
@@ -111,8 +55,8 @@ def test_jobs_may_wait_for_the_runs_that_choose_their_values(tmp_path: Path) -> 
     sweep = load(write_sweep(tmp_path, axes, [*trials, waiting]))
     assert [(one.run.state, one.is_waiting) for one in sweep.jobs] == [
         ("done", False),
-        ("missing", False),
-        ("missing", True),
+        ("pending", False),
+        ("pending", True),
     ]
     assert [(series.name, list(series.jobs)) for series in sweep.series] == [("muon", ["2"])]
     rows = tables(sweep)
@@ -136,7 +80,7 @@ def test_survival_of_the_rows_dead_at_the_reference_step(tmp_path: Path) -> None
     write_leverages(folder, 450, [0.01, 0.02, 0.03, 4.0])
     write_leverages(folder, 550, [0.01, 1.0, 2.0, 0.01])
     write_leverages(folder, 600, [0.01, 1.0, 0.01, 4.0])
-    found = survival(load_run(folder))
+    found = survival(read_run(folder))
     assert found is not None
     assert (found.reference, found.count) == (450, 3)
     np.testing.assert_allclose(found.still[0], [450, 550, 600])
@@ -148,28 +92,28 @@ def test_survival_starts_at_the_configs_reference_step(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", records(3), config={"telemetry": {"reference_step": 250}})
     for step in (200, 250, 300):
         write_leverages(folder, step, [0.01, 2.0])
-    found = survival(load_run(folder))
+    found = survival(read_run(folder))
     assert found is not None
     assert found.reference == 250
 
 
 def test_survival_is_undefined_without_a_later_measurement_or_dead_rows(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", records(3))
-    assert survival(load_run(folder)) is None
+    assert survival(read_run(folder)) is None
     write_leverages(folder, 500, [0.01, 1.99])
-    assert survival(load_run(folder)) is None
+    assert survival(read_run(folder)) is None
     write_leverages(folder, 550, [float("nan"), 1.0])  # not defined there
-    assert survival(load_run(folder)) is None
+    assert survival(read_run(folder)) is None
     for rows in ([1.0, 1.0], [float("nan"), 1.0]):  # nothing dead; a square MLP, of which nothing is defined
         write_leverages(folder, 500, rows)
         write_leverages(folder, 550, rows)
-        assert survival(load_run(folder)) is None
+        assert survival(read_run(folder)) is None
 
 
 def test_histograms_hold_every_row(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", records(3))
     write_leverages(folder, 50, [0.0, 1e-9, 1.0, 500.0])
-    found = histograms(load_run(folder))
+    found = histograms(read_run(folder))
     assert [(one.layer, one.steps) for one in found] == [(0, [50])]
     shares = found[0].shares[0]
     assert shares.sum() == pytest.approx(1.0)
@@ -182,8 +126,8 @@ def test_damaged_arrays_are_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", records(3))
     (folder / "telemetry").mkdir()
     (folder / "telemetry" / "step-00000050.safetensors").write_bytes(b"half a file")
-    with pytest.raises(EvalError, match=r"step-00000050\.safetensors: cannot be read"):
-        histograms(load_run(folder))
+    with pytest.raises(ReportError, match=r"step-00000050\.safetensors: cannot be read"):
+        histograms(read_run(folder))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +156,7 @@ def test_a_malformed_sweep_is_refused_with_every_problem(
     changes: dict[str, Any], parts: list[str], tmp_path: Path
 ) -> None:
     folder = write_sweep(tmp_path, AXES, JOBS, **changes)
-    with pytest.raises(EvalError) as caught:
+    with pytest.raises(ReportError) as caught:
         load(folder)
     lines = str(caught.value).splitlines()
     assert len(lines) == len(parts)
@@ -222,12 +166,12 @@ def test_a_malformed_sweep_is_refused_with_every_problem(
 
 
 def test_what_is_no_run_and_no_sweep_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match="no such folder; expected a run or a sweep"):
+    with pytest.raises(ReportError, match="no such folder; expected a run or a sweep"):
         load(tmp_path / "nowhere")
-    with pytest.raises(EvalError, match="neither a run nor a sweep: it has no sweep"):
+    with pytest.raises(ReportError, match="neither a run nor a sweep: it has no sweep"):
         load(tmp_path)
     (tmp_path / "sweep.json").write_text("{")
-    with pytest.raises(EvalError, match=r"sweep\.json: cannot be read"):
+    with pytest.raises(ReportError, match=r"sweep\.json: cannot be read"):
         load(tmp_path)
 
 
@@ -235,7 +179,7 @@ def test_what_is_no_run_and_no_sweep_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_run_is_refused(file: str, text: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", records(3))
     (folder / file).write_text(text)
-    with pytest.raises(EvalError, match=file):
+    with pytest.raises(RunError, match=file):
         load(folder)
 
 

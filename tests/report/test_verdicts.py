@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.report.sweep import load
 from pretrain.report.verdicts import Verdict, evaluate
-from tests.eval.report_folders import CONFIG, LAUNCH, job, write_run, write_sweep
+from tests.report.folders import CONFIG, LAUNCH, job, write_run, write_sweep
 
 OPTIMIZERS = ["muon", "aurora"]
 

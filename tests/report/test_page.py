@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from eval.errors import EvalError
+from pretrain.report.errors import ReportError
 from pretrain.report.page import number, share
 from pretrain.report.write import results, write_report
-from tests.eval.report_folders import BASELINE, CONFIG, LAUNCH, job, records, write_run, write_sweep
+from tests.report.folders import BASELINE, CONFIG, LAUNCH, job, records, write_run, write_sweep
 
 NASTY = "<script>alert(1)</script> & $x^2$ \"quoted\" 'twice' </style>"
 
@@ -123,8 +123,8 @@ def test_a_partial_sweep_says_what_is_missing(tmp_path: Path) -> None:
         path.unlink()
     (tmp_path / "aurora-1" / "manifest.json").write_text(json.dumps({"run": "aurora-1", "launches": [LAUNCH]}))
     page = Page(write_report(folder).read_text())
-    assert "3 of 5 jobs done, 1 running, 1 missing" in page.text
-    assert "missing: aurora, seed 2" in page.text
+    assert "3 of 5 jobs done, 1 running, 1 pending" in page.text
+    assert "pending: aurora, seed 2" in page.text
     assert "running: aurora, seed 1, at step 600" in page.text
     assert results(folder)["final"][1]["validation_loss"] is None
     assert "–" in page.text
@@ -133,7 +133,7 @@ def test_a_partial_sweep_says_what_is_missing(tmp_path: Path) -> None:
 def test_a_sweep_without_any_run_has_a_page(tmp_path: Path) -> None:
     jobs = [job(f"{o}-{s}", {"optimizer": o, "seed": s}) for o in ("muon", "aurora") for s in ("1", "2")]
     folder = write_sweep(tmp_path, {"optimizer": ["muon", "aurora"], "seed": ["1", "2"]}, jobs)
-    assert "0 of 4 jobs done, 4 missing" in Page(write_report(folder).read_text()).text
+    assert "0 of 4 jobs done, 4 pending" in Page(write_report(folder).read_text()).text
 
 
 def test_runs_from_before_the_telemetry_have_a_page(tmp_path: Path) -> None:
@@ -231,10 +231,10 @@ def test_thirty_runs_of_500_steps_stay_under_5_mb(tmp_path: Path) -> None:
 
 def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", records(3))
-    with pytest.raises(EvalError, match=r"expected a file name that ends in \.html"):
+    with pytest.raises(ReportError, match=r"expected a file name that ends in \.html"):
         write_report(folder, tmp_path / "report.json")
     (tmp_path / "file").write_text("")
-    with pytest.raises(EvalError, match="cannot write the report"):
+    with pytest.raises(ReportError, match="cannot write the report"):
         write_report(folder, tmp_path / "file" / "report.html")
 
 

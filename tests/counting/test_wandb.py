@@ -1,0 +1,88 @@
+"""What reaches Weights & Biases: an offline run's records, read back from its file."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.counting.ranks import counted
+from tests.counting.where import configured, metrics, run_ranks, train
+
+SHORT = {"train.total_tokens": 4 * 768, "schedule.warmup_tokens": 0, "validation.max_tokens": 6 * 32}
+BLOCK, FULL, LAST = 32768, 1, 4
+NUMBERS = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second", "train_seconds")
+
+
+def offline_runs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def chunks(content: bytes) -> Iterator[bytes]:
+    """The records of wandb's file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
+    assert content[:4] == b":W&B", "not an offline run of wandb"
+    at, parts = 7, []
+    while at + 7 <= len(content):
+        if BLOCK - at % BLOCK < 7:  # too little room for a header: padding
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts.append(content[at + 7 : at + 7 + length])
+        at += 7 + length
+        if kind in (FULL, LAST):
+            yield b"".join(parts)
+            parts = []
+
+
+def records(file: Path) -> list[Any]:
+    """Every record of an offline run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    return [Record.FromString(chunk) for chunk in chunks(file.read_bytes())]
+
+
+def history(file: Path) -> list[dict[str, Any]]:
+    """The logged steps of an offline run."""
+    lines = [record.history for record in records(file) if record.WhichOneof("record_type") == "history"]
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in line.item} for line in lines
+    ]
+
+
+def test_every_step_is_logged_with_its_numbers_against_our_step(tmp_path: Path) -> None:
+    """A stop and a resume continue the same run and the same axis."""
+    config = configured(str(tmp_path), SHORT | {"wandb.mode": "offline", "wandb.project": "counted"})
+    assert train(config, "auto", 2) == 75
+    assert train(config, "auto") == 0
+    first, second = offline_runs(config.run_folder)
+    lines = history(first) + history(second)
+    written = metrics(config)
+    assert [line["step"] for line in lines] == [line["step"] for line in written] == [1, 2, 3, 4]
+    for line, record in zip(lines, written, strict=True):
+        for key in NUMBERS:
+            assert line[key] == pytest.approx(record[key]), key
+    assert lines[-1]["validation_loss"] == pytest.approx(written[-1]["validation_loss"])
+    runs = [record.run for file in (first, second) for record in records(file) if record.HasField("run")]
+    assert {(run.project, run.display_name) for run in runs} == {("counted", "tiny")}
+    assert len({run.run_id for run in runs}) == 1
+    axes = [record.metric for file in (first, second) for record in records(file) if record.HasField("metric")]
+    assert {metric.step_metric for metric in axes if metric.glob_name == "*" or metric.name == "*"} == {"step"}
+
+
+def test_a_disabled_tracker_neither_writes_nor_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import fails
+    config = configured(str(tmp_path), SHORT)
+    assert train(config, "auto", 1) == 75
+    assert not (config.run_folder / "wandb").exists()
+
+
+def test_only_rank_0_logs(tmp_path: Path) -> None:
+    changes = SHORT | {"wandb.mode": "offline"}
+    run_ranks(2, counted, str(tmp_path), changes, 2)
+    [file] = offline_runs(configured(str(tmp_path), changes).run_folder)
+    assert [line["step"] for line in history(file)] == [1, 2]
