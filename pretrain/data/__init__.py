@@ -7,7 +7,7 @@ one sequence of batches with one small state.
 """
 
 from pretrain.data.batch import TokenBatch
-from pretrain.data.catalog import Catalog, content_digest, fingerprint, make_catalog
+from pretrain.data.catalog import Catalog, fingerprint, make_catalog
 from pretrain.data.check import check_sources, survey
 from pretrain.data.documents import validation_text
 from pretrain.data.errors import DataError
@@ -24,7 +24,6 @@ __all__ = [
     "TokenStream",
     "attention_inputs",
     "check_sources",
-    "content_digest",
     "fingerprint",
     "load_tokenizer",
     "make_catalog",

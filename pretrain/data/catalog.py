@@ -1,12 +1,11 @@
 """The catalog: which files the data of a run consists of, listed, sized and digested once.
 
 Rank 0 makes the catalog and hands it to the other ranks, which then open a file only to read its text. The catalog
-also yields the fingerprint for the manifest and the digest by which a resumed run recognises its data.
+also yields the fingerprint, by which the manifest describes the data and a resumed run recognises it.
 """
 
 import hashlib
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, TypedDict
@@ -203,13 +202,3 @@ def _source_fingerprint(source: CatalogSource) -> SourceFingerprint:
             for file in source.files
         ],
     )
-
-
-def content_digest(data: DataFingerprint) -> str:
-    """Return a hex sha256 of the contents of the data: the files of each source, in the order of reading.
-
-    Paths, licences and the values of other columns do not enter, so it survives a move to another mount and a
-    corrected licence. It is computed from a fingerprint, so that those in the manifests of older runs have one too.
-    """
-    contents = [[file["sha256"] for file in source["files"]] for source in data["sources"]]
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()

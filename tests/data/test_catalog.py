@@ -1,6 +1,5 @@
 """The catalog describes the data once: what it holds, how often files are opened, and what it is good for later."""
 
-import json
 import pickle
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import yaml
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
-from pretrain.data import DataError, check_sources, content_digest, fingerprint, make_catalog, survey
+from pretrain.data import DataError, check_sources, fingerprint, make_catalog, survey
 from pretrain.processes.exit_codes import STOPPED
 from tests.conftest import REPOSITORY
 from tests.data.corpus import Setting, drain, make_setting, make_texts, rows, write_jsonl, write_parquet
@@ -130,30 +129,6 @@ def test_every_file_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
         make_catalog(config)
     assert str(error.value).splitlines() == check_sources(config)
     assert [name in line for name, line in zip(("a.par", "b.par", "gone"), check_sources(config), strict=True)]
-
-
-def digest_of(*paths: Path, **changes: Any) -> str:
-    config = DataConfig(sources=[SourceConfig(path=str(path), **changes) for path in paths], lanes=1)
-    return content_digest(json.loads(json.dumps(fingerprint(config))))  # as the manifest of an older run has it
-
-
-def test_the_content_digest_sees_contents_and_their_order_alone(tmp_path: Path) -> None:
-    first, second = (tmp_path / name for name in ("first", "second"))
-    for folder in (first, second):
-        folder.mkdir()
-        write_jsonl(folder / "a.jsonl", TEXTS)
-        write_jsonl(folder / "b.jsonl", TEXTS[:7])
-    digest = digest_of(first)
-    assert digest == digest_of(second) == digest_of(first, licence="MIT")
-    assert digest != digest_of(first / "a.jsonl", first / "b.jsonl")  # two sources are weighted one by one
-    (second / "a.jsonl").rename(second / "c.jsonl")  # which comes first decides the order of the text
-    assert digest != digest_of(second)
-    (second / "c.jsonl").rename(second / "a.jsonl")
-    assert digest == digest_of(second)
-    data = bytearray((second / "b.jsonl").read_bytes())
-    data[-4] ^= 1
-    (second / "b.jsonl").write_bytes(data)
-    assert digest != digest_of(second)
 
 
 # In every Python process of a launch, this writes down each file of the corpus that is opened, and by which program.
