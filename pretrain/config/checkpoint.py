@@ -16,4 +16,4 @@ class CheckpointConfig(Section):
     """Keep the newest n. With 1, a damaged newest checkpoint leaves nothing to fall back to."""
 
     keep_every_steps: PositiveInt | None = None
-    """Also keep, for good, the checkpoints whose step is a multiple of this; a multiple of `save_every_steps`."""
+    """Also keep, for good, the checkpoints whose step is a multiple of this."""

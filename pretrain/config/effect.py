@@ -55,15 +55,10 @@ def _of_optimizer(sections: Mapping[str, Any]) -> dict[str, str]:
 
 def _past_the_end(sections: Mapping[str, Any]) -> dict[str, str]:
     """Steps that the run never reaches."""
-    train, telemetry, checkpoint = (sections.get(name) for name in ("train", "telemetry", "checkpoint"))
-    if not train:
+    train, telemetry = sections.get("train"), sections.get("telemetry")
+    if not train or not telemetry:
         return {}
     steps = train.total_tokens // train.global_batch_tokens
-    found = {}
-    if telemetry and telemetry.reference_step > steps:
-        found["telemetry.reference_step"] = f"the run ends at step {steps}, before step {telemetry.reference_step}"
-    if checkpoint and (checkpoint.keep_every_steps or 0) > steps:
-        found["checkpoint.keep_every_steps"] = (
-            f"the run ends at step {steps}, before step {checkpoint.keep_every_steps}"
-        )
-    return found
+    if telemetry.reference_step <= steps:
+        return {}
+    return {"telemetry.reference_step": f"the run ends at step {steps}, before step {telemetry.reference_step}"}

@@ -77,7 +77,6 @@ def _parse(data: Mapping[str, Any], stored: bool) -> Config:
             sections[name] = section
     problems += _cross_checks(sections)
     if not stored:
-        problems += _given_without_effect(sections) + _checkpoint_problems(sections)
     if problems:
         raise ConfigError(problems)
     return Config.model_validate(sections, context=STORED if stored else None)
@@ -223,14 +222,6 @@ def _given_without_effect(sections: Mapping[str, Any]) -> list[str]:
             if key in section.model_fields_set and getattr(section, key) is not None
         ]
     return problems
-
-
-def _checkpoint_problems(sections: Mapping[str, Any]) -> list[str]:
-    checkpoint = sections.get("checkpoint")
-    if not checkpoint or checkpoint.keep_every_steps is None:
-        return []
-    keep, save = checkpoint.keep_every_steps, checkpoint.save_every_steps
-    return _not_multiple("checkpoint.keep_every_steps", keep, "checkpoint.save_every_steps", save)
 
 
 def _deepspeed_problems(sections: Mapping[str, Any]) -> list[str]:
