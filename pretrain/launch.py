@@ -6,7 +6,7 @@ import itertools
 import random
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
     seed_everything(config.run.seed + engine.rank, config.run.deterministic)
     outline = build_model(config.model, config.run.seed, device="meta")
     routing, summary = routing_table(config, outline), describe(config, outline, engine.world_size)
-    optimizer = engine.build((lambda model: load_weights(reader, model)) if reader else None)
+    optimizer = engine.build(_loader(setup, reader) if reader else None)
     stream = TokenStream(
         config.data,
         config.tokenizer,
@@ -154,13 +154,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         catalog=setup.inputs.catalog,
     )
     hooks = _make_hooks(setup, optimizer)
-    state = TrainState()
-    if reader:
-        load_state(reader, engine.module.model, optimizer, engine.held)
-        state = TrainState(**reader.index["counters"])
-        _restore_generators(setup, reader)
-        for hook in hooks:
-            hook.restore(reader)
+    state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
     run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, state.step, routing))
     tracker = make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn)
 
@@ -235,6 +229,29 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
         seed = config.run.seed
         hooks.append(Sampler(config.samples, setup.tokenizer, setup.eos_id, seed, folder.samples, show))
     return hooks
+
+
+def _loader(setup: Setup, reader: CheckpointReader) -> Callable[[torch.nn.Module], None]:
+    """Fills a model from a checkpoint; a file that one rank cannot read is an error on all."""
+
+    def load(model: torch.nn.Module) -> None:
+        setup.engine.ranks.together(lambda: load_weights(reader, model))
+
+    return load
+
+
+def _restore(setup: Setup, reader: CheckpointReader, optimizer: Aurora, hooks: Iterable[Hook]) -> TrainState:
+    """Bring optimizer, random generators and hooks to the state of a checkpoint; returns its counters."""
+    engine = setup.engine
+
+    def restore() -> None:
+        load_state(reader, engine.module.model, optimizer, engine.held)
+        _restore_generators(setup, reader)
+        for hook in hooks:
+            hook.restore(reader)
+
+    engine.ranks.together(restore)
+    return TrainState(**reader.index["counters"])
 
 
 def _restore_generators(setup: Setup, reader: CheckpointReader) -> None:
