@@ -77,6 +77,7 @@ def _parse(data: Mapping[str, Any], stored: bool) -> Config:
             sections[name] = section
     problems += _cross_checks(sections)
     if not stored:
+        problems += _given_without_effect(sections)
     if problems:
         raise ConfigError(problems)
     return Config.model_validate(sections, context=STORED if stored else None)
