@@ -42,7 +42,10 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def make_checkpoint(root: Path, step: int, tensors: dict[tuple[str, str], Tensor]) -> Path:
     empty: dict[str, Any] = {key: {} for key in ("counters", "config", "identity", "data_state", "provenance")}
     snapshot = Snapshot(step=step, optimizer_groups=[], **empty)
-    fragments = [Fragment(name, slot, tuple(t.shape), 0, t.flatten()) for (name, slot), t in tensors.items()]
+    # Every parameter of a checkpoint has a weight.
+    weights = {(name, "weight"): torch.zeros_like(t) for (name, _), t in tensors.items()}
+    slots = (weights | tensors).items()
+    fragments = [Fragment(name, slot, tuple(t.shape), 0, t.flatten()) for (name, slot), t in slots]
     return save_checkpoint(root, snapshot, fragments, {"torch": torch.zeros(1)}, Ranks())
 
 
