@@ -257,11 +257,11 @@ MUTATIONS = (
         "fault 10: ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides every gradient",
     ),
     Mutation(
-        "one-rank-is-several",
+        "one-rank-is-a-special-case",
         "pretrain/processes",
-        "if 0 <= rank < size and size > 1 else World()",
-        "if 0 <= rank < size else World(rank=1)",
+        "not (several and name in LAUNCHER)",
+        "name not in LAUNCHER",
         ("tests/processes/test_environment.py::test_one_process_does_without",),
-        "fault 8: a single process is taken for one of several",
+        "fault 8: what a launcher says of a single process reaches Accelerate",
     ),
 )
