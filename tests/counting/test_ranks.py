@@ -44,14 +44,14 @@ def test_a_smaller_reduce_bucket_makes_more_reductions_of_the_same_gradients(tmp
     reductions = {}
     for bucket in (50_000_000, 8_000):
         changes = ZERO | {"engine.zero_stage": 1, "engine.reduce_bucket_elements": bucket}
-        calls = of(exchanged(tmp_path / str(bucket), changes), "all_reduce", least=100)
+        calls = of(exchanged(tmp_path / str(bucket), changes), "all_reduce", "reduce", least=10)
         reductions[bucket] = sorted(call.elements for call in calls if call.dtype == torch.float32)
-    assert reductions[50_000_000] == [PARAMETERS]
+    assert sum(reductions[50_000_000]) == sum(reductions[8_000]) == PARAMETERS
+    assert len(reductions[50_000_000]) <= 2  # one for each rank that keeps a share
     *small, first, second = reductions[8_000]
     assert first == second == EMBEDDING // 2  # a single tensor is divided only where it lies on two ranks
     assert len(small) >= 3
     assert max(small) <= 8_000
-    assert sum(small) == PARAMETERS - EMBEDDING
 
 
 def test_a_smaller_gather_bucket_makes_more_gathers_of_fewer_weights(tmp_path: Path) -> None:

@@ -225,6 +225,22 @@ MUTATIONS = (
         "fault 3: a missing fragment reads uninitialised memory",
     ),
     Mutation(
+        "second-reader-counts-a-llama",
+        "pretrain/run",
+        "return None if model is None else parameter_count(model)",
+        'return None if model is None else parameter_count(model.model_copy(update={"architecture": "llama"}))',
+        ("tests/run/test_reader.py::test_they_are_counted_as_the_trainer_does_for_runs_that_lack_them",),
+        "fault 4: the report counts a speedrun model as a Llama",
+    ),
+    Mutation(
+        "git-at-every-save",
+        "pretrain/run",
+        "@functools.cache\ndef git_commit()",
+        "def git_commit()",
+        (COUNTING + "test_run.py::test_a_save_starts_no_process",),
+        "fault 5: every save starts processes",
+    ),
+    Mutation(
         "resolved-config-judged-as-a-persons",
         "pretrain/config",
         "        if info.context == STORED:\n",
@@ -241,11 +257,11 @@ MUTATIONS = (
         "fault 10: ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides every gradient",
     ),
     Mutation(
-        "one-rank-is-several",
+        "one-rank-is-a-special-case",
         "pretrain/processes",
-        "if 0 <= rank < size and size > 1 else World()",
-        "if 0 <= rank < size else World(rank=1)",
+        "not (several and name in LAUNCHER)",
+        "name not in LAUNCHER",
         ("tests/processes/test_environment.py::test_one_process_does_without",),
-        "fault 8: a single process is taken for one of several",
+        "fault 8: what a launcher says of a single process reaches Accelerate",
     ),
 )
