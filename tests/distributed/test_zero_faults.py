@@ -71,7 +71,7 @@ def test_what_deepspeed_would_do_by_itself_is_refused(tmp_path: Path, patch: str
         assert words in said
 
 
-@pytest.mark.parametrize(("patch", "words"), [("sgd", "largest singular value"), ("order", "do not arrive whole")])
+@pytest.mark.parametrize(("patch", "words"), [("sgd", "largest singular value"), ("order", "do not arrive complete")])
 def test_what_is_applied_is_seen_from_the_weights(tmp_path: Path, patch: str, words: str) -> None:
     for said in run_ranks(2, wrong_step, str(tmp_path), zero(3), patch):
         assert words in said
@@ -180,7 +180,7 @@ def test_matrices_straddle_shards_and_ranks_are_empty() -> None:
         ([[("w", 0, 4)], [("w", 5, 1)]], "leave a gap before element 5"),
         ([[("w", 0, 4)], [("w", 3, 3)]], "overlap at element 3"),
         ([[("w", 0, 4)], []], "cover 4 of its 6 elements"),
-        ([[("w", 0, 6)], [("v", 0, 1)]], "which is no parameter"),
+        ([[("w", 0, 6)], [("v", 0, 1)]], "which is not a parameter"),
     ],
 )
 def test_a_layout_that_does_not_make_up_the_parameters_is_refused(fragments: Any, words: str) -> None:
