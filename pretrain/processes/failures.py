@@ -185,7 +185,7 @@ def _prefixed(text: str) -> str:
 
 
 def _print(text: str) -> None:
-    """Print to standard error, in one piece; a closed one is no reason to fail differently."""
+    """Write to standard error in one call; ignore errors, so that a closed stream does not hide the failure."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()

@@ -111,10 +111,10 @@ def judge(
     here = socket.gethostname()
     for rank, code in codes.items():
         if code < 0:
-            return FAILED, f"rank {rank} on {here} was ended by {_signal_name(-code)}, without a word of its own"
+            return FAILED, f"rank {rank} on {here} was killed by {_signal_name(-code)} without reporting an error"
     for rank, code in codes.items():
         if code not in (STOPPED, BAD_INPUT):
-            return FAILED, f"rank {rank} on {here} ended with exit code {code}, without a word of its own"
+            return FAILED, f"rank {rank} on {here} ended with exit code {code} without reporting an error"
     if reports:
         first = next((report for report in reports if report["kind"] == "peer"), reports[0])
         if first["kind"] == "peer":
