@@ -147,7 +147,7 @@ def test_runs_from_before_the_telemetry_have_a_page(tmp_path: Path) -> None:
 
 
 def test_text_from_data_is_escaped(tmp_path: Path) -> None:
-    """Title, question, labels, claims, configs, manifests; dollars are no mathematics."""
+    """Title, question, labels, claims, configs, manifests; dollar signs do not start formulas."""
     jobs = []
     for seed in ("1", NASTY):
         for label in (NASTY, "plain"):
