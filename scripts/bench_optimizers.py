@@ -42,7 +42,7 @@ FEWEST_ROUNDS = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark; return the exit code."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     try:

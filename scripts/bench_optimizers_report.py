@@ -99,7 +99,7 @@ class Report(TypedDict):
     machine: Machine
     # Rounds asked for; large shapes may have fewer (see the length of `seconds`).
     rounds: int
-    # By shape ("8192x2048"): which row stands for the released algorithm in `released_speedup`.
+    # By shape ("8192x2048"): which row represents the released algorithm in `released_speedup`.
     baseline: dict[str, str]
     results: list[Result]
     skipped: list[Skipped]

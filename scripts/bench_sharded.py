@@ -282,7 +282,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run and print; returns the exit code."""
+    """Run the benchmark and print the result; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="ZeRO stage (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="of the model (default: %(default)s)")

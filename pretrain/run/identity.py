@@ -141,7 +141,7 @@ class Identity:
         """Do the same for a checkpoint, at the step that it was saved at.
 
         Raises:
-            RunError: likewise, or if its config cannot be read by this version.
+            RunError: as for `check`, or its config cannot be read by this version.
         """
         try:
             saved = Identity.of_checkpoint(reader.index)
