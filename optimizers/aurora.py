@@ -231,7 +231,7 @@ class Aurora(Optimizer):
             group["base_lr"] = saved.get("base_lr", base_lr)
 
     def _matrix_step(self, params: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> Tensor:
-        """Steps the matrices or shards of a group; returns the fallbacks and retries of their directions, int64 [2]."""
+        """Step the matrices or shards of a group; return the fallbacks and retries of their directions, int64 [2]."""
         if not params:
             return torch.zeros(2, dtype=torch.int64, device=finite.device)
         turns = self.matrices.turns(params, group)

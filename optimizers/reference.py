@@ -356,7 +356,7 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _without_factorising(u: Tensor) -> Tensor | None:
-    """NaN for a matrix that is not finite, zero for zero, else None."""
+    """Return NaN for a matrix that is not finite, zero for a zero matrix, and otherwise None."""
     if not u.isfinite().all():
         return torch.full_like(u, torch.nan)
     return None if u.any() else torch.zeros_like(u)

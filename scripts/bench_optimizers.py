@@ -42,7 +42,7 @@ FEWEST_ROUNDS = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark; return the exit code."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     try:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"error: the run whose momentum is wanted failed: {shlex.join(error.cmd)}", file=sys.stderr)
+        print(f"error: the run that provides the momentum failed: {shlex.join(error.cmd)}", file=sys.stderr)
         return 1
     text = markdown(report)
     if options.json:
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench_optimizers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
+    """Parse an argument that must be a positive integer."""
     value = int(text)
     if value < 1:
         raise ValueError("expected at least 1")
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> Report:
     """Measure everything.
 
     Raises:
-        ValueError: shapes or inputs that are none, a run without momentum, or a device that is not there.
+        ValueError: invalid shapes or inputs, a run without momentum, or a device that does not exist.
         subprocess.CalledProcessError: the quickstart could not be trained.
     """
     if options.device.type == "cuda" and not torch.cuda.is_available():
@@ -142,10 +142,10 @@ def run(options: argparse.Namespace) -> Report:
 
 
 def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
-    """What is measured, the default the largest first.
+    """Return the shapes to be measured; by default those of the models, largest first.
 
     Raises:
-        ValueError: text that is no list of shapes.
+        ValueError: the text is not a list of shapes.
     """
     if options.shapes:
         return parse_shapes(options.shapes)
@@ -153,10 +153,10 @@ def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
 
 
 def chosen_inputs(options: argparse.Namespace) -> list[str]:
-    """The names of the inputs.
+    """Return the names of the inputs.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: an input is unknown.
     """
     if options.inputs:
         names = options.inputs.split(",")
@@ -188,7 +188,7 @@ def one_shape(
     results: list[Result],
     skipped: list[Skipped],
 ) -> str | None:
-    """Judge and time all variants of a shape, append the results, and return the name of the baseline, if any."""
+    """Measure all variants on a shape, append the results, and return the name of the baseline, if any."""
     started = time.monotonic()
     first = next(iter(inputs.values()))[:1]
     running: list[Variant] = []
@@ -238,7 +238,7 @@ def result_of(
     base: str | None,
     quality: dict[str, Quality],
 ) -> Result:
-    """The row of a variant; `took` are the seconds of all variants of the shape, `base` names the released one."""
+    """Return the row of a variant; `took` has the times of all variants on the shape, `base` names the baseline."""
     return Result(
         shape=list(shape),
         variant=variant.name,
@@ -256,13 +256,13 @@ def result_of(
 
 
 def baseline_of(took: dict[str, list[float]], device: torch.device) -> str | None:
-    """The row that stands for the released algorithm: true bf16 where that is fast, else the one with fp32 products."""
+    """Return the baseline, the released algorithm: in true bf16 where that is fast, else with fp32 products."""
     name = RELEASED_NATIVE if has_fast_bf16(device) else RELEASED
     return name if name in took else None
 
 
 def observed(variant: Variant, u: Tensor) -> tuple[int, int, Tensor | None]:
-    """FLOPs and peak bytes of one call, and the direction if it is one."""
+    """Return the FLOPs and peak bytes of one call, and its direction if it computes one."""
     call = variant.call(u)
     with flops.counter() as counter, PeakMemory() as memory:
         d = call()
@@ -277,7 +277,7 @@ def paired(took: dict[str, list[float]], over: str | None, under: str | None) ->
 
 
 def describe_machine(options: argparse.Namespace) -> Machine:
-    """Describe the machine, the code and the command, which the figures depend on."""
+    """Describe the machine, the code and the command that produced the figures."""
     found: dict[str, Any] = environment()
     has = torch.cpu.get_capabilities()
     device = options.device

@@ -23,7 +23,7 @@ ROW_SCALE_DEVIATION = 1.0  # of the logarithm of the row norms
 
 
 def matrix_shapes(config: Config) -> Counter[Shape]:
-    """The shapes whose directions the optimizer of a config finds, and how often; nothing is allocated."""
+    """Return the shapes of the matrices in a config's model, with their counts; no memory is allocated."""
     groups = param_groups(build_model(config.model, config.run.seed, "meta"), config.optimizer.settings())
     matrix = [group for group in groups if group["kind"] == "matrix"]
     return Counter(
@@ -68,13 +68,13 @@ def power_law(m: int, n: int, seed: int = 0) -> Tensor:
 
 
 def captured(source: Path) -> dict[Shape, Tensor]:
-    """The momentum of every matrix in a checkpoint, as one stack [k, m, n] a shape.
+    """Return the momentum of every matrix in a checkpoint, as one stack [k, m, n] per shape.
 
     Args:
-        source: a run folder, of which the newest checkpoint is read, or a checkpoint.
+        source: a checkpoint, or a run folder, whose newest checkpoint is read.
 
     Raises:
-        ValueError: neither, or a checkpoint without momentum.
+        ValueError: the source is neither, or its checkpoint has no momentum.
     """
     checkpoints = list_checkpoints(source / "checkpoints")
     reader = CheckpointReader(checkpoints[-1] if checkpoints else source)
@@ -84,12 +84,12 @@ def captured(source: Path) -> dict[Shape, Tensor]:
             momentum = reader.read(name, "momentum").float()
             found.setdefault((momentum.shape[0], momentum.shape[1]), []).append(momentum)
     if not found:
-        raise ValueError(f"{source}: no momentum of a matrix in it; expected a run of aurora, muon or a relative")
+        raise ValueError(f"{source}: contains no momentum of a matrix; expected a run of aurora, muon or a relative")
     return {shape: torch.stack(members) for shape, members in found.items()}
 
 
 def make_inputs(shape: Shape, names: Iterable[str], momenta: dict[Shape, Tensor]) -> dict[str, Tensor]:
-    """The named inputs of a shape, each a stack; "captured" only where the run has matrices of that shape."""
+    """Return the named inputs of a shape, each a stack; "captured" only if the run has matrices of that shape."""
     makers = {"gaussian": gaussian, "powerlaw": power_law}
     inputs = {name: makers[name](*shape) for name in names if name in makers}
     if "captured" in names and shape in momenta:
@@ -98,6 +98,6 @@ def make_inputs(shape: Shape, names: Iterable[str], momenta: dict[Shape, Tensor]
 
 
 def default_shapes(large: str, small: str) -> list[Shape]:
-    """The distinct shapes of two configs, and 5632 x 2048: the MLP of the usual Llama of that width."""
+    """Return the distinct shapes of two configs, and 5632 x 2048, the MLP of a typical Llama of that width."""
     both = [*matrix_shapes(load_config(large)), *matrix_shapes(load_config(small))]
     return sorted({*both, (5632, 2048)}, key=lambda shape: (-shape[0] * shape[1], -shape[0]))

@@ -51,8 +51,8 @@ class Result(TypedDict):
     note: str
     # Counted while it ran: torch's counter with the formulas of optimizers.flops.
     flops: int
-    # Most bytes of tensors alive at once beyond those before the call, its result included. For a step, weights,
-    # gradients and fresh momentum are made before: not counted, except where the optimizer makes its state in step().
+    # Peak bytes of live tensors above those before the call, including its result. For a step, weights, gradients and
+    # fresh momentum exist before and are not counted, unless the optimizer creates its state in step().
     peak_bytes: int
     # Seconds in each round, on the first input (the values of a matrix do not change the time).
     seconds: list[float]
@@ -99,7 +99,7 @@ class Report(TypedDict):
     machine: Machine
     # Rounds asked for; large shapes may have fewer (see the length of `seconds`).
     rounds: int
-    # By shape ("8192x2048"): which row stands for the released algorithm in `released_speedup`.
+    # By shape ("8192x2048"): which row represents the released algorithm in `released_speedup`.
     baseline: dict[str, str]
     results: list[Result]
     skipped: list[Skipped]

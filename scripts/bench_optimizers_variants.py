@@ -37,7 +37,7 @@ class Variant:
     given: dict[str, Any] = field(default_factory=dict)
     """Options of a matrix group: what is computed, or, for an optimizer of others, what it approximates."""
     make: Maker | None = None
-    """With it whole steps of that optimizer are timed, else directions alone."""
+    """If given, whole steps of that optimizer are timed, otherwise only directions."""
     main: bool = False
     """Also runs on large matrices."""
     judged: bool = True

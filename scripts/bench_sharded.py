@@ -1,10 +1,10 @@
 """The sharded optimizer step: two processes against one, bytes against the formula, and DeepSpeed's own Muon.
 
-Three ways to step the matrices and the other weights of a quickstart of hidden size 1024 take turns, one thread a
-process: one process with everything; two processes, each with everything (what two such processes can reach on this
-machine); two processes that share the work out. The sharded speed-up over one process is stated as a share of that of
-the independent ones. Then real DeepSpeed engines on two processes: bytes that a rank receives in a step, counted at the
-calls of torch.distributed, and the time of backward pass and step, of ours and of DeepSpeed's Muon.
+Three ways to step the matrices and the other weights of a quickstart of hidden size 1024 alternate, with one thread per
+process: one process with everything; two processes, each with everything (the most that two processes can reach on this
+machine); two processes that divide the work. The sharded speed-up over one process is stated as a share of that of the
+independent processes. Then real DeepSpeed engines on two processes, with our optimizer and with DeepSpeed's Muon: the
+bytes that a rank receives in a step, counted at the calls of torch.distributed, and the time of backward pass and step.
 
     python scripts/bench_sharded.py [--stage 1] [--rounds 7] [--json FILE]
 """
@@ -105,7 +105,7 @@ def worker(rank: int, port: int, results: Any, options: argparse.Namespace) -> N
 
 
 def turns(rank: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a step of each way, in every round."""
+    """Return the seconds per step of each way, in every round."""
     dist.init_process_group("gloo")
     config = big_sibling(options.layers)
     dense = dense_optimizer(config)
@@ -199,7 +199,7 @@ def engines(rank: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _count_received(rank: int) -> dict[str, Any]:
-    """Count, from now on, the bytes that collectives write into this rank's tensors and that come from the other."""
+    """From now on, count the bytes that collectives write into this rank's tensors and that come from the other."""
     counted: dict[str, Any] = {"bytes": 0, "by": {}}
 
     def size(value: Any) -> int:
@@ -232,7 +232,7 @@ def _count_received(rank: int) -> dict[str, Any]:
 
 
 def run_two(options: argparse.Namespace, **changes: Any) -> list[dict[str, Any]]:
-    """Both workers' results."""
+    """Run both workers and return their results."""
     context = multiprocessing.get_context("spawn")
     results, port = context.Queue(), free_port()
     given = argparse.Namespace(**{**vars(options), **changes})
@@ -282,7 +282,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run and print; returns the exit code."""
+    """Run the benchmark and print the result; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="ZeRO stage (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="of the model (default: %(default)s)")

@@ -147,7 +147,7 @@ def test_momentum_is_captured_from_a_run_in_the_cache_that_belongs_to_the_config
 
 @pytest.mark.long
 def test_the_default_run_keeps_the_promises_that_do_not_depend_on_the_clock() -> None:
-    """Writes build/bench_optimizers.json; tests beside it disturb its times, which are therefore not judged."""
+    """Writes build/bench_optimizers.json; its timings are not checked, because other tests run at the same time."""
     path = REPOSITORY / "build" / "bench_optimizers.json"
     assert bench.main(["--json", str(path), "--markdown", str(path.with_suffix(".md"))]) == 0
     figures = json.loads(path.read_text())["figures"]

@@ -153,7 +153,7 @@ def test_all_take_turns_in_every_round_and_preparing_is_not_timed() -> None:
 
 
 def peak_of_a_step(shapes: list[tuple[int, int]], **options: Any) -> int:
-    """Bytes that a step of these matrices needs beside weights, gradients and state."""
+    """Bytes that a step of these matrices needs besides weights, gradients and state."""
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     for weight in weights:
         weight.grad = torch.randn_like(weight)

@@ -223,9 +223,9 @@ def test_mixed_dtypes_and_untied_heads_under_a_tied_config_are_refused(tmp_path:
 def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="vocabulary ends at 99"):
         save(llama(vocab_size=100), tmp_path / "out")
-    with pytest.raises(ExportError, match=r"no token '</s>' \(wanted as bos_token\)"):
+    with pytest.raises(ExportError, match=r"no token '</s>' \(needed as bos_token\)"):
         save(llama(), tmp_path / "out", eos_token="</s>")
-    with pytest.raises(ExportError, match="wanted as pad_token"):
+    with pytest.raises(ExportError, match="needed as pad_token"):
         save(llama(), tmp_path / "out", pad_token="<pad>")
     with pytest.raises(ExportError, match="cannot read the tokenizer"):
         save(llama(), tmp_path / "out", tmp_path / "absent.json")

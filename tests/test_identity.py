@@ -126,7 +126,7 @@ def test_other_arithmetic_is_announced_and_used(tiny_config: MakeConfig, capsys:
     config = tiny_config({**SHORT, "optimizer.polar": "gram", **changed})
     assert train(config) == 0
     captured = capsys.readouterr()
-    (warning,) = [line for line in (captured.out + captured.err).splitlines() if "other arithmetic" in line]
+    (warning,) = [line for line in (captured.out + captured.err).splitlines() if "numerics changed" in line]
     assert "optimizer.adamw.fused: False in the run, True now" in warning
     assert "optimizer.polar_dtype: 'auto' in the run, 'bf16' now" in warning
     assert "train.micro_batch_sequences: 6 in the run, 12 now" in warning

@@ -73,7 +73,7 @@ def test_what_says_nothing_is_none() -> None:
     u, _, _ = torch.linalg.svd(half_rank.double(), full_matrices=False)
     scores = u[:, :8].square().sum(dim=1)
     assert float((found - scores / scores.mean()).abs().max()) < 1e-6
-    with pytest.raises(ValueError, match="all alike"):
+    with pytest.raises(ValueError, match="all equal"):
         neurons.leverage(torch.randn(4, 4))
 
 

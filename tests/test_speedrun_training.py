@@ -120,7 +120,7 @@ def test_the_speedrun_recipe_is_the_records() -> None:
     rates = {group["role"]: group["lr"] for group in param_groups(build_model(config.model, 0, "meta"), settings)}
     assert rates == {"hidden": 0.0375, "embedding": 0.3, "head": 1 / 320, "vector": 0.01}
     assert settings.adamw["betas"] == (0.8, 0.95)
-    # The record's 1e-10 beside gradients of the sum over a batch, as it acts beside gradients of the mean.
+    # The record's 1e-10 applies to gradients of the sum over a batch; scaled here for gradients of the mean.
     assert settings.adamw["eps"] * config.train.global_batch_tokens == pytest.approx(1e-10)
 
 

@@ -110,10 +110,10 @@ def test_equal_runs_of_two_sweeps_are_one(sweep_file: Callable[..., Path]) -> No
         ({"nmae": "x"}, "unknown key"),
         ({"name": "a/b"}, "expected 1 to 64"),
         ({"base": "missing.yaml"}, "no such config file"),
-        ({"baseline": {"optimizer": "aurora"}}, "baseline.optimizer: 'aurora' is not among the labels"),
-        ({"seed_axis": "seeds"}, "'seeds' is no axis"),
+        ({"baseline": {"optimizer": "aurora"}}, "baseline.optimizer: 'aurora' is not a label of an axis"),
+        ({"seed_axis": "seeds"}, "'seeds' is not an axis"),
         ({"overrides": {"model.hiden_size": 3}}, "model.hiden_size: unknown key; did you mean hidden_size? (in every"),
-        ({"axes": {"seed": {1: {"run.name": "x"}}}}, "run.name: cannot be swept"),
+        ({"axes": {"seed": {1: {"run.name": "x"}}}}, "run.name: cannot be set in a sweep"),
         ({"axes": {"a": {1: {"optimizer": {"name": "muon"}}}, "b": {1: {"optimizer.lr": 0.1}}}}, "axes.a and axes.b"),
         ({"axes": {"lr": {"bad": {"optimizer.lr": -1}, "good": {"optimizer.lr": 1}}}}, "(in the job lr bad)"),
         ({"claims": [{"claim": "x"}]}, "claims.0"),
@@ -216,7 +216,7 @@ def test_a_failed_job_is_named_and_the_others_are_run(
 
 def test_a_job_array_runs_one_job_and_says_what_must_come_first(sweep_file: Callable[..., Path]) -> None:
     sweep = load_sweep(sweep_file())
-    with pytest.raises(RunError, match="waits for the jobs 0 to 1"):
+    with pytest.raises(RunError, match="waits for jobs 0 to 1"):
         run_job(sweep, 4)
     with pytest.raises(RunError, match="0 to 4"):
         run_job(sweep, 5)

@@ -198,7 +198,7 @@ def test_measurements_of_a_future_that_is_trained_anew_are_set_aside(tiny_config
     config = tiny_config(SHORT | ON | {"checkpoint.save_every_steps": 7})
     train(config, stop_at=12)
     newest_folder = list_checkpoints(config.run_folder / "checkpoints")[-1]
-    (newest_folder / "index.json").unlink()  # step 12 is lost: the run goes on from step 7
+    (newest_folder / "index.json").unlink()  # step 12 is lost: the run resumes from step 7
     train(config, stop_at=9)
     folder = config.run_folder / "telemetry"
     assert [step for step, _ in measurements(folder)] == [5]

@@ -176,5 +176,5 @@ def _leverage(x: Tensor, how: RowBalance, polar: str, polar_dtype: PolarDtype) -
 
 
 def automatic_row_balance(device: torch.device) -> RowBalance:
-    """What "auto" stands for. A Cholesky factorisation is a row of small dependent steps, which a GPU is slow at."""
+    """Resolve "auto". A Cholesky factorisation is a sequence of small dependent steps, which is slow on a GPU."""
     return "gram" if device.type == "cuda" else "leverage"

@@ -3,7 +3,7 @@
 The unit is the matrix that gets a direction of its own: a weight, or a block of rows of a fused one. Its owner receives
 the fragments of its momentum, computes, and sends the step back. Where single matrices are too much for one rank, a
 *team* shares one: each member takes a part of its long side (see `row_sharded`). A plan depends on the layout, the
-options and nothing else, so every rank makes the same one without a word.
+options and nothing else, so all ranks compute the same plan without communicating.
 """
 
 import hashlib
@@ -203,7 +203,7 @@ def make_plan(
 
     Args:
         layout: where the momentum lies.
-        units: what is to be shared out.
+        units: the matrices to be assigned.
         part_cost: team size -> operations of one member, by unit; a size that is missing is not used.
         imbalance: see `IMBALANCE`.
     """

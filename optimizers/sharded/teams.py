@@ -63,7 +63,7 @@ def unshareable(options: Mapping[str, Any]) -> str | None:
     if options["polar"] != "gram":
         return f"polar {options['polar']!r} works on the matrix itself, not on its Gram matrix"
     if options["direction"] == "riemannian_aurora":
-        return "riemannian_aurora solves for all rows at once"
+        return "riemannian_aurora solves for all rows jointly"
     if options["direction"] == "aurora" and (options["row_balance"] == "polar" or options["eps_mode"] == "absolute"):
         return "row_balance 'polar' and eps_mode 'absolute' repeat the released arithmetic on a whole matrix"
     if options["contra"]:

@@ -1,4 +1,4 @@
-"""The random generators of one process, as tensors that a checkpoint can hold."""
+"""The states of a process's random generators, as tensors for a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def random_generators() -> dict[str, Tensor]:
-    """The state of every global random generator of this process, as tensors."""
+    """Return the state of every global random generator of this process, as tensors."""
     _, words, gauss = random.getstate()
     legacy: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, cached = legacy
@@ -28,7 +28,7 @@ def random_generators() -> dict[str, Tensor]:
 
 
 def restore_generators(state: dict[str, Tensor]) -> None:
-    """Put back what `random_generators` returned."""
+    """Restore the states that `random_generators` returned."""
     gauss = state["python_gauss"].item()
     random.setstate((3, tuple(state["python"].tolist()), None if np.isnan(gauss) else gauss))
     *keys, position, has_gauss = state["numpy"].tolist()

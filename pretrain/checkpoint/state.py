@@ -1,7 +1,7 @@
-"""Model and optimizer of one process to and from checkpoint fragments.
+"""Conversion between the model and optimizer of one process and checkpoint fragments.
 
-An engine either leaves parameters whole on every rank or cuts them (`Engine.held`). Both are the same to a
-checkpoint: runs of elements of named tensors, of which this process holds some.
+An engine either keeps whole parameters on every rank or shards them (`Engine.held`). A checkpoint treats both the same
+way: it stores contiguous runs of elements of named tensors, and this process holds some of them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from pretrain.checkpoint.store import CheckpointReader
 
 
 def fragments(model: nn.Module, optimizer: Aurora, held: Held | None = None) -> Iterator[Fragment]:
-    """Everything that a checkpoint needs of weights and optimizer state and that is here.
+    """Yield the weights and optimizer state that this process holds, as checkpoint fragments.
 
-    `values` are the tensors themselves: loading writes into them. `held` is an engine's: None, everything is here.
+    `values` are the tensors themselves, not copies: loading writes into them. `held` is that of the engine; None means
+    that every rank holds whole parameters.
     """
     return _whole(model, optimizer) if held is None else _cut(held, optimizer)
 
 
 def _whole(model: nn.Module, optimizer: Aurora) -> Iterator[Fragment]:
-    """Every tensor as one fragment. What the optimizer steps counts: it may be an fp32 copy of the model's weight."""
+    """Yield every tensor as one fragment; weights are those that the optimizer steps, possibly fp32 copies."""
     stepped = set()
     for group in optimizer.param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
@@ -53,10 +54,10 @@ def _cut(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
 
 
 def _second_moments(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
-    """The one state that lies with the owner of a matrix instead of with its elements."""
+    """Yield the second moments of matrices, the only state held by a matrix's owner instead of with its elements."""
     sharded = optimizer.matrices
     if not isinstance(sharded, ShardedMatrices):
-        return  # only AdamW
+        return  # the optimizer has only AdamW groups
     group = optimizer.param_groups[sharded.shard]
     moments, at = optimizer.state_of(held.shards[sharded.shard], group).get("second_moment"), 0
     if moments is None:
@@ -67,17 +68,17 @@ def _second_moments(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
 
 
 def group_settings(optimizer: Aurora) -> list[dict[str, Any]]:
-    """The optimizer's groups: hyper-parameters and `param_names`. `base_lr` is the config's, so it is not saved."""
+    """Return the hyperparameters and `param_names` of each group, without `base_lr`, which the config determines."""
     without = ("params", "base_lr")
     return [{key: value for key, value in group.items() if key not in without} for group in optimizer.param_groups]
 
 
 @torch.no_grad()
 def load_weights(reader: CheckpointReader, model: nn.Module) -> None:
-    """Fill a model that no engine has taken over yet.
+    """Load the weights of a checkpoint into a model that has not been passed to an engine yet.
 
     Raises:
-        CheckpointError: the parameters are not those of this model.
+        CheckpointError: the checkpoint's parameters are not those of the model.
     """
     parameters = dict(model.named_parameters())
     saved = reader.index["parameters"]
@@ -90,13 +91,13 @@ def load_weights(reader: CheckpointReader, model: nn.Module) -> None:
 
 @torch.no_grad()
 def load_state(reader: CheckpointReader, model: nn.Module, optimizer: Aurora, held: Held | None = None) -> None:
-    """Fill the fp32 weights and the optimizer's state from a checkpoint of any layout.
+    """Load the fp32 weights and the optimizer state from a checkpoint, whatever the number of ranks that wrote it.
 
-    Of the hyper-parameters only the scheduled learning rate is restored. The others are those of the config: where
-    they decide the result they are the same (`pretrain.run.identity`), and the rest may change on resume.
+    Of the hyperparameters only the scheduled learning rate is restored. The others come from the config:
+    `pretrain.run.identity` ensures that those which affect the result are unchanged, and the rest may change on resume.
 
     Raises:
-        CheckpointError: the groups are not those of this optimizer, or their state is another optimizer's.
+        CheckpointError: the groups or their state do not match this optimizer.
     """
     groups, saved = reader.index["optimizer_groups"], reader.index["parameters"]
     if [g["param_names"] for g in groups] != [g["param_names"] for g in optimizer.param_groups]:
@@ -108,7 +109,7 @@ def load_state(reader: CheckpointReader, model: nn.Module, optimizer: Aurora, he
         known[fragment.name].add(fragment.slot)
         record = saved[fragment.name].get(fragment.slot)
         if record is None:
-            fragment.values.zero_()  # a parameter that has not been stepped yet
+            fragment.values.zero_()  # the parameter has not been stepped yet
         elif tuple(record["shape"]) != fragment.shape:
             raise CheckpointError(f"{reader.folder}: {fragment.slot} of {fragment.name} has shape {record['shape']}")
         else:
@@ -117,13 +118,15 @@ def load_state(reader: CheckpointReader, model: nn.Module, optimizer: Aurora, he
     if held is None:
         unknown = {slot for name, slots in saved.items() for slot in slots.keys() - known[name] - {TELEMETRY_SLOT}}
         if unknown:
-            raise CheckpointError(f"{reader.folder}: {', '.join(sorted(unknown))} is no state of this optimizer")
+            raise CheckpointError(
+                f"{reader.folder}: {', '.join(sorted(unknown))}: not part of the state of this optimizer"
+            )
     else:
         _load_steps(reader, held, optimizer)
 
 
 def _load_steps(reader: CheckpointReader, held: Held, optimizer: Aurora) -> None:
-    """A shard counts its steps once, for all its parameters and also where none of them begins in it."""
+    """Load the step count of each shard: one for all its parameters, even if none of them starts in it."""
     for flat, group in zip(held.shards, optimizer.param_groups, strict=True):
         saved = [reader.index["parameters"][name] for name in group["param_names"]]
         steps = {
@@ -132,6 +135,7 @@ def _load_steps(reader: CheckpointReader, held: Held, optimizer: Aurora) -> None
         }
         if len(steps) > 1:
             raise CheckpointError(
-                f"{reader.folder}: parameters of one group were stepped {sorted(steps)} times; a shard counts once"
+                f"{reader.folder}: parameters of one group have different step counts {sorted(steps)}; "
+                "a sharded group needs the same count for all"
             )
         optimizer.state_of(flat, group)["step"].fill_(steps.pop())

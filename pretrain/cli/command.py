@@ -31,7 +31,7 @@ exit codes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code.
+    """Run one verb; return the exit code.
 
     Errors are printed here (see `pretrain.processes.failures`) and not raised.
 

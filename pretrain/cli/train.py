@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if options.processes > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the first process repeats them
-            load_config(options.config, options.overrides)  # what is wrong is said once, before anything starts
+            load_config(options.config, options.overrides)  # report problems once, before any process starts
         stop = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
         arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *stop]
         return run_processes(options.processes, arguments)

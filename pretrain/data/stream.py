@@ -96,7 +96,7 @@ class TokenStream:
             catalog: the files of the sources; listed here if there is none.
 
         Raises:
-            DataError: a source or the tokenizer cannot be used; `check_sources` finds all faults at once.
+            DataError: a source or the tokenizer cannot be used; `check_sources` reports all problems together.
             ValueError: an argument is out of range, or `state` has another version or number of lanes.
 
         """

@@ -1,4 +1,4 @@
-"""What carries out a training step: placement, precision, the backward pass and its reduction over ranks."""
+"""Engines, which carry out training steps: device placement, precision, backward pass and gradient reduction."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def make_engine(config: Config) -> Engine:
-    """The engine that the config names, over all processes that were started."""
-    # Each engine loads its libraries when it is chosen: DeepSpeed takes seconds, and readers of checkpoints, which
-    # need `pretrain.engine.ranks` alone, need neither.
+    """Create the engine that the config names, over all processes of the run."""
+    # Each engine is imported when it is chosen: DeepSpeed takes seconds to import, and code that only reads
+    # checkpoints, and so only needs `pretrain.engine.ranks`, needs neither.
     if config.engine.kind == "deepspeed":
         from pretrain.engine.deepspeed import DeepSpeedEngine
 

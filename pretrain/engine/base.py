@@ -1,6 +1,6 @@
-"""What every engine has; the trainer talks to an engine through these methods alone.
+"""The interface of engines; the trainer uses only these methods.
 
-Gradients reach the optimizer summed over every rank and micro-batch, never averaged: the loss is divided by the global
+Gradients reach the optimizer summed, not averaged, over all ranks and micro-batches: the loss is divided by the global
 number of target tokens before the backward pass.
 """
 
@@ -33,23 +33,23 @@ TIMEOUT = timedelta(minutes=30)
 
 
 class Engine:
-    """What every engine has.
+    """Base class of the engines.
 
     Args:
-        config: the run's.
-        accelerator: set up for the processes of this run.
-        precision: dtypes of weights and products.
+        config: the run's config.
+        accelerator: an Accelerator, set up for the processes of this run.
+        expected: the type of distribution that Accelerate should have detected.
 
     Attributes:
-        ranks: the processes of the run, for values and errors on the CPU.
-        rank, world_size: of this process.
-        device: where the model lives.
-        precision: dtypes of weights and products.
-        model: what to call for training; set by `build`.
+        ranks: the processes of the run, for exchanging values and errors on the CPU.
+        rank, world_size: rank of this process and number of processes.
+        device: the device of the model.
+        precision: dtypes of weights and matrix products.
+        model: the wrapped model, to be called in training; set by `build`.
         module: the model with its loss, inside `model`.
 
     Raises:
-        RuntimeError: the processes did not find each other (each would train alone without noticing).
+        RuntimeError: the processes did not find each other, so each would train on its own.
     """
 
     model: torch.nn.Module
@@ -70,11 +70,12 @@ class Engine:
     def _check_world(self, expected_type: DistributedType) -> None:
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         kind = self.accelerator.distributed_type
-        # Under a launcher Accelerate calls a single process distributed too; there is nothing to get wrong then.
+        # Under a launcher Accelerate calls even a single process distributed, which does no harm.
         if self.world_size != expected or (self.world_size > 1 and kind != expected_type):
             raise RuntimeError(
                 f"{expected} processes were started, but Accelerate sees {self.world_size} (type {kind}, expected "
-                f"{expected_type}): each would train alone. Start them with torchrun, without ACCELERATE_* variables"
+                f"{expected_type}), so each would train on its own. Start them with torchrun and unset all "
+                "ACCELERATE_* variables"
             )
 
     def _make_cpu_group(self) -> dist.ProcessGroup | None:
@@ -83,15 +84,15 @@ class Engine:
         return dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
 
     def build(self, load: Callable[[torch.nn.Module], None] | None = None) -> Aurora:
-        """Build the model and its optimizer, and take both over.
+        """Build the model and its optimizer, and prepare both for training.
 
-        This is the door for an engine whose ranks never hold the whole model: it may build and load piece by piece.
+        An engine whose ranks never hold the whole model can override this to build and load the model in parts.
 
         Args:
-            load: fills the weights of a language model; None keeps the initial ones.
+            load: loads weights into a language model; None keeps the initial weights.
 
         Returns:
-            The optimizer, over the parameters as this engine keeps them.
+            The optimizer of the parameters as this engine holds them.
 
         Raises:
             ConfigError: the optimizer section does not fit the model.
@@ -104,36 +105,36 @@ class Engine:
         return optimizer
 
     def prepare(self, module: LossModel, optimizer: Aurora) -> None:
-        """Take over a model and its optimizer, whose weights are those to start from."""
+        """Prepare a model and its optimizer for training that starts from the model's current weights."""
         raise NotImplementedError
 
     def describe(self) -> list[str]:
-        """What was set up, for the start of a run, a line each."""
+        """Return lines that describe the set-up, to be printed when a run starts."""
         return [f"device    {self.device}, {self.world_size} ranks, {self.precision}"]
 
     @property
     def held(self) -> Held | None:
-        """What this rank holds of the optimizer's parameters; None where every rank holds them whole."""
+        """This rank's shards of the optimizer's parameters; None if every rank holds whole parameters."""
         return None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of every forward pass."""
+        """Return the autocast context of every forward pass."""
         dtype = self.precision.autocast
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Backward pass of a micro-batch's share of the loss (already divided by the global target count)."""
+        """Run the backward pass of a micro-batch's loss, already divided by the global number of targets."""
         raise NotImplementedError
 
     def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Context of a micro-batch's forward and backward pass: gradients are reduced only in the last."""
+        """Return the context of a micro-batch's forward and backward pass; gradients are reduced only in the last."""
         raise NotImplementedError
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
-        """Scale all gradients down to a global 2-norm of at most `max_norm`; returns the norm before, no host sync.
+        """Clip all gradients to a global 2-norm of at most `max_norm`; return the norm before, without a host sync.
 
-        If the norm is not finite every gradient becomes NaN, so that the optimizer skips the step whole, even where
-        only the norm overflowed.
+        If the norm is not finite, every gradient becomes NaN, so that the optimizer skips the whole step even if only
+        the norm overflowed.
         """
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         # On a CPU torch adds squares one after another: in fp32 the norm of an embedding comes out 1e-4 too small.
@@ -145,22 +146,24 @@ class Engine:
         return norm
 
     def step(self, optimizer: Aurora) -> Tensor:
-        """Clip the gradients, step, and drop them; returns their global 2-norm before clipping, no host sync."""
+        """Clip the gradients, step, and free them; return their global 2-norm before clipping, without a host sync."""
         raise NotImplementedError
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The elementwise sum of a device tensor over the ranks."""
+        """Return the elementwise sum of a device tensor over the ranks."""
         return self.accelerator.reduce(values, "sum")
 
     def check_in_step(self, batch: str, rows: range) -> None:
-        """Collective check after the first step: equal weights on all ranks, which trained on other rows of one batch.
+        """Check that after the first step all ranks have equal weights and used different rows of the same batch.
+
+        This is a collective.
 
         Args:
             batch: hash of the global batch.
-            rows: those of its rows that this rank trained on.
+            rows: the rows of it that this rank trained on.
 
         Raises:
-            RuntimeError: the ranks do not train one model together.
+            RuntimeError: the ranks do not train the same model together.
         """
         if self.world_size == 1:
             return
@@ -170,21 +173,21 @@ class Engine:
         if any(weights != everyone[0][0] for weights, _, _ in everyone):
             raise RuntimeError("the weights differ between ranks after the first step: gradients were not reduced")
         if any(other != batch for _, other, _ in everyone):
-            raise RuntimeError("the global batch differs between ranks: they do not read the same data")
+            raise RuntimeError("the global batch differs between ranks: they did not read the same data")
         trained = [row for _, _, share in everyone for row in share]
         if len(set(trained)) < len(trained):
-            raise RuntimeError("two ranks trained on the same rows: the batch was not shared out")
+            raise RuntimeError("two ranks trained on the same rows: the batch was not divided over the ranks")
 
     def whole_parameters(self) -> list[Tensor]:
-        """The parameters that every rank holds whole, outside a forward pass."""
+        """Return the parameters that every rank holds whole outside a forward pass."""
         return list(self.module.parameters())
 
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
-            # Gloo's threads need the interpreter's lock to release the tensors of the last collective, and DDP's
-            # destructor holds it while it waits for those threads: without a pause some runs hang at their end.
+            # Gloo's threads need the GIL to release the tensors of the last collective, and DDP's destructor holds
+            # the GIL while it waits for those threads: without a pause some runs hang on exit.
             time.sleep(0.2)
             dist.destroy_process_group()
-        # Accelerate keeps what it found for the life of the process; the next run may use another engine.
+        # Accelerate keeps its state for the life of the process, but the next run may use another engine.
         AcceleratorState._reset_state(reset_partial_state=True)

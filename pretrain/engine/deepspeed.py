@@ -67,7 +67,7 @@ NEVER = 2**31
 
 
 def deepspeed_config(config: Config, world_size: int, bf16: bool, on_gpu: bool) -> dict[str, Any]:
-    """The whole DeepSpeed configuration of a run; there is no other to edit."""
+    """Return the complete DeepSpeed configuration of a run; it comes only from our config."""
     engine, train = config.engine, config.train
     rounds = config.accumulation(world_size)
     zero: dict[str, Any] = {

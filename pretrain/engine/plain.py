@@ -1,4 +1,4 @@
-"""Accelerate with whole parameters on every rank: one process, or data parallel over several."""
+"""An engine on Accelerate with whole parameters on every rank: one process, or data parallelism over several."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pretrain.model.loss import LossModel
 
 
 class PlainEngine(Engine):
-    """Accelerate on one process, or data parallel over several started by torchrun (gloo on CPUs, NCCL on GPUs)."""
+    """Trains in one process, or data-parallel in several started by torchrun (gloo on CPUs, NCCL on GPUs)."""
 
     def __init__(self, config: Config) -> None:
         on_cpu = not torch.cuda.is_available()
-        # DDP re-sorts its buckets after the first backward pass, by the order in which gradients came, unless it
-        # looks for unused parameters. With three or more ranks that changes the order of summation, so the first
-        # step after a resume would differ from the uninterrupted run: keep the order of the parameters.
+        # Unless DDP looks for unused parameters, it re-sorts its buckets after the first backward pass, by the order
+        # in which the gradients were ready. With three or more ranks this changes the order of summation, so the first
+        # step after a resume would differ from the uninterrupted run. So keep the order of the parameters.
         ddp = DistributedDataParallelKwargs(
             find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
         )
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        # On CPUs Accelerate sees the other processes only with cpu=True.
+        # On CPUs Accelerate detects the other processes only with cpu=True.
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="no",
@@ -42,24 +42,24 @@ class PlainEngine(Engine):
         """Move the model to the device, compile it if asked, and wrap it for data parallelism."""
         module.to(self.device)
         if self.config.train.compile:
-            module.compile()  # in place: the names of the parameters stay
+            module.compile()  # in place, so the parameters keep their names
         self.module = module
         self.model = self.accelerator.prepare(module) if self.world_size > 1 else module
         wrapped = isinstance(self.model, DistributedDataParallel)
         assert wrapped == (self.world_size > 1), f"{type(self.model)} on {self.world_size} ranks"
 
     def backward(self, loss: Tensor) -> None:
-        """DDP averages over ranks; the factor makes it the sum."""
+        """Run the backward pass; DDP averages over ranks, and the factor turns that into a sum."""
         self.accelerator.backward(loss * self.world_size)
 
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Gradients are reduced only in the last micro-batch."""
+        """Reduce gradients only in the last micro-batch."""
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
             yield
 
     def step(self, optimizer: Aurora) -> Tensor:
-        """Clip, step, drop the gradients."""
+        """Clip the gradients, step, and free them."""
         norm = self.clip_gradients(self.config.train.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

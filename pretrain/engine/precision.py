@@ -23,7 +23,7 @@ class Precision:
 
     def __str__(self) -> str:
         if self.weights != torch.float32:
-            return f"{_name(self.weights)} weights beside fp32 ones"
+            return f"{_name(self.weights)} weights with fp32 master copies"
         products = "no autocast" if self.autocast is None else f"{_name(self.autocast)} autocast"
         return f"{_name(self.weights)} weights, {products}"
 

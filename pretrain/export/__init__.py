@@ -1,1 +1,1 @@
-"""From a checkpoint to a Hugging Face folder."""
+"""Export of a checkpoint as a Hugging Face folder."""

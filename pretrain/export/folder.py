@@ -1,14 +1,14 @@
-"""Write a trained model as a Hugging Face folder that transformers 4.57 and 5 read alike.
+"""Write a trained model as a Hugging Face folder that transformers 4.57 and 5 both read correctly.
 
-The two generations name things differently, and each silently ignores the other's names: given only
-`rope_parameters`, version 4 rotates with a base of 10,000 whatever the model was trained with. So
-`config.json` carries both spellings, and the tokenizer's files are written here rather than by
-`save_pretrained`, whose class name version 4 does not know.
+The two major versions use different key names, and each silently ignores the other's: given only
+`rope_parameters`, version 4 uses a RoPE base of 10,000 whatever the model was trained with. So
+`config.json` contains both sets of keys, and the tokenizer files are written here instead of by
+`save_pretrained`, which records a tokenizer class that version 4 does not have.
 
-    OUT/model.safetensors         weights; above 5 GB in shards with an index
-    OUT/config.json               architecture, in both spellings
-    OUT/generation_config.json    the ids at which generation starts, stops and pads
-    OUT/tokenizer.json            the tokenizer of the run, byte for byte
+    OUT/model.safetensors         weights; sharded with an index above 5 GB
+    OUT/config.json               architecture, with both sets of keys
+    OUT/generation_config.json    the bos, eos and pad token ids for generation
+    OUT/tokenizer.json            byte-for-byte copy of the run's tokenizer
     OUT/tokenizer_config.json, OUT/special_tokens_map.json
     OUT/README.md                 model card
     OUT/aurora.json               where the model comes from; marks the folder as an export
@@ -36,7 +36,7 @@ from pretrain.files import publish_folder, sync
 from pretrain.processes.errors import UserError
 
 FORMAT = "aurora-export"
-"""Value of `format` in aurora.json: what tells an export from any other folder."""
+"""Value of `format` in aurora.json; it identifies a folder as an export."""
 
 SCHEMA_VERSION = 1
 DEFAULT_PAD_TOKEN = "<|padding|>"
@@ -48,12 +48,12 @@ _EXPORTED_NAME = re.compile(
 
 
 class ExportError(UserError):
-    """The model cannot be exported as asked; the message says what was got and what to do."""
+    """The model cannot be exported as requested; the message says what was found and what to do."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What the README and aurora.json of an export say about the run."""
+    """The facts about a run that go into the README and aurora.json of its export."""
 
     run_name: str
     step: int
@@ -61,19 +61,19 @@ class ModelCard:
     tokens: int
     """Target tokens trained on."""
     train_loss: float | None
-    """Last training loss, nats per token; None when not known."""
+    """Last training loss, nats per token; None if unknown."""
     validation_loss: float | None
-    """Last validation loss, nats per token; None when never measured."""
+    """Last validation loss, nats per token; None if never measured."""
     bits_per_byte: float | None
-    """Validation loss in bits per byte of text; None when never measured."""
+    """Validation loss in bits per byte of text; None if never measured."""
     data_sources: Sequence[Mapping[str, Any]]
-    """One mapping a source, with at least `name` and `licence`; further keys become columns."""
+    """One mapping per source, with at least `name` and `licence`; any other keys become table columns."""
     config_yaml: str
     """The resolved config of the run."""
     git_commit: str | None
-    """Commit of the trainer; None outside a repository."""
+    """Commit of the training code; None outside a repository."""
     optimizer: str
-    """Name of the optimizer of the matrix parameters."""
+    """Name of the optimizer that trained the matrices."""
 
 
 def export_folder(
@@ -89,23 +89,24 @@ def export_folder(
 ) -> None:
     """Write the Hugging Face folder `out`.
 
-    The folder is complete or absent: everything is written to `out` + ".tmp", synced and renamed. An
-    earlier export at `out` is replaced once the new one is complete; anything else there is refused.
+    The folder appears only when it is complete: everything is written to `out` + ".tmp", synced and
+    renamed. An earlier export at `out` is replaced once the new one is complete; any other existing
+    folder is an error.
 
     Args:
-        state_dict: weights under the names and shapes of `LlamaForCausalLM(config)`, in any one dtype,
-            which is kept. With tied embeddings the head may be absent.
+        state_dict: weights with the names and shapes of `LlamaForCausalLM(config)`, all of the same
+            dtype, which is kept. With tied embeddings the head may be missing.
         config: the architecture; its bos, eos and pad ids are replaced by the tokenizer's.
         tokenizer_file: a `tokenizers` JSON file.
-        card: where the model comes from.
+        card: the facts about the run.
         out: the folder to write.
-        eos_token: end-of-text token; it is also the beginning-of-text token.
-        pad_token: None takes `<|padding|>` where the vocabulary has it and no padding token otherwise.
+        eos_token: end-of-text token, also used as the beginning-of-text token.
+        pad_token: None means `<|padding|>` if the vocabulary has it, and no padding token otherwise.
         max_shard_size: bytes, or a string such as "5GB".
 
     Raises:
-        ExportError: weights and config disagree, the tokenizer cannot be read, lacks a token or has more
-            ids than the model, `out` holds something else, or the disk refuses.
+        ExportError: weights and config disagree; the tokenizer cannot be read, lacks a token or has more
+            ids than the model; `out` is not an earlier export; or the files cannot be written.
     """
     weights = _checked_weights(state_dict, config)
     tokenizer_json, special_tokens = _checked_tokenizer(tokenizer_file, config, eos_token, pad_token)
@@ -140,7 +141,7 @@ def export_folder(
 
 
 def _checked_weights(state_dict: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """The tensors to store, on the CPU, none sharing memory with another."""
+    """Return the tensors to store: checked, on the CPU, and without shared memory."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     weights = dict(state_dict)
@@ -175,17 +176,17 @@ def _checked_weights(state_dict: Mapping[str, Tensor], config: LlamaConfig) -> d
 def _checked_tokenizer(
     tokenizer_file: Path, config: LlamaConfig, eos_token: str, pad_token: str | None
 ) -> tuple[bytes, dict[str, tuple[str, int]]]:
-    """The tokenizer's file and its special tokens: {"bos_token": (token, id), ...}."""
+    """Return the contents of the tokenizer file and its special tokens: {"bos_token": (token, id), ...}."""
     try:
         content = Path(tokenizer_file).read_bytes()
         tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the Rust side raises plain Exception
+    except Exception as error:  # the Rust library raises plain Exception
         raise ExportError(f"cannot read the tokenizer {tokenizer_file}: {error}") from error
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= config.vocab_size:
         raise ExportError(
             f"the tokenizer {tokenizer_file} has ids up to {largest}, but the model's vocabulary ends at"
-            f" {config.vocab_size - 1}; this is not the tokenizer it was trained with"
+            f" {config.vocab_size - 1}; this is not the tokenizer that the model was trained with"
         )
     if pad_token is None and tokenizer.token_to_id(DEFAULT_PAD_TOKEN) is not None:
         pad_token = DEFAULT_PAD_TOKEN
@@ -196,7 +197,7 @@ def _checked_tokenizer(
             continue
         token_id = tokenizer.token_to_id(token)
         if token_id is None:
-            raise ExportError(f"the tokenizer {tokenizer_file} has no token {token!r} (wanted as {key})")
+            raise ExportError(f"the tokenizer {tokenizer_file} has no token {token!r} (needed as {key})")
         special[key] = (token, token_id)
     return content, special
 
@@ -213,11 +214,11 @@ def _config_json(config: LlamaConfig, dtype: str, token_ids: Mapping[str, int]) 
         "architectures": [LlamaForCausalLM.__name__],
         "model_type": config.model_type,
         "tie_word_embeddings": config.tie_word_embeddings,
-        # Training runs without the key-value cache; whoever loads the model wants it.
+        # Training turns the key-value cache off; generation needs it.
         "use_cache": True,
         "dtype": dtype,
         "rope_parameters": rope,
-        # The same three for transformers 4.
+        # The same settings under the names of transformers 4.
         "torch_dtype": dtype,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": scaling if rope.get("rope_type", "default") != "default" else None,
@@ -234,7 +235,7 @@ def _tokenizer_config(
         "model_max_length": config.max_position_embeddings,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    # Transformers overwrites the pre-tokenizer's own setting with this key, or with False without it.
+    # Transformers overwrites the pre-tokenizer's own setting with this key, or with False if the key is missing.
     pre_tokenizer = json.loads(tokenizer_json).get("pre_tokenizer") or {}
     if "add_prefix_space" in pre_tokenizer:
         tokenizer_config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
@@ -242,7 +243,7 @@ def _tokenizer_config(
 
 
 def _parameters(weights: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Parameters in all, and without the embedding and the head."""
+    """Return the number of parameters in total, and without the embedding and the head."""
     total = sum(tensor.numel() for tensor in weights.values())
     return total, total - sum(weights[name].numel() for name in (EMBEDDING, HEAD) if name in weights)
 
@@ -322,22 +323,22 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]
 
 
 def _escaped(value: object) -> str:
-    """One line of Markdown that shows `value` literally, also inside a table cell."""
+    """Return one line of Markdown that renders as `value` literally, even inside a table cell."""
     text = html.escape(" ".join(str(value).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)
 
 
 def _refuse_foreign(out: Path, *leftovers: Path) -> None:
-    """Refuse unless `out` is absent, empty or an earlier export, and `leftovers` hold only our files."""
+    """Raise unless `out` is missing, empty or an earlier export, and `leftovers` contain only exported files."""
     for folder in (out, *leftovers):
         if not folder.exists():
             continue
         if not folder.is_dir():
-            raise ExportError(f"{folder} exists and is not a folder; choose another place for the export")
+            raise ExportError(f"{folder} exists and is not a folder; choose another path for the export")
         foreign = sorted(p.name for p in folder.iterdir() if not _EXPORTED_NAME.fullmatch(p.name))
         if foreign:
             raise ExportError(
-                f"{folder} exists and holds files that no export writes ({', '.join(foreign[:3])});"
+                f"{folder} exists and contains files that are not part of an export ({', '.join(foreign[:3])});"
                 " choose another folder or move it away"
             )
     if out.exists() and any(out.iterdir()) and not _is_export(out):

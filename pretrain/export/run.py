@@ -1,4 +1,4 @@
-"""From a run or one of its checkpoints to a Hugging Face folder."""
+"""Export of a run, or of one of its checkpoints, as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pretrain.run.folder import TOKENIZER_FILE, RunFolder
 
 
 def is_run_or_checkpoint(source: Path) -> bool:
-    """Whether `source` is a run folder or a checkpoint rather than a model folder or a name on the Hub."""
+    """Return whether `source` is a run folder or a checkpoint, and not a model folder or a name on the Hub."""
     return (source / INDEX).is_file() or (source / "checkpoints").is_dir()
 
 
 def open_checkpoint(source: Path) -> CheckpointReader:
-    """The checkpoint at `source`, or the newest intact one of the run at `source`; its files are verified.
+    """Open the checkpoint at `source`, or the newest intact one of the run at `source`, and verify its files.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is no checkpoint, or it is damaged.
     """
     if (source / INDEX).is_file():
         reader = CheckpointReader(source)
@@ -31,23 +31,25 @@ def open_checkpoint(source: Path) -> CheckpointReader:
         return reader
     newest, damaged = newest_intact(RunFolder(source).checkpoints)
     if newest is None:
-        raise CheckpointError("\n".join([*damaged, f"{source}: neither a checkpoint nor a run with an intact one"]))
+        raise CheckpointError(
+            "\n".join([*damaged, f"{source}: neither a checkpoint nor a run with an intact checkpoint"])
+        )
     return newest
 
 
 def export_checkpoint(source: Path, out: Path) -> CheckpointReader:
-    """Write the weights of a run or checkpoint to the Hugging Face folder `out`; returns what was exported.
+    """Export a run or checkpoint as the Hugging Face folder `out`; return the checkpoint that was exported.
 
     Raises:
-        CheckpointError: nothing intact to export, or its tokenizer is gone.
-        ExportError: a model without a Hugging Face form, or `out` holds something else.
+        CheckpointError: there is no intact checkpoint, or the run's tokenizer cannot be found.
+        ExportError: the architecture has no Hugging Face equivalent, or `out` is not an earlier export.
     """
     reader = open_checkpoint(source)
     config = parse_stored_config(reader.index["config"])
     if config.model.architecture != "llama":
         raise ExportError(
-            f"{reader.folder}: model.architecture is {config.model.architecture!r}, which has no Hugging Face form: "
-            "only 'llama' can be exported, and evaluated from an export"
+            f"{reader.folder}: model.architecture is {config.model.architecture!r}, which has no equivalent in "
+            "Hugging Face transformers: only 'llama' can be exported and evaluated"
         )
     tokenizer = _tokenizer_file(reader, config)
     export_folder(
@@ -62,7 +64,7 @@ def export_checkpoint(source: Path, out: Path) -> CheckpointReader:
 
 
 def _tokenizer_file(reader: CheckpointReader, config: Config) -> Path:
-    """The tokenizer that the run was trained with: its copy in the run folder, else where the config says."""
+    """Find the tokenizer that the run was trained with: the copy in the run folder, or else the config's path."""
     digest = reader.index["identity"]["tokenizer contents"]
     copies = [reader.folder.parents[1] / TOKENIZER_FILE, Path(config.tokenizer.path)]
     for path in copies:

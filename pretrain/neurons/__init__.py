@@ -1,1 +1,1 @@
-"""What the MLP neurons do during training."""
+"""Telemetry of the MLP neurons during training."""

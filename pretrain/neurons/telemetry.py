@@ -1,13 +1,14 @@
-"""Neuron telemetry: which neurons of the MLPs still learn.
+"""Neuron telemetry: which neurons of the MLPs are still learning.
 
-Every n steps, for every MLP: the leverage of each row of gate_proj and up_proj and of each column of down_proj, the
-squared norm of the same rows and columns in the direction that the optimizer applied, and the mean activation of each
-neuron over a fixed part of the validation split. What these mean is said in `pretrain.neurons.measures`; shares and
-percentiles join the step's line in metrics.jsonl, every neuron's values go to ``telemetry/step-N.safetensors``.
+Every n steps it measures, for every MLP, the leverage of each row of gate_proj and up_proj and of each column of
+down_proj, the squared norm of the same rows and columns in the direction that the optimizer applied, and the mean
+absolute activation of each neuron over a fixed part of the validation split. `pretrain.neurons.measures` defines these
+quantities. Shares and percentiles are added to the step's record in metrics.jsonl; the values of every neuron are
+written to ``telemetry/step-N.safetensors``.
 
-Leverage is that of b, an average (factor 0.95) of the clipped gradients that `pretrain.neurons.watched` keeps; it is
-the same quantity for every optimizer and engine. It is saved with the checkpoint; a run that turns telemetry on when it
-is resumed starts it at zero.
+Leverage is computed from b, an exponential moving average (factor 0.95) of the clipped gradients, kept by
+`pretrain.neurons.watched`. It is the same quantity for every optimizer and engine. The average is saved with the
+checkpoint; if telemetry is turned on when a run is resumed, it starts at zero.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ _FILE = re.compile(r"step-(\d{8,})\.safetensors")
 
 
 class Telemetry(Hook):
-    """Measures the neurons; changes nothing in the run.
+    """Measures the neurons without changing the run.
 
     Args:
         settings: the `telemetry` section.
         model: the language model, as prepared by the engine.
-        matrices: its watched matrices; from now on they see every gradient.
-        folder: for the arrays of each measurement.
-        batches: the validation split; empty where the run has none, and then activations are not measured.
+        matrices: its watched matrices; they are registered to observe every gradient from now on.
+        folder: where the arrays of each measurement are written.
+        batches: returns the validation split; if it is empty, activations are not measured.
         show: prints a line on rank 0.
     """
 
@@ -63,17 +64,17 @@ class Telemetry(Hook):
         matrices.optimizer.gradient_observer = matrices.move_averages
 
     def due(self, step: int, last: bool) -> bool:
-        """Every `telemetry.every_steps` steps, at the reference step and after the last."""
+        """Return True every `telemetry.every_steps` steps, at the reference step and after the last step."""
         return is_due(self.settings.every_steps, step, last) or step == self.settings.reference_step
 
     def before_step(self, context: StepContext) -> None:
-        """Watch the directions of a step that will be measured."""
+        """Start recording directions if the step will be measured."""
         if self.due(context.step, context.last):
             self.matrices.watch_directions(True)
 
     @torch.no_grad()
     def run(self, context: StepContext) -> dict[str, Any]:
-        """Measure, on every rank that holds something that no other rank holds; rank 0 returns the results."""
+        """Measure, on every rank if parameters are sharded and else on rank 0; only rank 0 returns results."""
         started, step = time.perf_counter(), context.step
         batches = self._fixed_batches()
         found: dict[str, Any] = {}
@@ -91,21 +92,21 @@ class Telemetry(Hook):
         return found
 
     def fragments(self) -> Iterable[Fragment]:
-        """The averages of the gradients."""
+        """Yield the averages of the gradients."""
         return self.matrices.fragments()
 
     def restore(self, reader: CheckpointReader) -> None:
-        """Take the averages of a checkpoint, if it has them."""
+        """Restore the averages from a checkpoint that contains them."""
         self.matrices.restore(reader)
 
     def rewind(self, step: int) -> None:
-        """Set aside the measurements of later steps."""
+        """Move the measurements of later steps aside."""
         for measured, path in measurements(self.folder):
             if measured > step:
                 set_aside(path)
 
     def _fixed_batches(self) -> list[TokenBatch]:
-        """The first `activation_sequences` sequences of the validation split; reading them is a collective."""
+        """Return the batches with the first `activation_sequences` validation sequences; a collective."""
         batches: list[TokenBatch] = []
         for batch in self._batches():
             if sum(len(b.lengths) for b in batches) < self.settings.activation_sequences:
@@ -113,9 +114,9 @@ class Telemetry(Hook):
         return batches
 
     def _activations(self, context: StepContext, batches: Sequence[TokenBatch]) -> dict[str, Tensor | None]:
-        """The mean absolute activation of every neuron (what enters down_proj), over that of its layer.
+        """Return the mean absolute activation of every neuron (the input of down_proj), relative to its layer's mean.
 
-        Every rank that measures runs the same batches: under ZeRO 3 a forward pass is a collective.
+        Every rank that measures runs the same batches, because under ZeRO 3 a forward pass is a collective.
         """
         named = (getattr(module, "down_proj", None) for module in self.model.modules())
         layers = [layer for layer in named if isinstance(layer, nn.Linear)]
@@ -138,7 +139,7 @@ class Telemetry(Hook):
             for batch in batches:
                 positions = torch.arange(batch.tokens.shape[1] - 1, device=device)
                 valid = positions < batch.lengths.to(device)[:, None]
-                # A compiled module would not see the hooks; ZeRO 3 needs its own, on the module itself.
+                # A compiled module would not call the new hooks; an uncompiled one needs ZeRO 3's hooks on itself.
                 context.loss_sum(batch, module.forward if engine.config.train.compile else module)
         finally:
             module.train()
@@ -148,9 +149,9 @@ class Telemetry(Hook):
 
 
 class _Survivors:
-    """The neurons that were dead at the reference step and at every measurement since.
+    """Tracks the neurons that have been dead at the reference step and at every measurement since.
 
-    Not part of a checkpoint: the files of the measurements tell.
+    They are not saved in checkpoints, because they can be computed from the files of earlier measurements.
     """
 
     def __init__(self, reference_step: int) -> None:
@@ -159,7 +160,10 @@ class _Survivors:
         self._dead: dict[str, Tensor] | None = None
 
     def follow(self, step: int, leverages: Mapping[str, Tensor], folder: Path) -> float | None:
-        """Take in a measurement; returns the share still dead, None without a later one or without any dead."""
+        """Add a measurement; return the share of neurons still dead.
+
+        None up to the reference step, if it was not measured, or if no neuron was dead then.
+        """
         if step < self.reference_step:
             return None
         if self._dead is None:
@@ -178,16 +182,16 @@ class _Survivors:
         if step == self.reference_step:
             self._dead, self._counted = dead, sum(int(rows.sum()) for rows in dead.values())
         elif self._dead is not None:
-            # A matrix that says nothing at a measurement leaves its neurons as they were.
+            # If leverage is undefined for a matrix at this measurement, its neurons keep their status.
             self._dead = {name: rows & dead.get(name, rows) for name, rows in self._dead.items()}
 
 
 def summary(arrays: Mapping[str, Tensor | None]) -> dict[str, float | None]:
-    """A measurement in numbers, under flat keys; None where a quantity says nothing.
+    """Summarise a measurement as numbers with flat keys; None where a quantity is undefined.
 
-    ``telemetry/layers.0.gate_proj/<quantity>`` is of one matrix, ``telemetry/layers.0/<quantity>`` of a layer's
-    activations, ``telemetry/<quantity>`` over all rows of gate_proj and up_proj and all activations, and
-    ``telemetry/down_proj/<quantity>`` over all columns of down_proj.
+    ``telemetry/layers.0.gate_proj/<quantity>`` describes one matrix, ``telemetry/layers.0/<quantity>`` the activations
+    of a layer, ``telemetry/<quantity>`` all rows of gate_proj and up_proj or all activations, and
+    ``telemetry/down_proj/<quantity>`` all columns of down_proj.
     """
     found: dict[str, float | None] = {}
     together: dict[str, list[float]] = defaultdict(list)
@@ -197,13 +201,13 @@ def summary(arrays: Mapping[str, Tensor | None]) -> dict[str, float | None]:
         for quantity, value in _quantities(kind, values).items():
             found[f"telemetry/{name}/{quantity}"] = value
             if not quantity.startswith("leverage_p"):
-                # Every matrix has as many neurons, so the mean of the shares is the share of all.
+                # All matrices have the same number of neurons, so the mean of the shares is the overall share.
                 together[f"{group}/{quantity}"] += [] if value is None else [value]
     return {key: sum(values) / len(values) if values else None for key, values in together.items()} | found
 
 
 def _quantities(kind: str, values: Tensor | None) -> dict[str, float | None]:
-    """What is said of one array: `leverage`, `direction` (squared norms) or `activation`."""
+    """Return the summary numbers of one array of kind `leverage`, `direction` (squared norms) or `activation`."""
     below = neurons.share_below
     if kind == "leverage":
         shares = {f"leverage_below_{limit:g}": below(values, limit) for limit in (0.05, 0.01)}
@@ -217,13 +221,13 @@ def _quantities(kind: str, values: Tensor | None) -> dict[str, float | None]:
 
 
 def _leverages(arrays: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """The leverages of gate_proj and up_proj."""
+    """Return only the leverages of gate_proj and up_proj."""
     inner = ("gate_proj.leverage", "up_proj.leverage")
     return {key: values for key, values in arrays.items() if values is not None and key.endswith(inner)}
 
 
 def _arrays(measured: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Leverage and direction of every neuron in every matrix, over their means; None where they say nothing."""
+    """Return leverage and direction of every neuron in every matrix, relative to their means; None if undefined."""
     found: dict[str, Tensor | None] = {}
     for key, values in measured.items():
         if key.endswith(".leverage"):
@@ -234,24 +238,24 @@ def _arrays(measured: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
 
 
 def _weight_variation(measured: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """How uneven the neurons' weights are: the variation of their norms."""
+    """Return the coefficient of variation of the neurons' weight norms, per matrix."""
     squares = {key.removesuffix(".weight"): values for key, values in measured.items() if key.endswith(".weight")}
     return {f"telemetry/{name}/weight_cv": neurons.variation(values.sqrt()) for name, values in squares.items()}
 
 
 def _line(step: int, found: Mapping[str, Any]) -> str:
-    """What is shown of a measurement."""
+    """Return the line that is printed for a measurement."""
     named = {"leverage_dead": "leverage-dead", "starved": "starved", "activation_dead": "activation-dead"}
     values = {text: found.get(f"telemetry/{key}") for key, text in named.items()}
     values["dead ever since"] = found["telemetry/dead_forever"]
     shares = ", ".join(f"{text} {value:.1%}" for text, value in values.items() if value is not None)
     return (
-        f"neurons after step {step}: {shares or 'nothing to say yet'} (measured in {found['telemetry/seconds']:.2f} s)"
+        f"neurons after step {step}: {shares or 'nothing defined yet'} (measured in {found['telemetry/seconds']:.2f} s)"
     )
 
 
 def save_arrays(folder: Path, step: int, arrays: Mapping[str, Tensor | None]) -> Path:
-    """Write one measurement, fp32, complete or not at all; what is None is left out."""
+    """Write one measurement atomically, as fp32, without the arrays that are None; return the file's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"
     kept = {key: values.float().cpu().contiguous() for key, values in arrays.items() if values is not None}
@@ -261,13 +265,13 @@ def save_arrays(folder: Path, step: int, arrays: Mapping[str, Tensor | None]) ->
 
 
 def load_arrays(path: Path) -> dict[str, Tensor]:
-    """The arrays of one measurement."""
+    """Return the arrays of one measurement."""
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def measurements(folder: Path) -> list[tuple[int, Path]]:
-    """Step and file of every measurement, in order."""
+    """Return the step and the file of every measurement, in order."""
     if not folder.is_dir():
         return []
     return sorted((int(match[1]), path) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name)))

@@ -1,13 +1,13 @@
 """The MLP matrices that telemetry watches, whole or in fragments of flat shards.
 
-An engine leaves the optimizer's parameters whole on every rank or cuts them (`Engine.held`). Whole ones count here as
-the layout of a single rank, rank 0, whose shards are the parameters themselves, so there is one way to measure:
+An engine either keeps whole optimizer parameters on every rank or shards them (`Engine.held`). Whole parameters are
+treated as the layout of a single rank, rank 0, whose shards are the parameters themselves, so one code path is enough:
 
-* the average b of the clipped gradients moves elementwise, in the fragments that are here, before each optimizer step;
-* squared norms by neuron, of weights and directions, are summed over what is here, then over the ranks;
-* leverage needs whole matrices: each rank is brought the averages of some of them, in fp32.
+* the average b of the clipped gradients is updated elementwise, in the local fragments, before each optimizer step;
+* squared norms per neuron, of weights and directions, are summed over the local elements, then over the ranks;
+* leverage needs whole matrices: each rank receives the complete averages of some of them, in fp32.
 
-Checkpoint behaviour: the averages are fragments of the slot ``telemetry_average``, like every other state.
+In checkpoints the averages are fragments of the slot ``telemetry_average``, like any other state.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class Watched:
     """One matrix of an MLP."""
 
     name: str
-    """Such as ``layers.0.gate_proj``."""
+    """A short name such as ``layers.0.gate_proj``."""
     parameter: str
-    """Its name in the model."""
+    """The name of the parameter in the model."""
     neurons: Literal["rows", "columns"]
-    """Which of its vectors belong to the neurons."""
+    """Whether a neuron is a row or a column."""
 
     def by_neuron(self, values: Tensor) -> Tensor:
-        """A matrix of the parameter's orientation with one row per neuron."""
+        """Orient a matrix shaped like the parameter so that it has one row per neuron."""
         return values if self.neurons == "rows" else values.mT
 
 
 def watched_matrices(model: nn.Module) -> list[Watched]:
-    """The matrices of every MLP of a model, in its order: modules that have an `up_proj` and a `down_proj`."""
+    """Return the matrices of every MLP (a module with an `up_proj` and a `down_proj`), in the model's order."""
     mlps = [path for path, m in model.named_modules() if hasattr(m, "up_proj") and hasattr(m, "down_proj")]
     found = []
     for index, path in enumerate(mlps):
@@ -70,15 +70,15 @@ def watched_matrices(model: nn.Module) -> list[Watched]:
 
 @dataclass
 class Piece:
-    """What is here of a watched matrix: a run of its elements."""
+    """The part of a watched matrix on this rank: a contiguous run of its elements."""
 
     watched: Watched
     place: ShardFragment
     average: Tensor
-    """[place.length] fp32, of b."""
+    """[place.length] fp32, this part of b."""
 
     def of(self, shard: Tensor) -> Tensor:
-        """Its elements, flat, in the shard or anything of the shard's size."""
+        """Return its elements of the shard, or of any tensor of the shard's size, as a flat view."""
         return shard.detach().reshape(-1)[self.place.offset : self.place.offset + self.place.length]
 
 
@@ -86,12 +86,12 @@ class WatchedMatrices:
     """The watched matrices of a run on one rank.
 
     Args:
-        model: as prepared by the engine.
-        optimizer: whose groups hold the engine's shards.
-        engine: says how they are cut.
+        model: the model, as prepared by the engine.
+        optimizer: the optimizer, whose groups contain the engine's shards.
+        engine: the engine, which knows how parameters are sharded.
 
     Attributes:
-        here: whether anything is measured on this rank: on all where parameters are cut, else on rank 0 alone.
+        here: whether this rank takes part in measuring: every rank if parameters are sharded, otherwise only rank 0.
     """
 
     def __init__(self, model: nn.Module, optimizer: Aurora, engine: Engine) -> None:
@@ -117,14 +117,14 @@ class WatchedMatrices:
 
     @torch.no_grad()
     def move_averages(self, shard: Tensor, finite: Tensor) -> None:
-        """Take in the gradients of a shard; for `Aurora.gradient_observer`."""
+        """Update the averages with the gradients of a shard; called as `Aurora.gradient_observer`."""
         for piece in self._by_shard.get(shard, ()):
             assert shard.grad is not None, "the optimizer steps what has a gradient"
             moved, _ = blend(piece.of(shard.grad), piece.average, MOMENTUM, nesterov=False)
             commit_(piece.average, moved, finite)
 
     def watch_directions(self, on: bool) -> None:
-        """Have the optimizer show its directions, or no longer."""
+        """Start or stop recording the optimizer's directions, and drop those recorded so far."""
         self._directions = {}
         self.optimizer.direction_observer = self._take_direction if on and self.here else None
 
@@ -132,19 +132,19 @@ class WatchedMatrices:
         watched = self._by_parameter.get(place.name)
         if watched is not None:
             total = self._directions.setdefault(watched.name, self._zeros(watched))
-            # Contiguous, since the order of the elements in memory decides how a sum is rounded.
+            # Contiguous, because the order of the elements in memory determines how a sum is rounded.
             _add_squares(total, watched, place.area, direction.contiguous())
 
     @torch.no_grad()
     def measure(self, taken: bool) -> dict[str, Tensor]:
-        """Every quantity of every matrix; a collective of the ranks that are `here`.
+        """Measure every quantity of every matrix; a collective of the ranks with `here`.
 
         Args:
-            taken: whether the step just made was taken; the directions of one that was not are zeros.
+            taken: whether the last step changed the weights; if it was skipped, its directions are zeros.
 
         Returns:
-            By ``<matrix>.<quantity>``, [neurons] fp64: ``leverage``, and the squared norms ``direction`` and
-            ``weight``. All zero where the quantity says nothing.
+            ``<matrix>.<quantity>`` -> [neurons] fp64: ``leverage``, and the squared norms ``direction`` and
+            ``weight``. All zeros if the quantity is undefined.
         """
         found = {f"{w.name}.{quantity}": self._zeros(w) for w in self.watched for quantity in QUANTITIES}
         self._add_leverages(found)
@@ -166,11 +166,11 @@ class WatchedMatrices:
         return torch.zeros(count, dtype=torch.float64, device=self.engine.device)
 
     def _add_leverages(self, found: dict[str, Tensor]) -> None:
-        """Bring each matrix to one rank, and measure it there."""
+        """Gather each matrix on one rank, and measure it there."""
         units = []
         for watched in self.watched:
             (rows, columns), count = self._shapes[watched.parameter], len(found[f"{watched.name}.leverage"])
-            # The rows of a square polar factor all have norm 1, whatever the gradients: not a finding.
+            # All rows of a square polar factor have norm 1, whatever the gradients: there is nothing to measure.
             if count * count > rows * columns:
                 units.append(Unit(watched.parameter, 0, rows, columns, rows * columns * min(rows, columns)))
         held = self._held
@@ -186,7 +186,7 @@ class WatchedMatrices:
                     found[f"{watched.name}.leverage"] += values
 
     def _add_run(self, total: Tensor, piece: Piece, values: Tensor) -> None:
-        """Add the squares of a piece's elements to those of their neurons."""
+        """Add the squares of a piece's elements to the sums of their neurons."""
         columns, place = self._shapes[piece.place.name][1], piece.place
         row, row_stop = place.start // columns, -(-place.stop // columns)
         lines = torch.zeros((row_stop - row) * columns, dtype=values.dtype, device=values.device)
@@ -194,7 +194,7 @@ class WatchedMatrices:
         _add_squares(total, piece.watched, Rectangle(row, row_stop, 0, columns), lines.view(-1, columns))
 
     def _adamw_direction(self, piece: Piece) -> Tensor | None:
-        """m_hat / (sqrt(v_hat) + eps) of the step just taken, fp64; None for what AdamW does not train."""
+        """Return m_hat / (sqrt(v_hat) + eps) of the last step, fp64; None if AdamW does not train the piece."""
         shard = self._held.shards[piece.place.shard]
         state, group = self.optimizer.state.get(shard), self._group_of(piece)
         if group["kind"] != "adamw" or not state:
@@ -208,13 +208,13 @@ class WatchedMatrices:
         return next(group for group in self.optimizer.param_groups if piece.place.name in group["param_names"])
 
     def fragments(self) -> Iterator[Fragment]:
-        """The averages, for a checkpoint."""
+        """Yield the averages, for a checkpoint."""
         for piece in self._pieces:
             name = piece.place.name
             yield Fragment(name, TELEMETRY_SLOT, self._shapes[name], piece.place.start, piece.average)
 
     def restore(self, reader: CheckpointReader) -> None:
-        """Take the averages of a checkpoint, where it has them."""
+        """Restore the averages that a checkpoint contains."""
         for piece in self._pieces:
             place = piece.place
             if TELEMETRY_SLOT in reader.index["parameters"][place.name]:
@@ -222,9 +222,9 @@ class WatchedMatrices:
 
 
 def _as_held(optimizer: Aurora, names: list[str]) -> Held:
-    """Parameters that every rank holds whole, as the shards of a single rank.
+    """Describe parameters that every rank holds whole as the shards of a single rank.
 
-    What the optimizer steps counts: under ZeRO 0 in bf16 that is an fp32 copy of the model's weight.
+    The shards are the tensors that the optimizer steps: under ZeRO 0 in bf16, fp32 copies of the model's weights.
     """
     groups = optimizer.param_groups
     stepped = {name: p for g in groups for name, p in zip(g["param_names"], g["params"], strict=True)}
@@ -235,7 +235,7 @@ def _as_held(optimizer: Aurora, names: list[str]) -> Held:
 
 
 def _add_squares(total: Tensor, watched: Watched, area: Rectangle, values: Tensor) -> None:
-    """Add the squares of a rectangle of a matrix, [rows, columns], to those of its neurons."""
+    """Add the squares of the values [rows, columns] of a rectangle of a matrix to the sums of its neurons."""
     row, row_stop, column, column_stop = area
     low, high = (row, row_stop) if watched.neurons == "rows" else (column, column_stop)
     total[low:high] += neurons.squared_rows(watched.by_neuron(values))

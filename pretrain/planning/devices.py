@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of device. None stands for a figure that is not known; it is never guessed."""
+    """A kind of device. None means that a figure is unknown; it is never guessed."""
 
     name: str
     pattern: str
@@ -69,7 +69,7 @@ def device_of(name: str) -> Device | None:
 
 
 def peak_flops(device: torch.device, bf16: bool, peak_tflops: float | None) -> float | None:
-    """Peak rate of one device in FLOP/s: the configured figure, else the table's, else None (never a guess).
+    """Peak rate of one device in FLOP/s: the configured value, or else that of the table, or else None.
 
     Args:
         device: where the model runs.

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input: something that the person at the keyboard can put right.
+    """Bad input: something that the user can fix.
 
-    Every error class of this project that stands for bad input derives from it. The command line prints it as one
+    Every error class of this project for bad input derives from it. The command line prints it as one
     line per problem, without a traceback, and exits with code 2. A plain `ValueError` is a bug instead.
     """
 

@@ -32,7 +32,7 @@ EXIT_FILE = "exit-code"
 _REPORTED = "_aurora_exit_code"  # an error's attribute: it has been reported, and this is the exit code
 
 LOST_CONNECTION = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error")
-"""Parts of messages of errors with which a collective ends when another process is gone."""
+"""Parts of the error messages of a collective that fails because another process has died."""
 LOST_CONNECTION_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 
 
@@ -40,7 +40,7 @@ class Failure(TypedDict):
     """What a failed process tells its launcher."""
 
     kind: Literal["own", "peer", "lost"]
-    """own: it failed itself; peer: another process failed and has said so; lost: another process is gone."""
+    """own: this process failed; peer: another process failed and reported it; lost: another process has died."""
     time: float
     """Seconds since the epoch."""
     rank: int
@@ -185,7 +185,7 @@ def _prefixed(text: str) -> str:
 
 
 def _print(text: str) -> None:
-    """Print to standard error, in one piece; a closed one is no reason to fail differently."""
+    """Write to standard error in one call; ignore errors, so that a closed stream does not hide the failure."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()

@@ -36,19 +36,19 @@ def free_port() -> int:
 
 
 def is_orphaned() -> bool:
-    """Whether the process that started this one, and said so in `PARENT_VARIABLE`, is gone."""
+    """Return whether the process that started this one, as recorded in `PARENT_VARIABLE`, has died."""
     parent = os.environ.get(PARENT_VARIABLE)
     return parent is not None and parent != str(os.getppid())
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:
-    """Run ``aurora ARGUMENTS`` on `count` processes that find each other on loopback; returns the exit code."""
+    """Run ``aurora ARGUMENTS`` on `count` processes that find each other on loopback; return the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     return torchrun(["--standalone", "--nproc-per-node", str(count), "-m", "pretrain", *arguments])
 
 
 def torchrun(arguments: Sequence[str]) -> int:
-    """Run ``torchrun ARGUMENTS`` in this process; returns the exit code of the processes that it started here."""
+    """Run ``torchrun ARGUMENTS`` in this process; return the exit code of the processes that it started here."""
     # torchrun loads torch, which `aurora --help` does without.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -95,7 +95,7 @@ def judge(
         ended_by_launcher: ids of the processes that the launcher sent a signal.
 
     Returns:
-        The exit code, and a line for people; None where the processes have said everything themselves.
+        The exit code, and a line to print; None if the processes have already printed everything.
     """
     if reports and reports[0]["kind"] == "own":
         first = reports[0]
@@ -111,10 +111,10 @@ def judge(
     here = socket.gethostname()
     for rank, code in codes.items():
         if code < 0:
-            return FAILED, f"rank {rank} on {here} was ended by {_signal_name(-code)}, without a word of its own"
+            return FAILED, f"rank {rank} on {here} was killed by {_signal_name(-code)} without reporting an error"
     for rank, code in codes.items():
         if code not in (STOPPED, BAD_INPUT):
-            return FAILED, f"rank {rank} on {here} ended with exit code {code}, without a word of its own"
+            return FAILED, f"rank {rank} on {here} ended with exit code {code} without reporting an error"
     if reports:
         first = next((report for report in reports if report["kind"] == "peer"), reports[0])
         if first["kind"] == "peer":

@@ -1,5 +1,5 @@
-"""One self-contained HTML page for a run or a sweep, and what the runs say about claims.
+"""A self-contained HTML report for a run or a sweep, with verdicts on the sweep's claims.
 
 `from pretrain.report.write import write_report, results`; `from pretrain.report.claims import parse_claim`.
-Reads the files of run and sweep folders; knows nothing of the trainer or the optimizers.
+It reads the files of run and sweep folders and does not depend on the trainer or the optimizers.
 """

@@ -1,4 +1,4 @@
-"""The telemetry arrays of a run: leverage histograms by layer, and what became of dead neurons."""
+"""The telemetry arrays of a run: leverage histograms by layer, and how many dead neurons stay dead."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pretrain.report.statistics import Curve
 from pretrain.run.reader import Run
 
 DEAD = 0.1  # of the mean leverage
-_REFERENCE_STEP = 500  # where the config names none
-LOG_BINS = np.linspace(-3.0, 1.0, 41)  # log10 of leverage; what lies outside is counted in the first or last bin
+_REFERENCE_STEP = 500  # used if the config does not set telemetry.reference_step
+LOG_BINS = np.linspace(-3.0, 1.0, 41)  # log10 of leverage; values outside are counted in the first or last bin
 _LEVERAGE = re.compile(r"layers\.(\d+)\.(gate_proj|up_proj)\.leverage")
 
 
 @dataclass(frozen=True)
 class Histograms:
-    """Leverage of the gate_proj and up_proj rows of a layer, over time.
+    """Leverage histograms of the gate_proj and up_proj rows of a layer, over time.
 
     Attributes:
-        layer: its number.
-        steps: measured steps, rising.
+        layer: index of the layer.
+        steps: measured steps, in ascending order.
         shares: [steps, bins]; share of the rows in each bin of LOG_BINS.
     """
 
@@ -37,13 +37,13 @@ class Histograms:
 
 @dataclass(frozen=True)
 class Survival:
-    """Rows that were dead at the reference step, of all layers.
+    """What happened to the rows of all layers that were dead at the reference step.
 
     Attributes:
-        reference: the step.
-        count: how many there were.
-        still: share of them dead at each measurement from there on.
-        throughout: share of them dead at every measurement until then.
+        reference: the reference step.
+        count: number of rows dead at that step.
+        still: share of these rows that are dead at each later measurement.
+        throughout: share of these rows that have been dead at every measurement up to each one.
     """
 
     reference: int
@@ -53,7 +53,7 @@ class Survival:
 
 
 def histograms(run: Run) -> list[Histograms]:
-    """Leverage histograms of every layer, by layer; empty without arrays."""
+    """Return the leverage histograms of every layer, in layer order; empty without telemetry arrays."""
     by_layer: dict[int, dict[int, list[NDArray[np.float64]]]] = {}
     for step, path in run.telemetry_files.items():
         for (layer, _), leverage in _leverages(path).items():
@@ -65,8 +65,10 @@ def histograms(run: Run) -> list[Histograms]:
 
 
 def survival(run: Run) -> Survival | None:
-    """What became of the rows dead at the config's reference step, or else at the measurement nearest below it; None
-    without a later measurement or dead rows."""
+    """Follow the rows that were dead at the reference step, or at the last measurement before it.
+
+    None if there is no later measurement, or if no row was dead.
+    """
     wanted = run.section("telemetry").get("reference_step")
     limit: int = wanted if isinstance(wanted, int) else _REFERENCE_STEP
     before = [step for step in run.telemetry_files if step <= limit]
@@ -82,7 +84,7 @@ def survival(run: Run) -> Survival | None:
     for step, path in run.telemetry_files.items():
         later = _leverages(path) if step > reference else {}
         if not start.keys() <= later.keys() or any(len(later[key]) != len(start[key]) for key in start):
-            continue  # not defined in some matrix at this step
+            continue  # leverage is undefined for some matrix at this step
         still = sum(int((later[key] < DEAD)[dead].sum()) for key, dead in start.items())
         for key, dead in throughout.items():
             dead &= later[key] < DEAD
@@ -94,7 +96,7 @@ def survival(run: Run) -> Survival | None:
 
 
 def _leverages(path: Path) -> dict[tuple[int, str], NDArray[np.float64]]:
-    """(layer, matrix) -> leverage of its rows; a matrix where it was not defined is left out."""
+    """Return (layer, matrix) -> leverage of its rows, without the matrices for which it is undefined."""
     found = {}
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -104,7 +106,7 @@ def _leverages(path: Path) -> dict[tuple[int, str], NDArray[np.float64]]:
                     if len(rows) and np.isfinite(rows).all():
                         found[int(match[1]), match[2]] = rows
     except (OSError, SafetensorError) as error:
-        raise ReportError(f"{path}: cannot be read: {error}; remove it to leave this measurement out") from None
+        raise ReportError(f"{path}: cannot be read: {error}; delete it to skip this measurement") from None
     return found
 
 

@@ -1,18 +1,18 @@
-"""What a claim is: one number per seed, read from finished runs, against a threshold.
+"""Claims: a value per seed, read from finished runs, is compared with a threshold.
 
-A claim is written in a sweep's file as
+A claim is written in a sweep file as
 
-    claim: Muon leaves more neurons without an update than Aurora   # the sentence that is tested
+    claim: Muon leaves more neurons without an update than Aurora   # the sentence being tested
     measure: telemetry/starved          # a key of metrics.jsonl
     step: 500                           # or "last", the default; or `at: equal_time` instead
-    where: {optimizer: muon}            # the series; every axis but the seed's must be named ...
-    minus: {optimizer: aurora}          # optional: difference to this series, other axes and seed equal
-    over: {optimizer: aurora}           # instead of minus: ratio to it
-    slope_over: expansion               # optional: ... but this one: slope over log2 of its labels
+    where: {optimizer: muon}            # the series; must name every axis except the seed axis ...
+    minus: {optimizer: aurora}          # optional: subtract this series, other axes and seed equal
+    over: {optimizer: aurora}           # instead of minus: divide by this series
+    slope_over: expansion               # optional: ... and except this one: slope over log2 of its labels
     above: 0.05                         # or `below`
     source: where the claim comes from  # optional
 
-This module needs nothing but the standard library: a sweep can be checked without loading numpy.
+This module does not import numpy, so that a sweep file can be checked quickly.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class Claim:
     """A claim as written.
 
     Attributes:
-        text: the sentence that is tested.
-        measure: key of metrics.jsonl.
-        step: step at which it is read; None for each run's last one.
-        equal_time: read at the training time of the faster of the paired runs, instead of at a step.
+        text: the sentence being tested.
+        measure: a key of metrics.jsonl.
+        step: the step at which it is read; None for each run's last step.
+        equal_time: whether it is read at the training time of the faster of the paired runs, instead of at a step.
         where: the series, axis -> label.
-        other: axes in which the series that it is compared with differs, axis -> label; None for no comparison.
-        relation: whether the other series is subtracted or divided by; None for no comparison.
-        slope_over: axis over whose log2(label) the slope is taken; None for the number itself.
-        side: on which side of the threshold the numbers must lie.
-        threshold: in the unit of the measure (per doubling of the label, for a slope).
-        source: where the claim comes from; empty if not said.
+        other: the labels that differ in the series it is compared with, axis -> label; None without a comparison.
+        relation: whether to subtract the other series or divide by it; None without a comparison.
+        slope_over: the axis over whose log2(label) the slope is taken; None for the value itself.
+        side: the side of the threshold on which the values must lie.
+        threshold: in the unit of the measure (for a slope, per doubling of the label).
+        source: where the claim comes from; empty if not given.
     """
 
     text: str
@@ -73,7 +73,7 @@ class Claim:
 
     @property
     def is_timing(self) -> bool:
-        """Whether its numbers depend on how fast the runs were."""
+        """Whether its values depend on the speed of the runs."""
         return self.equal_time or self.measure.endswith(("seconds", "_per_second", "mfu"))
 
     @property
@@ -89,15 +89,15 @@ class Claim:
 
 
 def format_labels(labels: Labels) -> str:
-    """`{"optimizer": "muon", "expansion": "4"}` as "optimizer=muon, expansion=4"."""
+    """Format `{"optimizer": "muon", "expansion": "4"}` as "optimizer=muon, expansion=4"."""
     return ", ".join(f"{axis}={label}" for axis, label in labels.items())
 
 
 def parse_claim(data: Any) -> Claim:
-    """Read a claim as it stands in a file.
+    """Parse a claim as written in a sweep file.
 
     Raises:
-        ClaimError: with every problem, a line each. Whether axes and labels exist is for `check_claim`.
+        ClaimError: one line per problem. `check_claim` checks whether the axes and labels exist.
     """
     if not isinstance(data, Mapping):
         raise ClaimError(f"a claim is {data!r}; expected a mapping with the keys claim, measure, where, above or below")
@@ -133,7 +133,7 @@ def parse_claim(data: Any) -> Claim:
 
 
 def claim_problems(data: Any, axes: Mapping[str, Sequence[str]], seed_axis: str | None) -> list[str]:
-    """What is wrong with a claim as it stands in a sweep's file, a line each; arguments as of `check_claim`."""
+    """Return the problems of a claim as written in a sweep file, one line each; arguments as for `check_claim`."""
     try:
         check_claim(parse_claim(data), axes, seed_axis)
     except ClaimError as error:
@@ -146,11 +146,12 @@ def check_claim(claim: Claim, axes: Mapping[str, Sequence[str]], seed_axis: str 
 
     Args:
         claim: the claim.
-        axes: the labels of each axis, the seed's among them.
-        seed_axis: name of the seed's axis.
+        axes: axis -> labels, including the seed axis.
+        seed_axis: name of the seed axis.
 
     Raises:
-        ClaimError: an unknown axis or label, an axis left open, a slope over labels that are no numbers.
+        ClaimError: an unknown axis or label, an axis without a label, or a slope over labels that are not positive
+            numbers.
     """
     open_axes = {axis: list(labels) for axis, labels in axes.items() if axis != seed_axis}
     problems = []
@@ -175,7 +176,7 @@ def check_claim(claim: Claim, axes: Mapping[str, Sequence[str]], seed_axis: str 
 
 
 def _problems_of_reading(data: Mapping[str, Any]) -> list[str]:
-    """Of step, at, slope_over and source."""
+    """Return the problems of step, at, slope_over and source."""
     problems = []
     step, at = data.get("step"), data.get("at")
     if step is not None and step != "last" and not (isinstance(step, int) and not isinstance(step, bool) and step > 0):
@@ -183,10 +184,10 @@ def _problems_of_reading(data: Mapping[str, Any]) -> list[str]:
     if at is not None and at != "equal_time":
         problems.append(f"at is {at!r}; expected equal_time")
     if at is not None and step is not None:
-        problems.append("step and at exclude each other; leave one out")
+        problems.append("step and at cannot be combined; remove one of them")
     compared = [key for key in _RELATIONS if data.get(key) is not None]
     if len(compared) > 1:
-        problems.append("minus and over exclude each other; leave one out")
+        problems.append("minus and over cannot be combined; remove one of them")
     if at is not None and not compared:
         problems.append("at: equal_time compares two runs; name the other series under minus or over")
     for key in ("slope_over", "source"):
@@ -196,7 +197,7 @@ def _problems_of_reading(data: Mapping[str, Any]) -> list[str]:
 
 
 def _problems_of_labels(data: Mapping[str, Any]) -> list[str]:
-    """Of where, minus and over."""
+    """Return the problems of where, minus and over."""
     problems = []
     for key in ("where", *_RELATIONS):
         labels = data.get(key)
@@ -205,7 +206,7 @@ def _problems_of_labels(data: Mapping[str, Any]) -> list[str]:
         if not isinstance(labels, Mapping) or not all(
             _text(axis) and isinstance(label, str | int | float) for axis, label in labels.items()
         ):
-            problems.append(f"{key} is {labels!r}; expected a mapping of axes to labels, such as {{optimizer: muon}}")
+            problems.append(f"{key} is {labels!r}; expected a mapping from axes to labels, such as {{optimizer: muon}}")
         elif key in _RELATIONS and not labels:
             problems.append(f"{key} is empty; name the axis in which the other series differs, or leave it out")
     return problems
@@ -225,7 +226,7 @@ def _problems_of_slope(axis: str, axes: Mapping[str, Sequence[str]]) -> list[str
 
 
 def positive_number(label: str) -> float | None:
-    """A label as a positive finite number, or None."""
+    """Return a label as a positive finite number, or None if it is not one."""
     try:
         value = float(label)
     except ValueError:
@@ -246,5 +247,5 @@ def _number(value: Any) -> bool:
 
 
 def _labels(data: Mapping[str, Any]) -> dict[str, str]:
-    """Labels as text: YAML reads `expansion: 4` as a number."""
+    """Return the labels as text; YAML reads `expansion: 4` as a number."""
     return {axis: str(label) for axis, label in data.items()}

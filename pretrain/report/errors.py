@@ -6,4 +6,4 @@ from pretrain.processes.errors import UserError
 
 
 class ReportError(UserError):
-    """A folder that no report can be made of, or a page that cannot be written; one line per problem."""
+    """A folder cannot be reported on, or the page cannot be written; one line per problem."""

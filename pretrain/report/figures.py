@@ -1,4 +1,4 @@
-"""The figures of a report: which curves, in which panels."""
+"""The figures of a report: which curves are drawn in which panels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pretrain.report.svg import figure, percent_axis, short_number, tidy, to_svg
 from pretrain.report.sweep import Series
 from pretrain.run.reader import Run
 
-_POINTS = 160  # of a curve
-_FEW = 12  # points that get a dot each
-_SMOOTH = 60  # means that a noisy curve is reduced to
-_SKIPPED = 0.25  # of the x axis: a loss may lie above its panel there
-_COLUMNS = 100  # of a heatmap
-_MOST_LAYERS = 8  # heatmaps a series
+_POINTS = 160  # maximum number of points per curve
+_FEW = 12  # curves with at most this many points get markers
+_SMOOTH = 60  # a noisy curve is reduced to this many means
+_SKIPPED = 0.25  # a loss may lie above its panel in this first part of the x axis
+_COLUMNS = 100  # maximum width of a heatmap
+_MOST_LAYERS = 8  # maximum number of heatmaps per series
 _EMPTY: Curve = (np.empty(0), np.empty(0))
 Band = tuple[Array, Array, Array, Array]
 
@@ -34,7 +34,7 @@ class Panel:
     """One figure on the page.
 
     Attributes:
-        title: what tells it from its neighbours; plain text.
+        title: what distinguishes it from its neighbours; plain text.
         svg: the drawing.
     """
 
@@ -47,11 +47,11 @@ class Plot:
     """What a row of panels shows.
 
     Attributes:
-        title: of its panels.
-        x_label: name of the x axis.
-        curve: a run's curve.
-        kind: how the y axis is read: a loss, a share of something, or a plain number from 0 on.
-        timing: runs whose times can be used, where a series has any; the caption names the series that has none.
+        title: title of the panels.
+        x_label: label of the x axis.
+        curve: returns the curve of a run.
+        kind: scale of the y axis: a loss, a share, or a plain number starting at 0.
+        timing: use only runs with usable timings; a series without any is drawn anyway, and the caption names it.
     """
 
     title: str
@@ -62,7 +62,7 @@ class Plot:
 
 
 def loss_plots(runs: Sequence[Run]) -> list[Plot]:
-    """Validation and training loss against tokens and training time."""
+    """Return plots of validation and training loss against tokens and training time."""
     longest = max((run.read("train_seconds").value or 0.0 for run in runs), default=0.0)
     scale, unit = next(
         (s, u) for s, u in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if longest >= 3 * s or s == 1
@@ -85,7 +85,7 @@ def loss_plots(runs: Sequence[Run]) -> list[Plot]:
 
 
 def neuron_plots() -> list[Plot]:
-    """Shares of starved and dead neurons, and how uneven down_proj's columns are, over steps."""
+    """Return plots over steps: shares of starved and dead neurons, and the variation among down_proj's columns."""
     plots = (
         ("Starved rows, gate_proj and up_proj", "starved", "share"),
         ("Leverage-dead rows, gate_proj and up_proj", "leverage_dead", "share"),
@@ -100,19 +100,19 @@ def neuron_plots() -> list[Plot]:
 
 
 def survival_plots(found: Mapping[Path, Survival]) -> list[Plot]:
-    """What became of the rows dead at the reference step; `found` by the run's path."""
+    """Return plots of how many rows dead at the reference step stay dead; `found` is keyed by the run's path."""
 
     def plot(title: str, curve: Callable[[Survival], Curve]) -> Plot:
         return Plot(title, "steps", lambda run: curve(found[run.path]) if run.path in found else _EMPTY, "share")
 
     return [
-        plot("Dead rows of the reference step, still dead", lambda result: result.still),
-        plot("Dead rows of the reference step, dead ever since", lambda result: result.throughout),
+        plot("Rows dead at the reference step, still dead", lambda result: result.still),
+        plot("Rows dead at the reference step, dead ever since", lambda result: result.throughout),
     ]
 
 
 def line_panels(plot: Plot, groups: Sequence[Group], styles: dict[str, Style], name: str) -> list[Panel]:
-    """A panel for each group, all with the same axes; empty where no run has the curve."""
+    """Draw one panel per group, all with the same axis limits; return an empty list if no run has the curve."""
     drawn = [(group, [(series, _band(plot, series)) for series in group.series]) for group in groups]
     bands = [found for _, members in drawn for _, found in members if found is not None]
     if not bands:
@@ -138,9 +138,9 @@ def line_panels(plot: Plot, groups: Sequence[Group], styles: dict[str, Style], n
 
 
 def _caption(plot: Plot, group: Group) -> str:
-    """What tells a panel from its neighbours, and which of its curves come from disturbed runs alone."""
-    disturbed = [series.name for series in group.series if plot.timing and series.shown and not series.timed]
-    return (group.name or plot.title) + (f"; disturbed: {', '.join(disturbed)}" if disturbed else "")
+    """Return what distinguishes a panel from its neighbours, and its series without usable timings."""
+    unusable = [series.name for series in group.series if plot.timing and series.shown and not series.timed]
+    return (group.name or plot.title) + (f"; without usable timings: {', '.join(unusable)}" if unusable else "")
 
 
 def _band(plot: Plot, series: Series) -> Band | None:
@@ -149,7 +149,7 @@ def _band(plot: Plot, series: Series) -> Band | None:
 
 
 def _limits(plot: Plot, bands: Sequence[Band], end: float) -> tuple[float, float]:
-    """Of the y axis; a loss shows the range that it has after the first part of the run."""
+    """Return the limits of the y axis; a loss is limited to its range after the first part of the run."""
     if plot.kind != "loss":
         return 0.0, max(float(found[3].max()) for found in bands) * 1.06 or 1.0
     late = [(found[2][keep], found[3][keep]) for found in bands if (keep := found[0] >= _SKIPPED * end).any()]
@@ -168,15 +168,14 @@ def _draw(axes: Axes, found: Band, style: Style) -> None:
 
 
 def heatmap_panels(run: Run, name: str) -> tuple[list[Panel], int]:
-    """Leverage histograms over time, a panel for each layer (evenly chosen if there are many), and how many layers
-    there are."""
+    """Return heatmaps of leverage over time for up to `_MOST_LAYERS` evenly spaced layers, and the number of layers."""
     layers = histograms(run)
     chosen = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _MOST_LAYERS)).round().astype(int))
     return [_heatmap(layers[index], name) for index in (chosen if layers else ())], len(layers)
 
 
 def _heatmap(found: Histograms, name: str) -> Panel:
-    """Steps from left to right, log10 of leverage upwards, darker where more rows are."""
+    """Draw steps from left to right and log10 of leverage upwards; darker means more rows."""
     steps = np.array(found.steps, dtype=np.float64)
     columns = np.linspace(steps[0], steps[-1], min(_COLUMNS, max(2 * len(steps), 2)))
     nearest = np.abs(steps[None, :] - columns[:, None]).argmin(axis=1)

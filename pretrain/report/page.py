@@ -1,4 +1,4 @@
-"""The HTML page: sections, formats, template."""
+"""Rendering of the HTML page: contents of its sections, number formats, template."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pretrain.report.trends import Trend, trends
 from pretrain.run.reader import STATES
 
 _FOLDER = Path(__file__).parent
-_MOST_HEATMAPS = 12  # series
+_MOST_HEATMAPS = 12  # maximum number of series with heatmaps
 DASH = "–"
 
 
@@ -38,8 +38,8 @@ class Row:
     """The panels of one plot.
 
     Attributes:
-        title: of the plot.
-        panels: one for each group of series.
+        title: title of the plot.
+        panels: one per group of series.
     """
 
     title: str
@@ -51,10 +51,10 @@ class Heatmaps:
     """The leverage histograms of a series.
 
     Attributes:
-        series: its name.
-        run: the run they come from.
-        panels: a panel a layer.
-        layers: how many layers there are.
+        series: name of the series.
+        run: name of the run they come from.
+        panels: one per layer shown.
+        layers: number of layers of the model.
     """
 
     series: str
@@ -65,19 +65,19 @@ class Heatmaps:
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of the page, and what has to be said about them.
+    """The figures of the page, and the data for their captions.
 
     Attributes:
-        trends: final numbers over numeric axes.
+        trends: final values over numeric axes.
         losses: validation and training loss.
-        neurons: shares and variation over steps, and what became of dead rows.
-        references: steps at which the dead rows were taken whose fate is shown.
-        dead_rows: how many there were, by series; smallest and largest seed.
-        heatmaps: histograms by series.
-        heatmaps_left_out: number of series without any because there are too many.
-        facets: panels of a plot.
-        styles: of the lines, by series.
-        legend: what the styles mean.
+        neurons: shares and variation over steps, and how many dead rows stay dead.
+        references: reference steps at which the dead rows were counted.
+        dead_rows: series -> number of rows dead at the reference step; smallest and largest over the seeds.
+        heatmaps: leverage histograms by series.
+        heatmaps_left_out: number of series without heatmaps because there are too many series.
+        facets: number of panels per plot.
+        styles: series -> line style.
+        legend: (text, style) pairs.
     """
 
     trends: list[Trend]
@@ -93,10 +93,10 @@ class Figures:
 
 
 def render(sweep: Sweep, found: ReportResult) -> str:
-    """The page as text.
+    """Return the HTML of the page.
 
     Args:
-        sweep: what the figures are drawn from.
+        sweep: the data for the figures.
         found: its tables.
     """
     environment = jinja2.Environment(
@@ -129,7 +129,7 @@ def render(sweep: Sweep, found: ReportResult) -> str:
 
 
 def state_line(sweep: Sweep) -> str:
-    """Such as "28 of 30 jobs done, 1 running, 1 pending"."""
+    """Summarise the state, such as "28 of 30 jobs done, 1 running, 1 pending"."""
     counts = Counter(job.run.state for job in sweep.jobs)
     if sweep.kind == "run":
         run = sweep.jobs[0].run
@@ -176,7 +176,10 @@ def _figures(sweep: Sweep, found: ReportResult) -> Figures:
 
 
 def _with_heatmaps(sweep: Sweep) -> list[Series]:
-    """Every series; of more than twelve only baselines and those that claims name, the first twelve of them."""
+    """Return the series that get heatmaps.
+
+    With more than `_MOST_HEATMAPS` series, these are the first ones that are baselines or that a claim names.
+    """
     if len(sweep.series) <= _MOST_HEATMAPS:
         return sweep.series
 
@@ -189,25 +192,25 @@ def _with_heatmaps(sweep: Sweep) -> list[Series]:
 
 
 def _final_notes(found: ReportResult) -> list[str]:
-    """Losses that were not finite, and steps that were skipped."""
+    """Return notes on losses that were not finite and on skipped steps."""
     notes = []
     for row in found["final"]:
         seeds = ", ".join(seed for seed in row["not_finite"] if seed)
         if row["not_finite"]:
             notes.append(f"{row['series']}: last validation loss not finite" + (f", seed {seeds}" if seeds else ""))
     skipped = [(job["run"], job["skipped_steps"]) for job in found["jobs"] if job["skipped_steps"]]
-    return notes + [f"{run}: gradients not finite and the step skipped, {count} times" for run, count in skipped]
+    return notes + [f"{run}: steps skipped because gradients were not finite: {count}" for run, count in skipped]
 
 
 def share(value: float | None) -> str:
-    """A fraction as percents."""
+    """Format a fraction as a percentage."""
     if value is None:
         return DASH
     return f"{100 * value:.0f} %" if abs(value) >= 0.995 else f"{100 * value:.1f} %"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with so many significant digits, at most so many behind the point."""
+    """Format a number with `digits` significant digits, and at most `digits` decimal places."""
     if value is None:
         return DASH
     if value == 0 or not math.isfinite(value):
@@ -217,7 +220,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def plus_minus(found: Summary | None, digits: int = 4, signed: bool = False) -> str:
-    """Mean and half-width of an interval."""
+    """Format the mean and the half-width of its interval."""
     if found is None:
         return DASH
     mean = f"{found['mean']:+.{digits}f}" if signed else f"{found['mean']:.{digits}f}"
@@ -226,5 +229,5 @@ def plus_minus(found: Summary | None, digits: int = 4, signed: bool = False) -> 
 
 
 def values(found: Summary | None) -> list[float]:
-    """Smallest and largest of the numbers; empty without any."""
+    """Return the smallest and largest value; empty if there are none."""
     return [] if found is None else [min(found["values"].values()), max(found["values"].values())]

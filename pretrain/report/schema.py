@@ -1,6 +1,7 @@
-"""The file of a report's figures (report.json), key by key.
+"""The layout of report.json, key by key.
 
-Numbers are plain JSON numbers, shares are fractions between 0 and 1, losses nats per token. What is not known is null.
+Numbers are plain JSON numbers, shares are fractions between 0 and 1, losses are in nats per token. Unknown values are
+null.
 """
 
 from typing import Any, Literal, TypedDict
@@ -11,96 +12,96 @@ SCHEMA_VERSION = 1
 
 
 class Summary(TypedDict):
-    """Numbers of several seeds."""
+    """Values of several seeds."""
 
-    # Their mean.
+    # Mean over the seeds.
     mean: float
-    # Of the 95 % t interval around it; null with one seed.
+    # Half-width of the 95 % t interval around the mean; null with one seed.
     half_width: float | None
-    # seed -> number.
+    # seed -> value.
     values: dict[str, float]
 
 
 class ClaimResult(TypedDict):
-    """A claim and what became of it."""
+    """A claim and its verdict."""
 
     claim: str
-    # Where the claim comes from; empty if not said.
+    # Where the claim comes from; empty if not given.
     source: str
     # What was measured, in words, and at which scale.
     reading: str
     scale: str
     # Such as "above 0.05".
     criterion: str
-    # Mean of the numbers and half-width of the 95 % t interval.
+    # Mean over the seeds and half-width of the 95 % t interval.
     mean: float | None
     half_width: float | None
-    # seed -> its number; null where it has none, for the reason in the note.
+    # seed -> its value; null if there is none, with the reason in the note.
     numbers: dict[str, float | None]
-    # "holds" only if every seed's number and the whole interval lie on the right side of the threshold.
+    # "holds" only if every seed's value and the whole interval lie on the right side of the threshold.
     verdict: Literal["holds", "does not hold", "not tested"]
     note: str
 
 
 class FinalRow(TypedDict):
-    """A series at its last step, over its finished runs (a single run: also unfinished)."""
+    """A series at its last step, over its finished runs; a report on a single run also includes an unfinished one."""
 
     series: str
     labels: dict[str, str]
-    # Jobs that enter, and jobs there are.
+    # Number of runs included, and number of jobs in the series.
     runs: int
     jobs: int
-    # Last step of each run that enters, smallest and largest.
+    # Smallest and largest last step of the runs included.
     steps: list[int]
     validation_loss: Summary | None
-    # Whether it is what others are compared with.
+    # Whether other series are compared with this one.
     is_baseline: bool
-    # Validation loss less that of the baseline, paired by seed, and the baseline's name; null for a baseline.
+    # Validation loss minus that of the baseline, paired by seed, and the baseline's name; null for a baseline.
     difference: Summary | None
     baseline: str | None
     starved: Summary | None
     leverage_dead: Summary | None
     activation_dead: Summary | None
-    # Median over steps, of each undisturbed run.
+    # Median over steps, for each run with usable timings.
     tokens_per_second: Summary | None
     # Seeds whose last validation loss was not finite.
     not_finite: list[str]
 
 
 class TunedRow(TypedDict):
-    """One value of the tuned keys that a series was tried with."""
+    """One combination of tuned values that was tried for a series."""
 
     series: str
     # Dotted key -> value.
     tuned: dict[str, Any]
-    # Last validation loss by seed, and the mean over the seeds that every value of the series has.
+    # Last validation loss by seed, and the mean over the seeds that were run with every combination.
     losses: dict[str, float | None]
     mean: float | None
     steps: list[int]
     chosen: bool
-    # Whether the series was tried with no other value.
+    # Whether this is the only combination tried.
     alone: bool
     # Keys whose chosen value is the smallest or largest of those tried.
     at_edge: list[str]
-    # "done", or what some of its runs are instead.
+    # "done" if all of its runs are done, otherwise the states of the others.
     state: str
 
 
 class TimingRow(TypedDict):
-    """Seconds of a step by phase: medians over steps, then over the undisturbed runs."""
+    """Seconds per step by phase: medians over steps, then over the runs with usable timings."""
 
     series: str
     runs: int
-    # "data", "forward_backward", "optimizer", "other"; null where no run tells.
+    # "data", "forward_backward", "optimizer", "other"; null if no run recorded them.
     seconds: dict[str, float] | None
-    # Run and reason of each run that is left out.
+    # Name of each excluded run and why it was excluded.
     left_out: list[str]
 
 
 class JobRow(TypedDict):
     """One run."""
 
-    # Its name; null while it waits for the runs that choose its values.
+    # The run's name; null while the job waits for the runs that choose its values.
     run: str | None
     series: str
     seed: str
@@ -108,19 +109,19 @@ class JobRow(TypedDict):
     step: int
     total_steps: int | None
     chosen: bool
-    # Why its times say little; empty if they can be used.
+    # Why its timings are not usable; empty if they are.
     disturbances: list[str]
-    # Steps that changed nothing because their gradients were not finite.
+    # Number of steps skipped because the gradients were not finite.
     skipped_steps: int
 
 
 class Provenance(TypedDict):
-    """What the runs ran on; each list without repetitions."""
+    """The hardware and software that the runs used; each list without duplicates."""
 
     machines: list[str]
     commits: list[str]
     versions: list[str]
-    # First and last day of a launch, ISO 8601.
+    # Dates of the first and the last launch, ISO 8601.
     dates: list[str]
 
 
@@ -132,7 +133,7 @@ class ReportResult(TypedDict):
     name: str
     title: str
     question: str
-    # The experiment's file, and what was changed in it.
+    # The sweep file, and its overrides of the base config.
     source: str
     overrides: dict[str, Any]
     jobs: list[JobRow]

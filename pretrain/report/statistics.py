@@ -1,4 +1,4 @@
-"""The few statistics of the report: t intervals, slopes, values at a time, bands over seeds."""
+"""Statistics for the report: t intervals, slopes, interpolation, bands over seeds."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of some numbers and the t interval around it.
+    """The mean of some values and the t interval around it.
 
     Attributes:
-        mean: their mean.
-        half_width: of the 95 % interval; None with a single number.
-        count: how many numbers.
+        mean: the mean.
+        half_width: half-width of the 95 % interval; None with a single value.
+        count: number of values.
     """
 
     mean: float
@@ -31,19 +31,19 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """Lower end; -inf with a single number."""
+        """Lower end; -inf with a single value."""
         return -math.inf if self.half_width is None else self.mean - self.half_width
 
     @property
     def high(self) -> float:
-        """Upper end; inf with a single number."""
+        """Upper end; inf with a single value."""
         return math.inf if self.half_width is None else self.mean + self.half_width
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
-    """Mean and 95 % interval: mean ± t(0.975, n - 1) * s / sqrt(n), s the sample standard deviation.
+    """Return the mean and 95 % interval: mean ± t(0.975, n - 1) * s / sqrt(n), s the sample standard deviation.
 
-    None without a value; no half-width with one.
+    None without values; a single value has no half-width.
     """
     if not values:
         return None
@@ -55,14 +55,14 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 
 
 def log2_slope(labels: Sequence[float], values: Sequence[float]) -> float:
-    """Least-squares slope of `values` over log2(`labels`): the change per doubling."""
+    """Return the least-squares slope of `values` over log2(`labels`): the change per doubling."""
     x = np.log2(np.asarray(labels, dtype=np.float64))
     x -= x.mean()
     return float(x @ np.asarray(values, dtype=np.float64) / (x @ x))
 
 
 def value_at(curve: Curve, where: float) -> float | None:
-    """Linear interpolation in a curve of rising x; None outside of it."""
+    """Interpolate linearly in a curve with ascending x; None outside its range."""
     x, y = curve
     if not len(x) or not x[0] <= where <= x[-1]:
         return None
@@ -70,7 +70,7 @@ def value_at(curve: Curve, where: float) -> float | None:
 
 
 def smoothed(curve: Curve, points: int) -> Curve:
-    """Means over at most `points` stretches of equal length, each placed at the middle of its x."""
+    """Reduce a curve to at most `points` points, each the mean of x and y over a segment of equal length."""
     x, y = curve
     if len(x) <= points:
         return curve
@@ -80,10 +80,10 @@ def smoothed(curve: Curve, points: int) -> Curve:
 
 
 def band(curves: Sequence[Curve], points: int) -> tuple[Array, Array, Array, Array] | None:
-    """Mean, minimum and maximum of several curves over the x that all of them cover.
+    """Return the mean, minimum and maximum of several curves over the x range that all of them cover.
 
     Returns:
-        x, mean, minimum, maximum, of at most `points` entries; None where the curves have no x in common.
+        x, mean, minimum and maximum, at most `points` entries each; None if the curves' x ranges do not overlap.
     """
     curves = [curve for curve in curves if len(curve[0])]
     if not curves:

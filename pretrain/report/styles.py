@@ -1,6 +1,7 @@
-"""Which series share a panel, and the colour and dash of each.
+"""The assignment of series to panels, and their colours and dashes.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart, less the yellow that white paper swallows.
+The colours are the Okabe-Ito palette, which colour-blind readers can tell apart, without its yellow, which is hard to
+see on white.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Style:
 
     Attributes:
         colour: as #rrggbb.
-        dash: lengths of strokes and gaps in points, as in SVG; empty for a solid line.
+        dash: lengths of dashes and gaps in points, as in SVG; empty for a solid line.
     """
 
     colour: str
@@ -28,16 +29,16 @@ class Style:
 
     @property
     def pattern(self) -> tuple[float, tuple[float, ...]] | str:
-        """The dash as matplotlib wants it."""
+        """The dash in matplotlib's format."""
         return (0.0, tuple(float(part) for part in self.dash.split())) if self.dash else "solid"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Series that are drawn in one panel.
+    """The series that share a panel.
 
     Attributes:
-        name: what they have in common; empty if all series are in one panel.
+        name: the labels that they have in common; empty if all series share one panel.
         series: the series.
     """
 
@@ -50,9 +51,9 @@ class Arrangement:
     """How the series are drawn.
 
     Attributes:
-        groups: the panels of each plot.
+        groups: one per panel of each plot.
         styles: name of a series -> style.
-        legend: (text, style) of what the colours and dashes mean.
+        legend: (text, style) pairs.
     """
 
     groups: list[Group]
@@ -61,10 +62,11 @@ class Arrangement:
 
 
 def arrange(sweep: Sweep) -> Arrangement:
-    """Panels, and a style for each series.
+    """Assign each series to a panel and give it a style.
 
-    The axis that the baseline names (else the first that varies) is told by colour. Few series share a panel and tell
-    the other axes by dashes; many are spread over panels, one for each combination of the other axes.
+    Colour encodes the axis that the baseline names, or else the first axis that varies. Up to `_MOST_IN_A_PANEL`
+    series share one panel, and dashes encode the other axes; more series get one panel for each combination of the
+    other axes.
     """
     varying = [a for a, labels in sweep.axes.items() if a != sweep.seed_axis and len(labels) > 1]
     coloured = next((axis for axis in varying if axis in (sweep.baseline or {})), varying[0] if varying else None)

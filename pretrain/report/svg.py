@@ -1,4 +1,4 @@
-"""Small matplotlib figures as inline SVG: text stays text, nothing refers to anything outside."""
+"""Small matplotlib figures as inline SVG: text stays text, and there are no external references."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from matplotlib.typing import RcKeyType
 _STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "aurora-report",
-    "text.parse_math": False,  # a dollar in a label is a dollar
+    "text.parse_math": False,  # a dollar sign in a label is not the start of a formula
     "font.family": "sans-serif",
     "font.size": 11.5,
     "axes.spines.top": False,
@@ -40,7 +40,7 @@ _STYLE: dict[RcKeyType, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-# None for all of them leaves the metadata out, and with it the date.
+# With all of them None matplotlib writes no metadata, and so no date.
 _METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _GEOMETRY = re.compile(r' (?:d|x|y|points|transform)="[^"]*"')
 _OWN_STYLE = re.compile(r"<defs>\s*<style.*?</style>\s*</defs>", re.DOTALL)  # its rules would apply to the whole page
@@ -49,7 +49,7 @@ _LONG_NUMBER = re.compile(r"(\.\d\d)\d+")
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of `width` x `height` inches with one pair of axes, in the report's style."""
+    """Yield a figure of `width` x `height` inches with one pair of axes, in the report's style."""
     with matplotlib.rc_context(_STYLE):
         drawn = Figure(figsize=(width, height))
         FigureCanvasSVG(drawn)
@@ -57,12 +57,12 @@ def figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 def to_svg(drawn: Figure, name: str, label: str) -> Markup:
-    """The figure as an <svg> element for HTML; to be called inside `figure`.
+    """Return the figure as an <svg> element for HTML; must be called inside `figure`.
 
     Args:
         drawn: the figure.
-        name: prefix of its ids, unique on the page.
-        label: what it shows, for readers who do not see it.
+        name: prefix for its ids, unique on the page.
+        label: a description for screen readers.
     """
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", metadata=_METADATA)
@@ -80,7 +80,7 @@ def to_svg(drawn: Figure, name: str, label: str) -> Markup:
 
 
 def tidy(axes: Axes, x_label: str) -> None:
-    """Few ticks with short numbers, and the name of the x axis."""
+    """Set a few ticks with short numbers, and the label of the x axis."""
     axes.set_xlabel(x_label)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -89,7 +89,7 @@ def tidy(axes: Axes, x_label: str) -> None:
 
 
 def percent_axis(axes: Axes) -> None:
-    """Shares as percents on the y axis, from 0 on."""
+    """Show shares as percentages on the y axis, starting at 0."""
     top = axes.get_ylim()[1]
     axes.set_ylim(0, max(top, 0.01))
     digits = 0 if axes.get_ylim()[1] > 0.05 else 1
@@ -97,7 +97,7 @@ def percent_axis(axes: Axes) -> None:
 
 
 def short_number(value: float) -> str:
-    """1500000 as "1.5M", 2500 as "2.5k"."""
+    """Format 1500000 as "1.5M" and 2500 as "2.5k"."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"

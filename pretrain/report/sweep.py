@@ -1,6 +1,6 @@
-"""Read a sweep folder: its jobs, grouped into series whose jobs differ only in the seed.
+"""Read a sweep folder and group its jobs into series; the jobs of a series differ only in the seed.
 
-A single run is read as a sweep of one job, so that the rest of the report has one case to handle.
+A single run is read as a sweep of one job, so that the rest of the report handles only one case.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from pretrain.run.reader import Run, read_exit_code, read_run
 
 SWEEP_FILE = "sweep.json"
 _FORMAT, _VERSION = "aurora-sweep", 1
-_BARE_WORDS = {"true", "false", "yes", "no", "on", "off", "none", "null", ""}  # labels that mean nothing by themselves
+_BARE_WORDS = {
+    "true",
+    "false",
+    "yes",
+    "no",
+    "on",
+    "off",
+    "none",
+    "null",
+    "",
+}  # labels that mean nothing without their axis
 
 
 @dataclass(frozen=True)
@@ -26,11 +36,11 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-        run: its folder, read; an empty one while the job waits for the runs that choose its values.
+        run: the contents of its folder; empty while the job waits for the runs that choose its values.
         labels: axis -> label.
-        tuned: dotted config keys that were chosen among alternatives -> value.
-        chosen: it is part of comparisons; False for a trial of another tuned value, or while none is chosen.
-        is_waiting: it waits for the runs that choose its values.
+        tuned: dotted config key -> value, for the keys that are tuned.
+        chosen: whether it takes part in comparisons; False for a trial of a value that was not, or not yet, chosen.
+        is_waiting: whether it waits for the runs that choose its values.
     """
 
     run: Run
@@ -42,12 +52,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Series:
-    """The jobs that differ only in the seed.
+    """Jobs that differ only in the seed.
 
     Attributes:
-        labels: axis -> label, without the seed's.
-        name: short, unique in its sweep.
-        jobs: seed -> job, all that are part of comparisons, done or not.
+        labels: axis -> label, without the seed axis.
+        name: a short name, unique within the sweep.
+        jobs: seed -> job, for all jobs that take part in comparisons, done or not.
     """
 
     labels: Labels
@@ -56,28 +66,28 @@ class Series:
 
     @property
     def done(self) -> dict[str, Run]:
-        """seed -> run, of the finished jobs."""
+        """The runs of the finished jobs, by seed."""
         return {seed: job.run for seed, job in self.jobs.items() if job.run.state == "done"}
 
     @property
     def shown(self) -> dict[str, Run]:
-        """seed -> run, of the jobs that have begun: for curves."""
+        """The runs that have records, by seed; used for curves."""
         return {seed: job.run for seed, job in self.jobs.items() if job.run.records}
 
     @property
     def first(self) -> Run | None:
-        """The run of the first seed that has begun."""
+        """The run of the first seed that has records."""
         return next(iter(self.shown.values()), None)
 
     @property
     def timed(self) -> dict[str, Run]:
-        """seed -> run, of those whose times can be used."""
+        """The runs with usable timings, by seed."""
         return {seed: run for seed, run in self.shown.items() if not run.disturbances}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the page is about; attributes as in sweep.json."""
+    """The subject of a report; the attributes are those of sweep.json."""
 
     kind: Literal["run", "sweep"]
     path: Path
@@ -94,7 +104,7 @@ class Sweep:
 
     @property
     def seeds(self) -> list[str]:
-        """Labels of the seed's axis; one empty label where there is no such axis."""
+        """The labels of the seed axis; one empty label if there is no seed axis."""
         return self.axes[self.seed_axis] if self.seed_axis else [""]
 
     @cached_property
@@ -121,12 +131,15 @@ class Sweep:
         return next((series for series in self.series if series.labels == dict(labels)), None)
 
     def baseline_of(self, series: Series) -> Series | None:
-        """The series that differs from this one as the baseline says; None for a baseline itself."""
+        """The baseline of a series, which has the same labels on all axes that `baseline` does not name.
+
+        None for a baseline itself, or without a baseline.
+        """
         other = None if self.baseline is None else self.find({**series.labels, **self.baseline})
         return None if other is series else other
 
     def _name(self, labels: Labels) -> str:
-        """Only what tells series apart; a number or a yes needs its axis."""
+        """Join the labels that vary; a label such as "4" or "true" gets its axis as a prefix."""
         telling = {axis: label for axis, label in labels.items() if len(self.axes[axis]) > 1} or labels
         parts = [
             f"{axis} {label}" if positive_number(label) is not None or label.lower() in _BARE_WORDS else label
@@ -139,7 +152,8 @@ def load(path: Path) -> Sweep:
     """Read a run or sweep folder.
 
     Raises:
-        ReportError: no such folder, neither run nor sweep, or a file of it is malformed; a line per problem.
+        ReportError: the folder does not exist, is not a run or a sweep, or contains a malformed file; one line per
+            problem.
     """
     if not path.is_dir():
         raise ReportError(f"{path}: no such folder; expected a run or a sweep")
@@ -182,7 +196,7 @@ def _load_sweep(path: Path) -> Sweep:
 
 
 def _job(folder: Path, entry: dict[str, Any]) -> Job:
-    """A job of sweep.json, its run read."""
+    """Return a job of sweep.json, with its run folder read."""
     run = folder / (entry["run"] or "no run yet")
     return Job(
         run=read_run(run, read_exit_code(folder, run.name)),
@@ -199,13 +213,13 @@ def _raise(file: Path, problems: Sequence[str]) -> None:
 
 
 def _problems(data: Any) -> list[str]:
-    """Of the layout of sweep.json."""
+    """Return the problems with the layout of sweep.json."""
     if not isinstance(data, dict) or data.get("format") != _FORMAT or data.get("version") != _VERSION:
-        return [f"not a sweep of this version; expected format {_FORMAT!r} and version {_VERSION}"]
+        return [f"not a sweep file of this version; expected format {_FORMAT!r} and version {_VERSION}"]
     problems = [] if data.get("name") else ["name is missing"]
     axes = data.get("axes")
     if not isinstance(axes, dict) or not all(isinstance(labels, list) and labels for labels in axes.values()):
-        return [*problems, f"axes is {axes!r}; expected a mapping of axes to lists of labels"]
+        return [*problems, f"axes is {axes!r}; expected a mapping from axes to lists of labels"]
     for key, kind in (("overrides", dict), ("baseline", dict), ("claims", list)):
         if data.get(key) is not None and not isinstance(data[key], kind):
             problems.append(f"{key} is {data[key]!r}; expected a {'mapping' if kind is dict else 'list'}")
@@ -225,7 +239,7 @@ def _problems(data: Any) -> list[str]:
         elif not isinstance(job.get("tuned") or {}, dict):
             problems.append(f"jobs[{number}].tuned is {job['tuned']!r}; expected a mapping")
         elif set(job["labels"]) != set(axes) or any(str(job["labels"][a]) not in map(str, axes[a]) for a in axes):
-            problems.append(f"jobs[{number}].labels is {job['labels']!r}; expected one label of every axis")
+            problems.append(f"jobs[{number}].labels is {job['labels']!r}; expected one label for every axis")
     return problems
 
 

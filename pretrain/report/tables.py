@@ -1,4 +1,4 @@
-"""The tables of a report, as they go to report.json and onto the page."""
+"""The tables of a report, as stored in report.json and shown on the page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PHASES = ("data", "forward_backward", "optimizer")
 
 
 def tables(sweep: Sweep) -> ReportResult:
-    """Everything that the page says in numbers."""
+    """Return all the numbers on the page."""
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": sweep.kind,
@@ -48,7 +48,7 @@ def tables(sweep: Sweep) -> ReportResult:
 
 
 def summary(values: Mapping[str, float | None]) -> Summary | None:
-    """Mean and interval of what is there; None if nothing is."""
+    """Return the mean and interval of the known values; None if there are none."""
     known = {seed: value for seed, value in values.items() if value is not None}
     interval = mean_interval(list(known.values()))
     if interval is None:
@@ -104,12 +104,12 @@ def _final_row(sweep: Sweep, series: Series) -> FinalRow:
 
 
 def _compared(sweep: Sweep, series: Series) -> dict[str, Run]:
-    """The runs that may be compared: finished ones, but a single run as it is."""
+    """Return the runs that may be compared: the finished ones, or a single run in any state."""
     return series.done if sweep.kind == "sweep" else series.shown
 
 
 def _tuned_rows(sweep: Sweep, series: Series) -> list[TunedRow]:
-    """The values that a series was tried with, by value; empty if nothing was tuned."""
+    """Return a row per combination of tuned values, sorted by value; empty if nothing was tuned."""
     groups: dict[str, list[Job]] = {}
     for job in sweep.jobs:
         if job.tuned and all(job.labels[axis] == label for axis, label in series.labels.items()):
@@ -142,7 +142,7 @@ def _tuned_rows(sweep: Sweep, series: Series) -> list[TunedRow]:
 
 
 def _at_edge(chosen: dict[str, Any], tried: list[dict[str, Any]]) -> list[str]:
-    """Keys whose chosen number is the smallest or largest of several tried."""
+    """Return the keys whose chosen number is the smallest or largest of several that were tried."""
     edges = []
     for key, value in chosen.items():
         values = sorted({_order(other[key]) for other in tried if key in other})
@@ -168,7 +168,7 @@ def _timing_row(series: Series) -> TimingRow:
 
 
 def _phases(run: Run) -> dict[str, float] | None:
-    """Median seconds of each phase; "other" is what the median step has left."""
+    """Return the median seconds of each phase; "other" is the rest of the median step."""
     total = run.median(partial(_number, key="step_seconds"))
     found = {phase: run.median(partial(_number, key=f"{phase}_seconds")) for phase in PHASES}
     known = {phase: seconds for phase, seconds in found.items() if seconds is not None}
@@ -211,7 +211,7 @@ def _provenance(runs: list[Run]) -> Provenance:
 
 
 def _machine(launch: dict[str, Any]) -> str:
-    """Such as "AMD EPYC, 2 cores, 1 thread, 1 process, fp32"."""
+    """Describe a launch's hardware, such as "AMD EPYC, 2 cores, 1 thread, 1 process, fp32"."""
     hardware = launch.get("hardware") or {}
     parts = [*(hardware.get("gpus") or []), hardware.get("processor")]
     counts = (

@@ -1,4 +1,4 @@
-"""Final numbers over an axis whose labels are numbers, such as the expansion of the MLP."""
+"""Plots of final values over an axis whose labels are numbers, such as the expansion of the MLP."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Line = list[tuple[float, Summary]]
 
 @dataclass(frozen=True)
 class Trend:
-    """How the final numbers change along an axis.
+    """How the final values change along an axis.
 
     Attributes:
-        axis: its name.
-        panels: a panel for each quantity.
-        legend: (text, style) of its lines.
+        axis: name of the axis.
+        panels: one per quantity.
+        legend: (text, style) pairs for the lines.
     """
 
     axis: str
@@ -40,7 +40,7 @@ class Trend:
 
 
 def trends(sweep: Sweep, rows: list[FinalRow], styles: dict[str, Style]) -> list[Trend]:
-    """A trend for each axis with several labels that all are numbers."""
+    """Return a trend for each axis that has several labels, all of them numbers."""
     found = []
     for number, (axis, labels) in enumerate(sweep.axes.items()):
         numeric = len(labels) > 1 and all(positive_number(label) is not None for label in labels)
@@ -80,7 +80,7 @@ def _line(rows: list[FinalRow], axis: str, of: Callable[[FinalRow], Summary | No
 def _panel(
     lines: list[tuple[Line, Style]], ticks: list[float], title: str, axis: str, is_share: bool, name: str
 ) -> Panel:
-    """Means as dots on a line, with whiskers from the smallest to the largest seed."""
+    """Draw the means as dots on a line, with whiskers from the smallest to the largest seed."""
     with figure(3.8, 2.55) as (canvas, axes):
         for line, style in lines:
             if line:

@@ -1,4 +1,4 @@
-"""What the finished runs of a sweep say about its claims."""
+"""Verdicts on the claims of a sweep, from its finished runs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Outcome = Literal["holds", "does not hold", "not tested"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim and what became of it.
+    """A claim and its outcome.
 
     Attributes:
         claim: as written.
-        numbers: seed -> its number; None where it has none.
-        interval: mean and 95 % t interval of the numbers.
-        outcome: "holds" only if every number and the whole interval lie on the right side of the threshold.
-        note: undecided or contradicted, and which seeds are missing and why.
-        scale: parameters, tokens and steps that it was measured at.
+        numbers: seed -> its value; None if there is none.
+        interval: mean and 95 % t interval of the values.
+        outcome: "holds" only if every value and the whole interval lie on the right side of the threshold.
+        note: whether the claim is undecided or contradicted, and which seeds are missing and why.
+        scale: parameters, tokens and steps at which it was measured.
     """
 
     claim: Claim
@@ -35,7 +35,7 @@ class Verdict:
 
 
 def evaluate(sweep: Sweep) -> list[Verdict]:
-    """A verdict for each claim of the sweep."""
+    """Return a verdict for each claim of the sweep."""
     return [_verdict(sweep, claim) for claim in sweep.claims]
 
 
@@ -47,7 +47,7 @@ def _verdict(sweep: Sweep, claim: Claim) -> Verdict:
     outcome, note = _decide(claim, values, interval, broken)
     missing = [f"seed {seed}: {reading.note}" for seed, reading in readings.items() if reading.value is None]
     if missing and outcome == "holds":
-        note = "provisional, seeds are missing"
+        note = "provisional: some seeds are missing"
     return Verdict(
         claim=claim,
         numbers={seed: reading.value for seed, reading in readings.items()},
@@ -59,24 +59,24 @@ def _verdict(sweep: Sweep, claim: Claim) -> Verdict:
 
 
 def _decide(claim: Claim, values: list[float], interval: Interval | None, broken: bool) -> tuple[Outcome, str]:
-    """The outcome, and what kind of "does not hold" it is."""
+    """Return the outcome, and a note that tells a contradicted claim from an undecided one."""
     if interval is None or len(values) < 2:
-        return "not tested", "one seed has no interval" if values else "no seed has a value"
+        return "not tested", "one seed gives no interval" if values else "no seed has a value"
     sign = 1 if claim.side == "above" else -1
     margins = [sign * (value - claim.threshold) for value in (*values, interval.low, interval.high)]
     if all(margin > 0 for margin in margins) and not broken:
         return "holds", ""
     if all(margin < 0 for margin in margins) and not broken:
-        return "does not hold", "contradicted: every seed and the interval lie on the other side"
+        return "does not hold", "contradicted: every seed and the whole interval lie on the wrong side"
     if broken:
-        return "does not hold", "undecided: a seed has no number because its loss was not finite"
+        return "does not hold", "undecided: a seed has no value because its loss was not finite"
     if all(margin > 0 for margin in margins[:-2]):
-        return "does not hold", "undecided: every seed lies on the right side, the interval crosses the threshold"
-    return "does not hold", "undecided: seeds or interval lie on both sides"
+        return "does not hold", "undecided: every seed lies on the right side, but the interval crosses the threshold"
+    return "does not hold", "undecided: the seeds or the interval lie on both sides"
 
 
 def _number(sweep: Sweep, claim: Claim, seed: str) -> Reading:
-    """The claim's number for one seed."""
+    """Return the claim's value for one seed."""
     if claim.slope_over is None:
         return _compared(sweep, claim, claim.where, seed)
     labels = sweep.axes[claim.slope_over]
@@ -88,7 +88,7 @@ def _number(sweep: Sweep, claim: Claim, seed: str) -> Reading:
 
 
 def _compared(sweep: Sweep, claim: Claim, labels: Labels, seed: str) -> Reading:
-    """The measure of one series, less that of the other one or divided by it if the claim says so."""
+    """Return the measure of one series, minus or divided by that of the other series if the claim compares two."""
     pair = [labels] if claim.other is None else [labels, {**labels, **claim.other}]
     runs = [_run(sweep, wanted, seed) for wanted in pair]
     for run in runs:
@@ -104,26 +104,28 @@ def _compared(sweep: Sweep, claim: Claim, labels: Labels, seed: str) -> Reading:
         value -= values[1]
     elif claim.relation == "over":
         if values[1] == 0:
-            return Reading(None, f"{found[1].name} has {claim.measure} 0, by which nothing can be divided")
+            return Reading(None, f"{found[1].name} has {claim.measure} 0, so the ratio is undefined")
         value /= values[1]
     return Reading(value, step=readings[0].step, tokens=readings[0].tokens)
 
 
 def _readings(claim: Claim, runs: list[Run]) -> list[Reading]:
-    """The measure of each run; none where it depends on times and they were disturbed."""
+    """Return the measure of each run; no values if it depends on timings and those of a run are not usable."""
     if claim.is_timing and any(run.disturbances for run in runs):
-        return [Reading(None, " and ".join(f"was disturbed: {why}" for why in run.disturbances)) for run in runs]
+        return [
+            Reading(None, " and ".join(f"has no usable timings: {why}" for why in run.disturbances)) for run in runs
+        ]
     return _at_equal_time(claim, runs) if claim.equal_time else [run.read(claim.measure, claim.step) for run in runs]
 
 
 def _lacking(runs: list[Run], readings: list[Reading]) -> Reading:
-    """Why a pair has no number; a loss that was not finite comes first, since it counts."""
+    """Say why a pair has no value; the reading is broken if a loss was not finite, since that counts."""
     notes = [f"{run.name} {r.note}" for run, r in zip(runs, readings, strict=True) if r.value is None and r.note]
     return Reading(None, ", ".join(notes), any(reading.broken for reading in readings))
 
 
 def _run(sweep: Sweep, labels: Labels, seed: str) -> Run | Reading:
-    """The finished run of a series and seed, or a reading that says why there is none."""
+    """Return the finished run of a series and seed, or a reading that says why there is none."""
     series = sweep.find(labels)
     job = series.jobs.get(seed) if series else None
     if series is None or job is None:
@@ -132,7 +134,7 @@ def _run(sweep: Sweep, labels: Labels, seed: str) -> Run | Reading:
 
 
 def _at_equal_time(claim: Claim, runs: list[Run]) -> list[Reading]:
-    """The measure of paired runs at the training time at which the first of them had finished."""
+    """Return the measure of paired runs at the training time at which the first of them finished."""
     ends = [run.read("train_seconds") for run in runs]
     known = [end.value for end in ends if end.value is not None]
     if len(known) < len(ends):
@@ -147,7 +149,7 @@ def _at_equal_time(claim: Claim, runs: list[Run]) -> list[Reading]:
 
 
 def _scale(sweep: Sweep, claim: Claim) -> str:
-    """Parameters, tokens and steps of the runs that the claim's numbers come from."""
+    """Describe the parameters, tokens and steps of the runs that the claim's values come from."""
     labels = sweep.axes[claim.slope_over] if claim.slope_over else [None]
     wanted = [claim.where if label is None else {**claim.where, str(claim.slope_over): label} for label in labels]
     runs = [run for w in wanted if (series := sweep.find(w)) for run in series.done.values()]
@@ -166,13 +168,13 @@ def _scale(sweep: Sweep, claim: Claim) -> str:
 
 
 def span(values: list[int]) -> str:
-    """One number, or the smallest and the largest."""
+    """Format the range of some counts: a single number, or "smallest to largest"."""
     low, high = short(min(values)), short(max(values))
     return low if low == high else f"{low} to {high}"
 
 
 def short(value: float) -> str:
-    """A count for people: 512, 4.20M, 1.10B."""
+    """Format a count for reading: 512, 4.2M, 1.1B."""
     for size, letter in ((1e9, "B"), (1e6, "M")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"

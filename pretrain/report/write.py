@@ -1,4 +1,4 @@
-"""Write the report: one self-contained HTML page, and its numbers as JSON next to it.
+"""Write the report: a self-contained HTML page, with its numbers in a JSON file next to it.
 
 load() -> Sweep -> tables() -> ReportResult -> report.json
                 -> figures  -> render()     -> report.html
@@ -20,17 +20,18 @@ PAGE_FILE = "report.html"
 
 
 def write_report(path: Path, out: Path | None = None) -> Path:
-    """Write the page of a run or sweep folder, and a JSON file of the same name next to it; earlier ones are replaced.
+    """Write the page for a run or sweep folder, and a JSON file of the same name; replace earlier ones.
 
     Args:
         path: the folder.
-        out: the page; None for report.html in the folder.
+        out: the path of the page; None for report.html in the folder.
 
     Returns:
-        The page's path.
+        The path of the page.
 
     Raises:
-        ReportError: neither a run nor a sweep, a malformed file in it (a line per problem), or no place to write to.
+        ReportError: the folder is not a run or a sweep, contains a malformed file (one line per problem), or the page
+            cannot be written.
     """
     sweep = load(path)
     found = tables(sweep)
@@ -44,10 +45,10 @@ def write_report(path: Path, out: Path | None = None) -> Path:
 
 
 def results(path: Path) -> ReportResult:
-    """The numbers of a run or sweep folder, as report.json has them; writes nothing.
+    """Return the contents of report.json for a run or sweep folder, without writing it.
 
     Raises:
-        ReportError: as `write_report`.
+        ReportError: as for `write_report`.
     """
     return tables(load(path))
 

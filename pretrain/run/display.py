@@ -15,8 +15,8 @@ class Display:
     """A progress bar on a terminal, plain lines otherwise; silent on every rank but 0.
 
     Args:
-        rank: of this process.
-        every_steps: a line is shown after every this many steps.
+        rank: rank of this process.
+        every_steps: number of steps between lines.
     """
 
     def __init__(self, rank: int, every_steps: int) -> None:
@@ -39,7 +39,7 @@ class Display:
         self.say(f"warning: {text}")
 
     def start(self, step: int, total_steps: int) -> None:
-        """Training begins after `step`."""
+        """Start the display of a training that continues after `step`."""
         self.total_steps = total_steps
         if not self.silent and sys.stdout.isatty():
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
@@ -55,7 +55,7 @@ class Display:
         self.say(step_line(record, self.total_steps))
 
     def close(self) -> None:
-        """Training ended."""
+        """Close the display at the end of training."""
         if self.bar is not None:
             with self._while_read():
                 self.bar.close()
@@ -63,13 +63,13 @@ class Display:
 
     @contextlib.contextmanager
     def _while_read(self) -> Iterator[None]:
-        """Fall silent, rather than end the run, when nobody reads standard output any more (``| head``)."""
+        """Turn the display off, instead of ending the run, if standard output is closed (``| head``)."""
         try:
             yield
         except OSError as error:
             self.silent, self.bar = True, None
             with contextlib.suppress(OSError, ValueError):
-                # What Python still holds for it would fail again at exit.
+                # Otherwise flushing what Python has buffered would fail again at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(f"warning: standard output failed ({error.strerror}); training continues silently\n")

@@ -13,13 +13,13 @@ from pretrain.processes.errors import UserError
 from pretrain.run.json_lines import JsonLines
 
 TOKENIZER_FILE = "tokenizer.json"
-"""The run folder's copy of the tokenizer, so that an export needs nothing from outside."""
+"""The run folder's copy of the tokenizer, so that an export needs no other files."""
 CONFIG_FILE = "config.yaml"
 LOCK_ATTEMPTS = 5
 
 
 class RunError(UserError):
-    """A run folder that cannot be used as asked; the message names the key or file and what to do."""
+    """A run folder cannot be used as requested; the message names the key or file and says what to do."""
 
 
 class RunFolder:
@@ -73,7 +73,7 @@ class RunFolder:
         replace_text(self.manifest_path, json.dumps(manifest, indent=1))
 
     def mark_finished(self, step: int) -> None:
-        """Note in the manifest that the run is complete at `step`."""
+        """Record in the manifest that the run was completed at `step`."""
         self.write_manifest({**(self.manifest() or {}), "finished": {"step": step, "time": now()}})
 
     @property
@@ -109,7 +109,7 @@ class RunFolder:
             raise RunError(f"{self.path}: cannot be written: {error}") from None
 
     def is_locked(self) -> bool:
-        """Whether a process trains in the folder now, as far as this machine can see."""
+        """Return whether a process is training in the folder; locks of other machines may not be visible."""
         try:
             with (self.path / ".lock").open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

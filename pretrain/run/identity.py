@@ -1,12 +1,12 @@
-"""What makes two launches the same run, and what may change when a run is resumed.
+"""The identity of a run: what two launches must have in common to be the same run, and what may change on resume.
 
 Each config key declares a class where it is defined (`pretrain.config.base.KeyClass`). On resume the *result* keys
 must match, and the contents of data and tokenizer, which stand in for their paths; a change of *numerics* keys, or of
-where the run ends, prints a warning; everything else is free.
+where the run ends, prints a warning; everything else may change.
 
 The identity of a saved run is derived from its stored config and the digests of its files, so that checkpoints of
-every version are compared alike. The identity that a checkpoint records is for people to read, except for the digest of
-the tokenizer, which stands nowhere else.
+every version are compared in the same way. The identity recorded in a checkpoint is for human readers, except for the
+tokenizer's digest, which is recorded nowhere else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKENIZER = "tokenizer contents"
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run computes. All keys are dotted paths of the config, or a path of files with ``contents`` behind it.
+    """What a run computes. Keys are dotted paths of the config, or the path of a file key followed by ``contents``.
 
     Attributes:
         result: what is trained.
@@ -113,7 +113,7 @@ class Identity:
         Args:
             saved: the identity of the run that is to be resumed.
             where: its folder, for messages.
-            step: the step that it is at.
+            step: its current step.
 
         Raises:
             RunError: it is another run, or would end before `step`; lists every key that differs and what to do.
@@ -134,19 +134,19 @@ class Identity:
                     "of the remaining steps change"
                 )
         if changed := _differences(saved.numerics, self.numerics):
-            warnings.append(f"other arithmetic than before, so results will differ in rounding: {'; '.join(changed)}")
+            warnings.append(f"numerics changed, so results will differ in rounding: {'; '.join(changed)}")
         return warnings
 
     def check_checkpoint(self, reader: CheckpointReader) -> list[str]:
         """Do the same for a checkpoint, at the step that it was saved at.
 
         Raises:
-            RunError: likewise, or if its config cannot be read by this version.
+            RunError: as for `check`, or its config cannot be read by this version.
         """
         try:
             saved = Identity.of_checkpoint(reader.index)
         except (ConfigError, RunError) as error:
-            raise RunError(f"{reader.folder}: it cannot be told whether this is the same run: {error}") from None
+            raise RunError(f"{reader.folder}: cannot determine whether this is the same run: {error}") from None
         return self.check(saved, reader.folder, reader.index["step"])
 
 

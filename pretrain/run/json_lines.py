@@ -12,7 +12,7 @@ from pretrain.files import replace_text
 
 
 def _finite(value: Any) -> Any:
-    """The value, or None for NaN and infinity, which JSON does not have."""
+    """Return the value, or None for NaN and infinity, which JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -23,21 +23,21 @@ class JsonLines:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line and hand it to the operating system. NaN and infinity become null."""
+        """Append one line and flush it to the operating system. NaN and infinity become null."""
         line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All complete records; a line that a crash cut off is not a record."""
+        """Return all complete records, without a line that a crash cut off."""
         if not self.path.exists():
             return []
         return [record for record, _ in _records(self.path) if record is not None]
 
     def discard_after(self, step: int) -> int:
-        """Move the records past `step`, and a line that was cut off, to ``*.discarded.jsonl``; returns how many.
+        """Move the records after `step`, and incomplete lines, to ``*.discarded.jsonl``; return how many.
 
-        The kept records replace the file in one rename, after the moved ones are on the disk.
+        The file is replaced atomically after the moved records have been synced to disk.
         """
         if not self.path.exists():
             return 0

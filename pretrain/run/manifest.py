@@ -83,21 +83,21 @@ def environment() -> dict[str, Any]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of this package's own repository, with ``+changes`` if its working tree differs.
+    """Return the commit of this package's own repository, followed by ``+changes`` if the working tree differs.
 
-    None for an installed copy, also if it lies inside some other repository. The code that runs does not change while
-    the process lives, so git is asked once.
+    None for an installed copy, even inside another repository. The result is cached, since the running code does not
+    change.
     """
     return commit_of(Path(__file__))
 
 
 def commit_of(module: Path) -> str | None:
-    """The commit of the repository that holds our source, given one of its modules; None if there is none."""
+    """Return the commit of the repository with our source, given one of its modules; None if there is none."""
     root = module.parents[2]
     name = module.relative_to(root).as_posix()
 
     def git(*arguments: str) -> str | None:
-        # A hook of git sets GIT_DIR and others, which would name another repository.
+        # In a git hook, GIT_DIR and other variables are set and may point to another repository.
         variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
         command = ["git", "-C", str(module.parent), *arguments]
         try:
@@ -106,7 +106,7 @@ def commit_of(module: Path) -> str | None:
             return None
         return done.stdout.strip()
 
-    # Tracked, and at this place from the top: a copy in site-packages of another repository is neither.
+    # The module must be tracked, at this path: a copy in site-packages inside another repository is neither.
     if not _is_our_project(root) or git("ls-files", "--full-name", "--error-unmatch", module.name) != name:
         return None
     commit = git("rev-parse", "HEAD")
@@ -116,7 +116,7 @@ def commit_of(module: Path) -> str | None:
 
 
 def _is_our_project(root: Path) -> bool:
-    """Whether a folder is the top of our source."""
+    """Return whether a folder is the root of our source tree."""
     try:
         return f'name = "{DISTRIBUTION}"' in (root / "pyproject.toml").read_text(encoding="utf-8")
     except OSError:

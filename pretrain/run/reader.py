@@ -1,7 +1,7 @@
-"""Reading a run folder: its state, how far it is, and what it measured.
+"""Reading of run folders: state, progress and measurements.
 
-This is the one reader, used by reports, sweeps and the command line. It reads while a run trains and never writes.
-It does not import torch, so that looking at a run takes no time.
+Reports, sweeps and the command line all use this reader. It can read while a run trains, and never writes. It does not
+import torch, so that it starts quickly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ stopped: begun, and none of these. pending: not begun.
 """
 STATES: tuple[State, ...] = ("done", "running", "stopped", "failed", "pending")
 CPU_SHARE = 0.9
-"""A single thread that computed for less than this share of its time shared its core."""
+"""If a run with one thread used the CPU for less than this share of its time, it shared its core."""
 QUIET_SECONDS = 120.0
 """How long after its last write a run counts as running if its lock, on another machine, cannot be seen from here."""
 LOSS = "validation_loss"
@@ -39,14 +39,14 @@ LOSS = "validation_loss"
 
 @dataclass(frozen=True)
 class Reading:
-    """One number out of a run.
+    """One value read from a run.
 
     Attributes:
-        value: the number, or None.
-        note: why there is none.
-        broken: there is none because the run's loss was not finite, which counts against it.
-        step: the step that it was read at.
-        tokens: the tokens trained on until then.
+        value: the value, or None.
+        note: why there is no value.
+        broken: whether there is no value because the run's loss was not finite, which counts against the run.
+        step: the step at which it was read.
+        tokens: the tokens trained on up to that step.
     """
 
     value: float | None
@@ -147,7 +147,7 @@ class Run:
 
     @cached_property
     def state(self) -> State:
-        """The state when it was first asked for."""
+        """The state of the run at the first access."""
         if self.manifest.get("finished"):
             return "done"
         if self.folder.is_locked() or (self.exit_code is None and self._was_written_just_now()):
@@ -171,7 +171,7 @@ class Run:
 
     @cached_property
     def disturbances(self) -> list[str]:
-        """Why the run's times say little; empty if they can be used."""
+        """Why the run's timings are not usable; empty if they are."""
         found = []
         if len(self.launches) > 1:
             found.append(f"{len(self.launches)} launches")
@@ -183,7 +183,7 @@ class Run:
 
     @cached_property
     def telemetry_files(self) -> dict[int, Path]:
-        """The telemetry arrays by rising step."""
+        """Step -> file of telemetry arrays, in ascending order."""
         files = {}
         for path in self.folder.telemetry.glob("step-*.safetensors"):
             if match := re.fullmatch(r"step-(\d+)", path.stem):
@@ -196,7 +196,7 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def curve(self, key: str, over: str = "step") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """`over` and `key` of the records in which both are numbers."""
+        """Return the values of `over` and `key` in the records in which both are numbers."""
         pairs = [
             (record[over], record[key])
             for record in self.records
@@ -206,10 +206,10 @@ class Run:
         return array[:, 0], array[:, 1]
 
     def read(self, key: str, step: int | None = None) -> Reading:
-        """`key` at `step` (None: the last), or at the last step before at which it was measured.
+        """Read `key` at `step` (None: the last step), or at the last earlier step at which it was measured.
 
-        A telemetry key that is null was not defined at that step, so an earlier value is used. Any other key that is
-        null was not finite, and an earlier value does not hide that.
+        A null telemetry value was undefined at that step, so an earlier value is used. Any other null value was not
+        finite, and no earlier value is used instead.
         """
         if step is not None and self.last_step < step:
             return Reading(None, f"ends at step {self.last_step}")
@@ -223,7 +223,7 @@ class Run:
         return Reading(None, f"has no {key}")
 
     def median(self, of: Callable[[dict[str, Any]], float]) -> float | None:
-        """Median over the steps of what `of` computes from a record; steps for which it cannot are left out."""
+        """Return the median of `of(record)` over the steps, without the steps for which it fails."""
         values = []
         for record in self.records:
             try:
@@ -255,12 +255,12 @@ def read_run(path: Path, exit_code: int | None = None) -> Run:
 
 
 def job_file(sweep: Path, run_name: str, suffix: str) -> Path:
-    """A file that a sweep keeps for a job, in ``jobs/`` of its folder: ``.yaml``, ``.log``, or ``.exit``."""
+    """Return the path of a sweep's file for a job, in ``jobs/`` of its folder: ``.yaml``, ``.log``, or ``.exit``."""
     return sweep / "jobs" / f"{run_name}{suffix}"
 
 
 def read_exit_code(sweep: Path, run_name: str) -> int | None:
-    """The exit code of the last training process that a sweep started for a job; None if there is none.
+    """Return the exit code of the last training process that a sweep started for a job; None if there is none.
 
     Args:
         sweep: the sweep's folder.
@@ -271,7 +271,7 @@ def read_exit_code(sweep: Path, run_name: str) -> int | None:
 
 
 def computed_steps(config: dict[str, Any]) -> int | None:
-    """Steps of a run whose manifest does not state them, as in older versions; None if its config is not valid."""
+    """Compute the number of steps for a manifest of an older version without it; None if the config is not valid."""
     # Imported here: torch takes seconds to import, and only runs of older versions need this.
     from pretrain.config import ConfigError, parse_stored_config
 
@@ -282,7 +282,7 @@ def computed_steps(config: dict[str, Any]) -> int | None:
 
 
 def computed_parameters(config: dict[str, Any]) -> dict[str, int] | None:
-    """The same for the parameter counts."""
+    """Compute the parameter counts for a manifest of an older version without them; None if the config is not valid."""
     # Imported here: torch takes seconds to import, and only runs of older versions need this.
     from pretrain.config.model import ModelConfig
     from pretrain.config.validate import validate_section
@@ -293,7 +293,7 @@ def computed_parameters(config: dict[str, Any]) -> dict[str, int] | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number and not a truth value."""
+    """Return whether a value is a finite number, and not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a launch starts from, and what it sets aside before it does."""
+"""The choice of the checkpoint to start from, and the removal of what was written after it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pretrain.run.identity import Identity
 
 
 def choose_checkpoint(folder: RunFolder, resume: str, identity: Identity) -> tuple[Path | None, list[str]]:
-    """The checkpoint to start from, or None for a fresh start, and warnings.
+    """Return the checkpoint to start from, or None for a fresh start, and warnings.
 
     Args:
-        folder: the run's.
-        resume: ``auto`` (the newest intact checkpoint, if any), ``never``, or a checkpoint's folder.
-        identity: of the run that is about to start.
+        folder: the run folder.
+        resume: ``auto`` (the newest intact checkpoint, if any), ``never``, or the folder of a checkpoint.
+        identity: identity of the run that is about to start.
 
     Raises:
-        RunError: the run folder holds another run, or any run under ``never``.
-        CheckpointError: the wanted checkpoint, or every one, is damaged.
+        RunError: the run folder contains a different run, or any run if `resume` is ``never``.
+        CheckpointError: the requested checkpoint is damaged, or all checkpoints are.
     """
     if resume == "never":
         if folder.manifest() or list_checkpoints(folder.checkpoints):
@@ -45,7 +45,7 @@ def choose_checkpoint(folder: RunFolder, resume: str, identity: Identity) -> tup
 
 
 def rewind(folder: RunFolder, step: int) -> int:
-    """Set aside the metrics and checkpoints past `step`; returns how many metric lines there were."""
+    """Move the metrics and checkpoints after `step` aside; return the number of metrics lines moved."""
     for checkpoint in list_checkpoints(folder.checkpoints):
         if int(checkpoint.name.removeprefix("step-")) > step:
             set_aside(checkpoint)

@@ -1,4 +1,4 @@
-"""Step records to Weights & Biases."""
+"""Logging of step records to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ TIMEOUT_SECONDS = 60
 
 
 class Tracker(Protocol):
-    """Where records go besides metrics.jsonl."""
+    """A destination for step records in addition to metrics.jsonl."""
 
     def log(self, record: dict[str, Any]) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
 
 class NoTracker:
-    """wandb.mode disabled, and every rank but 0."""
+    """A tracker that does nothing, for wandb.mode disabled and every rank but 0."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class WandbTracker:
@@ -62,7 +62,7 @@ class WandbTracker:
         self.run.define_metric("*", step_metric="step")
 
     def log(self, record: dict[str, Any]) -> None:
-        """One step's record."""
+        """Log the record of one step."""
         self.run.log({key: value for key, value in record.items() if value is not None and not isinstance(value, str)})
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ class WandbTracker:
 
 
 def make_tracker(config: Config, folder: Path, run_id: str, rank: int, warn: Any) -> Tracker:
-    """The tracker that `wandb.mode` asks for."""
+    """Return the tracker that `wandb.mode` asks for."""
     if config.wandb.mode == "disabled" or rank != 0:
         return NoTracker()
     return WandbTracker(config, folder, run_id, warn)

@@ -1,7 +1,7 @@
-"""Sweeps: one base config, axes of changes to it, and the list of runs that follows.
+"""Sweeps: one base config, axes of changes to it, and the resulting list of runs.
 
-definition  the sweep file, validated
-jobs        the jobs that follow from it, each a run config; which of the tuned values is chosen
+definition  the sweep file and its validation
+jobs        the jobs of a sweep, each a run config, and the choice among tuned values
 runner      runs several jobs at a time, each in its own training process
 status      the state of each job
 """

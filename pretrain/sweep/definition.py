@@ -1,4 +1,4 @@
-"""The sweep file, and everything that can be wrong with it.
+"""The sweep file and its validation.
 
     name: learning-rates
     base: small.yaml                # a run config, relative to this file
@@ -11,8 +11,8 @@
         1: {run.seed: 1}
         2: {run.seed: 2}
 
-Where a key is given as ``one_of``, each value is tried with the first seed, and the other seeds are run with the one
-whose validation loss was lowest.
+If the value of a key is a ``one_of`` list, each of its values is tried with the first seed, and the other seeds are run
+with the value that had the lowest validation loss.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from pretrain.config.validate import validate_section
 from pretrain.shipped import locate
 
 ClaimProblems = Callable[[Mapping[str, Any], Mapping[str, Sequence[str]], str], list[str]]
-"""What is wrong with an entry of `claims`, given the axes with their labels, and the seed's axis."""
+"""Returns the problems of an entry of `claims`, given the axes with their labels, and the seed axis."""
 
 
 def _with_text_labels(axes: Any) -> Any:
-    """YAML reads the label ``1`` as a number."""
+    """Convert the labels to text: YAML reads the label ``1`` as a number."""
     if not isinstance(axes, dict):
         return axes
     return {
@@ -56,19 +56,19 @@ class SweepFile(Section):
     """A sweep file."""
 
     name: Annotated[str, AfterValidator(valid_run_name)]
-    """The sweep's name: its folder is `<root>/sweeps/<name>`."""
+    """The name of the sweep; its folder is `<root>/sweeps/<name>`."""
 
     base: Annotated[str, Field(min_length=1)]
     """The run config that all jobs share, relative to the sweep file."""
 
     root: Annotated[str, Field(min_length=1)] = "runs"
-    """Folder of the run folders. Sweeps with one root share runs: what is the same run is not run again."""
+    """The folder that contains the run folders. Sweeps with the same root share identical runs."""
 
     title: str = ""
-    """Title of the report; empty: the name."""
+    """Title of the report; if empty, the name."""
 
     question: str = ""
-    """What the sweep is to find out, for the report."""
+    """The question that the sweep should answer, for the report."""
 
     overrides: Changes = Field(default_factory=dict)
     """Dotted key -> value, for all jobs."""
@@ -77,24 +77,24 @@ class SweepFile(Section):
     """Axis -> label -> dotted key -> value."""
 
     seed_axis: str = "seed"
-    """The axis whose labels are repetitions: differences are paired by it, intervals are taken over it."""
+    """The axis whose labels are repetitions: differences are paired by it, and intervals are over it."""
 
     baseline: dict[str, str] | None = None
     """Axis -> label of the jobs that the others are compared with in the report."""
 
     claims: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
-    """What is to be decided, with criterion and threshold, written down before the run: `pretrain.report.claims`."""
+    """The claims to be tested, each with a threshold, stated before the runs; see `pretrain.report.claims`."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of labels, with the values to choose from still open."""
+    """One combination of labels, before tuned values are chosen."""
 
     labels: dict[str, str]
     changes: dict[str, Any]
-    """Dotted key -> value; a key to be tuned is not in it."""
+    """Dotted key -> value, without the keys to be tuned."""
     alternatives: tuple[dict[str, Any], ...]
-    """The combinations of values to be tuned; one empty dict where there are none."""
+    """The combinations of values to try; one empty dict if nothing is tuned."""
 
 
 class Sweep:
@@ -114,14 +114,14 @@ class Sweep:
 
     @property
     def first_seed(self) -> str | None:
-        """The label with which values are tuned; None without a seed axis."""
+        """The seed label used for tuning; None without a seed axis."""
         return next(iter(self.file.axes.get(self.file.seed_axis, ())), None)
 
     def config(self, cell: Cell, alternative: Mapping[str, Any]) -> Config:
-        """The run config of a cell, but for its name.
+        """Return the run config of a cell, still without the run's own name.
 
         Raises:
-            ConfigError: with every problem.
+            ConfigError: the config is not valid; lists every problem.
         """
         data = copy.deepcopy(self._base)
         problems = []
@@ -134,19 +134,19 @@ class Sweep:
 
 
 def is_sweep_file(path: Path) -> bool:
-    """Whether a YAML file is a sweep's rather than a run's.
+    """Return whether a YAML file is a sweep file and not a run config.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     return "axes" in read_yaml(path)
 
 
 def load_sweep(path: Path, claim_problems: ClaimProblems = lambda claim, axes, seed_axis: []) -> Sweep:
-    """The sweep in a YAML file, every job of it validated.
+    """Load a sweep file and validate the config of every job.
 
     Raises:
-        ConfigError: with every problem found in the sweep file and in the configs that follow from it.
+        ConfigError: lists every problem in the sweep file and in the configs of its jobs.
     """
     data = read_yaml(path)
     file, problems = validate_section(SweepFile, data, str(path))
@@ -164,7 +164,7 @@ def load_sweep(path: Path, claim_problems: ClaimProblems = lambda claim, axes, s
 
 
 def _problems(file: SweepFile, claim_problems: ClaimProblems) -> list[str]:
-    """What is wrong with a sweep file whose types are right."""
+    """Return the problems of a sweep file beyond the types of its values."""
     found = []
     labels = {axis: list(by_label) for axis, by_label in file.axes.items()}
     for axis, names in labels.items():
@@ -179,22 +179,22 @@ def _problems(file: SweepFile, claim_problems: ClaimProblems) -> list[str]:
         if len(places) > 1:
             found.append(f"{key}: set by {' and '.join(sorted(places))}; one of them would have no effect")
         if key in ("run.name", "run.root"):
-            found.append(f"{key}: cannot be swept: every job gets a name of its own below `root`")
+            found.append(f"{key}: cannot be set in a sweep, which names every run itself and puts it below `root`")
     tuned = any(
         _values_to_try(value) is not None for axis in file.axes.values() for c in axis.values() for value in c.values()
     )
     if tuned and file.seed_axis not in file.axes:
-        found.append(f"seed_axis: {file.seed_axis!r} is no axis, but values are to be tuned with its first label")
+        found.append(f"seed_axis: {file.seed_axis!r} is not an axis, but tuning a value (one_of) needs its first label")
     for axis, label in (file.baseline or {}).items():
         if label not in labels.get(axis, ()):
-            found.append(f"baseline.{axis}: {label!r} is not among the labels of an axis of that name")
+            found.append(f"baseline.{axis}: {label!r} is not a label of an axis with that name")
     for index, claim in enumerate(file.claims):
         found += [f"claims.{index}: {problem}" for problem in claim_problems(claim, labels, file.seed_axis)]
     return found
 
 
 def _values_to_try(value: Any) -> list[Any] | None:
-    """The values of a ``one_of``; None for any other value."""
+    """Return the values of a ``one_of`` list; None for any other value."""
     if isinstance(value, dict) and set(value) == {"one_of"} and isinstance(value["one_of"], list) and value["one_of"]:
         return value["one_of"]
     return None
@@ -212,7 +212,7 @@ def _cells(file: SweepFile) -> Iterator[Cell]:
 
 
 def _job_problems(sweep: Sweep) -> list[str]:
-    """The problems of all configs, each once, with the jobs that have it."""
+    """Return the problems of all job configs, each once, with the jobs that have it."""
     jobs: dict[str, list[str]] = defaultdict(list)
     total = 0
     for cell in sweep.cells:

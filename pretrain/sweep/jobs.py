@@ -1,4 +1,4 @@
-"""The jobs of a sweep: each is one run, named after what it computes."""
+"""The jobs of a sweep: each is one run, whose name contains a hash of what it computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.run.reader import read_run
 from pretrain.sweep.definition import Cell, Sweep
 
 FORMAT, VERSION = "aurora-sweep", 1
-"""Of sweep.json."""
+"""Format name and version in sweep.json."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class Job:
     labels: dict[str, str]
     """Axis -> label."""
     tuned: dict[str, Any]
-    """The values tried in this run, of keys given as ``one_of``; empty if there are none, or while none is chosen."""
+    """The values that this run uses for ``one_of`` keys; empty if there are none, or while none is chosen."""
     config: Config | None
-    """The run's config with its name; None while it waits for the runs that choose its values."""
+    """The run's config, including its name; None while the job waits for the runs that choose its values."""
     chosen: bool
-    """Whether it is part of comparisons; False for a trial of values that were not chosen."""
+    """Whether it takes part in comparisons; False for a trial of values that were not chosen."""
     is_trial: bool
-    """Whether values are chosen by it."""
+    """Whether it is one of the runs from which values are chosen."""
 
     @property
     def run(self) -> RunFolder:
         """The run folder of a job that has a config."""
-        assert self.config is not None, "a job that waits has no run"
+        assert self.config is not None, "a job that waits for its values has no run"
         return RunFolder(self.config.run_folder)
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Job:
 
 
 def plan_jobs(sweep: Sweep) -> list[Job]:
-    """All jobs, those that choose values first. The choice follows from the present state of the run folders."""
+    """Return all jobs, trials first. Tuned values are chosen from the current contents of the run folders."""
     trials = [job for cell in sweep.cells if _is_tuned_by(sweep, cell) for job in _trials(sweep, cell)]
     best = {}
     for job in trials:
@@ -63,12 +63,12 @@ def plan_jobs(sweep: Sweep) -> list[Job]:
 
 
 def _is_tuned_by(sweep: Sweep, cell: Cell) -> bool:
-    """Whether the jobs of this cell choose values for those of other seeds."""
+    """Return whether the jobs of this cell are trials that choose values for the other seeds."""
     return len(cell.alternatives) > 1 and cell.labels[sweep.file.seed_axis] == sweep.first_seed
 
 
 def _trials(sweep: Sweep, cell: Cell) -> Iterator[Job]:
-    """A job for each combination of values; the best one is chosen once all are done."""
+    """Yield a job for each combination of values; the best one is chosen once all are done."""
     configs = [_named(sweep, sweep.config(cell, values)) for values in cell.alternatives]
     losses = [final_loss(RunFolder(config.run_folder)) for config in configs]
     known = [loss for loss in losses if loss is not None]
@@ -82,9 +82,10 @@ def _without_seed(sweep: Sweep, labels: dict[str, str]) -> tuple[tuple[str, str]
 
 
 def _named(sweep: Sweep, config: Config) -> Config:
-    """Return the config under a name that says what it computes and measures: equal runs of two sweeps are one.
+    """Return the config with a run name derived from what it computes and measures.
 
-    Keys that only change how a run is carried out are part of the name if the sweep compares them.
+    Identical runs of two sweeps thus share a folder. Keys that only change how a run is executed enter the name if the
+    sweep compares them.
     """
     named = config.keys_of("result", "numerics")
     compared = {key for labels in sweep.file.axes.values() for changes in labels.values() for key in changes}
@@ -97,12 +98,12 @@ def _named(sweep: Sweep, config: Config) -> Config:
 
 
 def final_loss(run: RunFolder) -> float | None:
-    """The last validation loss of a run that is done, infinite if it was not finite; None for any other run."""
+    """Return the last validation loss of a finished run, infinity if it was not finite; None for any other run."""
     return read_run(run.path).final_loss if run.finished else None
 
 
 def write_plan(sweep: Sweep, jobs: list[Job]) -> Path:
-    """Write sweep.json, from which a report can be made without the sweep file; returns its path."""
+    """Write sweep.json, which contains all that a report needs of the sweep file; return its path."""
     file = sweep.file
     plan = {
         "format": FORMAT,

@@ -1,8 +1,8 @@
 """Run the jobs of a sweep, several at a time, each in its own training process.
 
-The sweep keeps no state besides the run folders: a job that is done is not run again, a job that was stopped resumes
-from its checkpoint, and the chosen values are determined again. A sweep may therefore be killed at any time and started
-again, also by several processes at the same time: if another process trains a run, the sweep waits for it.
+All state is in the run folders. On a restart, finished jobs are skipped, stopped jobs resume from their checkpoints,
+and tuned values are chosen again. A sweep may therefore be killed and restarted at any time. Several processes may run
+the same sweep at the same time: each waits for runs that another process is training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pretrain.sweep.definition import Sweep
 from pretrain.sweep.jobs import Job, plan_jobs, write_plan
 
 POLL_SECONDS = 0.5
-LOCKED_POLL_SECONDS = 5.0  # how often to look whether a run that another process trains has ended
+LOCKED_POLL_SECONDS = 5.0  # how often to check whether a run that another process trains has ended
 
 
 @dataclass
@@ -37,39 +37,39 @@ class _Running:
     log: Path
     started: float
     gpu: str | None = None
-    """The GPU that it has to itself, as in CUDA_VISIBLE_DEVICES; None on a machine without."""
+    """The GPU reserved for it, as named in CUDA_VISIBLE_DEVICES; None if there are no GPUs."""
     asked: int = 0
-    """How often it was asked to stop."""
+    """Number of stop requests sent to it."""
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that jobs may use, as named in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return [name for name in named.split(",") if name][:count] if named else [str(index) for index in range(count)]
 
 
 def default_at_once() -> int:
-    """One job a GPU, or without any one a core."""
+    """Return the default number of parallel jobs: one per GPU, or one per CPU core if there are no GPUs."""
     return len(visible_gpus()) or len(os.sched_getaffinity(0))
 
 
 def run_sweep(sweep: Sweep, at_once: int | None = None) -> int:
-    """Run every job that is not complete; returns the exit code.
+    """Run every job that is not done; return the exit code.
 
     Args:
-        sweep: validated.
-        at_once: training processes at a time, each with one thread, or with one GPU as far as there are any; None:
-            `default_at_once`.
+        sweep: the validated sweep.
+        at_once: number of parallel training processes; each gets a GPU of its own, or one CPU thread if there is none
+            left. None means `default_at_once()`.
 
     Returns:
-        0 all jobs are complete, 1 some failed (the others are complete), 75 stopped on request.
+        0 if all jobs are done, 1 if some failed (the others are done), 75 if stopped on request.
     """
     return _Runner(sweep, at_once or default_at_once()).run()
 
 
 def run_job(sweep: Sweep, index: int) -> int:
-    """Run one job of the plan, as a task of a job array does; returns its exit code.
+    """Run a single job, for use in a job array; return its exit code.
 
     Raises:
         RunError: there is no such job, or it waits for others.
@@ -77,35 +77,35 @@ def run_job(sweep: Sweep, index: int) -> int:
     jobs = plan_jobs(sweep)
     write_plan(sweep, jobs)
     if not 0 <= index < len(jobs):
-        raise RunError(f"--index: the sweep has the jobs 0 to {len(jobs) - 1}, got {index}")
+        raise RunError(f"--index: expected a job from 0 to {len(jobs) - 1}, got {index}")
     if jobs[index].config is None:
         last = sum(job.is_trial for job in jobs) - 1
-        raise RunError(f"--index: job {index} waits for the jobs 0 to {last}, which choose its values; run them first")
+        raise RunError(f"--index: job {index} waits for jobs 0 to {last}, which choose its values; run them first")
     runner = _Runner(sweep, 1, only=jobs[index].run.path)
     return runner.run()
 
 
 class _Runner:
-    """The loop that keeps jobs running."""
+    """The loop that starts jobs and waits for them."""
 
     def __init__(self, sweep: Sweep, at_once: int, only: Path | None = None) -> None:
         self.sweep, self.at_once, self.only = sweep, at_once, only
         self.gpus = visible_gpus()
         self.running: list[_Running] = []
         self.ended: dict[Path, int] = {}
-        """Exit codes by run folder of the jobs that ended here."""
+        """Run folder -> exit code, for the jobs that this process ran."""
         self.minutes: list[float] = []
-        """How long the jobs took that were completed here."""
+        """Durations of the jobs that this process completed."""
         self.requests = StopRequests()
-        """How often this process was asked to stop."""
+        """The stop requests that this process received."""
         self.look_again = 0.0
-        """When to look again at runs that another process trains."""
+        """When to check again on runs that other processes train."""
 
     def run(self) -> int:
-        """Until everything that can be done is done."""
+        """Run until no job is left that this process can run; return the exit code."""
         jobs = self.plan()
         done = sum(job.config is not None and job.run.finished for job in jobs)
-        print(f"{len(jobs)} jobs, {done} done, {self.at_once} at once; runs in {self.sweep.file.root}", flush=True)
+        print(f"{len(jobs)} jobs, {done} done, {self.at_once} at a time; runs in {self.sweep.file.root}", flush=True)
         with stop_requests(self.requests, "stopping the running jobs after their step", warn=print):
             self.start(jobs)
             while self.running or (self.open_jobs(jobs) and not self.requests):
@@ -120,19 +120,19 @@ class _Runner:
         return self.outcome(self.plan())
 
     def plan(self) -> list[Job]:
-        """The jobs as they are now."""
+        """Determine the current jobs and write them to sweep.json."""
         jobs = plan_jobs(self.sweep)
         write_plan(self.sweep, jobs)
         self.look_again = time.monotonic() + LOCKED_POLL_SECONDS
         return jobs if self.only is None else [job for job in jobs if job.config and job.run.path == self.only]
 
     def open_jobs(self, jobs: list[Job]) -> list[Job]:
-        """Those that have a config, are not complete, were not run here, and are not running here."""
+        """Return the jobs that have a config, are not done, and were not started by this process."""
         here = {running.job.run.path for running in self.running} | set(self.ended)
         return [job for job in jobs if job.config and not job.run.finished and job.run.path not in here]
 
     def start(self, jobs: list[Job]) -> None:
-        """Fill the free places."""
+        """Start jobs until `at_once` are running."""
         for job in self.open_jobs(jobs):
             if len(self.running) >= self.at_once:
                 return
@@ -140,7 +140,7 @@ class _Runner:
                 self.running.append(self.launch(job))
 
     def launch(self, job: Job) -> _Running:
-        """Start the training process of a job; it stops by itself, with a checkpoint, should this process vanish."""
+        """Start the training process of a job; it saves a checkpoint and stops if this process dies."""
         assert job.config is not None
         config, log = (job_file(self.sweep.folder, job.config.run.name, suffix) for suffix in (".yaml", ".log"))
         config.parent.mkdir(parents=True, exist_ok=True)
@@ -159,26 +159,26 @@ class _Runner:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for this process, which passes it on as a request to stop
+                start_new_session=True,  # Ctrl-C must reach only this process, which passes it on as a stop request
             )
         print(f"{_clock()} started  {job} -> {job.run.path}", flush=True)
         return _Running(job, process, log, time.monotonic(), gpu)
 
     def pass_on_requests(self) -> None:
-        """Ask every training process as often as this one was asked; the second time it ends at once."""
+        """Pass each stop request on to every training process; a second request makes it exit immediately."""
         for running in self.running:
             while running.asked < self.requests.count:
                 running.process.send_signal(signal.SIGTERM)
                 running.asked += 1
 
     def collect(self) -> bool:
-        """Take note of the jobs that ended; whether there were any."""
+        """Record the jobs that ended; return whether there were any."""
         ended = [running for running in self.running if running.process.poll() is not None]
         for running in ended:
             self.running.remove(running)
             code = running.process.returncode
             if self.requests and code < 0:
-                code = STOPPED  # it had not come to listen to signals yet, or was not given the time
+                code = STOPPED  # it was killed before it installed its signal handlers, or before it could finish
             self.ended[running.job.run.path] = code
             replace_text(job_file(self.sweep.folder, running.job.run.path.name, ".exit"), f"{code}\n")
             minutes = (time.monotonic() - running.started) / 60
@@ -193,21 +193,21 @@ class _Runner:
         return bool(ended)
 
     def show_progress(self, jobs: list[Job]) -> None:
-        """How many jobs are complete, and about how long the others take, as long as those before on average."""
+        """Print how many jobs are done, and the remaining time estimated from the mean duration so far."""
         left = sum(job.config is None or not job.run.finished for job in jobs)
         if left and self.minutes:
             estimate = left * sum(self.minutes) / len(self.minutes) / self.at_once
             print(f"{_clock()} {len(jobs) - left} of {len(jobs)} jobs done, about {estimate:.0f} min left", flush=True)
 
     def outcome(self, jobs: list[Job]) -> int:
-        """The exit code, and a last line."""
+        """Print a summary and return the exit code."""
         done = sum(job.config is not None and job.run.finished for job in jobs)
         failed = sum(code not in (DONE, STOPPED) for code in self.ended.values())
         print(f"{done} of {len(jobs)} jobs done" + (f", {failed} failed" if failed else ""), flush=True)
         if failed:
             return FAILED
         if done < len(jobs):
-            print("start the same command again to continue", flush=True)
+            print("run the same command again to continue", flush=True)
             return STOPPED
         print(f"aurora report {self.sweep.folder} shows the result", flush=True)
         return DONE
@@ -218,7 +218,7 @@ def _clock() -> str:
 
 
 def _last_error(log: Path) -> str:
-    """The last error line of a job's log, else its last line."""
+    """Return the last error line of a job's log, or else its last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines)[-1]

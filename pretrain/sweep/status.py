@@ -9,7 +9,7 @@ from pretrain.sweep.jobs import Job, plan_jobs
 
 
 def format_status(sweep: Sweep) -> list[str]:
-    """A line per job: index, state and step, validation loss if done, labels, run folder."""
+    """Return a line per job: index, state and step, validation loss if done, labels, run folder."""
     jobs = plan_jobs(sweep)
     rows = [("job", "state", "loss", "", "labels", "run")]
     done = 0
@@ -24,14 +24,14 @@ def format_status(sweep: Sweep) -> list[str]:
     lines.append(f"{done} of {len(jobs)} jobs done")
     trials = sum(job.is_trial for job in jobs)
     if 0 < trials < len(jobs):
-        lines.append(f"jobs 0 to {trials - 1} choose values for the others: in a job array, run them first")
+        lines.append(f"jobs 0 to {trials - 1} choose values for the other jobs: in a job array, run them first")
     return lines
 
 
 def _state_and_loss(sweep: Sweep, job: Job) -> tuple[str, float | None]:
-    """The state of a job's run, one of `pretrain.run.reader.STATES`, and how far it is; its loss if it is done."""
+    """Return a job's state (see `pretrain.run.reader.STATES`) with its step, and its loss if it is done."""
     if job.config is None:
-        return "pending, waits for its values", None
+        return "pending, waiting for its values", None
     code = read_exit_code(sweep.folder, job.config.run.name)
     failed = "failed" if code is None else f"failed (exit {code})"
     try:

@@ -1,1 +1,1 @@
-"""The training loop, the periodic work around it, the schedule and the clock."""
+"""The training loop, its hooks, the learning-rate schedule and the timing of steps."""

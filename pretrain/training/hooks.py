@@ -1,4 +1,4 @@
-"""Periodic work during training: what a hook is, and what it sees."""
+"""Hooks: periodic work during training, and the context that it receives."""
 
 from __future__ import annotations
 
@@ -16,47 +16,48 @@ from pretrain.engine.base import Engine
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a hook sees of the run around one step."""
+    """What a hook knows about the run at one step."""
 
     step: int
-    """Number of the step that is about to be made, or was just made."""
+    """Number of the step that is about to be taken, or was just taken."""
     last: bool
-    """Whether it is the run's last."""
+    """Whether it is the last step of the run."""
     engine: Engine
     loss_sum: Callable[[TokenBatch, Callable[..., Tensor]], Tensor]
     """Summed cross-entropy of a batch under a module, as in training; see `Trainer.loss_sum`."""
     taken: Callable[[], bool]
-    """Whether the step just made changed the weights; waits for the device."""
+    """Returns whether the last step changed the weights; waits for the device."""
 
 
 class Hook:
-    """Periodic work that does not change the run: the weights are the same with or without it, bit for bit.
+    """Periodic work that does not change the run: the weights are bit-identical with and without it.
 
-    A hook with a state of its own saves it as fragments of the checkpoint. All methods are called on every rank.
+    A hook with state of its own saves it as fragments of the checkpoint. All methods are called on every rank, unless
+    they say otherwise.
     """
 
     def before_step(self, context: StepContext) -> None:
-        """Prepare for the optimizer step that is about to be made."""
+        """Prepare for the optimizer step that is about to be taken."""
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether to run after this step; `last` is the last step of the run."""
+        """Return whether to run after this step; `last` is True for the last step of the run."""
         raise NotImplementedError
 
     def run(self, context: StepContext) -> dict[str, Any]:
-        """Do the work; what is returned joins the step's line in metrics.jsonl."""
+        """Do the work; the result is added to the step's record in metrics.jsonl."""
         raise NotImplementedError
 
     def fragments(self) -> Iterable[Fragment]:
-        """What of the hook's state this rank holds, for a checkpoint."""
+        """Return this rank's part of the hook's state, for a checkpoint."""
         return ()
 
     def restore(self, reader: CheckpointReader) -> None:
-        """Take the state that a checkpoint holds, if it holds any."""
+        """Restore the hook's state from a checkpoint that contains it."""
 
     def rewind(self, step: int) -> None:
-        """Set aside what was written after `step`; called on rank 0 before training resumes from there."""
+        """Move what was written after `step` aside; called on rank 0 before training resumes from `step`."""
 
 
 def is_due(every_steps: int | None, step: int, last: bool) -> bool:
-    """Whether work that is done every n steps and after the last is due; None: after the last only."""
+    """Return whether periodic work is due: every `every_steps` steps, or never if None, and after the last step."""
     return last or (every_steps is not None and step % every_steps == 0)

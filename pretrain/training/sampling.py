@@ -16,13 +16,13 @@ from pretrain.training.hooks import Hook, StepContext, is_due
 
 
 class Sampler(Hook):
-    """Lets the model continue the configured prompts; the texts go to samples.jsonl and the screen.
+    """Generates continuations of the configured prompts, writes them to samples.jsonl and prints them.
 
     Args:
         settings: the `samples` section.
-        tokenizer: to encode prompts and decode samples.
-        eos_id: end-of-text token; every sample starts after one.
-        seed: of the run; each step draws from a generator of its own.
+        tokenizer: encodes prompts and decodes samples.
+        eos_id: the end-of-text token, which precedes every prompt.
+        seed: the run's seed; each sample has a random generator of its own.
         file: samples.jsonl.
         show: prints a line on rank 0.
     """
@@ -40,11 +40,11 @@ class Sampler(Hook):
         self.seed, self.file, self.show = seed, file, show
 
     def due(self, step: int, last: bool) -> bool:
-        """Every `samples.every_steps` steps and after the last; never if that is null."""
+        """Return True every `samples.every_steps` steps and after the last step; never if that is null."""
         return self.settings.every_steps is not None and is_due(self.settings.every_steps, step, last)
 
     def run(self, context: StepContext) -> dict[str, Any]:
-        """Write the samples, on rank 0."""
+        """Generate the samples, on rank 0."""
         if context.engine.rank == 0:
             for index, prompt in enumerate(self.settings.prompts):
                 text = self.sample(context.engine, prompt, context.step * 1000 + index)
@@ -53,12 +53,12 @@ class Sampler(Hook):
         return {}
 
     def rewind(self, step: int) -> None:
-        """Set aside the samples of later steps."""
+        """Move the samples of later steps aside."""
         self.file.discard_after(step)
 
     @torch.no_grad()
     def sample(self, engine: Engine, prompt: str, draw: int) -> str:
-        """One continuation of `prompt`; leaves the global random generators as they were."""
+        """Return a continuation of `prompt`; leaves the global random generators unchanged."""
         model = engine.module.model
         ids = [self.eos_id, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
         room = engine.config.model.context_length - len(ids)

@@ -1,7 +1,7 @@
 """The learning-rate factor as a function of the tokens seen.
 
-Nothing is saved for it: the counters of the checkpoint (step, tokens) determine the factor, so a resume can
-neither replay the warm-up nor take a step at rate 0.
+The schedule has no state: the checkpoint's token counter determines the factor, so a resumed run can neither repeat the
+warm-up nor take a step with learning rate 0.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pretrain.config.schedule import ScheduleConfig
 
 
 def lr_factor(config: ScheduleConfig, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-    """What the base learning rates are multiplied with in the step that starts after `tokens` tokens.
+    """Return the factor for the base learning rates in the step that starts after `tokens` tokens.
 
-    The warm-up counts the step's own tokens, the decay does not, so that neither the first nor the last step has
-    rate 0 (unless `final_fraction` and the arithmetic say so).
+    The warm-up counts the step's own tokens and the decay does not, so that neither the first nor the last step has
+    learning rate 0 (unless `final_fraction` is 0 and the factor rounds to it).
     """
     warmup = config.warmup_tokens
     rise = min(1.0, (tokens + batch_tokens) / warmup) if warmup else 1.0

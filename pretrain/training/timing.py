@@ -1,4 +1,4 @@
-"""Where the time of a step goes, measured without making the device wait."""
+"""Timing of the phases of a step, without synchronizing with the device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class PhaseClock:
-    """Times the consecutive phases of one step: by the host's clock on a CPU, by events on a GPU.
+    """Times the consecutive phases of one step, with the host's clock on a CPU and with events on a GPU.
 
     Args:
-        device: that the step runs on.
+        device: the device that the step runs on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,18 +24,18 @@ class PhaseClock:
         self._record()
 
     def mark(self, phase: str) -> None:
-        """The phase that began at the last mark ends here."""
+        """End the phase that began at the last mark."""
         self._names.append(phase)
         self._record()
 
     def total(self) -> float:
-        """Wall seconds since the clock was made."""
+        """Return the wall-clock seconds since the clock was created."""
         return time.perf_counter() - self._started
 
     def seconds(self) -> dict[str, float]:
-        """``<phase>_seconds`` of every phase, and `cpu_seconds`, the time that this process spent on processors.
+        """Return ``<phase>_seconds`` of every phase, and `cpu_seconds`, the CPU time of this process.
 
-        On a GPU only after something has waited for the last mark, as the step's one host sync does.
+        On a GPU call it only after a synchronization that follows the last mark, such as the step's one host sync.
         """
         if self._on_gpu:
             spans = [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(self._events)]

@@ -1,6 +1,6 @@
 """The training loop.
 
-Set-up, the choice of a checkpoint, signals and errors are one level up, in `pretrain.launch`.
+`pretrain.launch` is responsible for set-up, the choice of a checkpoint, signals and errors.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from pretrain.training.timing import PhaseClock
 
 
 class TrainingError(RuntimeError):
-    """Training cannot continue; the last checkpoint is untouched."""
+    """Training cannot continue; the last checkpoint is unaffected."""
 
 
 @dataclass
 class TrainState:
-    """The counters that the loop owns.
+    """The counters of the loop.
 
-    A checkpoint holds these, the weights, the optimizer's state, the position of the data stream, the random
-    generators, and what hooks keep; nothing else is needed to continue.
+    A checkpoint contains these, the weights, the optimizer state, the position of the data stream, the random
+    generators, and the state of the hooks; nothing else is needed to resume.
     """
 
     step: int = 0
-    """Optimizer steps taken, skipped ones included."""
+    """Optimizer steps, including skipped ones."""
     tokens: int = 0
-    """Tokens of the batches trained on, as the schedule counts them: `global_batch_tokens` a step."""
+    """Tokens trained on, as the schedule counts them: `global_batch_tokens` per step."""
     skipped_steps: int = 0
-    """Steps skipped for non-finite gradients."""
+    """Steps skipped because of non-finite gradients."""
     skipped_in_a_row: int = 0
-    """Of these, the ones since the last step that was taken."""
+    """Steps skipped since the last step that was taken."""
     train_seconds: float = 0.0
     """Time spent in steps, without validation, saving and set-up."""
     train_loss: float | None = None
@@ -59,16 +59,16 @@ class Trainer:
     """Owns the loop and its counters.
 
     Args:
-        config: the run.
-        engine: prepared with the model.
-        optimizer: over the engine's parameters.
-        stream: training batches, positioned where `state` says.
+        config: the run's config.
+        engine: the engine, prepared with the model.
+        optimizer: the optimizer of the engine's parameters.
+        stream: the training batches, positioned according to `state`.
         eos_id: the token that separates documents.
-        state: counters, fresh or restored.
+        state: the counters, new or restored.
         hooks: periodic work.
         log: called on every rank with each step's record.
         save: called on every rank to save a checkpoint of the current state.
-        stop_requested: called on every rank after each step; if any of them returns True, all stop.
+        stop_requested: called on every rank after each step; if it returns True on any rank, all ranks stop.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class Trainer:
         self._failure: Exception | None = None
 
     def fit(self, stop_at: int | None = None) -> Literal["done", "stopped"]:
-        """Train to the end, to `stop_at` (a step number), or until a stop is requested.
+        """Train to the end, to step `stop_at`, or until a stop is requested.
 
-        The last state is saved in each case, once.
+        In each case the final state is saved exactly once.
 
         Raises:
-            TrainingError: too many steps in a row had non-finite gradients.
-            OSError: a record could not be written here.
-            PeerError: it could not be written on another rank.
+            TrainingError: too many consecutive steps had non-finite gradients.
+            OSError: a record could not be written on this rank.
+            PeerError: a record could not be written on another rank.
         """
         config, state = self.config, self.state
         while state.step < config.total_steps:
@@ -137,7 +137,7 @@ class Trainer:
         return "done"
 
     def context(self, step: int) -> StepContext:
-        """What the hooks see of a step."""
+        """Return the context of a step for the hooks."""
         return StepContext(
             step=step,
             last=step == self.config.total_steps,
@@ -147,7 +147,7 @@ class Trainer:
         )
 
     def forward_backward(self, batch: TokenBatch) -> Tensor:
-        """Gradients of the mean loss over the whole global batch; returns this rank's share of that mean."""
+        """Compute the gradients of the mean loss over the global batch; return this rank's part of that mean."""
         targets = batch.num_targets
         total = torch.zeros((), device=self.engine.device)
         own = self.own_rows()
@@ -159,15 +159,15 @@ class Trainer:
         return total
 
     def own_rows(self) -> list[slice]:
-        """This rank's rows of the global batch, one slice a micro-batch."""
+        """Return this rank's rows of the global batch, one slice per micro-batch."""
         size = self.config.train.micro_batch_sequences
         first = self.engine.rank * self.micro_batches
         return [slice((first + i) * size, (first + i + 1) * size) for i in range(self.micro_batches)]
 
     def loss_sum(self, rows: TokenBatch, module: Callable[..., Tensor] | None = None) -> Tensor:
-        """Cross-entropy summed over the targets of `rows`, under the engine's precision.
+        """Return the cross-entropy summed over the targets of `rows`, in the engine's precision.
 
-        `module` is what to call instead of the engine's wrapped model.
+        `module` is called instead of the engine's wrapped model, if given.
         """
         tokens = rows.tokens.to(self.engine.device, torch.int64)
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
@@ -181,7 +181,7 @@ class Trainer:
             return (module or self.engine.model)(inputs, labels.where(valid, IGNORED), mask, positions)
 
     def set_learning_rates(self) -> dict[str, float]:
-        """Set every group's rate for this step; returns what is logged."""
+        """Set every group's learning rate for this step; return the rates to be logged."""
         train = self.config.train
         factor = lr_factor(self.config.schedule, self.state.tokens, train.global_batch_tokens, train.total_tokens)
         for group in self.optimizer.param_groups:
@@ -195,10 +195,10 @@ class Trainer:
         return lrs
 
     def measure(self, loss: Tensor, grad_norm: Tensor) -> tuple[dict[str, Any], bool]:
-        """The step's loss and norm, whether it was skipped, and whether any rank wants to stop.
+        """Count the step; return its record, and whether a stop was requested on any rank.
 
         Raises:
-            OSError: the record of an earlier step could not be written here.
+            OSError: the record of an earlier step could not be written on this rank.
             PeerError: it could not be written on another rank.
         """
         flags = torch.tensor([self.stop_requested(), self._failure is not None], dtype=loss.dtype, device=loss.device)
@@ -224,10 +224,10 @@ class Trainer:
         return record, stopping > 0
 
     def report(self, record: dict[str, Any], context: StepContext) -> None:
-        """Run the hooks that are due and hand the step's record to `log`.
+        """Run the hooks that are due and pass the step's record to `log`.
 
-        A file that cannot be written, which mostly happens on rank 0 alone, is kept as the failure of this rank: the
-        other ranks learn of it with the next step's host sync, or when the checkpoint has been saved.
+        An OSError, which usually happens only on rank 0, is stored: the other ranks learn of it at the next step's host
+        sync, or after the checkpoint has been saved.
         """
         try:
             for hook in self.hooks:
@@ -240,7 +240,7 @@ class Trainer:
             self._failure = error
 
     def raise_failure(self) -> None:
-        """Raise what `report` could not write, if anything, on every rank; a collective."""
+        """Raise an error on every rank if `report` could not write a file on any of them; a collective."""
 
         def check() -> None:
             if self._failure is not None:
@@ -249,7 +249,7 @@ class Trainer:
         self.engine.ranks.together(check)
 
     def throughput(self, clock: PhaseClock) -> dict[str, float]:
-        """Throughput and timings of the step just taken; `mfu` only where the device's peak is known."""
+        """Return the throughput and timings of the last step; `mfu` only if the device's peak is known."""
         seconds = clock.total()
         self.state.train_seconds += seconds
         per_second = self.config.train.global_batch_tokens / seconds
@@ -265,17 +265,17 @@ class Trainer:
         return record
 
     def check_ranks(self, batch: str) -> None:
-        """Once per launch: the ranks have equal weights although they trained on different rows."""
+        """Check once per launch that the ranks have equal weights after training on different rows."""
         if not self._checked:
             rows = self.own_rows()
             self.engine.check_in_step(batch, range(rows[0].start, rows[-1].stop))
             self._checked = True
 
     def check_health(self) -> None:
-        """Give up when the gradients stay non-finite."""
+        """Raise a TrainingError if too many consecutive steps were skipped."""
         if self.state.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(
                 f"step {self.state.step}: gradients were not finite for {self.state.skipped_in_a_row} steps in a "
                 "row (train.max_skipped_steps); the weights are those before these steps. Lower the learning "
-                "rates or look at the data"
+                "rates or check the data"
             )

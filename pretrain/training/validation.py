@@ -19,7 +19,7 @@ class Validator(Hook):
 
     Args:
         config: the run's config.
-        open_stream: opens the validation stream (a collective where there are several ranks).
+        open_stream: opens the validation stream; a collective.
     """
 
     def __init__(self, config: Config, open_stream: Callable[[], TokenStream]) -> None:
@@ -31,11 +31,11 @@ class Validator(Hook):
         self.text_bytes = 0
 
     def due(self, step: int, last: bool) -> bool:
-        """Every `validation.every_steps` steps and after the last."""
+        """Return True every `validation.every_steps` steps and after the last step."""
         return is_due(self.settings.every_steps, step, last)
 
     def batches(self) -> list[TokenBatch]:
-        """The whole validation split, `rows` sequences at a time."""
+        """Return the validation split, up to `validation.max_tokens`, in batches of `rows` sequences."""
         if self._batches is None:
             stream = self._open_stream()
             try:
@@ -53,7 +53,7 @@ class Validator(Hook):
         engine.module.eval()
         total = torch.zeros((), dtype=torch.float64)
         for first in range(0, len(batches), engine.world_size):
-            # Every rank takes part in every round: under ZeRO 3 a forward pass is a collective.
+            # Every rank takes part in every round, because under ZeRO 3 a forward pass is a collective.
             index = first + engine.rank
             loss = context.loss_sum(batches[min(index, len(batches) - 1)], engine.module)
             if index < len(batches):
@@ -65,7 +65,7 @@ class Validator(Hook):
 
 
 def _drain(stream: TokenStream, rows: int, max_sequences: int) -> Iterator[TokenBatch]:
-    """Batches of at most `rows` sequences until the stream ends or `max_sequences` are read."""
+    """Yield batches of at most `rows` sequences until the stream ends or `max_sequences` are read."""
     left = max_sequences
     while left > 0:
         try:

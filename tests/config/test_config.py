@@ -1,4 +1,4 @@
-"""The config refuses what it must, all at once, and reads what people write."""
+"""The config reports every problem in one error, and reads what people write."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_the_old_folder_is_deleted_only_after_the_new_one_has_its_name(fails: bo
 
 
 def validation_batches(tmp_path: Path, changes: dict[str, Any]) -> list[int]:
-    """Rows of each forward pass that is no training."""
+    """Rows of each forward pass that is not part of training."""
     config = configured(str(tmp_path), SHORT | changes)
     with forwards(nn.Embedding) as calls:
         train(config)

@@ -1,4 +1,4 @@
-"""Bad data is refused before training, every fault at once, and by the same message when it is met while reading."""
+"""Bad data is an error before training, which lists every problem, and gives the same message while reading."""
 
 import json
 import logging
@@ -70,7 +70,7 @@ def two_text_columns(folder: Path) -> Path:
 
 
 def not_utf8() -> pa.Array:
-    """Strings of which the third is no UTF-8, as a careless writer leaves them."""
+    """Strings of which the third is not valid UTF-8, as a careless writer leaves them."""
     values = pa.array([b"good", b"good", b"\xff\xfe", b"good"], pa.binary())
     return pa.Array.from_buffers(pa.string(), len(values), values.buffers())
 

@@ -96,7 +96,7 @@ def test_a_catalog_of_other_sources_is_an_error_of_the_program(setting: Setting,
 def test_a_file_that_changed_since_it_was_listed_is_noticed_when_it_is_opened(
     tmp_path: Path, tokenizer: TokenizerConfig, name: str, workers: int
 ) -> None:
-    """Otherwise a run would go on with other text, and its checkpoints would name the old one."""
+    """Otherwise a run would continue with different text, and its checkpoints would name the old one."""
 
     def write(texts: list[str]) -> Path:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""A stream goes on exactly where its state was taken."""
+"""A stream resumes exactly where its state was saved."""
 
 import json
 import random

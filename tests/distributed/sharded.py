@@ -1,4 +1,4 @@
-"""What the ranks of the sharding tests do: a sharded optimizer beside a dense one on the same recorded gradients."""
+"""What the ranks of the sharding tests do: a sharded and a dense optimizer step the same recorded gradients."""
 
 from __future__ import annotations
 

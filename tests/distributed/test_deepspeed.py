@@ -187,11 +187,11 @@ def test_bf16_weights_are_the_rounded_fp32_ones_of_a_dense_twin(tmp_path: Path, 
     worst = run_ranks(ranks, twin_of_bf16, str(tmp_path), changes)
     assert max(worst) < 1e-6
     saved = newest(tmp_path)
-    assert saved.index["provenance"]["precision"] == "bfloat16 weights beside fp32 ones"
+    assert saved.index["provenance"]["precision"] == "bfloat16 weights with fp32 master copies"
 
 
 def twin_of_bf16(root: str, changes: dict[str, Any]) -> float:
-    """Beside a bf16 run a dense optimizer gets the fp32 gradients that `step` receives; returns the distance."""
+    """Alongside a bf16 run a dense optimizer gets the fp32 gradients that `step` receives; return the distance."""
     import torch.distributed as dist
 
     from pretrain.engine import deepspeed as deepspeed_engine

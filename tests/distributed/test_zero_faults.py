@@ -143,7 +143,7 @@ def set_up_steps(root: str, changes: dict[str, Any]) -> tuple[int, float, bool]:
 
 
 def test_owner_only_state_is_saved_by_every_owner_and_moves(tmp_path: Path) -> None:
-    """NorMuon's second moment lies with the owner of a matrix: 3 ranks save it, 2 and then 1 go on with it."""
+    """NorMuon's second moment is held by the owner of a matrix: 3 ranks save it, then 2 and then 1 resume with it."""
     changes = {"optimizer.name": "normuon", "train.total_tokens": 8 * 384}
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     run_ranks(1, run, str(whole), DENSE | changes)

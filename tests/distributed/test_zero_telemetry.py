@@ -133,7 +133,7 @@ def test_averages_cross_engines_and_stages(dense: Path, tmp_path: Path) -> None:
 
 def test_a_resume_on_the_same_ranks_changes_no_bit(chunked: Path, tmp_path: Path) -> None:
     shutil.copytree(chunked, tmp_path, dirs_exist_ok=True)
-    newest(tmp_path).folder.joinpath("index.json").unlink()  # step 6 is lost: the run goes on from step 4
+    newest(tmp_path).folder.joinpath("index.json").unlink()  # step 6 is lost: the run resumes from step 4
     assert newest(tmp_path).index["step"] == 4
     run_ranks(3, run, str(tmp_path), zero(3) | ON)
     whole, parts = measured(chunked), measured(tmp_path)

@@ -151,7 +151,7 @@ MUTATIONS = (
         "self.settings.max_tokens // config.sequence_length",
         "10**9",
         (COUNTING + "test_run.py::test_validation_reads_as_much_as_asked_as_often",),
-        "validation.max_tokens is no limit",
+        "validation.max_tokens does not limit anything",
     ),
     Mutation(
         "telemetry-every-step",
@@ -214,7 +214,7 @@ MUTATIONS = (
         'if "digest" in index and index["digest"] != index_digest(index):',
         "if False:",
         ("tests/checkpoint/test_store.py::test_no_value_of_the_index_can_be_changed_or_deleted",),
-        "fault 3: an edited counter is resumed without a word",
+        "fault 3: an edited counter is used on resume without an error",
     ),
     Mutation(
         "cover-unchecked",

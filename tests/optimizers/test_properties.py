@@ -24,7 +24,7 @@ from tests.optimizers.helpers import OPTIONS, error, gaussian, low_rank, row_spr
 METHODS = sorted(ERRORS)
 # Singular values below this share of the Frobenius norm are compared with nothing (see optimizers.polar).
 CUT = 2.0**-10
-# A larger error than this is no likeness.
+# With a larger error than this, two directions do not resemble each other.
 VACUOUS = 0.5
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -208,7 +208,7 @@ def test_larger_matrices_agree_with_the_reference(m: int, n: int, variant: str, 
 
 
 def agrees(case: Case, options: dict[str, Any], starts: bool) -> None:
-    """Asserts that a direction is finite, bounded, zero where it must be, and near the reference where that is said."""
+    """Assert that a direction is finite, bounded, zero where it must be, and near the reference if requested."""
     u = case.matrix()
     if is_scaled(options):
         u = u / u.abs().max().clamp(min=1e-30)

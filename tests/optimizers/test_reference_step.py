@@ -66,7 +66,7 @@ def test_a_step_puts_the_parts_in_their_order() -> None:
     options = OPTIONS | {"direction": "normuon", "contra": 0.2, "uw_floor": 5.0, "cautious": True}
     new_w, new_b, v = reference.step(w, g, b, options, torch.full((12,), 0.1))
     assert v is not None
-    # The floor of 5 |w| rules, and the decay is small beside it.
+    # The floor of 5 |w| dominates, and the decay is small compared with it.
     assert float((w - new_w).norm()) == pytest.approx(0.1 * 5 * float(w.norm()), rel=0.05)
     u = g + 0.9 * (new_b - g)
     d, wanted_v = reference.normuon(u, torch.full((12,), 0.1))

@@ -58,7 +58,7 @@ def test_a_claim_is_read_and_put_into_words() -> None:
         ({"step": True}, ["step is True"]),
         ({"step": 0}, ["step is 0"]),
         ({"at": "equal_tokens", "step": None, "minus": {"optimizer": "aurora"}}, ["at is 'equal_tokens'"]),
-        ({"at": "equal_time", "minus": {"optimizer": "aurora"}}, ["step and at exclude each other"]),
+        ({"at": "equal_time", "minus": {"optimizer": "aurora"}}, ["step and at cannot be combined"]),
         (
             {"at": "equal_time", "step": None},
             ["equal_time compares two runs; name the other series under minus or over"],
@@ -72,7 +72,7 @@ def test_a_claim_is_read_and_put_into_words() -> None:
         ({"where": ["muon"]}, ["where is ['muon']"]),
         ({"minus": {}}, ["minus is empty"]),
         ({"over": {}}, ["over is empty"]),
-        ({"minus": {"optimizer": "a"}, "over": {"optimizer": "b"}}, ["minus and over exclude each other"]),
+        ({"minus": {"optimizer": "a"}, "over": {"optimizer": "b"}}, ["minus and over cannot be combined"]),
         ({"minus": {"optimizer": None}}, ["minus is {'optimizer': None}"]),
         ({"slope_over": 3, "source": 4}, ["slope_over is 3", "source is 4"]),
         ({"measure": "", "where": 1, "above": None}, ["measure is ''", "where is 1", "exactly one"]),

@@ -66,13 +66,13 @@ def test_the_page_of_a_sweep_says_what_was_found(tmp_path: Path) -> None:
     for part in (
         *("A made-up sweep", "Does it work?", "5 of 5 jobs done", "AMD EPYC", LAUNCH["git_commit"], "2026-11-24"),
         *("Muon starves", "above 0.25", "holds", "4.2M parameters without embeddings", "step 600 of 500"),
-        *("4.6249 ±", "−0.1000 ± 0.0000", "baseline", "30.0 %", "chosen", "at the edge of the alternatives"),
+        *("4.6249 ±", "−0.1000 ± 0.0000", "baseline", "30.0 %", "chosen", "at the edge of the values tried"),
         *(
             "Starved rows",
             "still dead",
-            "Rows dead at that step: muon ",
+            "Rows dead at the reference step: muon ",
             "layer 1",
-            "Time of a step",
+            "Time per step",
             "train.total_tokens: 2048000",
             "name: aurora",
         ),
@@ -143,11 +143,11 @@ def test_runs_from_before_the_telemetry_have_a_page(tmp_path: Path) -> None:
     page = Page(write_report(folder).read_text())
     assert "Training loss" in page.text
     assert "Neurons" not in page.text
-    assert "Time of a step" not in page.text
+    assert "Time per step" not in page.text
 
 
 def test_text_from_data_is_escaped(tmp_path: Path) -> None:
-    """Title, question, labels, claims, configs, manifests; dollars are no mathematics."""
+    """Title, question, labels, claims, configs, manifests; dollar signs do not start formulas."""
     jobs = []
     for seed in ("1", NASTY):
         for label in (NASTY, "plain"):
@@ -225,7 +225,7 @@ def test_thirty_runs_of_500_steps_stay_under_5_mb(tmp_path: Path) -> None:
     path = write_report(write_sweep(tmp_path, axes, jobs, claims=[claim]))
     assert path.stat().st_size < 5_000_000
     text = Page(path.read_text()).text
-    assert "only the baseline and those that claims name are shown, 9 are not" in text
+    assert "Only the baselines and the series named in claims are shown; 9 other series are not" in text
     assert text.count("layer 0") == 6
 
 
@@ -254,7 +254,7 @@ def test_skipped_steps_are_counted(tmp_path: Path) -> None:
     rows[3] |= {"loss": None, "grad_norm": None, "skipped": True}
     folder = write_run(tmp_path / "run", rows)
     assert results(folder)["jobs"][0]["skipped_steps"] == 1
-    assert "gradients not finite and the step skipped, 1 times" in Page(write_report(folder).read_text()).text
+    assert "steps skipped because gradients were not finite: 1" in Page(write_report(folder).read_text()).text
 
 
 def test_final_numbers_over_a_numeric_axis(tmp_path: Path) -> None:
@@ -289,9 +289,8 @@ def test_disturbed_runs_are_named_and_left_out_of_times(tmp_path: Path) -> None:
     assert found["timing"][0]["left_out"] == ["muon-2: 2 launches"]
     assert found["timing"][0]["seconds"]["forward_backward"] == 0.75
     assert set(found["final"][0]["tokens_per_second"]["values"]) == {"1"}
-    assert (
-        "left out of every number and claim on time: muon-2: 2 launches" in Page(write_report(folder).read_text()).text
-    )
+    text = Page(write_report(folder).read_text()).text
+    assert "Timings exclude runs that were interrupted or shared their CPU core: muon-2: 2 launches" in text
 
 
 def test_numbers_for_people() -> None:

@@ -69,17 +69,17 @@ def test_holds_if_every_seed_and_the_interval_are_on_the_right_side(tmp_path: Pa
 def test_every_seed_right_but_the_interval_crossing_is_undecided(tmp_path: Path) -> None:
     found = muon([4.0, 4.1, 4.2], tmp_path, below=4.3)  # interval to 4.348
     assert found.outcome == "does not hold"
-    assert found.note == "undecided: every seed lies on the right side, the interval crosses the threshold"
+    assert found.note == "undecided: every seed lies on the right side, but the interval crosses the threshold"
 
 
 def test_a_seed_on_the_threshold_is_not_on_the_right_side(tmp_path: Path) -> None:
     found = muon([4.0, 4.0], tmp_path, below=4.0)
-    assert (found.outcome, found.note) == ("does not hold", "undecided: seeds or interval lie on both sides")
+    assert (found.outcome, found.note) == ("does not hold", "undecided: the seeds or the interval lie on both sides")
 
 
 def test_one_seed_wrong_is_undecided(tmp_path: Path) -> None:
     found = muon([4.0, 4.1, 4.4], tmp_path, below=4.3)
-    assert found.note == "undecided: seeds or interval lie on both sides"
+    assert found.note == "undecided: the seeds or the interval lie on both sides"
 
 
 def test_everything_on_the_other_side_is_contradicted(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_everything_on_the_other_side_is_contradicted(tmp_path: Path) -> None:
 
 def test_one_seed_is_not_a_test(tmp_path: Path) -> None:
     found = muon([4.0], tmp_path, below=5.0)
-    assert (found.outcome, found.note) == ("not tested", "one seed has no interval")
+    assert (found.outcome, found.note) == ("not tested", "one seed gives no interval")
     assert found.numbers == {"1": 4.0}
 
 
@@ -109,7 +109,7 @@ def test_unfinished_runs_do_not_count_and_are_named(tmp_path: Path) -> None:
     )
     assert found.outcome == "holds"
     assert found.note in {
-        f"provisional, seeds are missing; seed 3: muon is {state}" for state in ("running", "stopped")
+        f"provisional: some seeds are missing; seed 3: muon is {state}" for state in ("running", "stopped")
     }
     assert found.numbers["3"] is None
 
@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_counts_against_the_claim(tmp_path: Path) -> N
     found = muon([4.0, 4.1, None], tmp_path, below=5.0)
     assert found.numbers["3"] is None
     assert found.outcome == "does not hold"
-    assert "undecided: a seed has no number because its loss was not finite" in found.note
+    assert "undecided: a seed has no value because its loss was not finite" in found.note
     assert "seed 3: muon-3 validation_loss not finite at step 4" in found.note
 
 
@@ -152,7 +152,7 @@ def test_ratios_are_paired_by_seed(tmp_path: Path) -> None:
     assert list(found.numbers.values()) == pytest.approx([0.9, 0.902])
     assert found.outcome == "holds"
     zero = sweep_of(tmp_path / "b", {"muon": [0.0, 5.0], "aurora": [3.6, 4.51]}, claim)
-    assert "muon-1 has validation_loss 0, by which nothing can be divided" in zero.note
+    assert "muon-1 has validation_loss 0, so the ratio is undefined" in zero.note
 
 
 def test_disturbed_runs_do_not_count_for_claims_on_times(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_disturbed_runs_do_not_count_for_claims_on_times(tmp_path: Path) -> None
         tmp_path, losses, claim, seconds={"muon": 1.0, "aurora": 1.05}, launches={"muon-3": [LAUNCH, LAUNCH]}
     )
     assert found.numbers == {"1": pytest.approx(1.05), "2": pytest.approx(1.05), "3": None}
-    assert "seed 3: muon-3 was disturbed: 2 launches" in found.note
+    assert "seed 3: muon-3 has no usable timings: 2 launches" in found.note
 
 
 def test_equal_time_interpolates_the_slower_run(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_equal_time_does_not_extrapolate_nor_use_disturbed_runs(tmp_path: Path) 
     assert "aurora-1 has no validation_loss around 4 s of training" in early.note
     disturbed = sweep_of(tmp_path / "b", losses, claim, launches={"aurora-2": [LAUNCH, LAUNCH]})
     assert disturbed.numbers["2"] is None
-    assert "seed 2: aurora-2 was disturbed: 2 launches" in disturbed.note
+    assert "seed 2: aurora-2 has no usable timings: 2 launches" in disturbed.note
     assert disturbed.outcome == "holds"
     assert disturbed.note.startswith("provisional")
 

@@ -25,7 +25,7 @@ ASSERTIONS: dict[str, str] = {
     "section is not None": "a section of the schema",
     "self._process.stdin": "the pipe was asked for",
     "self._process.stdout": "the pipe was asked for",
-    "self.config is not None": "a job that waits has no run",
+    "self.config is not None": "a job that waits for its values has no run",
     "shard.grad is not None": "the optimizer steps what has a gradient",
     "value is not PydanticUndefined": "an optional field of the schema has a default",
     "wrapped == (self.world_size > 1)": "what Accelerate made of the model",
