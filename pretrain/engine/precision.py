@@ -22,8 +22,9 @@ class Precision:
         return torch.bfloat16 in (self.weights, self.autocast)
 
     def __str__(self) -> str:
+        # Checkpoints record this text, and a resume compares it: do not reword it.
         if self.weights != torch.float32:
-            return f"{_name(self.weights)} weights with fp32 master copies"
+            return f"{_name(self.weights)} weights beside fp32 ones"
         products = "no autocast" if self.autocast is None else f"{_name(self.autocast)} autocast"
         return f"{_name(self.weights)} weights, {products}"
 

@@ -187,7 +187,7 @@ def test_bf16_weights_are_the_rounded_fp32_ones_of_a_dense_twin(tmp_path: Path, 
     worst = run_ranks(ranks, twin_of_bf16, str(tmp_path), changes)
     assert max(worst) < 1e-6
     saved = newest(tmp_path)
-    assert saved.index["provenance"]["precision"] == "bfloat16 weights with fp32 master copies"
+    assert saved.index["provenance"]["precision"] == "bfloat16 weights beside fp32 ones"
 
 
 def twin_of_bf16(root: str, changes: dict[str, Any]) -> float:
