@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import shutil
@@ -9,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +46,8 @@ from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
 from pretrain.training.trainer import Trainer, TrainState
 from pretrain.training.validation import Validator
+
+T = TypeVar("T")
 
 
 def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> int:
@@ -111,7 +114,7 @@ def _set_up(config: Config, engine: Engine) -> Setup:
     display = Display(engine.rank, config.logging.every_steps)
     engine.say = display.say
     config.accumulation(engine.world_size)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = _on_every_rank(engine, lambda: load_tokenizer(config.tokenizer))
     inputs = engine.ranks.on_rank_0(lambda: check_inputs(config, tokenizer))
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
     return Setup(config, engine, RunFolder(config.run_folder), display, tokenizer, inputs, identity)
@@ -125,7 +128,7 @@ def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
         source, notes = ranks.on_rank_0(lambda: choose_checkpoint(folder, resume, setup.identity))
         for note in notes:
             display.warn(note)
-        reader = CheckpointReader(source) if source else None
+        reader = _on_every_rank(setup.engine, lambda: CheckpointReader(source)) if source else None
         step = reader.index["step"] if reader else 0
         if step >= setup.config.total_steps:
             display.say(f"{folder.path}: already complete at step {step}")
@@ -140,6 +143,33 @@ def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
 
 def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> int:
     """Build everything, restore it from `reader`, and train."""
+    config, display = setup.config, setup.display
+    notice = "stopping after this step" if setup.engine.rank == 0 else None
+    requests = StopRequests()
+    with contextlib.ExitStack() as opened:
+        trainer = _build(setup, reader, requests, opened)
+        state = trainer.state
+        if reader:
+            display.say(f"resuming from {reader.folder} (step {state.step})")
+        display.start(state.step, config.total_steps)
+        opened.callback(display.close)
+        with stop_requests(requests, notice, first_only=True, warn=display.warn):
+            outcome = trainer.fit(stop_at)
+    if outcome == "stopped":
+        display.say(f"stopped after step {state.step}; start the same command again to continue")
+        return STOPPED
+    setup.engine.ranks.on_rank_0(lambda: setup.folder.mark_finished(state.step))
+    display.say(
+        f"done: {state.step} steps, {state.tokens:,} tokens, {state.train_seconds:,.0f} seconds of training; "
+        f"everything is in {setup.folder.path}"
+    )
+    return DONE
+
+
+def _build(
+    setup: Setup, reader: CheckpointReader | None, requests: StopRequests, opened: contextlib.ExitStack
+) -> Trainer:
+    """The trainer with all that it owns, in the state of `reader`; what has to be closed goes to `opened`."""
     config, engine, display = setup.config, setup.engine, setup.display
     seed_everything(config.run.seed + engine.rank, config.run.deterministic)
     outline = build_model(config.model, config.run.seed, device="meta")
@@ -153,10 +183,14 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
         catalog=setup.inputs.catalog,
     )
+    opened.callback(stream.close)
     hooks = _make_hooks(setup, optimizer)
     state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
     run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, state.step, routing))
-    tracker = make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn)
+    tracker = _on_every_rank(engine, lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn))
+    opened.callback(tracker.close)
+    for line in [*summary, *engine.describe()]:
+        display.say(line)
 
     def log(record: dict[str, Any]) -> None:
         if engine.rank == 0:
@@ -164,9 +198,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         tracker.log(record)
         display.step(record)
 
-    notice = "stopping after this step" if engine.rank == 0 else None
-    requests = StopRequests()
-    trainer = Trainer(
+    return Trainer(
         config,
         engine,
         optimizer,
@@ -178,27 +210,13 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         save=lambda trainer: _save(setup, trainer),
         stop_requested=lambda: bool(requests) or is_orphaned(),
     )
-    for line in [*summary, *engine.describe()]:
-        display.say(line)
-    if reader:
-        display.say(f"resuming from {reader.folder} (step {reader.index['step']})")
-    display.start(state.step, config.total_steps)
-    try:
-        with stop_requests(requests, notice, first_only=True, warn=display.warn):
-            outcome = trainer.fit(stop_at)
-    finally:
-        display.close()
-        tracker.close()
-        stream.close()
-    if outcome == "stopped":
-        display.say(f"stopped after step {state.step}; start the same command again to continue")
-        return STOPPED
-    engine.ranks.on_rank_0(lambda: setup.folder.mark_finished(state.step))
-    display.say(
-        f"done: {state.step} steps, {state.tokens:,} tokens, {state.train_seconds:,.0f} seconds of training; "
-        f"everything is in {setup.folder.path}"
-    )
-    return DONE
+
+
+def _on_every_rank(engine: Engine, work: Callable[[], T]) -> T:
+    """What `work` returns here, which need not be picklable; an error on one rank is an error on all."""
+    found: list[T] = []
+    engine.ranks.together(lambda: found.append(work()))
+    return found[0]
 
 
 def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:

@@ -25,6 +25,7 @@ from pretrain.config import Config, load_config
 from pretrain.engine.plain import PlainEngine
 from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token
+from pretrain.processes.errors import UserError
 from pretrain.run.json_lines import JsonLines
 from pretrain.run.manifest import environment
 
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = [BASELINE, *(name.strip() for name in options.optimizers.split(","))]
     try:
         configs = {name: load_config(options.config, [*options.overrides, f"optimizer.name={name}"]) for name in names}
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rows = figures(configs, measure(configs, options.rounds, options.steps))

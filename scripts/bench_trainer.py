@@ -23,6 +23,7 @@ from pretrain.config import Config, load_config
 from pretrain.data import TokenBatch, TokenStream, load_tokenizer
 from pretrain.engine.plain import PlainEngine
 from pretrain.model.build import build_model
+from pretrain.processes.errors import UserError
 from pretrain.run.json_lines import JsonLines
 from pretrain.run.manifest import environment
 from pretrain.training.trainer import Trainer
@@ -82,7 +83,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         config = load_config(options.config, options.overrides)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     engine = PlainEngine(config)

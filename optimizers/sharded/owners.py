@@ -2,7 +2,7 @@
 
 The unit is the matrix that gets a direction of its own: a weight, or a block of rows of a fused one. Its owner receives
 the fragments of its momentum, computes, and sends the step back. Where single matrices are too much for one rank, a
-*team* shares one: each member takes a part of its long side (see `row_sharded`). A plan depends on the layout, the
+*team* shares one: each member takes a part of its long side (see `teams`). A plan depends on the layout, the
 options and nothing else, so all ranks compute the same plan without communicating.
 """
 

@@ -144,8 +144,11 @@ class CheckpointReader:
         path = self.folder / f"rng-{rank:05d}.safetensors"
         if path.name not in self.index["files"]:
             return None
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
 def list_checkpoints(root: Path) -> list[Path]:

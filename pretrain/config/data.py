@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from pretrain.config.base import CONTENTS, EXECUTION, NOTE, RESULT, Section
+from pretrain.config.fields import InputPath
 from pretrain.config.tokenizer import TokenizerConfig
-from pretrain.shipped import locate
 
 __all__ = ["DataConfig", "SourceConfig", "TokenizerConfig"]
 
@@ -16,7 +16,7 @@ class SourceConfig(Section):
 
     key_class = RESULT
 
-    path: Annotated[str, Field(min_length=1), AfterValidator(locate), CONTENTS]
+    path: Annotated[InputPath, CONTENTS]
     """A file, a folder (searched recursively) or a glob such as `corpus/**/*.parquet`, relative to the working
     directory. Files are `.parquet`, `.jsonl`, `.jsonl.gz` or `.jsonl.zst`. A path that does not exist is an error
     before training starts. A run can be resumed with its data elsewhere, as long as the files and their order match."""

@@ -2,7 +2,10 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+
+from pretrain.config.base import STORED
+from pretrain.shipped import locate
 
 
 def _integral(value: Any) -> Any:
@@ -15,3 +18,12 @@ PositiveInt = Annotated[int, Field(gt=0), BeforeValidator(_integral)]
 NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _located(path: str, info: ValidationInfo) -> str:
+    """What a person wrote may name a shipped file; a stored config keeps what was resolved when the run began."""
+    return path if info.context == STORED else locate(path)
+
+
+InputPath = Annotated[str, Field(min_length=1), AfterValidator(_located)]
+"""A path or glob of files that a run reads, relative to the working directory or among the shipped files."""

@@ -2,10 +2,10 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from pretrain.config.base import CONTENTS, RESULT, Section
-from pretrain.shipped import locate
+from pretrain.config.fields import InputPath
 
 
 class TokenizerConfig(Section):
@@ -13,7 +13,7 @@ class TokenizerConfig(Section):
 
     key_class = RESULT
 
-    path: Annotated[str, Field(min_length=1), AfterValidator(locate), CONTENTS]
+    path: Annotated[InputPath, CONTENTS]
     """The `tokenizer.json` file, relative to the working directory."""
 
     eos_token: str = Field(default="<|endoftext|>", min_length=1)

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from optimizers import Aurora
+from optimizers import Aurora, has_fast_bf16
 from optimizers.sharded import Held
 from pretrain.config import Config
 from pretrain.engine.precision import resolve_precision
@@ -63,7 +63,8 @@ class Engine:
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
-        self.precision = resolve_precision(config.train.precision, self.device, deepspeed=self.is_deepspeed)
+        fast_bf16 = has_fast_bf16(self.device)
+        self.precision = resolve_precision(config.train.precision, fast_bf16=fast_bf16, deepspeed=self.is_deepspeed)
         self._check_world(expected)
         self.ranks = Ranks(self.rank, self.world_size, self._make_cpu_group())
 

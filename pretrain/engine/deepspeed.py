@@ -28,7 +28,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from deepspeed.utils import groups
 from torch import Tensor
 
-from optimizers import Aurora
+from optimizers import Aurora, has_fast_bf16
 from optimizers.directions import treats
 from optimizers.sharded import Held, ShardedMatrices, shard
 from optimizers.sharded.engines.deepspeed import read_layout
@@ -121,7 +121,8 @@ class DeepSpeedEngine(Engine):
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ |= alone | {"MASTER_PORT": str(free_port())}
         device = "cuda" if self._on_gpu else "cpu"
-        bf16 = resolve_precision(config.train.precision, device, deepspeed=True).is_bf16
+        fast_bf16 = has_fast_bf16(device)
+        bf16 = resolve_precision(config.train.precision, fast_bf16=fast_bf16, deepspeed=True).is_bf16
         if problems := config.engine.precision_problems("bf16" if bf16 else "fp32"):
             raise ConfigError([f"engine.{problem}" for problem in problems])
         # It warns about every optimizer that is not its own.

@@ -45,8 +45,8 @@ class PlainEngine(Engine):
             module.compile()  # in place, so the parameters keep their names
         self.module = module
         self.model = self.accelerator.prepare(module) if self.world_size > 1 else module
-        wrapped = isinstance(self.model, DistributedDataParallel)
-        assert wrapped == (self.world_size > 1), f"{type(self.model)} on {self.world_size} ranks"
+        if isinstance(self.model, DistributedDataParallel) != (self.world_size > 1):
+            raise RuntimeError(f"Accelerate made a {type(self.model).__name__} of the model on {self.world_size} ranks")
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass; DDP averages over ranks, and the factor turns that into a sum."""

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from optimizers import has_fast_bf16
-
 
 @dataclass(frozen=True)
 class Precision:
@@ -33,13 +31,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def resolve_precision(setting: str, device: torch.device | str, *, deepspeed: bool) -> Precision:
-    """The dtypes that `train.precision` stands for on `device`.
+def resolve_precision(setting: str, *, fast_bf16: bool, deepspeed: bool) -> Precision:
+    """The dtypes that `train.precision` stands for.
 
-    ``auto`` is bf16 where the device multiplies bf16 faster than fp32. The plain engine keeps fp32 weights and uses
-    autocast; DeepSpeed keeps bf16 weights, with fp32 copies that the optimizer steps.
+    ``auto`` is bf16 where the device multiplies bf16 faster than fp32 (`fast_bf16`). The plain engine keeps fp32
+    weights and uses autocast; DeepSpeed keeps bf16 weights, with fp32 copies that the optimizer steps.
     """
-    bf16 = setting == "bf16" or (setting == "auto" and has_fast_bf16(device))
+    bf16 = setting == "bf16" or (setting == "auto" and fast_bf16)
     if deepspeed:
         return Precision(torch.bfloat16 if bf16 else torch.float32, None)
     return Precision(torch.float32, torch.bfloat16 if bf16 else None)

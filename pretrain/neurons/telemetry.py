@@ -84,7 +84,7 @@ class Telemetry(Hook):
             if context.engine.rank == 0:
                 arrays = _arrays(measured) | activations
                 forever = self._survivors.follow(step, _leverages(arrays), self.folder)
-                save_arrays(self.folder, step, arrays)
+                context.write(lambda: save_arrays(self.folder, step, arrays))
                 found = summary(arrays) | _weight_variation(measured) | {"telemetry/dead_forever": forever}
                 found["telemetry/seconds"] = round(time.perf_counter() - started, 4)
                 self.show(_line(step, found))

@@ -18,7 +18,8 @@ from optimizers.flops import step_flops
 from optimizers.options import complete
 from optimizers.sharded import Layout, LayoutError, Plan, plan_group, zero_layout
 from optimizers.sharded.owners import rectangles
-from pretrain.config import Config
+from pretrain.config import Config, ConfigError
+from pretrain.engine.precision import resolve_precision
 from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token
 from pretrain.planning.devices import Device
@@ -128,16 +129,19 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
     """The plan of a run.
 
     Raises:
-        ValueError: the global batch does not divide over the ranks.
+        ConfigError: the global batch does not divide over the ranks, or the stage does not support the precision.
         LayoutError: a matrix would not be worked on exactly once.
     """
     ranks, device = cluster.ranks, cluster.device.kind
     config.accumulation(ranks)
     model = build_model(config.model, config.run.seed, device="meta")
     groups = config.optimizer.param_groups(model)
-    # On a GPU "auto" is bf16, on a CPU what this one is fast at.
-    auto = device == "cuda" or has_fast_bf16("cpu")
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and auto)
+    # Every GPU in the table is fast at bf16; a CPU is taken to be like this one.
+    fast_bf16 = device == "cuda" or has_fast_bf16("cpu")
+    zero = config.engine.kind == "deepspeed"
+    bf16 = resolve_precision(config.train.precision, fast_bf16=fast_bf16, deepspeed=zero).is_bf16
+    if zero and (problems := config.engine.precision_problems("bf16" if bf16 else "fp32")):
+        raise ConfigError([f"engine.{problem}" for problem in problems])
     layout = layout_of(config, groups, ranks)
     group = next((g for g in groups if g["kind"] == "matrix"), None)
     plan = plan_group(layout, _completed(group), device=device) if layout and group else None

@@ -25,6 +25,8 @@ class StepContext:
     engine: Engine
     loss_sum: Callable[[TokenBatch, Callable[..., Tensor]], Tensor]
     """Summed cross-entropy of a batch under a module, as in training; see `Trainer.loss_sum`."""
+    write: Callable[[Callable[[], object]], None]
+    """Does something that may fail on one rank alone, such as writing a file; see `Trainer.attempt`."""
     taken: Callable[[], bool]
     """Returns whether the last step changed the weights; waits for the device."""
 

@@ -48,7 +48,8 @@ class Sampler(Hook):
         if context.engine.rank == 0:
             for index, prompt in enumerate(self.settings.prompts):
                 text = self.sample(context.engine, prompt, context.step * 1000 + index)
-                self.file.append({"step": context.step, "prompt": prompt, "text": text})
+                sample = {"step": context.step, "prompt": prompt, "text": text}
+                context.write(lambda sample=sample: self.file.append(sample))  # type: ignore[misc]
                 self.show(f"sample after step {context.step}: {prompt!r} -> {text!r}")
         return {}
 

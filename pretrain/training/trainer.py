@@ -144,6 +144,7 @@ class Trainer:
             engine=self.engine,
             loss_sum=self.loss_sum,
             taken=lambda: bool(self.optimizer.last_step_finite),
+            write=self.attempt,
         )
 
     def forward_backward(self, batch: TokenBatch) -> Tensor:
@@ -224,20 +225,24 @@ class Trainer:
         return record, stopping > 0
 
     def report(self, record: dict[str, Any], context: StepContext) -> None:
-        """Run the hooks that are due and pass the step's record to `log`.
+        """Run the hooks that are due, and hand the step's record to `log`."""
+        for hook in self.hooks:
+            if hook.due(context.step, context.last):
+                record |= hook.run(context)
+        self.state.validation_loss = record.get("validation_loss", self.state.validation_loss)
+        self.state.bits_per_byte = record.get("validation_bits_per_byte", self.state.bits_per_byte)
+        self.attempt(lambda: self.log(record))
 
-        An OSError, which usually happens only on rank 0, is stored: the other ranks learn of it at the next step's host
-        sync, or after the checkpoint has been saved.
+    def attempt(self, work: Callable[[], object]) -> None:
+        """Do what may fail on one rank alone, such as writing a file; `work` must not communicate.
+
+        An error is kept as the failure of this rank. The other ranks learn of it with the next step's host sync, or
+        when the checkpoint has been saved.
         """
         try:
-            for hook in self.hooks:
-                if hook.due(context.step, context.last):
-                    record |= hook.run(context)
-            self.state.validation_loss = record.get("validation_loss", self.state.validation_loss)
-            self.state.bits_per_byte = record.get("validation_bits_per_byte", self.state.bits_per_byte)
-            self.log(record)
-        except OSError as error:
-            self._failure = error
+            work()
+        except Exception as error:
+            self._failure = self._failure or error
 
     def raise_failure(self) -> None:
         """Raise an error on every rank if `report` could not write a file on any of them; a collective."""

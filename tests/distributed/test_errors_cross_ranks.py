@@ -13,10 +13,11 @@ import pytest
 from pretrain import launch
 from pretrain.checkpoint import writer
 from pretrain.engine.ranks import Ranks
+from pretrain.neurons import telemetry
 from pretrain.processes.errors import PeerError, UserError
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED
 from pretrain.run.json_lines import JsonLines
-from pretrain.training.sampling import Sampler
+from pretrain.run.wandb import NoTracker
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import run
 
@@ -25,11 +26,13 @@ SHORT: dict[str, Any] = {
     "schedule.warmup_tokens": 0,
     "checkpoint.save_every_steps": 1,
     "checkpoint.keep_last": 1,
-    "samples.every_steps": 2,
+    "telemetry.every_steps": 2,
+    "telemetry.reference_step": 2,
 }
 FAULTS = {
     "metrics": (JsonLines, "append", 0),
-    "samples": (Sampler, "sample", 0),
+    "telemetry": (telemetry, "save_arrays", 0),
+    "tracker": (NoTracker, "log", 1),
     "prune": (launch, "prune", 0),
     "write": (writer, "_write_rank", 1),
     "publish": (writer, "_publish", 0),
