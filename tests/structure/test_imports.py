@@ -22,6 +22,22 @@ OF_PRETRAIN_IN_EVAL = {
 # The only modules of pretrain that know of the evaluation.
 KNOW_EVAL = {"pretrain.cli"}
 
+# The rooms of pretrain from top to bottom; each imports only from rows below its own.
+LEVELS = (
+    ("pretrain.__main__",),
+    ("pretrain.cli", "pretrain"),
+    ("pretrain.launch",),
+    ("pretrain.neurons", "pretrain.sweep", "pretrain.report", "pretrain.export"),
+    ("pretrain.training",),
+    ("pretrain.run",),
+    ("pretrain.data", "pretrain.checkpoint", "pretrain.planning"),
+    ("pretrain.engine",),
+    ("pretrain.model",),
+    ("pretrain.config",),
+    ("pretrain.shipped",),
+    ("pretrain.processes", "pretrain.files"),
+)
+
 # Function-level imports of our own modules: importer (or its package) and what is imported (or its package): why.
 # The rule is that there are none; the reason must be that an import is heavy and optional.
 LAZY: dict[tuple[str, str], str] = {
@@ -104,6 +120,17 @@ def _edges_of(circle: list[str], level: str) -> str:
     named = room if level == "rooms" else str
     inside = [e for e in imports() if named(e.importer) in circle and named(e.imported) in circle]
     return show(e for e in inside if named(e.importer) != named(e.imported))
+
+
+def test_rooms_import_only_from_the_rows_below_them() -> None:
+    rows = {name: row for row, names in enumerate(LEVELS) for name in names}
+    edges = [e for e in imports() if e.importer.startswith("pretrain") and e.imported.startswith("pretrain")]
+    edges = [edge for edge in edges if room(edge.importer) != room(edge.imported)]
+    assert {room(end) for edge in edges for end in (edge.importer, edge.imported)} <= rows.keys(), (
+        "a room without a row"
+    )
+    wrong = [edge for edge in edges if rows[room(edge.importer)] >= rows[room(edge.imported)]]
+    assert not wrong, show(wrong)
 
 
 def test_rooms_form_no_circle() -> None:
