@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from optimizers import Aurora
-from pretrain.checkpoint.format import Fragment
+from pretrain.checkpoint.format import CheckpointError, Fragment
 from pretrain.checkpoint.generators import random_generators, restore_generators
 from pretrain.checkpoint.state import fragments, group_settings, load_state, load_weights
 from pretrain.checkpoint.store import CheckpointReader, prune
@@ -269,7 +269,10 @@ def _restore(setup: Setup, reader: CheckpointReader, optimizer: Aurora, hooks: I
             hook.restore(reader)
 
     engine.ranks.together(restore)
-    return TrainState(**reader.index["counters"])
+    try:
+        return TrainState(**reader.index["counters"])
+    except TypeError as error:  # an edited index of format 1, which has no digest
+        raise CheckpointError(f"{reader.folder}: its counters are not those of a run: {error}") from None
 
 
 def _restore_generators(setup: Setup, reader: CheckpointReader) -> None:

@@ -151,6 +151,21 @@ class CheckpointReader:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
+def recover_replaced(root: Path) -> list[Path]:
+    """Give a checkpoint its name back if the process that was replacing it died in between; returns those.
+
+    `pretrain.files.publish_folder` renames the earlier folder to ``step-N.old`` for a moment. Only the process that
+    holds the run's lock may call this.
+    """
+    found = []
+    for replaced in sorted(root.glob("step-*.old")):
+        final = replaced.with_suffix("")
+        if not final.exists():
+            replaced.rename(final)
+            found.append(final)
+    return found
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints under `root`, oldest first."""
     if not root.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.checkpoint.format import CheckpointError
-from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact, recover_replaced
 from pretrain.files import set_aside
 from pretrain.run.folder import RunError, RunFolder
 from pretrain.run.identity import Identity
@@ -23,6 +23,7 @@ def choose_checkpoint(folder: RunFolder, resume: str, identity: Identity) -> tup
         RunError: the run folder contains a different run, or any run if `resume` is ``never``.
         CheckpointError: the requested checkpoint is damaged, or all checkpoints are.
     """
+    recover_replaced(folder.checkpoints)
     if resume == "never":
         if folder.manifest() or list_checkpoints(folder.checkpoints):
             raise RunError(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pretrain.checkpoint import store, writer
 from pretrain.checkpoint.format import INDEX, CheckpointError, Fragment, index_digest
-from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact, prune
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact, prune, recover_replaced
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.engine.ranks import Ranks
 from pretrain.files import file_sha256
@@ -160,6 +160,30 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     )
     assert torch.equal(CheckpointReader(folder).read("w", "weight"), torch.ones(2))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_a_checkpoint_whose_replacement_was_killed_gets_its_name_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = save(tmp_path, 5)
+    rename, renamed = Path.rename, []
+
+    def dies(self: Path, target: Path) -> Path:
+        """The process is killed before the second of the two renames."""
+        renamed.append(target)
+        if len(renamed) > 1:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 5)
+    monkeypatch.undo()
+    assert list_checkpoints(tmp_path) == []
+    assert recover_replaced(tmp_path) == [final]
+    assert list_checkpoints(tmp_path) == [final]
+    CheckpointReader(final).verify()
+    assert recover_replaced(tmp_path) == []
 
 
 def test_pruning_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
