@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import tarfile
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from assets_text import Document, chapters, cut, normalise, read_rdb, reflow, unflatten
+
+from pretrain.files import file_sha256
 
 # Small enough that about 2 % of the bytes, and some of every source, fall into the validation set. With
 # documents of 32 kB, none of Moby Dick happened to.
@@ -57,7 +58,7 @@ def obtain(source: Source, cache: Path) -> Path:
     """
     cache.mkdir(parents=True, exist_ok=True)
     package = cache / source.filename
-    if package.is_file() and sha256(package) == source.sha256:
+    if package.is_file() and file_sha256(package) == source.sha256:
         return package
     # Fetched elsewhere and moved here once verified, so that an interrupted download is never taken as cached.
     with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -68,7 +69,7 @@ def obtain(source: Source, cache: Path) -> Path:
         fetched = Path(folder) / source.filename
         if not fetched.is_file():
             raise AssetError(f"{' '.join(source.fetch)}: did not produce {source.filename}")
-        if (digest := sha256(fetched)) != source.sha256:
+        if (digest := file_sha256(fetched)) != source.sha256:
             raise AssetError(f"{source.filename}: expected sha256 {source.sha256}, got {digest}; not unpacked")
         return fetched.replace(package)
 
@@ -91,12 +92,6 @@ def run(command: tuple[str, ...], cwd: Path) -> None:
     if result.returncode:
         last = "\n".join((result.stderr or result.stdout).strip().splitlines()[-3:])
         raise AssetError(f"`{' '.join(command)}` exited {result.returncode}:\n{last}")
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- readers -----------------------------------------------------------------------------------------

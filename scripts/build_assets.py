@@ -17,9 +17,11 @@ from typing import Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from assets_sources import SOURCES, AssetError, sha256
+from assets_sources import SOURCES, AssetError
 from assets_text import Document, partition, utf8_length
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pretrain.files import file_sha256
 
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
 ROW_GROUP_BYTES: Final = 320_000
@@ -122,7 +124,7 @@ def asset_files(out: Path) -> list[str]:
 
 def write_sums(out: Path) -> None:
     """List every built file in the format of `sha256sum`."""
-    lines = [f"{sha256(out / name)}  {name}\n" for name in asset_files(out)]
+    lines = [f"{file_sha256(out / name)}  {name}\n" for name in asset_files(out)]
     (out / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -136,7 +138,7 @@ def check(out: Path) -> list[str]:
     problems = [f"{name}: missing" for name in sorted(listed.keys() - present)]
     problems += [f"{name}: not listed in {SUMS}" for name in sorted(present - listed.keys())]
     for name in sorted(present & listed.keys()):
-        if (digest := sha256(out / name)) != listed[name]:
+        if (digest := file_sha256(out / name)) != listed[name]:
             problems.append(f"{name}: expected sha256 {listed[name]}, got {digest}")
     return problems
 

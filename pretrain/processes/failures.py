@@ -19,10 +19,10 @@ import sys
 import tempfile
 import time
 import traceback
-import uuid
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from pretrain.files import replace_text
 from pretrain.processes.environment import world
 from pretrain.processes.errors import PeerError, UserError
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
@@ -148,10 +148,8 @@ def _write(failure: Failure, error: BaseException) -> None:
     stack = "".join(traceback.format_exception(error))
     extra = {"py_callstack": stack, "timestamp": str(int(failure["time"]))}
     content: dict[str, Any] = {"message": {"message": failure["text"], "extraInfo": extra}, "aurora": failure}
-    partial = folder / f"{uuid.uuid4().hex[:8]}.tmp"
     with contextlib.suppress(OSError):
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(folder / ERROR_FILE)
+        replace_text(folder / ERROR_FILE, json.dumps(content))
 
 
 def _another_failed_here() -> bool:

@@ -35,7 +35,8 @@ LEVELS = (
     ("pretrain.model",),
     ("pretrain.config",),
     ("pretrain.shipped",),
-    ("pretrain.processes", "pretrain.files"),
+    ("pretrain.processes",),
+    ("pretrain.files",),
 )
 
 # Function-level imports of our own modules: importer (or its package) and what is imported (or its package): why.
