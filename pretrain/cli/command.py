@@ -49,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except BrokenPipeError as error:
             code = FAILED if _drop_closed_output() else report_failure(error)
-        except SystemExit:
-            raise  # a library's own exit code
         except BaseException as error:
             code = report_failure(error)
     note_exit(code)

@@ -28,7 +28,7 @@ LONG = pytest.mark.long
 # On rank 1 of two, in the second step: what its output shows, and what the launcher's last line says of it.
 ON_ONE_RANK = [
     pytest.param("memory", "MemoryError: no memory for 12 bytes", "failed first: MemoryError: no memory", id="memory"),
-    pytest.param("kill", None, "was ended by signal 9 (SIGKILL)", id="kill"),
+    pytest.param("kill", None, "was killed by signal 9 (SIGKILL)", id="kill"),
     pytest.param("out of memory", "tried to allocate 20.00 GiB", "failed first: OutOfMemoryError", marks=LONG),
     pytest.param("runtime", "RuntimeError: kernel failed", "failed first: RuntimeError: kernel", marks=LONG),
     pytest.param("plain value", "ValueError: trying to init", "failed first: ValueError: trying to init", marks=LONG),
@@ -260,13 +260,13 @@ def told(kind: Any, rank: int, code: int = 1) -> Failure:
         ({0: Ended(1), 1: Ended(1)}, [told("own", 1), told("lost", 0)], set(), 1, "rank 1 on n failed first: Oops"),
         # A rank that the launcher ended is never blamed, even if it is the only one that torchrun lists.
         ({0: Ended(-15)}, [told("own", 1)], {1}, 1, "rank 1 on n failed first: Oops"),
-        ({0: Ended(-15, 10), 1: Ended(-9, 11)}, [], {10}, 1, "rank 1 on {host} was ended by signal 9"),
-        ({0: Ended(-9, 10), 1: Ended(-11, 11)}, [], {10}, 1, "rank 1 on {host} was ended by signal 11"),
-        ({0: Ended(1, 10), 1: Ended(-9, 11)}, [told("lost", 0)], set(), 1, "rank 1 on {host} was ended by signal 9"),
+        ({0: Ended(-15, 10), 1: Ended(-9, 11)}, [], {10}, 1, "rank 1 on {host} was killed by signal 9"),
+        ({0: Ended(-9, 10), 1: Ended(-11, 11)}, [], {10}, 1, "rank 1 on {host} was killed by signal 11"),
+        ({0: Ended(1, 10), 1: Ended(-9, 11)}, [told("lost", 0)], set(), 1, "rank 1 on {host} was killed by signal 9"),
         ({0: Ended(-15, 10)}, [], {10}, 1, "before they could say why"),
         ({0: Ended(75), 1: Ended(75)}, [], set(), 75, None),
         ({0: Ended(75), 1: Ended(-15, 11)}, [], {11}, 75, None),
-        ({0: Ended(75), 1: Ended(-9, 11)}, [], set(), 1, "rank 1 on {host} was ended by signal 9"),
+        ({0: Ended(75), 1: Ended(-9, 11)}, [], set(), 1, "rank 1 on {host} was killed by signal 9"),
         ({0: Ended(75), 1: Ended(7)}, [], set(), 1, "rank 1 on {host} ended with exit code 7"),
         ({1: Ended(2)}, [told("own", 1, code=2)], set(), 2, None),
         ({0: Ended(2), 1: Ended(2)}, [], set(), 2, None),
