@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 from pretrain.config import Config, parse_config
@@ -17,6 +18,13 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """A test that draws from torch's global generator draws the same numbers in every run."""
+    torch.manual_seed(0)
+
 
 TINY: dict[str, Any] = {
     "run": {"name": "tiny", "seed": 3},

@@ -22,6 +22,7 @@ assert config.optimizer.settings().matrix["gain"] == 0.5
 assert "gain: 0.5" in config.to_yaml()
 assert "A factor on the direction." in Aurora.__doc__
 weight = torch.nn.Parameter(torch.zeros(4, 4))
+torch.manual_seed(0)
 weight.grad = torch.randn(4, 4)
 Aurora([weight], direction="muon", gain=0.5, lr=1.0).step()
 assert torch.allclose(torch.linalg.svdvals(weight.detach()), torch.tensor(0.5), atol=1e-3)
