@@ -14,7 +14,7 @@ from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.data.errors import DataError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
 from pretrain.data.sources import list_files, open_bytes, size_of
-from pretrain.data.units import Unit
+from pretrain.data.units import DataFile, TextRecipe, Unit
 
 _HASHED_BYTES = 1 << 20
 _MAX_NAMES = 64  # a column with more distinct values than this describes rows rather than sources
@@ -32,13 +32,13 @@ class CatalogFile:
     sha256: str
     """Of the first MiB, the last MiB and the size in decimal digits, in this order."""
 
-    def units(self, text_field: str, split_units: int) -> list[Unit]:
+    def units(self, recipe: TextRecipe, split_units: int) -> list[Unit]:
         """Return the read units of the file: its row groups, or the file itself, each divided by `split_units`."""
         groups: list[tuple[int | None, int | None]] = [(None, None)]
         if self.row_groups is not None:
             groups = list(enumerate(self.row_groups))
         return [
-            Unit(self.path, text_field, group, rows, part, split_units, self.bytes)
+            Unit(DataFile(self.path, self.bytes), recipe, group, rows, part, split_units)
             for group, rows in groups
             for part in range(split_units)
         ]
@@ -73,9 +73,14 @@ class Catalog:
         if [source.path for source in config.sources] != [source.path for source in self.sources]:
             raise ValueError("the catalog was made from other sources than those of the config")
         return tuple(
-            tuple(unit for file in found.files for unit in file.units(source.text_field, source.split_units))
+            tuple(unit for file in found.files for unit in file.units(text_recipe(source), source.split_units))
             for source, found in zip(config.sources, self.sources, strict=True)
         )
+
+
+def text_recipe(source: SourceConfig) -> TextRecipe:
+    """How a row of a source becomes text."""
+    return TextRecipe(source.text_field)
 
 
 def make_catalog(config: DataConfig) -> Catalog:
@@ -113,9 +118,9 @@ def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[Ca
         paths, problems = [], [str(error)]
     for path in paths:
         try:
-            with open_bytes(path) as file:
+            with open_bytes(DataFile(path)) as file:
                 size, digest = _digest(file, path)
-                text = text_file(file, path, source.text_field)
+                text = text_file(file, path, text_recipe(source))
                 names |= text.values("source", _MAX_NAMES)
                 licences |= text.values("licence", _MAX_NAMES) | text.values("license", _MAX_NAMES)
                 files.append(CatalogFile(path, size, text.row_groups(), digest))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from pretrain.config.data import DataConfig, SourceConfig
-from pretrain.data.catalog import Catalog, CatalogFile, catalog_source
+from pretrain.data.catalog import Catalog, CatalogFile, catalog_source, text_recipe
 from pretrain.data.formats import TextFile
 from pretrain.data.order import Split, is_validation, lane_problem
 from pretrain.data.units import Unit
@@ -88,7 +88,7 @@ class _Scan:
             DataError: the file is damaged, or one of its rows holds no valid text.
 
         """
-        units = file.units(source.text_field, split_units=1)
+        units = file.units(text_recipe(source), split_units=1)
         if file.bytes <= self._budget:
             self._budget -= file.bytes
             texts = _all_texts(text, units)

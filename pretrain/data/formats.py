@@ -10,7 +10,7 @@ from typing import BinaryIO, Protocol
 from pretrain.data.json_lines import JsonLinesText
 from pretrain.data.parquet import ParquetText
 from pretrain.data.sources import open_bytes
-from pretrain.data.units import Unit
+from pretrain.data.units import TextRecipe, Unit
 
 
 class TextFile(Protocol):
@@ -38,25 +38,25 @@ class TextFile(Protocol):
         """
 
 
-FORMATS: dict[str, Callable[[BinaryIO, str, str], TextFile]] = {
+FORMATS: dict[str, Callable[[BinaryIO, str, TextRecipe], TextFile]] = {
     ".parquet": ParquetText,
     ".jsonl": JsonLinesText,
     ".jsonl.gz": JsonLinesText,
     ".jsonl.zst": JsonLinesText,
 }
-"""The class that reads the files with a suffix; called with the open file, its path and the text field."""
+"""The class that reads the files with a suffix; called with the open file, its path and the recipe."""
 
 SUFFIXES = tuple(FORMATS)
 
 
-def text_file(file: BinaryIO, path: str, text_field: str) -> TextFile:
+def text_file(file: BinaryIO, path: str, recipe: TextRecipe) -> TextFile:
     """Read an open file in the format that its path names.
 
     Raises:
         DataError: the file is damaged or has no such text field.
 
     """
-    return next(kind for suffix, kind in FORMATS.items() if path.endswith(suffix))(file, path, text_field)
+    return next(kind for suffix, kind in FORMATS.items() if path.endswith(suffix))(file, path, recipe)
 
 
 def read_unit(unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str]]:
@@ -69,5 +69,5 @@ def read_unit(unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[in
         DataError: the file is missing, damaged or not the one in the catalog, or a row holds no valid text.
 
     """
-    with open_bytes(unit.path, unit.file_bytes) as file:
-        yield from text_file(file, unit.path, unit.text_field).rows(unit, first_row, batch_bytes)
+    with open_bytes(unit.file) as file:
+        yield from text_file(file, unit.file.path, unit.recipe).rows(unit, first_row, batch_bytes)

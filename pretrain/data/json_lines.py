@@ -12,7 +12,7 @@ import zstandard
 
 from pretrain.data.errors import DataError
 from pretrain.data.sources import size_of
-from pretrain.data.units import Unit
+from pretrain.data.units import TextRecipe, Unit
 
 # Compressed bytes read at a time: bounds what a zstd file may expand to in memory.
 _CHUNK_BYTES = 1 << 17
@@ -24,12 +24,12 @@ class JsonLinesText:
     Args:
         file: the open file. It stays open when this object is dropped.
         path: its name; its suffix tells the compression.
-        text_field: the key that holds the text.
+        recipe: how a row becomes text.
 
     """
 
-    def __init__(self, file: BinaryIO, path: str, text_field: str) -> None:
-        self._file, self._path, self._text_field = file, path, text_field
+    def __init__(self, file: BinaryIO, path: str, recipe: TextRecipe) -> None:
+        self._file, self._path, self._text_field = file, path, recipe.text_field
 
     def row_groups(self) -> None:
         """Return None: the rows are not counted, and there are no row groups."""

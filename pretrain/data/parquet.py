@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pretrain.data.errors import DataError
-from pretrain.data.units import Unit
+from pretrain.data.units import TextRecipe, Unit
 
 _MAX_BATCH_ROWS = 4096
 _SAMPLE_ROWS = 1024
@@ -20,14 +20,15 @@ class ParquetText:
     Args:
         file: the open file. It stays open when this object is dropped.
         path: its name, for messages.
-        text_field: the column that holds the text.
+        recipe: how a row becomes text.
 
     Raises:
         DataError: the file is damaged, it lacks the column, or the column holds something other than strings.
 
     """
 
-    def __init__(self, file: BinaryIO, path: str, text_field: str) -> None:
+    def __init__(self, file: BinaryIO, path: str, recipe: TextRecipe) -> None:
+        text_field = recipe.text_field
         self._path, self._text_field = path, text_field
         try:
             # Column chunks are read through a small buffer: they may be larger than the memory for all lanes together.

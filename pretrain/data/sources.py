@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.data.errors import DataError
+from pretrain.data.units import DataFile
 
 
 def list_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -46,25 +47,24 @@ def list_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 @contextmanager
-def open_bytes(path: str, expected_bytes: int | None = None) -> Iterator[BinaryIO]:
+def open_bytes(data: DataFile) -> Iterator[BinaryIO]:
     """Open a file for reading; the stream can seek.
 
     Args:
-        path: as `list_files` returns it.
-        expected_bytes: the size that the catalog recorded; None if the file is not in a catalog yet.
+        data: the file, in the version that the catalog recorded if there is a catalog yet.
 
     Raises:
-        DataError: the file cannot be opened, or its size is not the expected one.
+        DataError: the file cannot be opened, or it is not in the recorded version.
 
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        file = open(data.path, "rb")  # noqa: SIM115
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        raise DataError(f"{data.path}: cannot be read: {error}") from error
     with file:
-        if expected_bytes is not None and (size := size_of(file)) != expected_bytes:
+        if data.bytes is not None and (size := size_of(file)) != data.bytes:
             raise DataError(
-                f"{path}: has {size} bytes, but had {expected_bytes} when the run was started: the file has changed; "
+                f"{data.path}: has {size} bytes, but had {data.bytes} when the run was started: the file has changed; "
                 "restore it, or start a new run"
             )
         yield file

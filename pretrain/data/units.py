@@ -4,16 +4,32 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file of data, in the version that the catalog recorded."""
+
+    path: str
+    """Where it is: a path spelt as in the config, or a URL."""
+    bytes: int | None = None
+    """Its size; None: not known yet, and not checked."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecipe:
+    """How a row becomes text."""
+
+    text_field: str = "text"
+    """The column or key that holds the text."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unit:
     """Every `parts`-th row, beginning with row `part`, of a file or of one of its row groups."""
 
-    path: str
-    text_field: str
+    file: DataFile
+    recipe: TextRecipe
     row_group: int | None
     """Index of the row group; None for a file without row groups (JSON lines)."""
     rows: int | None
     """Rows of the row group or file; None if they have not been counted."""
     part: int
     parts: int
-    file_bytes: int | None = None
-    """Size of the file according to the catalog; None: not known, and not checked."""

@@ -27,10 +27,10 @@ class Lane:
 
 def unit_texts(unit: Unit) -> list[str]:
     if unit.row_group is None:
-        rows = read_jsonl(Path(unit.path))
+        rows = read_jsonl(Path(unit.file.path))
     else:
-        rows = pq.ParquetFile(unit.path).read_row_group(unit.row_group).to_pylist()
-    return [row[unit.text_field] for row in rows[unit.part :: unit.parts]]
+        rows = pq.ParquetFile(unit.file.path).read_row_group(unit.row_group).to_pylist()
+    return [row[unit.recipe.text_field] for row in rows[unit.part :: unit.parts]]
 
 
 def in_validation(text: str, fraction: float) -> bool:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, normalizers
 from pretrain.config.data import TokenizerConfig
 from pretrain.data import load_tokenizer
 from pretrain.data.order import epoch_order, make_plan
-from pretrain.data.units import Unit
+from pretrain.data.units import DataFile, TextRecipe, Unit
 from tests.data.corpus import EOS, Setting, drain, make_setting, make_texts, rows, write_jsonl, write_parquet
 from tests.data.oracle import epoch_texts, oracle_rows
 
@@ -117,8 +117,8 @@ def test_order_depends_on_seed_and_epoch_but_the_documents_do_not(tmp_path: Path
 
 def test_the_order_of_a_seed_never_changes() -> None:
     """Saved states rely on it, whatever is installed: these orders are written down."""
-    units = tuple(Unit(name, "text", None, None, 0, 1) for name in "abcdefgh")
-    order = ["".join(u.path for u in epoch_order((units,), (Fraction(1),), seed=7, epoch=e)) for e in (0, 1)]
+    units = tuple(Unit(DataFile(name), TextRecipe(), None, None, 0, 1) for name in "abcdefgh")
+    order = ["".join(u.file.path for u in epoch_order((units,), (Fraction(1),), seed=7, epoch=e)) for e in (0, 1)]
     assert order == ["bcdfhgea", "eahdfcbg"]
 
 
