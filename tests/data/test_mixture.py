@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data import DataError, StreamState, load_tokenizer
 from pretrain.data.mixture import MixtureState, Schedule, Stage, exact
 from pretrain.data.workers import InlineReader
+from pretrain.training.epochs import EpochNotices
 from tests.data.corpus import Setting, drain, make_setting, make_texts, on_ranks, rows, write_jsonl, write_parquet
 from tests.data.oracle import choose, oracle_dealt, oracle_rows
 
@@ -263,6 +265,26 @@ def test_the_default_shares_are_those_of_the_bytes(setting: Setting) -> None:
     sizes = {source.path: Path(source.path).stat().st_size for source in setting.config.sources}
     for source, progress in zip(sizes, stream.progress().values(), strict=True):
         assert abs(progress.sequences - 200 * sizes[source] / sum(sizes.values())) < 1
+
+
+def test_the_beginning_of_an_epoch_and_the_end_of_a_source_are_said(setting: Setting) -> None:
+    sources = [source.model_copy(update={"max_epochs": 2}) for source in setting.config.sources]
+    stages = [{"mixture": {"web": 1, "code": 9}, "until_tokens": 13 * 400}, {"mixture": {"web": 1, "books": 1}}]
+    endless = Setting(setting.config, setting.tokenizer, setting.sequence_length, epochs=None)
+    endless = endless.changed(sources=sources, stages=stages, past_max_epochs="end_source")
+    stream = endless.open()
+    notices = EpochNotices(stream, endless.config.epoch_limits)
+    found = []
+    for step in range(1, 101):
+        stream.next_batch(6)
+        found += notices.lines(step)
+    dealt = [source for source, _ in islice(oracle_dealt(endless), 600)]
+    last = max(index for index, source in enumerate(dealt) if source == 1)
+    assert [line for line in found if "source code" in line] == [
+        f"source code: epoch 2 begins at step {(last + 1) // 2 // 6 + 1}",
+        f"source code: has ended after 2 epochs (max_epochs), at step {(last + 1) // 6 + 1}",
+    ]
+    assert "stage 2 of the mixture has been reached at step 67" in found
 
 
 def version_1(state: StreamState) -> Any:
