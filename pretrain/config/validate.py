@@ -119,13 +119,19 @@ def _one_per_fault(model: type[BaseModel], errors: Sequence[Any]) -> list[dict[s
         if any(other["loc"][: len(loc)] == loc and len(other["loc"]) > len(loc) for other in errors):
             continue
         field = model.model_fields.get(loc[0]) if loc else None
-        if field is None or typing.get_origin(field.annotation) not in (typing.Union, types.UnionType):
+        if field is None or not _is_union(field.annotation):
             found[loc, error["msg"]] = error
         elif loc[:1] in found:
             found[loc[:1]]["msg"] += f", or {_lower_first(error['msg'])}"
         else:
             found[loc[:1]] = {**error, "loc": loc[:1]}
     return list(found.values())
+
+
+def _is_union(annotation: Any) -> bool:
+    """Whether pydantic tries several types; null beside a single type is not one of them."""
+    members = set(typing.get_args(annotation)) - {type(None)}
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType) and len(members) > 1
 
 
 def _delete(value: Any, loc: tuple[int | str, ...]) -> bool:
