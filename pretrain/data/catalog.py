@@ -28,7 +28,7 @@ class CatalogFile:
     """Spelt as in the config."""
     bytes: int
     row_groups: tuple[int, ...] | None
-    """Rows of each row group of a parquet file; None for JSON lines, which would have to be read."""
+    """Rows of each row group of a parquet file; None for JSON, which would have to be read."""
     sha256: str
     """Of the first MiB, the last MiB and the size in decimal digits, in this order."""
 
@@ -73,14 +73,14 @@ class Catalog:
         if [source.path for source in config.sources] != [source.path for source in self.sources]:
             raise ValueError("the catalog was made from other sources than those of the config")
         return tuple(
-            tuple(unit for file in found.files for unit in file.units(text_recipe(source), source.split_units))
+            tuple(unit for file in found.files for unit in file.units(text_recipe(source, config), source.split_units))
             for source, found in zip(config.sources, self.sources, strict=True)
         )
 
 
-def text_recipe(source: SourceConfig) -> TextRecipe:
-    """How a row of a source becomes text."""
-    return TextRecipe(source.text_field)
+def text_recipe(source: SourceConfig, config: DataConfig) -> TextRecipe:
+    """Return which rows of a source are read, and how they become text."""
+    return TextRecipe(source.text_field, source.where, config.max_document_mib << 20, config.max_zstd_window_mib << 20)
 
 
 def make_catalog(config: DataConfig) -> Catalog:
@@ -91,7 +91,7 @@ def make_catalog(config: DataConfig) -> Catalog:
             themselves are not read; `pretrain.data.check.survey` does both.
 
     """
-    found = [catalog_source(source) for source in config.sources]
+    found = [catalog_source(source, config) for source in config.sources]
     if problems := [problem for _, problems in found for problem in problems]:
         raise DataError("\n".join(problems))
     return Catalog(tuple(source for source, _ in found))
@@ -100,11 +100,14 @@ def make_catalog(config: DataConfig) -> Catalog:
 Visit = Callable[[CatalogFile, TextFile], None]
 
 
-def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[CatalogSource, list[str]]:
+def catalog_source(
+    source: SourceConfig, config: DataConfig, visit: Visit | None = None
+) -> tuple[CatalogSource, list[str]]:
     """Describe one source; return what was found and every problem, at most one per file.
 
     Args:
         source: the source.
+        config: the section that it is part of.
         visit: called with each file while it is open. A `DataError` that it raises counts as a problem of the file.
 
     """
@@ -120,7 +123,7 @@ def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[Ca
         try:
             with open_bytes(DataFile(path)) as file:
                 size, digest = _digest(file, path)
-                text = text_file(file, path, text_recipe(source))
+                text = text_file(file, path, text_recipe(source, config))
                 names |= text.values("source", _MAX_NAMES)
                 licences |= text.values("licence", _MAX_NAMES) | text.values("license", _MAX_NAMES)
                 files.append(CatalogFile(path, size, text.row_groups(), digest))

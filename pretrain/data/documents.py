@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pretrain.config.data import DataConfig
+from pretrain.data.bad_rows import BadRow, BadRowBudget
 from pretrain.data.catalog import Catalog
 from pretrain.data.formats import read_unit
 from pretrain.data.order import ReadPlan, make_plan
@@ -36,15 +37,19 @@ def lane_documents(plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, ba
     """Yield the documents of a lane from the row of `start` to the end of `last_epoch`.
 
     Raises:
-        DataError: see `read_unit`.
+        DataError: see `read_unit`; or an epoch has more bad rows than `plan` allows.
 
     """
     for epoch in range(start.epoch, last_epoch + 1):
+        budget = BadRowBudget(plan.max_bad_rows)
         for index, unit in enumerate(plan.lane_units(epoch, lane)):
             if (epoch, index) < start[:2]:
                 continue
             first_row = start.row if (epoch, index) == start[:2] else 0
             for row, text in read_unit(unit, first_row, batch_bytes):
+                if isinstance(text, BadRow):
+                    budget.spend(text)
+                    continue
                 encoded = text.encode()
                 if encoded and plan.selects(encoded):
                     yield Document(Cursor(epoch, index, row, 0), text, len(encoded))

@@ -35,6 +35,8 @@ class ReadPlan:
     """Epochs until the stream ends; None if it never does."""
     split: Split
     validation_fraction: float
+    max_bad_rows: int = 0
+    """The bad rows that may be skipped in an epoch."""
     _orders: dict[int, list[Unit]] = field(default_factory=dict, repr=False, compare=False)
 
     def lane_units(self, epoch: int, lane: int) -> list[Unit]:
@@ -69,11 +71,13 @@ def make_plan(config: DataConfig, split: Split, epochs: int | None, catalog: Cat
     units = (catalog or make_catalog(config)).units(config)
     if split == "validation":
         weights = (Fraction(1),) * len(units)
-        return ReadPlan(units, weights, 1, 0, 1, split, config.validation_fraction)
+        return ReadPlan(units, weights, 1, 0, 1, split, config.validation_fraction, config.max_bad_rows)
     if problem := lane_problem(config, [len(source) for source in units]):
         raise DataError(problem)
     weights = tuple(exact(source.weight) for source in config.sources)
-    return ReadPlan(units, weights, config.lanes, config.seed, epochs, split, config.validation_fraction)
+    return ReadPlan(
+        units, weights, config.lanes, config.seed, epochs, split, config.validation_fraction, config.max_bad_rows
+    )
 
 
 def lane_problem(config: DataConfig, counts: list[int]) -> str | None:

@@ -15,10 +15,16 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class TextRecipe:
-    """How a row becomes text."""
+    """Which rows are read, how a row becomes text, and what a reader refuses so that its memory stays bounded."""
 
     text_field: str = "text"
-    """The column or key that holds the text."""
+    """The field that holds the text, or a template of fields; see `pretrain.config.text_field`."""
+    where: str | None = None
+    """The condition that a row must meet; see `pretrain.config.row_filter`. None: every row is read."""
+    max_document_bytes: int = 128 << 20
+    """A larger row counts as a bad one."""
+    max_zstd_window_bytes: int = 128 << 20
+    """A file compressed with a larger window is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,7 @@ class Unit:
     file: DataFile
     recipe: TextRecipe
     row_group: int | None
-    """Index of the row group; None for a file without row groups (JSON lines)."""
+    """Index of the row group; None for a file without row groups (JSON)."""
     rows: int | None
     """Rows of the row group or file; None if they have not been counted."""
     part: int

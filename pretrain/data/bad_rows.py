@@ -1,0 +1,54 @@
+"""Rows that cannot be used, and how many of them a run puts up with."""
+
+from dataclasses import dataclass
+
+from pretrain.data.errors import DataError
+
+_MOST_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that holds no usable text, or several that are damaged together. Can be pickled."""
+
+    path: str
+    """Its file."""
+    place: str
+    """Which row of the file, for people; empty if the problem says so itself."""
+    problem: str
+    """What is wrong with it: a sentence with file and place."""
+    rows: int = 1
+    """How many rows are lost."""
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+class BadRowBudget:
+    """Counts bad rows until there are too many."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.rows = 0
+        self.first: list[BadRow] = []
+        """The first of them, for messages."""
+
+    def spend(self, bad: BadRow) -> None:
+        """Count a bad row.
+
+        Raises:
+            DataError: there are more than `limit`.
+
+        """
+        self.rows += bad.rows
+        if len(self.first) < _MOST_LISTED:
+            self.first.append(bad)
+        if self.rows > self.limit:
+            raise DataError(self._message(bad))
+
+    def _message(self, bad: BadRow) -> str:
+        if self.limit == 0:
+            found = "no bad row is allowed (data.max_bad_rows is 0)"
+        else:
+            found = f"this makes {self.rows:,} bad rows, and data.max_bad_rows is {self.limit:,}"
+        return f"{bad.problem}; {found}: repair or remove the row, or raise data.max_bad_rows to skip such rows"
