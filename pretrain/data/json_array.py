@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import IO
 
 _CHUNK_BYTES = 1 << 18
-_OUTSIDE = re.compile(rb'["\[\]{},]')
-# The rest of a string, or as much of it as is there: up to its closing quote, or to a backslash at the very end.
-_INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_BACKSLASH = ord("\\")
+_TOP = re.compile(rb'["\[\]{},]')
+_NESTED = re.compile(rb'["\[\]{}]')
 
 
 class ArrayError(Exception):
@@ -51,19 +51,13 @@ def _tokens(stream: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
     """Yield (b"", part of an element), and (b"," or b"]", b"") where an element of the outermost array ends."""
     depth, inside, escaped = 1, False, False
     while chunk := stream.read(_CHUNK_BYTES):
-        begin = place = 0
-        if escaped:
-            place, escaped = 1, False
+        begin, place = 0, int(escaped)  # what the last chunk escapes is skipped
+        escaped = False
         while place < len(chunk):
             if inside:
-                match = _INSIDE.match(chunk, place)
-                place = match.end() if match else place
-                if place < len(chunk):
-                    escaped = chunk[place] == ord("\\")  # at the end: what it escapes is in the next chunk
-                    inside = escaped
-                    place += 1
+                place, inside, escaped = _end_of_string(chunk, place)
                 continue
-            found = _OUTSIDE.search(chunk, place)
+            found = (_NESTED if depth > 1 else _TOP).search(chunk, place)
             if found is None:
                 break
             place = found.end()
@@ -71,19 +65,40 @@ def _tokens(stream: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
                 inside = True
             elif found[0] in (b"[", b"{"):
                 depth += 1
-            elif found[0] in (b"]", b"}"):
+            elif found[0] == b",":
+                yield b"", chunk[begin : place - 1]
+                yield b",", b""
+                begin = place
+            else:
                 depth -= 1
                 if depth == 0:
-                    yield b"", chunk[begin : found.start()]
+                    yield b"", chunk[begin : place - 1]
                     yield b"]", b""
                     _expect_the_end(chunk[place:], stream)
                     return
-            elif depth == 1:
-                yield b"", chunk[begin : found.start()]
-                yield b",", b""
-                begin = place
         yield b"", chunk[begin:]
     raise ArrayError("the file ends in the middle of the array")
+
+
+def _end_of_string(chunk: bytes, place: int) -> tuple[int, bool, bool]:
+    """Go to the end of a string, or of the chunk; `place` is within the string, and not escaped.
+
+    Returns:
+        The place behind it, whether the string continues, and whether the first byte of the next chunk is escaped.
+
+    """
+    while True:
+        quote = chunk.find(b'"', place)
+        end = quote if quote >= 0 else len(chunk)
+        first = end
+        while first > place and chunk[first - 1] == _BACKSLASH:
+            first -= 1
+        odd = (end - first) % 2 == 1
+        if quote < 0:
+            return end, True, odd
+        place = quote + 1
+        if not odd:
+            return place, False, False
 
 
 def _expect_the_end(rest: bytes, stream: IO[bytes]) -> None:

@@ -19,6 +19,7 @@ from pretrain.data.units import TextRecipe, Unit
 
 _MAX_BATCH_ROWS = 4096
 _SAMPLE_ROWS = 1024
+_MAX_BATCH_BYTES = 256 << 20
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
@@ -36,7 +37,7 @@ class ParquetText:
     """
 
     def __init__(self, file: BinaryIO, path: str, recipe: TextRecipe) -> None:
-        self._path, self._limits = path, recipe
+        self._bytes, self._path, self._limits = file, path, recipe
         self._field = parse_text_field(recipe.text_field)
         self._condition = parse_condition(recipe.where) if recipe.where else None
         try:
@@ -135,11 +136,30 @@ class ParquetText:
         leaves = sorted({leaf for column in self._columns for leaf in column.leaves})
         group = self._file.metadata.row_group(unit.row_group)
         size = sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
-        rows = max(1, min(_MAX_BATCH_ROWS, batch_bytes // max(1, size // max(1, group.num_rows))))
+        rows = min(_MAX_BATCH_ROWS, batch_bytes // max(1, size // max(1, group.num_rows)))
+        # A value of a dictionary may come back in every row, at a few bits each in the file.
+        largest = max(self._dictionary_bytes(group.column(leaf)) for leaf in leaves)
+        rows = max(1, min(rows, _MAX_BATCH_BYTES // max(1, largest)))
         batches: Iterator[Any] = self._file.reader.iter_batches(
             rows, row_groups=[unit.row_group], column_indices=leaves, use_threads=False
         )
         return batches
+
+    def _dictionary_bytes(self, chunk: Any) -> int:
+        """Return the size of the dictionary of a column chunk, as its page header states it; 0 if it has none."""
+        if not chunk.has_dictionary_page or chunk.physical_type != "BYTE_ARRAY" or not chunk.dictionary_page_offset:
+            return 0
+        self._bytes.seek(chunk.dictionary_page_offset)
+        header = self._bytes.read(16)
+        # Thrift's compact protocol: field 1, the kind of page (a dictionary), and field 2, its size, as zigzag varints.
+        if header[:3] != b"\x15\x04\x15":
+            return 0
+        size = 0
+        for index, byte in enumerate(header[3:8]):
+            size |= (byte & 127) << 7 * index
+            if byte < 128:
+                break
+        return size >> 1
 
     def _next_batch(self, batches: Iterator[Any], unit: Unit) -> Any:
         """Return the next batch, None at the end, or what is wrong with it."""
