@@ -192,7 +192,10 @@ class _Parser:
         self._at += 1
         field = token.text.strip("`")
         if operator := self._take("==", "!=", "<", "<=", ">", ">="):
-            return Comparison(field, operator, self._literal())  # type: ignore[arg-type]
+            place, value = self._next.place, self._literal()
+            if isinstance(value, bool) and operator not in ("==", "!="):
+                self._fail("true and false have no order", place)
+            return Comparison(field, operator, value)  # type: ignore[arg-type]
         if self._take("is"):
             negated = bool(self._take("not"))
             self._need("null")

@@ -102,7 +102,8 @@ def _end_of_string(chunk: bytes, place: int) -> tuple[int, bool, bool]:
 
 
 def _expect_the_end(rest: bytes, stream: IO[bytes]) -> None:
-    while rest:
-        if rest.strip():
-            raise ArrayError(f"{rest.strip()[:40]!r} follows the end of the array")
+    while not rest.strip():
         rest = stream.read(_CHUNK_BYTES)
+        if not rest:
+            return
+    raise ArrayError(f"{rest.strip()[:40]!r} follows the end of the array")
