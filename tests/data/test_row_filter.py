@@ -187,7 +187,7 @@ def test_conditions_mean_what_they_say(text: str, expected: bool | None) -> None
         ("a == 1e999", "not a finite number"),
         ("a == 1x", "cannot read '1x'"),
         ("a < true", "have no order"),
-        ("__import__('os').system('x')", "expected a comparison"),
+        ("__import__('os').system('x')", "cannot read"),
         ("not " * 60 + "a == 1", "nested more than 50 deep"),
         ("(" * 60, "nested more than 50 deep"),
     ],
