@@ -44,11 +44,20 @@ class BadRowBudget:
         if len(self.first) < _MOST_LISTED:
             self.first.append(bad)
         if self.rows > self.limit:
-            raise DataError(self._message(bad))
+            raise DataError(too_many(bad, self.rows, self.limit))
 
-    def _message(self, bad: BadRow) -> str:
-        if self.limit == 0:
-            found = "no bad row is allowed (data.max_bad_rows is 0)"
-        else:
-            found = f"this makes {self.rows:,} bad rows, and data.max_bad_rows is {self.limit:,}"
-        return f"{bad.problem}; {found}: repair or remove the row, or raise data.max_bad_rows to skip such rows"
+
+def too_many(bad: BadRow, rows: int, limit: int) -> str:
+    """Return the message that a bad row is one too many.
+
+    Args:
+        bad: the row.
+        rows: how many there are with it.
+        limit: data.max_bad_rows.
+
+    """
+    found = f"{rows:,} bad rows" if rows > 1 else "1 bad row"
+    return (
+        f"{bad.problem}; {found} so far, more than the {limit:,} of data.max_bad_rows: repair or remove the row, or "
+        "raise data.max_bad_rows to skip such rows"
+    )

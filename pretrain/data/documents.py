@@ -31,10 +31,22 @@ class Document:
     text: str
     text_bytes: int
     """Length in UTF-8."""
+    skipped: tuple[BadRow, ...] = ()
+    """Bad rows between the previous document of the lane and this one, in the first epoch."""
 
 
-def lane_documents(plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, batch_bytes: int) -> Iterator[Document]:
+def lane_documents(
+    plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, batch_bytes: int, skipped: list[BadRow]
+) -> Iterator[Document]:
     """Yield the documents of a lane from the row of `start` to the end of `last_epoch`.
+
+    Args:
+        plan: what the lane reads.
+        lane: the lane.
+        start: where to begin.
+        last_epoch: where to end.
+        batch_bytes: see `read_unit`.
+        skipped: bad rows that no document has told of yet; holds those after the last document at the end.
 
     Raises:
         DataError: see `read_unit`; or an epoch has more bad rows than `plan` allows.
@@ -49,10 +61,13 @@ def lane_documents(plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, ba
             for row, text in read_unit(unit, first_row, batch_bytes):
                 if isinstance(text, BadRow):
                     budget.spend(text)
+                    if epoch == 0:  # they come again in every epoch
+                        skipped.append(text)
                     continue
                 encoded = text.encode()
                 if encoded and plan.selects(encoded):
-                    yield Document(Cursor(epoch, index, row, 0), text, len(encoded))
+                    yield Document(Cursor(epoch, index, row, 0), text, len(encoded), tuple(skipped))
+                    skipped.clear()
 
 
 def validation_text(config: DataConfig, catalog: Catalog | None = None) -> str:
@@ -63,5 +78,5 @@ def validation_text(config: DataConfig, catalog: Catalog | None = None) -> str:
 
     """
     plan = make_plan(config, "validation", 1, catalog)
-    documents = lane_documents(plan, 0, Cursor(0, 0, 0, 0), last_epoch=0, batch_bytes=1 << 20)
+    documents = lane_documents(plan, 0, Cursor(0, 0, 0, 0), last_epoch=0, batch_bytes=1 << 20, skipped=[])
     return "".join(document.text for document in documents)
