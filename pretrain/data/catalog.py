@@ -31,6 +31,8 @@ class CatalogFile:
     """Rows of each row group of a parquet file; None for JSON lines, which would have to be read."""
     sha256: str
     """Of the first MiB, the last MiB and the size in decimal digits, in this order."""
+    etag: str | None = None
+    """What the server of a remote file calls this version of it."""
 
     def units(self, recipe: TextRecipe, split_units: int) -> list[Unit]:
         """Return the read units of the file: its row groups, or the file itself, each divided by `split_units`."""
@@ -38,7 +40,7 @@ class CatalogFile:
         if self.row_groups is not None:
             groups = list(enumerate(self.row_groups))
         return [
-            Unit(DataFile(self.path, self.bytes), recipe, group, rows, part, split_units)
+            Unit(DataFile(self.path, self.bytes, self.etag), recipe, group, rows, part, split_units)
             for group, rows in groups
             for part in range(split_units)
         ]
@@ -113,17 +115,18 @@ def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[Ca
     licences: set[str] = set()
     problems: list[str] = []
     try:
-        paths = list_files(source.path, SUFFIXES)
+        listed = list_files(source.path, SUFFIXES)
     except DataError as error:
-        paths, problems = [], [str(error)]
-    for path in paths:
+        listed, problems = [], [str(error)]
+    for data in listed:
+        path = data.path
         try:
-            with open_bytes(DataFile(path)) as file:
+            with open_bytes(data) as file:
                 size, digest = _digest(file, path)
                 text = text_file(file, path, text_recipe(source))
                 names |= text.values("source", _MAX_NAMES)
                 licences |= text.values("licence", _MAX_NAMES) | text.values("license", _MAX_NAMES)
-                files.append(CatalogFile(path, size, text.row_groups(), digest))
+                files.append(CatalogFile(path, size, text.row_groups(), digest, data.etag))
                 if visit:
                     visit(files[-1], text)
         except DataError as error:
