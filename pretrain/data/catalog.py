@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypedDict
 
 from pretrain.config.data import DataConfig, SourceConfig
-from pretrain.data.errors import DataError
+from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
 from pretrain.data.sources import list_files, open_bytes, size_of
+from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.units import DataFile, TextRecipe, Unit
 
 _HASHED_BYTES = 1 << 20
@@ -93,6 +94,7 @@ def make_catalog(config: DataConfig) -> Catalog:
             themselves are not read; `pretrain.data.check.survey` does both.
 
     """
+    set_retry_minutes(config.retry_minutes)
     found = [catalog_source(source) for source in config.sources]
     if problems := [problem for _, problems in found for problem in problems]:
         raise DataError("\n".join(problems))
@@ -105,6 +107,8 @@ Visit = Callable[[CatalogFile, TextFile], None]
 def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[CatalogSource, list[str]]:
     """Describe one source; return what was found and every problem, at most one per file.
 
+    A server that does not answer is not a problem of the source but raises `DataUnavailableError`.
+
     Args:
         source: the source.
         visit: called with each file while it is open. A `DataError` that it raises counts as a problem of the file.
@@ -116,6 +120,8 @@ def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[Ca
     problems: list[str] = []
     try:
         listed = list_files(source.path, SUFFIXES)
+    except DataUnavailableError:
+        raise
     except DataError as error:
         listed, problems = [], [str(error)]
     for data in listed:
@@ -129,6 +135,8 @@ def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[Ca
                 files.append(CatalogFile(path, size, text.row_groups(), digest, data.etag))
                 if visit:
                     visit(files[-1], text)
+        except DataUnavailableError:
+            raise
         except DataError as error:
             problems.append(str(error))
     licences = _few(licences) or ({source.licence} if source.licence else set())

@@ -9,6 +9,7 @@ from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.data.catalog import Catalog, CatalogFile, catalog_source, text_recipe
 from pretrain.data.formats import TextFile
 from pretrain.data.order import Split, is_validation, lane_problem
+from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.units import Unit
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
         problems, the catalog is incomplete.
 
     """
+    set_retry_minutes(config.retry_minutes)
     scan = _Scan(config.validation_fraction)
     sources, problems = [], []
     for source in config.sources:

@@ -19,6 +19,7 @@ from typing import IO, Protocol
 
 from pretrain.data.errors import DataError
 from pretrain.data.packing import Item, ReaderTask, read_items
+from pretrain.data.sources.retries import patience, set_patience
 
 # Items are sent in blocks; a worker prepares at most this many blocks ahead of the trainer.
 _BLOCK_ITEMS = 32
@@ -66,7 +67,7 @@ class WorkerReader:
         assert self._process.stdin
         assert self._process.stdout
         with self._process.stdin as pipe:
-            pickle.dump(task, pipe)
+            pickle.dump((task, patience()), pipe)
         self._pipe = self._process.stdout
         self._block: Iterator[Item] = iter(())
 
@@ -103,7 +104,9 @@ def main() -> None:
     # A scheduler signals every process of a job, but the trainer decides when to stop.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    task: ReaderTask = pickle.load(sys.stdin.buffer)
+    task: ReaderTask
+    task, limits = pickle.load(sys.stdin.buffer)
+    set_patience(limits)
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not end up among the items
     blocks: queue.Queue[Block | None] = queue.Queue(_BLOCKS_AHEAD)
