@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypedDict
 
 from pretrain.config.data import DataConfig, SourceConfig
-from pretrain.data.errors import DataError
+from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
 from pretrain.data.sources import list_files, open_bytes, size_of
+from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.units import DataFile, TextRecipe, Unit
 
 _HASHED_BYTES = 1 << 20
@@ -31,6 +32,8 @@ class CatalogFile:
     """Rows of each row group of a parquet file; None for JSON, which would have to be read."""
     sha256: str
     """Of the first MiB, the last MiB and the size in decimal digits, in this order."""
+    etag: str | None = None
+    """What the server of a remote file calls this version of it."""
 
     def units(self, recipe: TextRecipe, split_units: int) -> list[Unit]:
         """Return the read units of the file: its row groups, or the file itself, each divided by `split_units`."""
@@ -38,7 +41,7 @@ class CatalogFile:
         if self.row_groups is not None:
             groups = list(enumerate(self.row_groups))
         return [
-            Unit(DataFile(self.path, self.bytes), recipe, group, rows, part, split_units)
+            Unit(DataFile(self.path, self.bytes, self.etag), recipe, group, rows, part, split_units)
             for group, rows in groups
             for part in range(split_units)
         ]
@@ -91,6 +94,7 @@ def make_catalog(config: DataConfig) -> Catalog:
             themselves are not read; `pretrain.data.check.survey` does both.
 
     """
+    set_retry_minutes(config.retry_minutes)
     found = [catalog_source(source, config) for source in config.sources]
     if problems := [problem for _, problems in found for problem in problems]:
         raise DataError("\n".join(problems))
@@ -105,6 +109,8 @@ def catalog_source(
 ) -> tuple[CatalogSource, list[str]]:
     """Describe one source; return what was found and every problem, at most one per file.
 
+    A server that does not answer is not a problem of the source but raises `DataUnavailableError`.
+
     Args:
         source: the source.
         config: the section that it is part of.
@@ -116,19 +122,24 @@ def catalog_source(
     licences: set[str] = set()
     problems: list[str] = []
     try:
-        paths = list_files(source.path, SUFFIXES)
+        listed = list_files(source.path, SUFFIXES)
+    except DataUnavailableError:
+        raise
     except DataError as error:
-        paths, problems = [], [str(error)]
-    for path in paths:
+        listed, problems = [], [str(error)]
+    for data in listed:
+        path = data.path
         try:
-            with open_bytes(DataFile(path)) as file:
+            with open_bytes(data) as file:
                 size, digest = _digest(file, path)
                 text = text_file(file, path, text_recipe(source, config))
                 names |= text.values("source", _MAX_NAMES)
                 licences |= text.values("licence", _MAX_NAMES) | text.values("license", _MAX_NAMES)
-                files.append(CatalogFile(path, size, text.row_groups(), digest))
+                files.append(CatalogFile(path, size, text.row_groups(), digest, data.etag))
                 if visit:
                     visit(files[-1], text)
+        except DataUnavailableError:
+            raise
         except DataError as error:
             problems.append(str(error))
     licences = _few(licences) or ({source.licence} if source.licence else set())

@@ -12,6 +12,7 @@ from pretrain.data.catalog import Catalog, CatalogFile, catalog_source, text_rec
 from pretrain.data.formats import TextFile
 from pretrain.data.json_fields import named
 from pretrain.data.order import Split, is_validation, lane_problem
+from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.units import Unit
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
         problems, the catalog is incomplete.
 
     """
+    set_retry_minutes(config.retry_minutes)
     scan = _Scan(config)
     sources, problems = [], []
     for source in config.sources:

@@ -8,9 +8,13 @@ class DataFile:
     """A file of data, in the version that the catalog recorded."""
 
     path: str
-    """Where it is: a path spelt as in the config, or a URL."""
+    """Where it is: a path spelt as in the config, or a URL without secrets; a revision of the Hub is a commit."""
     bytes: int | None = None
     """Its size; None: not known yet, and not checked."""
+    etag: str | None = None
+    """What the server calls this version of the contents, without quotation marks; None: not known, not checked."""
+    sha256: str | None = None
+    """The hash of the contents as the Hub states it; None: not stated. Reading does not check it; a mirror does."""
 
 
 @dataclass(frozen=True, slots=True)
