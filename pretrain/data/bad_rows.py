@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pretrain.data.errors import DataError
+from pretrain.data.errors import BadRowsError
 
 _MOST_LISTED = 20
 
@@ -37,18 +37,18 @@ class BadRowBudget:
         """Count a bad row.
 
         Raises:
-            DataError: there are more than `limit`.
+            BadRowsError: there are more than `limit`.
 
         """
         self.rows += bad.rows
         if len(self.first) < _MOST_LISTED:
             self.first.append(bad)
         if self.rows > self.limit:
-            raise DataError(too_many(bad, self.rows, self.limit))
+            raise too_many(bad, self.rows, self.limit)
 
 
-def too_many(bad: BadRow, rows: int, limit: int) -> str:
-    """Return the message that a bad row is one too many.
+def too_many(bad: BadRow, rows: int, limit: int) -> BadRowsError:
+    """Return the error that a bad row is one too many.
 
     Args:
         bad: the row.
@@ -57,7 +57,8 @@ def too_many(bad: BadRow, rows: int, limit: int) -> str:
 
     """
     found = f"{rows:,} bad rows" if rows > 1 else "1 bad row"
-    return (
+    return BadRowsError(
         f"{bad.problem}; {found} so far, more than the {limit:,} of data.max_bad_rows: repair or remove the row, or "
-        "raise data.max_bad_rows to skip such rows"
+        "raise data.max_bad_rows to skip such rows",
+        bad.path,
     )

@@ -322,7 +322,7 @@ class TokenStream:
         for bad in new:
             logger.warning("skipped a bad row: %s", bad)
         if total > self._plan.max_bad_rows:
-            failure = DataError(too_many(new[-1], total, self._plan.max_bad_rows)) if new else None
+            failure = too_many(new[-1], total, self._plan.max_bad_rows) if new else None
             self._ranks.together(partial(_raise, failure))
 
     def _all_ended(self, schedule: Schedule, rings: list[RingPosition]) -> str:
