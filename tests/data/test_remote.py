@@ -2,6 +2,7 @@
 
 import io
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -388,3 +389,12 @@ def test_no_secret_reaches_a_message_or_the_log(
 def test_the_path_of_a_hub_is_read_back_as_it_is_written() -> None:
     for text in ("hf://datasets/a/b@main/c d/é.jsonl", "hf://datasets/a/b", "hf://datasets/a/b@x/**/*.parquet"):
         assert str(HubPath.parse(text)) == text
+
+
+@pytest.mark.parametrize(("path", "package"), [("s3://bucket/a", "s3fs"), ("gs://bucket/a", "gcsfs")])
+def test_a_missing_extra_is_one_message_with_the_command(
+    path: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=rf"needs the package {package}: pip install 'aurora-pretrain\[\w+\]'"):
+        list_files(path, SUFFIXES)
