@@ -61,6 +61,10 @@ class Hub:
         self.stall_seconds = 3.0
         self.link_uses: int | None = None
         """How often a signed link works; None: for ever."""
+        self.ranges = True
+        """Whether the server knows ranges."""
+        self.connections: set[tuple[str, int]] = set()
+        """The clients' ends of all connections."""
         self.injected: Counter[str] = Counter()
         self.requests: list[tuple[str, dict[str, str]]] = []
         """(path with query, headers in lower case) of every request, CDN included."""
@@ -182,8 +186,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub = self.hub
         hub.requests.append((self.path, {key.lower(): value for key, value in self.headers.items()}))
+        hub.connections.add(self.client_address)
         if hub.dead:
             return self._reset()
+        if self.path.startswith("/control/"):
+            return self._control(self.path.removeprefix("/control/"))
         self.fault = hub.draw()
         parts = urlsplit(self.path)
         names = [unquote(part) for part in parts.path.strip("/").split("/")]
@@ -202,6 +209,16 @@ class _Handler(BaseHTTPRequestHandler):
         if names[0] == "datasets" and "/".join(names[1:3]) == hub.repository and names[3] == "resolve":
             return self._resolve(names[4], "/".join(names[5:]))
         return self._error(401, "RepoNotFound")
+
+    def _control(self, command: str) -> None:
+        """What a process of a test may ask for: `dead`, or `rewrite`, after which all files differ in a byte."""
+        if command == "dead":
+            self.hub.dead = True
+        elif command == "rewrite":
+            for files in self.hub.commits.values():
+                files |= {name: data[:-1] + b" " for name, data in files.items()}
+        self.fault = None
+        self._send(200, b"", {})
 
     def _api(self, names: list[str], query: dict[str, list[str]]) -> None:
         if not names or names[0] == "revision":
@@ -269,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range", "")
         if self.headers.get("If-Match", etag) != etag:
             return self._send(412, b"", sent)
-        if not asked.startswith("bytes=") or self.headers.get("If-Range", etag) != etag:
+        if not self.hub.ranges or not asked.startswith("bytes=") or self.headers.get("If-Range", etag) != etag:
             return self._send(200, data, sent)
         first, _, last = asked.removeprefix("bytes=").partition("-")
         start = int(first) if first else max(0, len(data) - int(last))

@@ -21,6 +21,7 @@ from pretrain.data.sources.retries import TransientError, patience, retrying
 from pretrain.data.sources.secrets import redact
 from pretrain.data.units import DataFile
 
+BUFFER_BYTES = 1 << 16
 _FIRST_PART = 1 << 16
 _LARGEST_PART = 1 << 20
 _CONNECTIONS = 16
@@ -118,7 +119,7 @@ def open_url(data: DataFile, address: Address) -> BinaryIO:
     """Open a file for reading; the stream can seek and holds no connection."""
     if data.bytes is None:
         data = describe(data.path, address)
-    return io.BufferedReader(RemoteStream(RangeReader(data, address), data.bytes or 0), 1 << 16)
+    return io.BufferedReader(RemoteStream(RangeReader(data, address), data.bytes or 0), BUFFER_BYTES)
 
 
 class RemoteStream(io.RawIOBase):
@@ -222,6 +223,8 @@ class RangeReader(PartReader):
             try:
                 self._request(start + before, start + length, received)
             except httpx2.TransportError as error:
+                if len(received) == length:
+                    return
                 raise TransientError(reason(error), progressed=len(received) > before) from None
             if self.size is not None and len(received) < min(length, self.size - start):
                 raise TransientError("the response ended early", progressed=len(received) > before)
@@ -303,8 +306,8 @@ class RangeReader(PartReader):
             piece = piece[dropped : dropped + wanted]
             received += piece
             wanted -= len(piece)
-            if not wanted:
-                break
+            if not wanted and response.status_code == 200:
+                break  # a part is read to its end, so that the connection can be used again
 
     def _changed(self, what: str) -> DataError:
         return DataError(

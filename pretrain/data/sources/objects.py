@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
 
 from pretrain.data.errors import DataError
-from pretrain.data.sources.http import PartReader, RemoteStream
+from pretrain.data.sources.http import BUFFER_BYTES, PartReader, RemoteStream
 from pretrain.data.sources.names import Pattern, choose
 from pretrain.data.sources.retries import TransientError, patience, retrying
 from pretrain.data.sources.secrets import redact
@@ -63,7 +63,7 @@ def open_object(data: DataFile) -> BinaryIO:
             f"{data.path}: has {about.bytes} bytes in version {about.etag}, expected {data.bytes} in {data.etag}: the "
             "file has changed since it was recorded; restore it, or start a new run"
         )
-    return io.BufferedReader(RemoteStream(_ObjectReader(system, about), about.bytes or 0), 1 << 16)
+    return io.BufferedReader(RemoteStream(_ObjectReader(system, about), about.bytes or 0), BUFFER_BYTES)
 
 
 class _ObjectReader(PartReader):
