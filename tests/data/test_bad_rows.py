@@ -18,6 +18,9 @@ from pretrain.data import DataError, check_sources
 from pretrain.data.bad_rows import BadRow
 from pretrain.data.catalog import make_catalog
 from pretrain.data.formats import read_unit
+from pretrain.launch import train
+from pretrain.run.folder import RunError, RunFolder
+from tests.conftest import TINY
 from tests.data.corpus import drain, make_setting, make_texts, on_ranks, rows, write_jsonl
 
 TEXTS = [text for text in make_texts(5, 90, longest=30) if text][:60]
@@ -324,3 +327,35 @@ def test_a_condition_that_no_row_meets_names_the_fields(tmp_path: Path) -> None:
     [problem] = check_sources(DataConfig(sources=[source], lanes=1))
     assert "no row that meets where \"langauge == 'en'\" holds any text" in problem
     assert "did you mean language?" in problem
+
+
+def test_a_file_that_ended_a_run_by_a_bad_row_may_be_repaired_and_no_other(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.data.check.FULL_SCAN_BYTES", 0)
+    monkeypatch.setattr("pretrain.data.check._SAMPLE_BYTES", 2000)
+    monkeypatch.setattr("pretrain.data.packing.REFILL_BYTES", 1 << 13)
+    texts = [f"{number} " + "time water people stone light river " * 20 for number in range(200)]
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    path.write_bytes(lines(texts, {100: b'{"text": null}'}))
+    other.write_bytes(lines(texts))
+    sources = [{"path": str(tmp_path / "?.jsonl")}]
+    config = tiny_config(
+        {
+            "data": {"sources": sources, "lanes": 1, "validation_fraction": 0.1},
+            "checkpoint.save_every_steps": 1000,
+            "train.total_tokens": TINY["train"]["global_batch_tokens"] * 60,
+        }
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl: line 101"):
+        train(config)
+    path.write_bytes(lines(texts))
+    other.write_bytes(lines(texts[:-1]))
+    with pytest.raises(RunError, match=r"data\.sources\.0 contents"):
+        train(config, stop_at=1000)
+    other.write_bytes(lines(texts))
+    capsys.readouterr()
+    assert train(config) == 0
+    assert "taken as repaired" in capsys.readouterr().out
+    launches = RunFolder(config.run_folder).manifest()["launches"]
+    assert [len(launch["changed_data"]) for launch in launches] == [0, 1]
