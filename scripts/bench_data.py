@@ -82,7 +82,7 @@ def main() -> None:
     tokenizer_config = TokenizerConfig(path=args.tokenizer)
     tokenizer = load_tokenizer(tokenizer_config)
     [units] = make_catalog(config).units(config)
-    texts = [text for unit in units for _, text in read_unit(unit, 0, 1 << 20)]
+    texts = [text for unit in units for _, text in read_unit(unit, 0, 1 << 20) if isinstance(text, str)]
     size = sum(len(text.encode()) for text in texts)
     threads = os.environ.get("RAYON_NUM_THREADS") or len(os.sched_getaffinity(0))
     print(f"{args.source}: {len(texts):,} documents, {size / 1e6:.1f} MB; {threads} tokenizer threads")

@@ -1,6 +1,7 @@
 """Parquet and JSON lines, plain or compressed, give the same rows, from any row on."""
 
 import codecs
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_a_path_is_a_file_a_folder_or_a_pattern(tmp_path: Path, monkeypatch: pyt
 
     def names() -> Iterator[list[str]]:
         for path in ("data", "data/*.jsonl", "data/**/*.parquet", "data/[x].jsonl"):
-            yield list_files(path, SUFFIXES)
+            yield [file.path for file in list_files(path, SUFFIXES)]
 
     (tmp_path / "data" / "more").mkdir(parents=True)
     (tmp_path / "data" / "README.md").write_text("not data")
@@ -115,3 +116,16 @@ def test_a_byte_order_mark_at_the_beginning_is_skipped(
     if sampled:
         monkeypatch.setattr("pretrain.data.check.FULL_SCAN_BYTES", 0)
     assert check_sources(DataConfig(sources=[SourceConfig(path=str(path))], lanes=1, validation_fraction=0.0)) == []
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.zst"])
+@pytest.mark.parametrize("split_units", [1, 3, 100])
+def test_many_lines_are_skipped_exactly(tmp_path: Path, suffix: str, split_units: int) -> None:
+    """They are counted in blocks, which end in the middle of lines and hold blank ones."""
+    lengths = random.Random(3)
+    texts = [str(number) * lengths.choice([1, 5, 900, 90_000]) for number in range(400)]
+    path = write_jsonl(tmp_path / f"a{suffix.replace('.json.', '.jsonl.')}", texts).rename(tmp_path / f"a{suffix}")
+    for unit in source_units(SourceConfig(path=str(path), split_units=split_units))[:: max(1, split_units // 2)]:
+        expected = list(enumerate(texts[unit.part :: split_units]))
+        for first in {0, 1, 63, 64, 65, 200, 399, 400, 1000}:
+            assert read(unit, first // split_units) == expected[first // split_units :]

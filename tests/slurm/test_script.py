@@ -34,6 +34,11 @@ env >environment
 exit "${CODE:-0}"
 """
 
+# Put into scontrol's stand-in: notes which job is requeued.
+REQUEUE = """#!/bin/bash
+if [ "$1" = requeue ]; then echo "$2" >requeued; exit; fi
+"""
+
 
 class Nodes:
     """A folder to submit from, with stand-ins for srun, scontrol and the interpreter."""
@@ -87,6 +92,7 @@ def nodes(tmp_path: Path) -> Nodes:
         (("my config.yaml",), {"SLURM_JOB_ID": ""}, "not in a Slurm job"),
         (("my config.yaml",), {"AURORA_VENV": "/nowhere"}, "/nowhere: no virtual environment"),
         (("my config.yaml",), {"AURORA_PROCESSES_PER_NODE": "a[$(touch hacked)]"}, "AURORA_PROCESSES_PER_NODE"),
+        (("my config.yaml",), {"AURORA_REQUEUES": "many"}, "AURORA_REQUEUES"),
         (("my config.yaml",), {"AURORA_PROCESSES_PER_NODE": "0"}, "AURORA_PROCESSES_PER_NODE"),
     ],
 )
@@ -150,9 +156,31 @@ def test_a_process_for_each_gpu_and_threads_that_share_the_cores(
     assert nodes.environment()["NCCL_DEBUG"] == "WARN"
 
 
-@pytest.mark.parametrize("code", [1, 2, 75])
+@pytest.mark.parametrize("code", [1, 2, 69, 75])
 def test_the_exit_code_is_the_one_of_the_nodes(nodes: Nodes, code: int) -> None:
     assert nodes.run("my config.yaml", CODE=str(code)).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "requeued"),
+    [
+        (69, {}, True),
+        (69, {"SLURM_RESTART_COUNT": "9"}, True),
+        (69, {"SLURM_RESTART_COUNT": "10"}, False),
+        (69, {"AURORA_REQUEUES": "0"}, False),
+        (1, {}, False),
+        (75, {}, False),
+    ],
+)
+def test_a_job_is_requeued_when_a_server_of_data_did_not_answer(
+    nodes: Nodes, code: int, environment: dict[str, str], requeued: bool
+) -> None:
+    (nodes.folder / "bin/scontrol").write_text(SCONTROL.replace("#!/bin/bash\n", REQUEUE, 1))
+    done = nodes.run("my config.yaml", CODE=str(code), **environment)
+    assert done.returncode == code
+    assert (nodes.folder / "requeued").exists() == requeued, done.stderr
+    if requeued:
+        assert (nodes.folder / "requeued").read_text() == "123456\n"
 
 
 def test_a_failing_scontrol_starts_nothing(nodes: Nodes) -> None:
