@@ -23,6 +23,7 @@ OTHERS = {
     "data.sources.path": "result (contents)",
     "data.sources.name": "note",
     "data.sources.licence": "note",
+    "data.retry_minutes": "execution",
     "data.workers": "execution",
     "optimizer.polar_dtype": "numerics",
     "optimizer.adamw.fused": "numerics",
