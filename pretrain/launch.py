@@ -24,6 +24,7 @@ from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.config import Config, ConfigError
 from pretrain.data import Catalog, TokenStream, fingerprint, load_tokenizer, separator_id, survey, vocabulary_rows
+from pretrain.data.catalog import Locked
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
 from pretrain.files import file_sha256
@@ -36,6 +37,7 @@ from pretrain.processes.exit_codes import DONE, STOPPED
 from pretrain.processes.failures import report
 from pretrain.processes.signals import StopRequests, stop_requests
 from pretrain.processes.torchrun import is_orphaned
+from pretrain.run.data_lock import keep_lock, lock_of_run
 from pretrain.run.display import Display
 from pretrain.run.folder import TOKENIZER_FILE, RunFolder
 from pretrain.run.identity import Identity
@@ -115,9 +117,12 @@ def _set_up(config: Config, engine: Engine) -> Setup:
     engine.say = display.say
     config.accumulation(engine.world_size)
     tokenizer = _on_every_rank(engine, lambda: load_tokenizer(config.tokenizer))
-    inputs = engine.ranks.on_rank_0(lambda: check_inputs(config, tokenizer))
+    folder = RunFolder(config.run_folder)
+    inputs = engine.ranks.on_rank_0(
+        lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say))
+    )
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
-    return Setup(config, engine, RunFolder(config.run_folder), display, tokenizer, inputs, identity)
+    return Setup(config, engine, folder, display, tokenizer, inputs, identity)
 
 
 def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
@@ -297,6 +302,7 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
         hook.rewind(step)
     if discarded:
         setup.display.say(f"{discarded} metric lines past step {step} moved to metrics.discarded.jsonl")
+    keep_lock(setup.inputs.catalog, folder)
     shutil.copyfile(setup.config.tokenizer.path, folder.path / TOKENIZER_FILE)
     run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
     facts = {"id": run_id, "identity": setup.identity.record(), "data": setup.inputs.data, "routing": routing}
@@ -345,13 +351,18 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def check_inputs(config: Config, tokenizer: Tokenizer) -> Inputs:
-    """Read every file that the run reads.
+def check_inputs(config: Config, tokenizer: Tokenizer, locked: Locked) -> Inputs:
+    """Read every local file that the run reads.
+
+    Args:
+        config: the run.
+        tokenizer: its tokenizer.
+        locked: its remote sources, of which no file is read.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
-    catalog, problems = survey(config.data)
+    catalog, problems = survey(config.data, locked)
     rows = vocabulary_rows(tokenizer)
     if rows > config.model.vocab_size:
         problems.append(

@@ -1,5 +1,7 @@
 """Config section `data`: which text is read, and in which order."""
 
+import re
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field
@@ -8,7 +10,12 @@ from pretrain.config.base import CONTENTS, EXECUTION, NOTE, RESULT, Section
 from pretrain.config.fields import InputPath
 from pretrain.config.tokenizer import TokenizerConfig
 
-__all__ = ["DataConfig", "SourceConfig", "TokenizerConfig"]
+__all__ = ["DataConfig", "SourceConfig", "TokenizerConfig", "is_remote"]
+
+
+def is_remote(path: str) -> bool:
+    """Return whether the path of a source is a URL such as ``hf://...``, whose files a lock lists."""
+    return re.match("[a-z][a-z0-9+.-]*://", path, re.IGNORECASE) is not None
 
 
 class SourceConfig(Section):
@@ -38,7 +45,7 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """The text stream of a run. All keys but `workers` decide which token comes when."""
+    """The text stream of a run. The keys of class *result* decide which token comes when."""
 
     key_class = RESULT
 
@@ -67,3 +74,29 @@ class DataConfig(Section):
 
     reset_positions: bool = False
     """Whether rotary positions start at 0 in each document, instead of once per sequence."""
+
+    lock: Annotated[str | None, EXECUTION] = Field(default=None, min_length=1)
+    """The lock file of the remote sources, which `aurora data resolve CONFIG` writes. null: `CONFIG.lock.json` beside
+    the config if it exists (`run.lock.json` for `run.yaml`), else that of the run folder; if there is none, the first
+    start resolves the sources and saves the lock in the run folder."""
+
+    mirror: Annotated[str | None, EXECUTION] = Field(default=None, min_length=1)
+    """A folder that `aurora data fetch CONFIG --to FOLDER` has filled, from which remote sources are read: for compute
+    nodes without internet. Never changes the stream."""
+
+    cache_dir: Annotated[str | None, EXECUTION] = Field(default=None, min_length=1)
+    """A folder on a local disk where the processes of a node keep the remote files that they read, each downloaded
+    once. Null: no cache, files are streamed. Never changes the stream."""
+
+    cache_gib: Annotated[float, EXECUTION] = Field(default=100.0, gt=0)
+    """The size of `data.cache_dir` in GiB, beyond which the files that were not read for the longest time are
+    deleted."""
+
+    def ineffective(self) -> Mapping[str, str]:
+        """Keys of remote sources without such a source, and a cache of what is read from a mirror."""
+        keys = ("lock", "mirror", "cache_dir", "cache_gib")
+        if not any(is_remote(source.path) for source in self.sources):
+            return dict.fromkeys(keys, "all sources are local")
+        if self.mirror is not None:
+            return dict.fromkeys(keys[2:], "the sources are read from data.mirror")
+        return {} if self.cache_dir is not None else {"cache_gib": "data.cache_dir is not set"}

@@ -1,60 +1,29 @@
 """The catalog: which files the data of a run consists of, listed, sized and digested once.
 
-Rank 0 makes the catalog and hands it to the other ranks, which then open a file only to read its text. The catalog
-also yields the fingerprint, by which the manifest describes the data and a resumed run recognises it.
+Local files are opened for that; what is known of remote ones comes from a lock (`pretrain.data.lock`). Rank 0
+makes the catalog and hands it to the other ranks, which then open a file only to read its text. The catalog also yields
+the fingerprint, by which the manifest describes the data and a resumed run recognises it.
 """
 
 import hashlib
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import BinaryIO, TypedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, NotRequired, TypedDict
 
-from pretrain.config.data import DataConfig, SourceConfig
+from pretrain.config.data import DataConfig, SourceConfig, is_remote
+from pretrain.data.described import CatalogFile, CatalogSource, remote_file
 from pretrain.data.errors import DataError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
+from pretrain.data.lock import Lock
+from pretrain.data.mirror import mirror_path
+from pretrain.data.resolve import Journal, resolve_source
 from pretrain.data.sources import list_files, open_bytes, size_of
 from pretrain.data.units import DataFile, TextRecipe, Unit
 
 _HASHED_BYTES = 1 << 20
 _MAX_NAMES = 64  # a column with more distinct values than this describes rows rather than sources
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogFile:
-    """One file."""
-
-    path: str
-    """Spelt as in the config."""
-    bytes: int
-    row_groups: tuple[int, ...] | None
-    """Rows of each row group of a parquet file; None for JSON lines, which would have to be read."""
-    sha256: str
-    """Of the first MiB, the last MiB and the size in decimal digits, in this order."""
-
-    def units(self, recipe: TextRecipe, split_units: int) -> list[Unit]:
-        """Return the read units of the file: its row groups, or the file itself, each divided by `split_units`."""
-        groups: list[tuple[int | None, int | None]] = [(None, None)]
-        if self.row_groups is not None:
-            groups = list(enumerate(self.row_groups))
-        return [
-            Unit(DataFile(self.path, self.bytes), recipe, group, rows, part, split_units)
-            for group, rows in groups
-            for part in range(split_units)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogSource:
-    """One source of the config."""
-
-    path: str
-    files: tuple[CatalogFile, ...]
-    """In the order in which they are numbered for reading: by name."""
-    names: tuple[str, ...]
-    """The values of a parquet column `source`, sorted; empty if there is none, or more than 64 values."""
-    licences: tuple[str, ...]
-    """The values of a parquet column `licence` or `license`, likewise; if there are none, the config's `licence`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +42,11 @@ class Catalog:
         if [source.path for source in config.sources] != [source.path for source in self.sources]:
             raise ValueError("the catalog was made from other sources than those of the config")
         return tuple(
-            tuple(unit for file in found.files for unit in file.units(text_recipe(source), source.split_units))
+            tuple(
+                unit
+                for file in found.files
+                for unit in file.units(_place(file, found, config), text_recipe(source), source.split_units)
+            )
             for source, found in zip(config.sources, self.sources, strict=True)
         )
 
@@ -83,42 +56,89 @@ def text_recipe(source: SourceConfig) -> TextRecipe:
     return TextRecipe(source.text_field)
 
 
-def make_catalog(config: DataConfig) -> Catalog:
-    """List the files of all sources and open each of them once.
+Locked = Mapping[str, CatalogSource]
+"""The remote sources of a config by path, from `pretrain.data.lock.locked_sources`."""
+
+
+def make_catalog(config: DataConfig, locked: Locked | None = None) -> Catalog:
+    """List the files of all local sources and open each of them once.
+
+    Args:
+        config: the sources.
+        locked: what is known of the remote ones; those that are absent are resolved here.
 
     Raises:
         DataError: with a line for every source that cannot be listed and every file that cannot be read. The texts
             themselves are not read; `pretrain.data.check.survey` does both.
 
     """
-    found = [catalog_source(source) for source in config.sources]
+    found = [catalog_source(source, locked) for source in config.sources]
     if problems := [problem for _, problems in found for problem in problems]:
         raise DataError("\n".join(problems))
     return Catalog(tuple(source for source, _ in found))
 
 
+def resolve_sources(config: DataConfig, journal: Path | None = None, say: Callable[[str], None] | None = None) -> Lock:
+    """List the files of all remote sources, read the footers of the parquet files, pin the revisions.
+
+    Args:
+        config: the sources.
+        journal: a file for what was found so far, from which an interrupted attempt continues. It is left in place:
+            delete it once the lock is saved.
+        say: prints a line for each source.
+
+    Raises:
+        DataError: with a line for every source and file that cannot be read.
+
+    """
+    found: dict[str, CatalogSource] = {}
+    problems: list[str] = []
+    with Journal(journal) as notes:
+        for source in config.sources:
+            if not is_remote(source.path) or source.path in found:
+                continue
+            try:
+                resolved = resolve_source(source.path, text_recipe(source), notes)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            found[source.path] = resolved
+            if say:
+                say(f"{resolved.pinned}: {len(resolved.files):,} files, {resolved.bytes:,} bytes")
+    if problems:
+        raise DataError("\n".join(problems))
+    return Lock(found)
+
+
 Visit = Callable[[CatalogFile, TextFile], None]
 
 
-def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[CatalogSource, list[str]]:
+def catalog_source(
+    source: SourceConfig, locked: Locked | None = None, visit: Visit | None = None
+) -> tuple[CatalogSource, list[str]]:
     """Describe one source; return what was found and every problem, at most one per file.
 
     Args:
         source: the source.
-        visit: called with each file while it is open. A `DataError` that it raises counts as a problem of the file.
+        locked: what is known of the remote sources.
+        visit: called with each file of a local source while it is open. A `DataError` that it raises counts as a
+            problem of the file.
 
     """
+    if is_remote(source.path):
+        return _remote_source(source, locked or {})
     files: list[CatalogFile] = []
     names: set[str] = set()
     licences: set[str] = set()
     problems: list[str] = []
     try:
-        paths = list_files(source.path, SUFFIXES)
+        listed = list_files(source.path, SUFFIXES)
     except DataError as error:
-        paths, problems = [], [str(error)]
-    for path in paths:
+        listed, problems = [], [str(error)]
+    for found in listed:
+        path = found.path
         try:
-            with open_bytes(DataFile(path)) as file:
+            with open_bytes(found) as file:
                 size, digest = _digest(file, path)
                 text = text_file(file, path, text_recipe(source))
                 names |= text.values("source", _MAX_NAMES)
@@ -130,6 +150,24 @@ def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[Ca
             problems.append(str(error))
     licences = _few(licences) or ({source.licence} if source.licence else set())
     return CatalogSource(source.path, tuple(files), tuple(sorted(_few(names))), tuple(sorted(licences))), problems
+
+
+def _remote_source(source: SourceConfig, locked: Locked) -> tuple[CatalogSource, list[str]]:
+    found = locked.get(source.path)
+    try:
+        found = found or resolve_source(source.path, text_recipe(source))
+    except DataError as error:
+        return CatalogSource(source.path, (), (), ()), str(error).splitlines()
+    if not found.licences and source.licence:
+        found = replace(found, licences=(source.licence,))
+    return found, []
+
+
+def _place(file: CatalogFile, source: CatalogSource, config: DataConfig) -> DataFile:
+    """Where the bytes of a file come from: never part of a run's identity."""
+    if source.pinned is not None and config.mirror is not None:
+        return DataFile(str(mirror_path(Path(config.mirror), file.path)), file.bytes)
+    return remote_file(file) if source.pinned is not None else DataFile(file.path, file.bytes)
 
 
 def _few(values: set[str]) -> set[str]:
@@ -159,6 +197,18 @@ class FileFingerprint(TypedDict):
     sha256: str
 
 
+class LockedFingerprint(TypedDict):
+    """What stands for the files of a remote source, which may be 100,000; the run folder's lock lists them."""
+
+    pinned: str
+    revision: str | None
+    files: int
+    rows: int | None
+    """None if there are files whose rows have not been counted."""
+    sha256: str
+    """`CatalogSource.contents`."""
+
+
 class SourceFingerprint(TypedDict):
     """One source of the config; the fields are those of `CatalogSource`."""
 
@@ -166,7 +216,10 @@ class SourceFingerprint(TypedDict):
     sources: list[str]
     licences: list[str]
     bytes: int
-    files: list[FileFingerprint]
+    files: NotRequired[list[FileFingerprint]]
+    """Of a local source."""
+    locked: NotRequired[LockedFingerprint]
+    """Of a remote source."""
 
 
 class DataFingerprint(TypedDict):
@@ -192,18 +245,25 @@ def fingerprint(config: DataConfig, catalog: Catalog | None = None) -> DataFinge
 
 
 def _source_fingerprint(source: CatalogSource) -> SourceFingerprint:
-    return SourceFingerprint(
-        path=source.path,
-        sources=list(source.names),
-        licences=list(source.licences),
-        bytes=sum(file.bytes for file in source.files),
-        files=[
-            FileFingerprint(
-                path=file.path,
-                bytes=file.bytes,
-                rows=None if file.row_groups is None else sum(file.row_groups),
-                sha256=file.sha256,
-            )
-            for file in source.files
-        ],
+    described = SourceFingerprint(
+        path=source.path, sources=list(source.names), licences=list(source.licences), bytes=source.bytes
     )
+    if source.pinned is not None:
+        rows = [_rows(file) for file in source.files]
+        described["locked"] = LockedFingerprint(
+            pinned=source.pinned,
+            revision=source.revision,
+            files=len(source.files),
+            rows=None if None in rows else sum(filter(None, rows)),
+            sha256=source.contents,
+        )
+    else:
+        described["files"] = [
+            FileFingerprint(path=file.path, bytes=file.bytes, rows=_rows(file), sha256=file.digest)
+            for file in source.files
+        ]
+    return described
+
+
+def _rows(file: CatalogFile) -> int | None:
+    return None if file.row_groups is None else sum(file.row_groups)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 
 from pretrain.config.data import DataConfig, SourceConfig
-from pretrain.data.catalog import Catalog, CatalogFile, catalog_source, text_recipe
+from pretrain.data.catalog import Catalog, Locked, catalog_source, text_recipe
+from pretrain.data.described import CatalogFile
 from pretrain.data.formats import TextFile
 from pretrain.data.order import Split, is_validation, lane_problem
-from pretrain.data.units import Unit
+from pretrain.data.units import DataFile, Unit
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +24,17 @@ def check_sources(config: DataConfig) -> list[str]:
     return survey(config)[1]
 
 
-def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
-    """Read the sources, opening each file once.
+def survey(config: DataConfig, locked: Locked | None = None) -> tuple[Catalog, list[str]]:
+    """Read the local sources, opening each file once; of remote ones, only what the lock says is looked at.
 
     The first 512 MiB of files are read in full. Of files beyond that, only the beginning and the end are read (of
     compressed JSON lines, the beginning), and a warning in the log says so; such files can still raise the same
     `DataError` during training.
+
+    Args:
+        config: the sources.
+        locked: what is known of the remote ones; those that are absent are resolved here, and of those without files
+            (`pretrain.data.lock.unresolved`) nothing is checked.
 
     Returns:
         The catalog, and every problem that was found, one message each and at most one per file. If there are
@@ -36,19 +42,21 @@ def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
 
     """
     scan = _Scan(config.validation_fraction)
-    sources, problems = [], []
+    sources, problems, remote = [], [], 0
     for source in config.sources:
         before = (scan.documents.total(), len(scan.sampled))
-        found, faults = catalog_source(source, partial(scan.file, source))
-        if not faults and before == (scan.documents.total(), len(scan.sampled)):
+        found, faults = catalog_source(source, locked, partial(scan.file, source))
+        remote += found.pinned is not None
+        if not faults and found.pinned is None and before == (scan.documents.total(), len(scan.sampled)):
             faults = [f"{source.path}: the source is empty, no row holds any text"]
         sources.append(found)
         problems += faults
     catalog = Catalog(tuple(sources))
     if not problems:
-        if problem := lane_problem(config, [len(units) for units in catalog.units(config)]):
+        known = all(source.files for source in sources)
+        if known and (problem := lane_problem(config, [len(units) for units in catalog.units(config)])):
             problems.append(problem)
-        if not scan.sampled:
+        if not scan.sampled and not remote:
             problems += _empty_splits(config, scan.documents)
     if scan.sampled:
         logger.warning(
@@ -88,7 +96,7 @@ class _Scan:
             DataError: the file is damaged, or one of its rows holds no valid text.
 
         """
-        units = file.units(text_recipe(source), split_units=1)
+        units = file.units(DataFile(file.path, file.bytes), text_recipe(source), split_units=1)
         if file.bytes <= self._budget:
             self._budget -= file.bytes
             texts = _all_texts(text, units)

@@ -15,7 +15,7 @@ from pretrain.data.errors import DataError
 from pretrain.data.units import DataFile
 
 
-def list_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
+def list_files(path: str, suffixes: tuple[str, ...]) -> list[DataFile]:
     """List the files that the path of a source stands for, sorted by name and spelt as the config spells the path.
 
     Files of other kinds (a README, say) are skipped in a folder. Those that a path or a glob names must be readable.
@@ -34,7 +34,7 @@ def list_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
         files = [str(file) for file in sorted(folder.rglob("*")) if file.is_file() and file.name.endswith(suffixes)]
         if not files:
             raise DataError(f"{path}: the folder holds no file of a kind that can be read ({kinds})")
-        return files
+        return [DataFile(name) for name in files]
     if folder.exists():
         files = [path]
     else:
@@ -43,7 +43,7 @@ def list_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
         raise DataError(f"{path}: no such file or folder, and no file matches it as a pattern")
     if unknown := [name for name in files if not name.endswith(suffixes)]:
         raise DataError(f"{', '.join(unknown)}: unknown kind of file, expected one of {kinds}")
-    return files
+    return [DataFile(name) for name in files]
 
 
 @contextmanager

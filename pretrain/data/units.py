@@ -11,6 +11,10 @@ class DataFile:
     """Where it is: a path spelt as in the config, or a URL."""
     bytes: int | None = None
     """Its size; None: not known yet, and not checked."""
+    etag: str | None = None
+    """What the server calls this version of the contents, without quotation marks; None: not known, not checked."""
+    sha256: str | None = None
+    """The hash of the contents as the Hub states it; None: not stated. Reading does not check it; a mirror does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "telemetry"
 
     @property
+    def data_lock(self) -> Path:
+        """The lock of the remote sources that the run was started with."""
+        return self.path / "data.lock.json"
+
+    @property
     def manifest_path(self) -> Path:
         """manifest.json."""
         return self.path / "manifest.json"
