@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NotRequired, TypedDict
 
 from pretrain.config.data import DataConfig, SourceConfig, is_remote
+from pretrain.data.cache import CachedFile, DiskCache
 from pretrain.data.described import CatalogFile, CatalogSource, remote_file
 from pretrain.data.errors import DataError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
@@ -165,9 +166,15 @@ def _remote_source(source: SourceConfig, locked: Locked) -> tuple[CatalogSource,
 
 def _place(file: CatalogFile, source: CatalogSource, config: DataConfig) -> DataFile:
     """Where the bytes of a file come from: never part of a run's identity."""
-    if source.pinned is not None and config.mirror is not None:
+    if source.pinned is None:
+        return DataFile(file.path, file.bytes)
+    if config.mirror is not None:
         return DataFile(str(mirror_path(Path(config.mirror), file.path)), file.bytes)
-    return remote_file(file) if source.pinned is not None else DataFile(file.path, file.bytes)
+    remote = remote_file(file)
+    if config.cache_dir is None:
+        return remote
+    cache = DiskCache(config.cache_dir, int(config.cache_gib * (1 << 30)))
+    return CachedFile(remote.path, remote.bytes, remote.etag, remote.sha256, cache)
 
 
 def _few(values: set[str]) -> set[str]:

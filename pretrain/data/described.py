@@ -38,7 +38,7 @@ class CatalogFile:
 
 
 def remote_digest(file: DataFile) -> str | None:
-    """Return ``sha256:...`` or ``etag:...``, or both with a space between them if they differ; None if there is neither.
+    """Return ``sha256:...`` or ``etag:...``, or both with a space between them if they differ; None without either.
 
     `remote_file` reads it.
     """

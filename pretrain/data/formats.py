@@ -7,9 +7,9 @@ and never loaded as a whole.
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
 
+from pretrain.data.cache import open_file
 from pretrain.data.json_lines import JsonLinesText
 from pretrain.data.parquet import ParquetText
-from pretrain.data.sources import open_bytes
 from pretrain.data.units import TextRecipe, Unit
 
 
@@ -69,5 +69,5 @@ def read_unit(unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[in
         DataError: the file is missing, damaged or not the one in the catalog, or a row holds no valid text.
 
     """
-    with open_bytes(unit.file) as file:
+    with open_file(unit.file) as file:
         yield from text_file(file, unit.file.path, unit.recipe).rows(unit, first_row, batch_bytes)

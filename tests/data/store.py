@@ -6,16 +6,40 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
+from pretrain.config.data import DataConfig
 from pretrain.data import sources
 from pretrain.data.errors import DataError
 from pretrain.data.units import DataFile
+from tests.data.corpus import make_texts, write_jsonl, write_parquet
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-MODULES = ("resolve", "mirror", "formats")
+MODULES = ("resolve", "mirror", "cache")
+
+
+TEXTS = make_texts(7, 60)
+PARQUET, LINES = "hf://datasets/org/tables@main/data/*.parquet", "hf://datasets/org/lines@main/**/*.jsonl.zst"
+
+
+def fill(hub: Path) -> None:
+    """Three parquet files of 4 row groups, and two files of compressed JSON lines in folders."""
+    for index in range(3):
+        path = hub / f"org/tables/data/{index}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, TEXTS[20 * index : 20 * index + 20], 5)
+    for index in range(2):
+        path = hub / f"org/lines/part-{index}/x.jsonl.zst"
+        path.parent.mkdir(parents=True)
+        write_jsonl(path, TEXTS[30 * index : 30 * index + 30])
+
+
+def remote_config(*paths: str, **changes: Any) -> DataConfig:
+    """The data section of these sources."""
+    sources = [{"path": path} for path in paths]
+    return DataConfig(**{"sources": sources, "lanes": 2, "validation_fraction": 0.0, **changes})
 
 
 class Store:

@@ -11,30 +11,8 @@ from pretrain.data import DataError, TokenStream, fingerprint, make_catalog, sur
 from pretrain.data.catalog import resolve_sources
 from pretrain.data.described import CatalogFile
 from pretrain.data.lock import Lock, load_lock, locked_source, locked_sources, save_lock, unresolved
-from tests.data.corpus import Setting, drain, make_texts, rows, write_jsonl, write_parquet
-from tests.data.store import COMMIT, Store
-
-TEXTS = make_texts(7, 60)
-PARQUET, LINES = "hf://datasets/org/tables@main/data/*.parquet", "hf://datasets/org/lines@main/**/*.jsonl.zst"
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """Three parquet files of 4 row groups, and two files of compressed JSON lines in folders."""
-    for index in range(3):
-        path = tmp_path / f"hub/org/tables/data/{index}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_parquet(path, TEXTS[20 * index : 20 * index + 20], 5)
-    for index in range(2):
-        path = tmp_path / f"hub/org/lines/part-{index}/x.jsonl.zst"
-        path.parent.mkdir(parents=True)
-        write_jsonl(path, TEXTS[30 * index : 30 * index + 30])
-    return Store(tmp_path / "hub", monkeypatch)
-
-
-def config(*paths: str, **changes: Any) -> DataConfig:
-    sources = [{"path": path} for path in paths]
-    return DataConfig(**{"sources": sources, "lanes": 2, "validation_fraction": 0.0, **changes})
+from tests.data.corpus import Setting, drain, rows, write_jsonl, write_parquet
+from tests.data.store import COMMIT, LINES, PARQUET, TEXTS, Store, remote_config
 
 
 def read(data: DataConfig, tokenizer: TokenizerConfig, locked: dict[str, Any]) -> list[Any]:
@@ -46,7 +24,7 @@ def read(data: DataConfig, tokenizer: TokenizerConfig, locked: dict[str, Any]) -
 
 
 def test_a_lock_holds_files_versions_row_groups_and_the_commit(store: Store, tmp_path: Path) -> None:
-    lock = resolve_sources(config(PARQUET, LINES))
+    lock = resolve_sources(remote_config(PARQUET, LINES))
     save_lock(lock, tmp_path / "deep" / "x.lock.json")
     found = load_lock(tmp_path / "deep" / "x.lock.json")
     assert found == lock
@@ -62,7 +40,7 @@ def test_a_lock_holds_files_versions_row_groups_and_the_commit(store: Store, tmp
 
 
 def test_with_a_lock_nothing_is_listed_or_opened_until_a_unit_is_read(store: Store, tokenizer: TokenizerConfig) -> None:
-    data = config(PARQUET, LINES)
+    data = remote_config(PARQUET, LINES)
     locked = locked_sources(resolve_sources(data), data, "lock")
     store.listed.clear(), store.opened.clear()
     catalog, problems = survey(data, locked)
@@ -75,27 +53,27 @@ def test_with_a_lock_nothing_is_listed_or_opened_until_a_unit_is_read(store: Sto
 
 
 def test_the_remote_stream_is_that_of_the_same_files_on_disk(store: Store, tokenizer: TokenizerConfig) -> None:
-    data = config(PARQUET, LINES)
-    local = config(*(str(store.folder / "org" / name) for name in ("tables", "lines")))
+    data = remote_config(PARQUET, LINES)
+    local = remote_config(*(str(store.folder / "org" / name) for name in ("tables", "lines")))
     expected = rows(drain(Setting(local, tokenizer, epochs=1).open(), 3))
     assert read(data, tokenizer, locked_sources(resolve_sources(data), data, "lock")) == expected
 
 
 @pytest.mark.parametrize("change", ["source", "revision"])
 def test_a_config_that_the_lock_does_not_cover_names_the_source_and_the_cure(store: Store, change: str) -> None:
-    lock = resolve_sources(config(PARQUET))
+    lock = resolve_sources(remote_config(PARQUET))
     paths = {"source": (PARQUET, LINES), "revision": (PARQUET.replace("main", "v2"),)}[change]
     with pytest.raises(DataError, match=r"my\.lock: does not hold the source .*aurora data resolve") as error:
-        locked_sources(lock, config(*paths), "my.lock")
+        locked_sources(lock, remote_config(*paths), "my.lock")
     assert paths[-1] in str(error.value)
     # The commit that was found, and a source fewer, are no contradiction.
     pinned = PARQUET.replace("main", COMMIT)
-    [source] = locked_sources(lock, config(pinned), "my.lock").values()
+    [source] = locked_sources(lock, remote_config(pinned), "my.lock").values()
     assert (source.path, source.files) == (pinned, lock.sources[PARQUET].files)
 
 
 def test_a_file_that_is_no_longer_that_of_the_lock_is_named(store: Store, tokenizer: TokenizerConfig) -> None:
-    data = config(LINES)
+    data = remote_config(LINES)
     locked = locked_sources(resolve_sources(data), data, "lock")
     victim = locked[LINES].files[1]
     write_jsonl(store.path(victim.path), ["other", "text"])
@@ -107,7 +85,7 @@ def test_the_identity_follows_the_contents_and_not_the_names(store: Store, tmp_p
     from pretrain.run.identity import _contents
 
     def identity(path: str) -> str:
-        data = config(path)
+        data = remote_config(path)
         return _contents(fingerprint(data, make_catalog(data))["sources"][0])
 
     before = identity(PARQUET)
@@ -118,7 +96,7 @@ def test_the_identity_follows_the_contents_and_not_the_names(store: Store, tmp_p
 
 
 def test_the_fingerprint_of_a_remote_source_has_a_fixed_size(store: Store) -> None:
-    data = config(PARQUET, LINES)
+    data = remote_config(PARQUET, LINES)
     first, second = fingerprint(data)["sources"]
     assert "files" not in first
     assert first["locked"]["files"] == 3
@@ -129,7 +107,7 @@ def test_the_fingerprint_of_a_remote_source_has_a_fixed_size(store: Store) -> No
 
 
 def test_an_interrupted_resolve_reads_only_the_footers_that_are_missing(store: Store, tmp_path: Path) -> None:
-    data, journal = config(PARQUET, LINES), tmp_path / "x.partial"
+    data, journal = remote_config(PARQUET, LINES), tmp_path / "x.partial"
     store.fail_after = 2
     with pytest.raises(DataError, match="does not answer"):
         resolve_sources(data, journal)
@@ -149,7 +127,7 @@ def test_all_unreadable_files_are_reported_together(store: Store) -> None:
     for index in range(2):
         (store.folder / f"org/tables/data/{index}.parquet").write_bytes(b"PAR1 truncated")
     with pytest.raises(DataError) as error:
-        resolve_sources(config(PARQUET, "hf://datasets/org/none@main/x"))
+        resolve_sources(remote_config(PARQUET, "hf://datasets/org/none@main/x"))
     lines = str(error.value).splitlines()
     assert len(lines) == 3
     assert all(part in str(error.value) for part in ("0.parquet", "1.parquet", "org/none"))
@@ -172,7 +150,7 @@ def test_a_wrong_text_field_is_found_when_resolving(store: Store) -> None:
 )
 def test_a_damaged_lock_is_refused(store: Store, tmp_path: Path, change: Any, message: str) -> None:
     path = tmp_path / "x.lock.json"
-    save_lock(resolve_sources(config(LINES)), path)
+    save_lock(resolve_sources(remote_config(LINES)), path)
     path.write_text(change(path.read_text()))
     with pytest.raises(DataError, match=f"{path}.*{message}.*aurora data resolve"):
         load_lock(path)
@@ -182,7 +160,7 @@ def test_a_damaged_lock_is_refused(store: Store, tmp_path: Path, change: Any, me
 
 
 def test_unresolved_sources_are_not_checked(store: Store) -> None:
-    data = config(PARQUET, lanes=50)
+    data = remote_config(PARQUET, lanes=50)
     assert survey(data, unresolved(data))[1] == []
     assert store.listed == {}
     assert "lanes is 50" in survey(data)[1][0]
@@ -193,7 +171,7 @@ def test_a_lock_of_many_files_is_compact(tmp_path: Path) -> None:
     digest = "sha256:" + "0" * 64
     base = f"hf://datasets/org/name@{COMMIT}/"
     files = [CatalogFile(f"{base}{index // 500:04}/{index:06}.jsonl.zst", index, None, digest) for index in range(2000)]
-    data = config(LINES)
+    data = remote_config(LINES)
     lock = Lock({LINES: locked_source(LINES, LINES, files, COMMIT, ())})
     save_lock(lock, tmp_path / "lock")
     assert (tmp_path / "lock").stat().st_size < 130 * 2000
