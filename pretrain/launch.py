@@ -351,19 +351,19 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def check_inputs(config: Config, tokenizer: Tokenizer, locked: Locked) -> Inputs:
+def check_inputs(config: Config, tokenizer: Tokenizer | None, locked: Locked) -> Inputs:
     """Read every local file that the run reads.
 
     Args:
         config: the run.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None: not looked at.
         locked: its remote sources, of which no file is read.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
     catalog, problems = survey(config.data, locked)
-    rows = vocabulary_rows(tokenizer)
+    rows = vocabulary_rows(tokenizer) if tokenizer else 0
     if rows > config.model.vocab_size:
         problems.append(
             f"model.vocab_size: expected at least {rows}, the largest token id in {config.tokenizer.path} plus 1, "
@@ -372,4 +372,4 @@ def check_inputs(config: Config, tokenizer: Tokenizer, locked: Locked) -> Inputs
     if problems:
         raise ConfigError(problems)
     data = dict(fingerprint(config.data, catalog))
-    return Inputs(catalog, data, tokenizer_sha256=file_sha256(Path(config.tokenizer.path)))
+    return Inputs(catalog, data, tokenizer_sha256=file_sha256(Path(config.tokenizer.path)) if tokenizer else "")

@@ -54,18 +54,22 @@ def run(options: argparse.Namespace) -> int:
 def _check_inputs(config: Config, online: bool) -> Inputs:
     """Check what a run would read; remote sources without a lock are looked at only if asked for."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
+    from pretrain.config.data import is_remote
     from pretrain.data import load_tokenizer
     from pretrain.launch import check_inputs
     from pretrain.run.data_lock import lock_of_check
     from pretrain.run.folder import RunFolder
 
     locked = lock_of_check(config.data, RunFolder(config.run_folder), online)
-    return check_inputs(config, load_tokenizer(config.tokenizer), locked)
+    offline = is_remote(config.tokenizer.path) and not online
+    return check_inputs(config, None if offline else load_tokenizer(config.tokenizer), locked)
 
 
 def _remote_lines(inputs: Inputs) -> list[str]:
-    """What is known of each remote source."""
+    """What is known of each remote source, and what was not checked."""
     lines = []
+    if not inputs.tokenizer_sha256:
+        lines.append("not checked: the tokenizer, which is not on this machine; --online fetches it")
     for source in inputs.catalog.sources:
         if source.files and source.pinned is not None:
             lines.append(
