@@ -118,6 +118,11 @@ class DataConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Seed of the order in which units are read, which is different in every epoch. Does not depend on the rank."""
 
+    retry_minutes: Annotated[float, EXECUTION] = Field(default=30, ge=0)
+    """How long a source on a server may be unavailable. Requests that fail are repeated, with growing waits, until one
+    of them succeeds; after so many minutes without any progress, the run saves a checkpoint and ends with exit code
+    69, which `slurm/pretrain.sbatch` requeues. No effect on files of this machine."""
+
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the documents, chosen by a hash of their text, that are never trained on and form the validation
     split: the same documents on every machine and in any order. 0 means no validation split."""

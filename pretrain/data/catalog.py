@@ -15,12 +15,14 @@ from typing import BinaryIO, NotRequired, TypedDict
 from pretrain.config.data import DataConfig, SourceConfig, is_remote
 from pretrain.data.cache import CachedFile, DiskCache
 from pretrain.data.described import CatalogFile, CatalogSource, remote_file
-from pretrain.data.errors import DataError
+from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
-from pretrain.data.lock import Lock
+from pretrain.data.lock import Lock, lock_of
 from pretrain.data.mirror import mirror_path
 from pretrain.data.resolve import Journal, resolve_source
 from pretrain.data.sources import list_files, open_bytes, size_of
+from pretrain.data.sources.retries import set_retry_minutes
+from pretrain.data.sources.secrets import redact
 from pretrain.data.units import DataFile, TextRecipe, Unit
 
 _HASHED_BYTES = 1 << 20
@@ -73,6 +75,7 @@ def make_catalog(config: DataConfig, locked: Locked | None = None) -> Catalog:
             themselves are not read; `pretrain.data.check.survey` does both.
 
     """
+    set_retry_minutes(config.retry_minutes)
     found = [catalog_source(source, locked) for source in config.sources]
     if problems := [problem for _, problems in found for problem in problems]:
         raise DataError("\n".join(problems))
@@ -92,6 +95,7 @@ def resolve_sources(config: DataConfig, journal: Path | None = None, say: Callab
         DataError: with a line for every source and file that cannot be read.
 
     """
+    set_retry_minutes(config.retry_minutes)
     found: dict[str, CatalogSource] = {}
     problems: list[str] = []
     with Journal(journal) as notes:
@@ -100,15 +104,17 @@ def resolve_sources(config: DataConfig, journal: Path | None = None, say: Callab
                 continue
             try:
                 resolved = resolve_source(source.path, text_recipe(source), notes)
+            except DataUnavailableError:
+                raise
             except DataError as error:
                 problems.append(str(error))
                 continue
             found[source.path] = resolved
             if say:
-                say(f"{resolved.pinned}: {len(resolved.files):,} files, {resolved.bytes:,} bytes")
+                say(f"{redact(resolved.pinned)}: {len(resolved.files):,} files, {resolved.bytes:,} bytes")
     if problems:
         raise DataError("\n".join(problems))
-    return Lock(found)
+    return lock_of(found.values())
 
 
 Visit = Callable[[CatalogFile, TextFile], None]
@@ -118,6 +124,8 @@ def catalog_source(
     source: SourceConfig, locked: Locked | None = None, visit: Visit | None = None
 ) -> tuple[CatalogSource, list[str]]:
     """Describe one source; return what was found and every problem, at most one per file.
+
+    A server that does not answer is not a problem of the source but raises `DataUnavailableError`.
 
     Args:
         source: the source.
@@ -147,6 +155,8 @@ def catalog_source(
                 files.append(CatalogFile(path, size, text.row_groups(), digest))
                 if visit:
                     visit(files[-1], text)
+        except DataUnavailableError:
+            raise
         except DataError as error:
             problems.append(str(error))
     licences = _few(licences) or ({source.licence} if source.licence else set())
@@ -157,6 +167,8 @@ def _remote_source(source: SourceConfig, locked: Locked) -> tuple[CatalogSource,
     found = locked.get(source.path)
     try:
         found = found or resolve_source(source.path, text_recipe(source))
+    except DataUnavailableError:
+        raise
     except DataError as error:
         return CatalogSource(source.path, (), (), ()), str(error).splitlines()
     if not found.licences and source.licence:
@@ -253,7 +265,7 @@ def fingerprint(config: DataConfig, catalog: Catalog | None = None) -> DataFinge
 
 def _source_fingerprint(source: CatalogSource) -> SourceFingerprint:
     described = SourceFingerprint(
-        path=source.path, sources=list(source.names), licences=list(source.licences), bytes=source.bytes
+        path=redact(source.path), sources=list(source.names), licences=list(source.licences), bytes=source.bytes
     )
     if source.pinned is not None:
         rows = [_rows(file) for file in source.files]

@@ -10,6 +10,7 @@ from pretrain.data.catalog import Catalog, Locked, catalog_source, text_recipe
 from pretrain.data.described import CatalogFile
 from pretrain.data.formats import TextFile
 from pretrain.data.order import Split, is_validation, lane_problem
+from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.units import DataFile, Unit
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def survey(config: DataConfig, locked: Locked | None = None) -> tuple[Catalog, l
         problems, the catalog is incomplete.
 
     """
+    set_retry_minutes(config.retry_minutes)
     scan = _Scan(config.validation_fraction)
     sources, problems, remote = [], [], 0
     for source in config.sources:

@@ -56,7 +56,7 @@ def text_file(file: BinaryIO, path: str, recipe: TextRecipe) -> TextFile:
         DataError: the file is damaged or has no such text field.
 
     """
-    return next(kind for suffix, kind in FORMATS.items() if path.endswith(suffix))(file, path, recipe)
+    return next(kind for suffix, kind in FORMATS.items() if path.lower().endswith(suffix))(file, path, recipe)
 
 
 def read_unit(unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str]]:

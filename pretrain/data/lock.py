@@ -24,6 +24,7 @@ from typing import Any
 from pretrain.config.data import DataConfig, is_remote
 from pretrain.data.described import CatalogFile, CatalogSource
 from pretrain.data.errors import DataError
+from pretrain.data.sources.secrets import redact
 from pretrain.files import replacing
 
 FORMAT = 1
@@ -32,15 +33,14 @@ RESOLVE = "run `aurora data resolve` with this config again"
 
 @dataclass(frozen=True)
 class Lock:
-    """The remote sources of a config, by the path that the config gives."""
+    """The remote sources of a config, by the path that the config gives, without secrets."""
 
     sources: Mapping[str, CatalogSource]
 
     def source(self, path: str) -> CatalogSource | None:
         """Return a source by the path that a config gives, which may name the revision that was found."""
-        if path in self.sources:
-            return self.sources[path]
-        found = next((source for source in self.sources.values() if source.pinned == path), None)
+        name = redact(path)
+        found = self.sources.get(name) or next((one for one in self.sources.values() if one.pinned == name), None)
         return found and replace(found, path=path)
 
     @property
@@ -52,6 +52,11 @@ class Lock:
     def digest(self) -> str:
         """The sha256 of everything in the lock."""
         return _digest(_source_records(self))
+
+
+def lock_of(sources: Iterable[CatalogSource]) -> Lock:
+    """Return the lock that holds these sources."""
+    return Lock({redact(source.path): replace(source, path=redact(source.path)) for source in sources})
 
 
 def remote_paths(config: DataConfig) -> list[str]:
@@ -73,7 +78,7 @@ def locked_sources(lock: Lock, config: DataConfig, name: object) -> dict[str, Ca
     """
     found = {path: lock.source(path) for path in remote_paths(config)}
     if missing := [path for path, source in found.items() if source is None]:
-        raise DataError("\n".join(f"{name}: does not hold the source {path}: {RESOLVE}" for path in missing))
+        raise DataError("\n".join(f"{name}: does not hold the source {redact(path)}: {RESOLVE}" for path in missing))
     return {path: source for path, source in found.items() if source is not None}
 
 
@@ -146,7 +151,7 @@ def locked_source(
 
     """
     ordered = tuple(sorted(files, key=lambda file: file.path))
-    return CatalogSource(path, ordered, (), tuple(sorted(set(licences))), pinned, revision)
+    return CatalogSource(path, ordered, (), tuple(sorted(set(licences))), redact(pinned), revision)
 
 
 def _source_records(lock: Lock) -> list[dict[str, Any]]:

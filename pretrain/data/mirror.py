@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pretrain.data.described import CatalogFile, remote_file
-from pretrain.data.errors import DataError
+from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.sources import open_bytes
 from pretrain.data.units import DataFile
 from pretrain.files import sync
@@ -89,6 +89,8 @@ def fetch(files: Sequence[CatalogFile], folder: Path, progress: Callable[[int], 
             for task in as_completed(tasks):
                 try:
                     task.result()
+                except DataUnavailableError:
+                    raise
                 except DataError as error:
                     problems.append(str(error))
         except BaseException:

@@ -5,22 +5,21 @@ the next attempt takes those whose file has not changed.
 """
 
 import json
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Self
 
-from huggingface_hub import HfApi
-
 from pretrain.data.described import CatalogFile, CatalogSource, remote_digest
-from pretrain.data.errors import DataError
+from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.formats import SUFFIXES, text_file
 from pretrain.data.lock import locked_source
 from pretrain.data.sources import list_files, open_bytes
+from pretrain.data.sources.hub import HubPath, licences_of
 from pretrain.data.units import DataFile, TextRecipe, Unit
 
 CONCURRENT = 16
@@ -109,7 +108,7 @@ def resolve_source(path: str, recipe: TextRecipe, journal: Journal | None = None
     if problems:
         raise DataError("\n".join(problems))
     pinned, revision = _pinned(path, listed)
-    return locked_source(path, pinned, files, revision, _licences(pinned, revision))
+    return locked_source(path, pinned, files, revision, licences_of(pinned) if pinned.startswith("hf://") else ())
 
 
 def _bounded(
@@ -143,6 +142,8 @@ def _describe(file: DataFile, recipe: TextRecipe, journal: Journal) -> CatalogFi
             try:
                 with open_bytes(file) as opened:
                     groups = text_file(opened, file.path, recipe).row_groups()
+            except DataUnavailableError:
+                raise
             except DataError as error:
                 return str(error)
             journal.add(file.path, digest, groups or ())
@@ -164,19 +165,8 @@ def _look_at_first(listed: Sequence[DataFile], recipe: TextRecipe) -> None:
 
 
 def _pinned(path: str, listed: Sequence[DataFile]) -> tuple[str, str | None]:
-    """Return the path with the commit at which its files were listed, and the commit; there may be none."""
-    commit = listed and re.match(r"(hf://(?:datasets/)?[^/@]+/[^/@]+@)([0-9a-f]{40})/", listed[0].path)
-    if not commit:
+    """Return the path with the commit at which its files were listed, and the commit; other stores have none."""
+    if not path.startswith("hf://") or not listed:
         return path, None
-    start, revision = commit.groups()
-    return re.sub(r"hf://(?:datasets/)?[^/@]+/[^/@]+(@[^/]*)?", lambda _: start + revision, path, count=1), revision
-
-
-def _licences(pinned: str, revision: str | None) -> tuple[str, ...]:
-    """The licences that the card of a data set on the Hub states."""
-    repository = re.match(r"hf://datasets/([^/@]+/[^/@]+)", pinned)
-    if not repository:
-        return ()
-    card = HfApi().dataset_info(repository[1], revision=revision).card_data
-    stated = card.get("license") if card else None
-    return (stated,) if isinstance(stated, str) else tuple(stated or ())
+    commit = HubPath.parse(listed[0].path).revision
+    return str(replace(HubPath.parse(path), revision=commit)), commit

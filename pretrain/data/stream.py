@@ -32,6 +32,7 @@ from pretrain.data.mixture import Schedule
 from pretrain.data.order import make_plan
 from pretrain.data.packing import ReaderTask, RingTask
 from pretrain.data.rings import RingPosition, RingQueues, take_turns
+from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.state import STATE_VERSION, LaneState, StreamState, cursors_of, initial_state, read_state
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.workers import InlineReader, Reader, WorkerReader
@@ -95,6 +96,7 @@ class TokenStream:
             raise ValueError(f"sequence_length is {sequence_length}, expected at least 1")
         if epochs is not None and (epochs < 1 or (split == "validation" and epochs != 1)):
             raise ValueError(f"epochs is {epochs}, expected at least 1, and exactly 1 for the validation split")
+        set_retry_minutes(config.retry_minutes)
         self._plan = make_plan(config, split, epochs, catalog)
         load_tokenizer(tokenizer)  # to fail here rather than in a reader
         self._sequence_length = sequence_length

@@ -8,7 +8,7 @@ class DataFile:
     """A file of data, in the version that the catalog recorded."""
 
     path: str
-    """Where it is: a path spelt as in the config, or a URL."""
+    """Where it is: a path spelt as in the config, or a URL without secrets; a revision of the Hub is a commit."""
     bytes: int | None = None
     """Its size; None: not known yet, and not checked."""
     etag: str | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from pretrain.config.data import DataConfig
 from pretrain.data.catalog import Catalog, Locked, resolve_sources
 from pretrain.data.described import CatalogSource
-from pretrain.data.lock import Lock, load_lock, locked_sources, remote_paths, save_lock, unresolved
+from pretrain.data.lock import Lock, load_lock, lock_of, locked_sources, remote_paths, save_lock, unresolved
 from pretrain.data.mirror import check_mirror
 from pretrain.run.folder import RunFolder
 
@@ -62,9 +62,9 @@ def keep_lock(catalog: Catalog, folder: RunFolder) -> None:
         DataError: it cannot be written.
 
     """
-    remote = {source.path: source for source in catalog.sources if source.pinned is not None}
+    remote = [source for source in catalog.sources if source.pinned is not None]
     if remote:
-        save_lock(Lock(remote), folder.data_lock)
+        save_lock(lock_of(remote), folder.data_lock)
         _journal(folder).unlink(missing_ok=True)
 
 

@@ -57,7 +57,7 @@ class Store:
         self.licence = "odc-by"
         self._open_local, self._list_local = sources.open_bytes, sources.list_files
         patch.setattr("pretrain.data.resolve.list_files", self.list_files)
-        patch.setattr("pretrain.data.resolve._licences", lambda *_: (self.licence,))
+        patch.setattr("pretrain.data.resolve.licences_of", lambda _: (self.licence,))
         for module in MODULES:
             patch.setattr(f"pretrain.data.{module}.open_bytes", self.open_bytes)
 
