@@ -23,7 +23,16 @@ from pretrain.checkpoint.state import fragments, group_settings, load_state, loa
 from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.config import Config, ConfigError
-from pretrain.data import Catalog, TokenStream, fingerprint, load_tokenizer, separator_id, survey, vocabulary_rows
+from pretrain.data import (
+    Catalog,
+    TokenStream,
+    fingerprint,
+    load_tokenizer,
+    separator_id,
+    survey,
+    tokenizer_problems,
+    vocabulary_rows,
+)
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
 from pretrain.files import file_sha256
@@ -358,7 +367,9 @@ def check_inputs(config: Config, tokenizer: Tokenizer) -> Inputs:
             f"model.vocab_size: expected at least {rows}, the largest token id in {config.tokenizer.path} plus 1, "
             f"got {config.model.vocab_size}"
         )
+    sha256 = file_sha256(Path(config.tokenizer.path))
+    problems += tokenizer_problems(catalog, tokenizer, config.tokenizer)
     if problems:
         raise ConfigError(problems)
     data = dict(fingerprint(config.data, catalog))
-    return Inputs(catalog, data, tokenizer_sha256=file_sha256(Path(config.tokenizer.path)))
+    return Inputs(catalog, data, tokenizer_sha256=sha256)

@@ -7,7 +7,7 @@ one sequence of batches with one small state.
 """
 
 from pretrain.data.batch import TokenBatch
-from pretrain.data.catalog import Catalog, fingerprint, make_catalog
+from pretrain.data.catalog import Catalog, fingerprint, make_catalog, tokenizer_problems
 from pretrain.data.check import check_sources, survey
 from pretrain.data.documents import validation_text
 from pretrain.data.errors import DataError
@@ -29,6 +29,7 @@ __all__ = [
     "make_catalog",
     "separator_id",
     "survey",
+    "tokenizer_problems",
     "validation_text",
     "vocabulary_rows",
 ]

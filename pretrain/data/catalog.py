@@ -8,13 +8,20 @@ import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, TypedDict
 
-from pretrain.config.data import DataConfig, SourceConfig
+from tokenizers import Tokenizer
+
+from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data.errors import DataError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
+from pretrain.data.prepared.check import tokenizer_problem
+from pretrain.data.prepared.reading import TokenizerNeeds, TokenSource, token_source
 from pretrain.data.sources import list_files, open_bytes, size_of
+from pretrain.data.tokenizer import separator_id, vocabulary_rows
 from pretrain.data.units import DataFile, TextRecipe, Unit
+from pretrain.files import file_sha256
 
 _HASHED_BYTES = 1 << 20
 _MAX_NAMES = 64  # a column with more distinct values than this describes rows rather than sources
@@ -28,7 +35,8 @@ class CatalogFile:
     """Spelt as in the config."""
     bytes: int
     row_groups: tuple[int, ...] | None
-    """Rows of each row group of a parquet file; None for JSON lines, which would have to be read."""
+    """Rows of each row group of a parquet file, documents of each unit of a prepared shard, tokens of each unit of a
+    `.bin` shard; None for JSON lines, which would have to be read."""
     sha256: str
     """Of the first MiB, the last MiB and the size in decimal digits, in this order."""
 
@@ -55,6 +63,8 @@ class CatalogSource:
     """The values of a parquet column `source`, sorted; empty if there is none, or more than 64 values."""
     licences: tuple[str, ...]
     """The values of a parquet column `licence` or `license`, likewise; if there are none, the config's `licence`."""
+    tokenizer: TokenizerNeeds | None = None
+    """The tokenizer that the tokens of prepared data were made with; None: the source is text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +118,11 @@ def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[Ca
         visit: called with each file while it is open. A `DataError` that it raises counts as a problem of the file.
 
     """
+    try:
+        if tokens := token_source(source.path):
+            return _prepared(source, tokens)
+    except DataError as error:
+        return CatalogSource(source.path, (), (), ()), [str(error)]
     files: list[CatalogFile] = []
     names: set[str] = set()
     licences: set[str] = set()
@@ -132,6 +147,16 @@ def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[Ca
     return CatalogSource(source.path, tuple(files), tuple(sorted(_few(names))), tuple(sorted(licences))), problems
 
 
+def _prepared(source: SourceConfig, found: TokenSource) -> tuple[CatalogSource, list[str]]:
+    """Describe a source of prepared data."""
+    files = tuple(CatalogFile(file.path, file.bytes, file.units, file.sha256) for file in found.files)
+    licences = found.licences or ((source.licence,) if source.licence else ())
+    problems = []
+    if source.text_field != SourceConfig.model_fields["text_field"].default:
+        problems.append(f"{source.path}: holds tokens, not text: text_field has no effect, remove it")
+    return CatalogSource(source.path, files, found.names, licences, found.tokenizer), problems
+
+
 def _few(values: set[str]) -> set[str]:
     return values if len(values) <= _MAX_NAMES else set()
 
@@ -147,6 +172,20 @@ def _digest(file: BinaryIO, path: str) -> tuple[int, str]:
         raise DataError(f"{path}: cannot be read: {error}") from error
     digest.update(str(size).encode())
     return size, digest.hexdigest()
+
+
+def tokenizer_problems(catalog: Catalog, tokenizer: Tokenizer, config: TokenizerConfig) -> list[str]:
+    """Return a line for each source of prepared data whose tokens were made with another tokenizer."""
+    if not any(source.tokenizer for source in catalog.sources):
+        return []
+    sha256 = file_sha256(Path(config.path))
+    eos_id, rows = separator_id(tokenizer, config), vocabulary_rows(tokenizer)
+    found = (
+        tokenizer_problem(source.path, source.tokenizer, config.path, sha256, eos_id, rows)
+        for source in catalog.sources
+        if source.tokenizer
+    )
+    return [problem for problem in found if problem]
 
 
 class FileFingerprint(TypedDict):

@@ -2,13 +2,16 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.data.catalog import Catalog, CatalogFile, catalog_source, text_recipe
+from pretrain.data.errors import DataError
 from pretrain.data.formats import TextFile
-from pretrain.data.order import Split, is_validation, lane_problem
+from pretrain.data.order import lane_problem
+from pretrain.data.prepared.check import check_shard
+from pretrain.data.split import Split, are_validation, is_validation
 from pretrain.data.units import Unit
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
     for source in config.sources:
         before = (scan.documents.total(), len(scan.sampled))
         found, faults = catalog_source(source, partial(scan.file, source))
+        if found.tokenizer:
+            faults += scan.shards(found.files)
         if not faults and before == (scan.documents.total(), len(scan.sampled)):
             faults = [f"{source.path}: the source is empty, no row holds any text"]
         sources.append(found)
@@ -98,6 +103,25 @@ class _Scan:
         for one in texts:
             if encoded := one.encode():
                 self.documents["validation" if is_validation(encoded, self._fraction) else "train"] += 1
+
+    def shards(self, files: Iterable[CatalogFile]) -> list[str]:
+        """Check the shards of a source of prepared data; return every problem."""
+        problems = []
+        for file in files:
+            in_full = file.bytes <= self._budget
+            if in_full:
+                self._budget -= file.bytes
+            try:
+                hashes = check_shard(file.path, in_full)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            if not in_full or hashes is None:
+                self.sampled.append(file.path)
+            if hashes is not None:
+                validation = int(are_validation(hashes, self._fraction).sum())
+                self.documents += Counter({"validation": validation, "train": len(hashes) - validation})
+        return problems
 
 
 def _all_texts(text: TextFile, units: list[Unit]) -> Iterator[str]:

@@ -9,14 +9,12 @@ import hashlib
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, floor
-from typing import Literal
 
 from pretrain.config.data import DataConfig
 from pretrain.data.catalog import Catalog, make_catalog
 from pretrain.data.errors import DataError
+from pretrain.data.split import Split, is_validation
 from pretrain.data.units import Unit
-
-Split = Literal["train", "validation"]
 
 _KEPT_ORDERS = 4  # epochs whose order is cached: the current one, and those in which carried tails began
 
@@ -111,11 +109,6 @@ def epoch_order(
             for unit in chosen if copy == copies else range(len(source)):
                 entries.append((_key(seed, epoch, "order", index, unit, copy), source[unit]))
     return [unit for _, unit in sorted(entries, key=lambda entry: entry[0])]
-
-
-def is_validation(text: bytes, fraction: float) -> bool:
-    """Return whether a document, given as UTF-8, belongs to the validation split, which its hash decides."""
-    return fraction > 0 and int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64 < fraction
 
 
 def exact(weight: float) -> Fraction:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,18 @@ def vocabulary_rows(tokenizer: Tokenizer) -> int:
     """Return the rows that an embedding needs: the largest id plus 1, which exceeds the number of entries if ids have
     gaps. Includes added tokens."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+@lru_cache(maxsize=4)
+def token_bytes(tokenizer: Tokenizer, eos_id: int) -> npt.NDArray[np.uint32]:
+    """Return the UTF-8 bytes that each token of a byte-level tokenizer stands for, uint32 [rows]; 0 for the separator.
+
+    Such a vocabulary spells every byte as one character.
+    """
+    sizes = np.zeros(vocabulary_rows(tokenizer), np.uint32)
+    for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
+        sizes[number] = 0 if number == eos_id else len(token)
+    return sizes
 
 
 @dataclass(frozen=True)
