@@ -108,11 +108,11 @@ def read_items(task: ReaderTask) -> Iterator[Item]:
 def _refill(lanes: "Sequence[_Lane]", encoder: DocumentEncoder) -> None:
     """Tokenize about `REFILL_BYTES` of text in one call; each document goes to the lane with the fewest tokens.
 
-    What is tokenized already goes to its lane directly.
+    What is tokenized already only takes its turn.
     """
     queue = [(lane.pending, index) for index, lane in enumerate(lanes) if not lane.exhausted]
     heapq.heapify(queue)
-    batch: list[tuple[_Lane, Document]] = []
+    batch: list[tuple[_Lane, Document | Tokenized]] = []
     size = 0
     while queue and size < REFILL_BYTES:
         pending, index = queue[0]
@@ -120,17 +120,18 @@ def _refill(lanes: "Sequence[_Lane]", encoder: DocumentEncoder) -> None:
         if document is None:
             heapq.heappop(queue)
             continue
-        if isinstance(document, Tokenized):
-            lanes[index].push(*document)
-            size += 4 * len(document.run.tokens)  # about four bytes per token, here and below
-            heapq.heapreplace(queue, (lanes[index].pending, index))
-            continue
         batch.append((lanes[index], document))
-        size += document.text_bytes
-        heapq.heapreplace(queue, (pending + document.text_bytes // 4 + 1, index))
-    for (lane, document), tokens in zip(batch, encoder.encode([d.text for _, d in batch]), strict=True):
-        # A text without tokens, of which only the separator remains, is left out.
-        if len(tokens) > 1:
+        # About four bytes per token.
+        length = len(document.run.tokens) if isinstance(document, Tokenized) else document.text_bytes // 4 + 1
+        size += 4 * length
+        heapq.heapreplace(queue, (pending + length, index))
+    texts = iter(encoder.encode([document.text for _, document in batch if isinstance(document, Document)]))
+    for lane, document in batch:
+        if isinstance(document, Tokenized):
+            lane.push(*document)
+            continue
+        tokens = next(texts)
+        if len(tokens) > 1:  # a text without tokens, of which only the separator remains, is left out
             lane.push(document.position, TokenRun.of_document(tokens, document.text_bytes))
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class Assembly:
             before = np.cumsum(sizes) - sizes
             cuts = np.flatnonzero(np.diff(before // np.uint64(most), prepend=np.uint64(0))).tolist()
             borders = [0, *cuts, count]
-            for low, high in zip(borders[:-1], borders[1:], strict=True):
+            for low, high in pairwise(borders):
                 yield Piece(part, range(begin + low, begin + high), int(sizes[low:high].sum()))
             begin += count
 
@@ -122,8 +123,8 @@ class Assembly:
                         file.write(block)
             file.flush()
         lengths, sizes, hashes = (np.concatenate(column) for column in zip(*tables, strict=True))
-        table = DocumentTable(np.cumsum(lengths, dtype=np.uint64), np.cumsum(sizes, dtype=np.uint64), hashes)
-        columns = [np.ascontiguousarray(column, "<u8").data for column in table]
+        whole = DocumentTable(np.cumsum(lengths, dtype=np.uint64), np.cumsum(sizes, dtype=np.uint64), hashes)
+        columns = [np.ascontiguousarray(column, "<u8").data for column in whole]
         with replacing(self._folder / f"{name}{DOCUMENTS_SUFFIX}") as partial:
             partial.write_bytes(b"".join(columns))
         return Shard(
@@ -144,4 +145,4 @@ def _blocks(
     for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
         if len(run):
             begin = int(ends[run[0] - 1]) if run[0] else 0
-            yield memoryview(np.ascontiguousarray(tokens[begin : int(ends[run[-1]])])).cast("B")
+            yield tokens[begin : int(ends[run[-1]])].data.cast("B")

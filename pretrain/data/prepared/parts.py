@@ -11,7 +11,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,7 @@ def write_part(part: Part, encoding: Encoding, encoder: DocumentEncoder) -> Iter
         np.savez(file, **table._asdict())
 
 
-def _batches(unit: Unit) -> Iterator[list[str]]:
+def _batches(unit: Unit) -> Generator[list[str]]:
     """Yield the texts of a unit, about `REFILL_BYTES` at a time."""
     texts: list[str] = []
     size = 0

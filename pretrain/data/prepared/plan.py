@@ -17,7 +17,7 @@ from pretrain.data.units import Unit
 from pretrain.files import file_sha256, replace_text
 
 # Read units are joined to parts of at least this many bytes of their files. Part of the format of an unfinished folder.
-_PART_BYTES = 64 << 20
+_PART_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
