@@ -8,7 +8,7 @@ one sequence of batches with one small state.
 
 from pretrain.data.batch import TokenBatch
 from pretrain.data.catalog import Catalog, fingerprint, make_catalog, tokenizer_problems
-from pretrain.data.check import check_sources, survey
+from pretrain.data.check import check_sources, survey, unencodable
 from pretrain.data.documents import validation_text
 from pretrain.data.errors import DataError
 from pretrain.data.masks import attention_inputs
@@ -30,6 +30,7 @@ __all__ = [
     "separator_id",
     "survey",
     "tokenizer_problems",
+    "unencodable",
     "validation_text",
     "vocabulary_rows",
 ]

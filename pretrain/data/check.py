@@ -5,13 +5,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from pretrain.config.data import DataConfig, SourceConfig
+from tokenizers import Tokenizer
+
+from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data.catalog import Catalog, CatalogFile, catalog_source, text_recipe
 from pretrain.data.errors import DataError
-from pretrain.data.formats import TextFile
+from pretrain.data.formats import TextFile, read_unit
 from pretrain.data.order import lane_problem
 from pretrain.data.prepared.check import check_shard
+from pretrain.data.prepared.reading import holds_tokens
 from pretrain.data.split import Split, are_validation, is_validation
+from pretrain.data.tokenizer import DocumentEncoder, separator_id
+from pretrain.data.tokenizer_checks import lost_characters
 from pretrain.data.units import Unit
 
 logger = logging.getLogger(__name__)
@@ -19,6 +24,8 @@ logger = logging.getLogger(__name__)
 # Files are read in full until this many bytes have been read, and sampled from then on.
 FULL_SCAN_BYTES = 512 << 20
 _SAMPLE_BYTES = 1 << 20
+# Text of each source that is tokenized to see whether that works.
+_TRIED_BYTES = 1 << 18
 
 
 def check_sources(config: DataConfig) -> list[str]:
@@ -63,6 +70,48 @@ def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
             scan.sampled[0],
         )
     return catalog, problems
+
+
+def unencodable(config: DataConfig, catalog: Catalog, tokenizer: Tokenizer, named: TokenizerConfig) -> list[str]:
+    """Encode the first texts of every source; return a line for each whose texts the tokenizer cannot encode.
+
+    A warning in the log names characters that it would leave out.
+    """
+    encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, named), named.path)
+    problems: list[str] = []
+    lost: set[str] = set()
+    for units in catalog.units(config):
+        texts = _first_texts(units)
+        try:
+            encoder.encode(texts)
+        except DataError as error:
+            problems.append(str(error))
+        else:
+            lost |= set(lost_characters(tokenizer, texts))
+    if lost:
+        logger.warning(
+            "tokenizer.path %s has no token for %d characters of the sources, not even one for unknown characters, and "
+            "leaves them out, for example %s",
+            named.path,
+            len(lost),
+            " ".join(sorted(lost)[:10]),
+        )
+    return problems
+
+
+def _first_texts(units: tuple[Unit, ...]) -> list[str]:
+    """About the first 256 KiB of text of a source; none of one that holds tokens."""
+    texts: list[str] = []
+    size = 0
+    for unit in units:
+        if holds_tokens(unit.file.path):
+            return []
+        for _, text in read_unit(unit, 0, _TRIED_BYTES):
+            texts.append(text[:_TRIED_BYTES])
+            size += len(texts[-1])
+            if size >= _TRIED_BYTES:
+                return texts
+    return texts
 
 
 def _empty_splits(config: DataConfig, documents: "Counter[Split]") -> Iterator[str]:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data.errors import DataError
+from pretrain.data.hub_tokenizer import fetch
 from pretrain.data.prepared.assembly import Assembly
 from pretrain.data.prepared.duplicates import find_duplicates
 from pretrain.data.prepared.layout import INDEX_FILE, TOKENIZER_FILE, Index, load_index
@@ -72,6 +73,7 @@ def prepare(
             is too small.
 
     """
+    tokenizer = fetch(tokenizer)
     loaded = load_tokenizer(tokenizer)
     plan = make_plan(config, tokenizer, folder, options)
     folder.mkdir(parents=True, exist_ok=True)
