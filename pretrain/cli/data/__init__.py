@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.data import prepare
+from pretrain.cli.data import prepare, tokenizer
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
 
-VERBS: tuple[Any, ...] = (prepare,)
+VERBS: tuple[Any, ...] = (prepare, tokenizer)
 """The modules of the sub-verbs, in the order of the help; each declares its arguments in ``add``."""
 
 
