@@ -74,7 +74,7 @@ def validation_text(config: DataConfig, catalog: Catalog | None = None) -> str:
 
     """
     plan = make_plan(config, "validation", 1, catalog)
-    if tokens := next((unit.file.path for units in plan.units for unit in units if holds_tokens(unit.file.path)), None):
+    if tokens := next((unit.file.path for unit in plan.lane_units(0, 0) if holds_tokens(unit.file.path)), None):
         raise DataError(f"{tokens}: holds tokens, not text: name the sources that it was prepared from")
     texts = (text for unit in plan.lane_units(0, 0) for _, text in read_unit(unit, 0, batch_bytes=1 << 20))
     return "".join(text for text in texts if plan.selects(text.encode()))

@@ -12,8 +12,9 @@ previous sequence, so every token except the very first is a target exactly once
 
 import heapq
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 
@@ -45,6 +46,8 @@ class PackedSequence:
     text_bytes: int
     """UTF-8 bytes of the text whose tokens are targets here. The bytes of a document are spread evenly over its tokens,
     in whole numbers that add up to its size."""
+    documents: int
+    """Documents whose last token is a target here."""
     cursor: Cursor
     """The first token that is not yet a target."""
 
@@ -62,21 +65,44 @@ Item = PackedSequence | EpochEnd
 
 
 @dataclass(frozen=True)
+class RingTask:
+    """The lanes of one ring that a reader reads."""
+
+    epoch: int
+    ring: tuple[int, ...]
+    """Its lanes that are still in the ring of this epoch, beginning with the next one."""
+    cursors: dict[int, Cursor]
+    """All its lanes, in order, and the position where each continues."""
+
+
+@dataclass(frozen=True)
 class ReaderTask:
     """The work of one reader, which is a worker or the training process itself. Can be pickled."""
 
     plan: ReadPlan
     tokenizer: TokenizerConfig
     sequence_length: int
-    cursors: dict[int, Cursor]
-    """The lanes of the reader and the position where each continues."""
-    epoch: int
-    ring: tuple[int, ...]
-    """Its lanes that are still in the ring of this epoch, beginning with the next one."""
+    rings: dict[int, RingTask]
+    """By the index of the ring; those that the reader has lanes of."""
+
+    @property
+    def lane_bytes(self) -> int:
+        """Text of a lane that may be decoded but not yet tokenized."""
+        lanes = sum(len(ring.cursors) for ring in self.rings.values())
+        return min(LANE_READ_AHEAD_BYTES, READ_AHEAD_BYTES // lanes)
 
 
-def read_items(task: ReaderTask) -> Iterator[Item]:
-    """Yield the sequences of a reader's lanes in the order of the ring, until the last epoch ends.
+def read_rings(task: ReaderTask) -> dict[int, Iterator[Item]]:
+    """Return the items of each ring, which are read only when they are requested; see `read_items`.
+
+    The rings do not depend on one another: the mixture decides which of them gives the next sequence.
+    """
+    encoder = cache(partial(DocumentEncoder.load, task.tokenizer))
+    return {index: read_items(task, index, encoder) for index in task.rings}
+
+
+def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], DocumentEncoder]) -> Iterator[Item]:
+    """Yield the sequences of a reader's lanes of one ring, in the order of the ring, until its last epoch ends.
 
     Lanes take turns. A lane whose remaining tokens of the epoch do not fill a sequence yields its `EpochEnd` instead
     and leaves. When all have left, the next epoch begins with all lanes, in order.
@@ -86,10 +112,10 @@ def read_items(task: ReaderTask) -> Iterator[Item]:
             different data.
 
     """
-    encoder = DocumentEncoder.load(task.tokenizer)
-    lanes = {lane: _Lane(task, lane, encoder) for lane in sorted(task.cursors)}
-    ring = deque(lanes[lane] for lane in task.ring)
-    epoch, epochs = task.epoch, task.plan.epochs
+    encoder, own = load_encoder(), task.rings[index]
+    lanes = {lane: _Lane(task, lane, own.cursors[lane], encoder) for lane in sorted(own.cursors)}
+    ring = deque(lanes[lane] for lane in own.ring)
+    epoch, epochs = own.epoch, task.plan.rings[index].epochs
     while epochs is None or epoch < epochs:
         for lane in ring:
             lane.open(epoch)
@@ -138,12 +164,11 @@ def _refill(lanes: "Sequence[_Lane]", encoder: DocumentEncoder) -> None:
 class _Lane:
     """The tokens of a lane that have been read but not packed."""
 
-    def __init__(self, task: ReaderTask, lane: int, encoder: DocumentEncoder) -> None:
+    def __init__(self, task: ReaderTask, lane: int, cursor: Cursor, encoder: DocumentEncoder) -> None:
         self._task = task
         self._lane = lane
         self._encoder = encoder
-        self._batch_bytes = min(LANE_READ_AHEAD_BYTES, READ_AHEAD_BYTES // len(task.cursors))
-        self._cursor = self._read_from = task.cursors[lane]
+        self._cursor = self._read_from = cursor
         self._waiting: deque[tuple[Cursor, TokenRun]] = deque()
         self._used = self._cursor.token  # tokens of the first waiting run that have been packed
         # A separator precedes every document and the lane itself; `push` corrects this within a document.
@@ -165,7 +190,7 @@ class _Lane:
             self._lane,
             self._read_from,
             epoch,
-            self._batch_bytes,
+            self._task.lane_bytes,
             lambda: token_bytes(self._encoder.tokenizer, self._encoder.eos_id),
         )
         self._documents_read = 0
@@ -188,9 +213,11 @@ class _Lane:
         tokens = run.tokens
         if self._used and not self._waiting:  # after a resume: the cursor is within this run
             if position != self._cursor._replace(token=0) or self._used >= len(tokens):
+                plan = self._task.plan
+                name = plan.rings[plan.ring_of(self._lane)].name
                 raise DataError(
-                    f"lane {self._lane} cannot continue at {self._cursor}: the data or the tokenizer is not the one "
-                    "that the saved state was taken from; restore it, or start a new run"
+                    f"{name}: lane {self._lane} cannot continue at {self._cursor}: the data or the tokenizer is not "
+                    "the one that the saved state was taken from; restore it, or start a new run"
                 )
             self._last_token = int(tokens[self._used - 1])
             self.pending -= self._used
@@ -209,7 +236,7 @@ class _Lane:
         sequence = np.empty(self._task.sequence_length + 1, dtype=np.int32)
         sequence[0] = self._last_token
         sequence[length + 1 :] = self._encoder.eos_id
-        filled, text_bytes = 1, 0
+        filled, text_bytes, documents = 1, 0, 0
         while filled <= length:
             position, run = self._waiting[0]
             tokens = run.tokens
@@ -218,6 +245,7 @@ class _Lane:
             sequence[filled : filled + end - begin] = tokens[begin:end]
             filled += end - begin
             text_bytes += run.bytes_before(end) - run.bytes_before(begin)
+            documents += run.documents_before(end) - run.documents_before(begin)
             if end == len(tokens):
                 self._waiting.popleft()
                 self._used = 0
@@ -227,4 +255,4 @@ class _Lane:
                 self._cursor = position._replace(token=end)
         self.pending -= length
         self._last_token = int(sequence[length])
-        return PackedSequence(self._lane, sequence, length, text_bytes, self._cursor)
+        return PackedSequence(self._lane, sequence, length, text_bytes, documents, self._cursor)

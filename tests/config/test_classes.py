@@ -81,7 +81,10 @@ def test_the_classes_are_these() -> None:
     ("override", "kind"),
     [
         ("optimizer.lr=0.01", "result"),
-        ("data.sources.1.weight=2", "result"),
+        ("data.sources.1.split_units=2", "result"),
+        ("data.mixture={sotu: 1, moby_dick: 2, austen: 3}", "result"),
+        ("data.sources.1.max_epochs=2", "result"),
+        ("data.past_max_epochs=end_source", "result"),
         ("tokenizer.path=elsewhere.json", "result"),
         ("train.total_tokens=4096000", "result"),
         ("train.precision=fp32", "numerics"),

@@ -17,6 +17,9 @@ from pretrain.data.prepared.prepare import Prepared, prepare
 from pretrain.data.split import text_hash
 from tests.data.corpus import Setting, drain, make_setting, make_texts, on_ranks, rows, write_jsonl, write_parquet
 
+SHARES = {"a": 2, "b": 1, "c": 1.5}
+"""Of the tokens: by default, the shares follow from the sizes of the files, which are others for tokens."""
+
 
 def sources(folder: Path, seed: int = 0) -> list[Path]:
     """Three files of every kind, 11 read units; some rows are empty."""
@@ -46,7 +49,14 @@ def test_prepared_units_give_the_same_stream_as_the_text(
     """If no read unit was divided, everything is equal, batch for batch: any lanes, seed, fraction and epochs."""
     epochs = 1 if split == "validation" else 3
     text = make_setting(
-        tokenizer, *sources(tmp_path), lanes=3, validation_fraction=0.3, seed=4, epochs=epochs, split=split
+        tokenizer,
+        *sources(tmp_path),
+        mixture=SHARES,
+        lanes=3,
+        validation_fraction=0.3,
+        seed=4,
+        epochs=epochs,
+        split=split,
     )
     ready, done = prepared(text, tmp_path / "to", shard_tokens=shard_tokens)
     assert sum(len(one.index.shards) for one in done) == (3 if shard_tokens > 1500 else 4)
@@ -72,7 +82,7 @@ def test_divided_units_give_the_same_tokens_to_a_single_lane_of_a_single_file(
 
 
 def test_resumed_anywhere_the_stream_continues_with_the_same_tokens(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
-    text = make_setting(tokenizer, *sources(tmp_path), lanes=2, validation_fraction=0.2, epochs=2)
+    text = make_setting(tokenizer, *sources(tmp_path), mixture=SHARES, lanes=2, validation_fraction=0.2, epochs=2)
     setting, _ = prepared(text, tmp_path / "to", shard_tokens=900)
     whole = setting.open()
     batches = drain(whole, 3)
@@ -86,7 +96,7 @@ def test_resumed_anywhere_the_stream_continues_with_the_same_tokens(tmp_path: Pa
 
 
 def test_ranks_and_workers_do_not_change_the_stream(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
-    text = make_setting(tokenizer, *sources(tmp_path), lanes=3, validation_fraction=0.2, epochs=2)
+    text = make_setting(tokenizer, *sources(tmp_path), mixture=SHARES, lanes=3, validation_fraction=0.2, epochs=2)
     setting, _ = prepared(text, tmp_path / "to")
     expected = [batch.sha256() for batch in drain(setting.open(), 4)]
 
@@ -101,7 +111,7 @@ def test_ranks_and_workers_do_not_change_the_stream(tmp_path: Path, tokenizer: T
 
 
 def test_parts_of_units_hold_every_document_once(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
-    text = make_setting(tokenizer, *sources(tmp_path), lanes=2, validation_fraction=0.2, epochs=1)
+    text = make_setting(tokenizer, *sources(tmp_path), mixture=SHARES, lanes=2, validation_fraction=0.2, epochs=1)
     setting, done = prepared(text, tmp_path / "to")
     divided = setting.changed(sources=[{"path": str(one.folder), "split_units": 3} for one in done], lanes=7)
     streams = [setting.open(), divided.open()]
@@ -117,8 +127,8 @@ def test_parts_of_units_hold_every_document_once(tmp_path: Path, tokenizer: Toke
 
 def test_text_and_prepared_sources_mix(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     paths = sources(tmp_path)
-    text = make_setting(tokenizer, *paths, lanes=2, epochs=2)
-    half, _ = prepared(text.changed(sources=[{"path": str(paths[0])}]), tmp_path / "to")
+    text = make_setting(tokenizer, *paths, mixture=SHARES, lanes=2, epochs=2)
+    half, _ = prepared(text.changed(sources=[{"path": str(paths[0])}], mixture=None), tmp_path / "a")
     mixed = text.changed(sources=[*half.config.model_dump()["sources"], *text.config.model_dump()["sources"][1:]])
     assert [b.sha256() for b in drain(mixed.open(), 3)] == [b.sha256() for b in drain(text.open(), 3)]
 
@@ -155,12 +165,12 @@ def test_duplicates_are_removed_and_counted(
     second = [*texts[:13], "of its own", "of its own", *texts[7:9]]
     rng.shuffle(second)
     paths = [write_parquet(tmp_path / "a.parquet", [*texts, texts[0]], 9), write_jsonl(tmp_path / "b.jsonl", second)]
-    text = make_setting(tokenizer, *paths, lanes=1, epochs=1)
+    text = make_setting(tokenizer, *paths, mixture={"a": 1, "b": 1}, lanes=1, epochs=1)
     setting, done = prepared(text, tmp_path / "to", remove_duplicates=True, workers=workers)
     assert [one.index.duplicates_removed for one in done] == [1, 16]
     assert [one.index.documents for one in done] == [40, 1]
     clean = [write_parquet(tmp_path / "c.parquet", texts, 9), write_jsonl(tmp_path / "d.jsonl", ["of its own"])]
-    expected = make_setting(tokenizer, *clean, lanes=1, epochs=1)
+    expected = make_setting(tokenizer, *clean, mixture={"c": 1, "d": 1}, lanes=1, epochs=1)
     assert [b.tokens.tolist() for b in drain(setting.open(), 4)] == [
         b.tokens.tolist() for b in drain(expected.open(), 4)
     ]

@@ -52,9 +52,12 @@ def make_plan(config: DataConfig, tokenizer: TokenizerConfig, folder: Path, opti
     catalog = make_catalog(config)
     if done := [source.path for source in catalog.sources if source.tokenizer]:
         raise DataError("\n".join(f"{path}: holds tokens already and cannot be prepared" for path in done))
+    found = fingerprint(config, catalog)["sources"]
     recipes = [
-        {"text_field": source.text_field, "split_units": source.split_units, "seen": seen}
-        for source, seen in zip(config.sources, fingerprint(config, catalog)["sources"], strict=True)
+        {"name": name, "text_field": source.text_field, "split_units": source.split_units, "seen": seen}
+        for name, source, seen in zip(
+            config.names, config.sources, fingerprint(config, catalog)["sources"], strict=True
+        )
     ]
     record = {
         "version": VERSION,
@@ -63,7 +66,7 @@ def make_plan(config: DataConfig, tokenizer: TokenizerConfig, folder: Path, opti
         "options": asdict(options),
         "sources": recipes,
     }
-    names = [folder] if len(config.sources) == 1 else [folder / f"source-{i}" for i in range(len(config.sources))]
+    names = [folder] if len(config.sources) == 1 else [folder / name for name in config.names]
     parts = tuple(_parts(catalog.units(config)))
     return Plan(catalog, json.loads(json.dumps(record)), tuple(names), parts)
 

@@ -29,6 +29,10 @@ class TokenRun:
         """Return the run of a single document whose tokens end with its separator."""
         return cls(0, tokens, [len(tokens)], [0, text_bytes])
 
+    def documents_before(self, token: int) -> int:
+        """Return the documents whose separator is one of the tokens before `token`."""
+        return bisect_right(self.ends, token)
+
     def bytes_before(self, token: int) -> int:
         """Return the UTF-8 bytes that belong to the tokens before `token`.
 
