@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -23,11 +24,24 @@ from pretrain.checkpoint.state import fragments, group_settings, load_state, loa
 from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.config import Config, ConfigError
-from pretrain.data import Catalog, TokenStream, fingerprint, load_tokenizer, separator_id, survey, vocabulary_rows
+from pretrain.config.tokenizer import TokenizerConfig
+from pretrain.data import (
+    Catalog,
+    TokenStream,
+    fingerprint,
+    hub_tokenizer,
+    load_tokenizer,
+    separator_id,
+    survey,
+    tokenizer_problems,
+    unencodable,
+    vocabulary_rows,
+)
 from pretrain.data.catalog import Locked
+from pretrain.data.hub_tokenizer import local_file
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
-from pretrain.files import file_sha256
+from pretrain.files import file_sha256, replacing
 from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
@@ -70,8 +84,9 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
     """
     with settled(config.engine.kind, on_gpu=torch.cuda.is_available()):
         engine = make_engine(config)
+        scratch = tempfile.TemporaryDirectory(prefix="aurora-")
         try:
-            code = _train(_set_up(config, engine), resume, stop_at)
+            code = _train(_set_up(config, engine, Path(scratch.name)), resume, stop_at)
             engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
             return code
         except BaseException as error:
@@ -79,6 +94,7 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
                 report(error)  # before this rank leaves the group: what fails because of that fails later
             raise
         finally:
+            scratch.cleanup()
             engine.close()
 
 
@@ -101,6 +117,8 @@ class Setup:
     folder: RunFolder
     display: Display
     tokenizer: Tokenizer
+    tokenizer_config: TokenizerConfig
+    """As in the config, but the path is that of a local file."""
     inputs: Inputs
     identity: Identity
     """What must match on resume."""
@@ -111,18 +129,21 @@ class Setup:
         return separator_id(self.tokenizer, self.config.tokenizer)
 
 
-def _set_up(config: Config, engine: Engine) -> Setup:
-    """Look at everything that the run reads, once, on rank 0."""
+def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
+    """Look at everything that the run reads, once, on rank 0; `scratch` is for files of this process."""
     display = Display(engine.rank, config.logging.every_steps)
     engine.say = display.say
     config.accumulation(engine.world_size)
-    tokenizer = _on_every_rank(engine, lambda: load_tokenizer(config.tokenizer))
     folder = RunFolder(config.run_folder)
+    kept = folder.tokenizer_of(config.tokenizer.path)
+    fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, kept))
+    found = hub_tokenizer.stored(config.tokenizer, fetched, scratch)
+    tokenizer = _on_every_rank(engine, lambda: load_tokenizer(found))
     inputs = engine.ranks.on_rank_0(
-        lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say))
+        lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found)
     )
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
-    return Setup(config, engine, folder, display, tokenizer, inputs, identity)
+    return Setup(config, engine, folder, display, tokenizer, found, inputs, identity)
 
 
 def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
@@ -182,7 +203,7 @@ def _build(
     optimizer = engine.build(_loader(setup, reader) if reader else None)
     stream = TokenStream(
         config.data,
-        config.tokenizer,
+        setup.tokenizer_config,
         config.sequence_length,
         group=engine.ranks.group,
         state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
@@ -231,7 +252,7 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
     def open_validation() -> TokenStream:
         return TokenStream(
             config.data,
-            config.tokenizer,
+            setup.tokenizer_config,
             config.sequence_length,
             split="validation",
             epochs=1,
@@ -303,7 +324,8 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
     if discarded:
         setup.display.say(f"{discarded} metric lines past step {step} moved to metrics.discarded.jsonl")
     keep_lock(setup.inputs.catalog, folder)
-    shutil.copyfile(setup.config.tokenizer.path, folder.path / TOKENIZER_FILE)
+    with replacing(folder.path / TOKENIZER_FILE) as partial:
+        shutil.copyfile(setup.tokenizer_config.path, partial)
     run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
     facts = {"id": run_id, "identity": setup.identity.record(), "data": setup.inputs.data, "routing": routing}
     launch = {
@@ -351,25 +373,39 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def check_inputs(config: Config, tokenizer: Tokenizer | None, locked: Locked) -> Inputs:
-    """Read every local file that the run reads.
+def check_inputs(
+    config: Config,
+    tokenizer: Tokenizer | None,
+    locked: Locked,
+    located: TokenizerConfig | None = None,
+    *,
+    online: bool = True,
+) -> Inputs:
+    """Read every local file that the run reads, and the first texts of its remote sources.
 
     Args:
-        config: the run.
-        tokenizer: its tokenizer; None: not looked at.
-        locked: its remote sources, of which no file is read.
+        config: the run's config.
+        tokenizer: loaded; None: it is not on this machine, and not looked at.
+        locked: the remote sources.
+        located: names the local file of the tokenizer; None: the one in the cache if it is on the Hub.
+        online: whether remote sources are read.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
     catalog, problems = survey(config.data, locked)
-    rows = vocabulary_rows(tokenizer) if tokenizer else 0
-    if rows > config.model.vocab_size:
-        problems.append(
-            f"model.vocab_size: expected at least {rows}, the largest token id in {config.tokenizer.path} plus 1, "
-            f"got {config.model.vocab_size}"
-        )
+    sha256 = ""
+    if tokenizer is not None:
+        rows = vocabulary_rows(tokenizer)
+        if rows > config.model.vocab_size:
+            problems.append(
+                f"model.vocab_size: expected at least {rows}, the largest token id in {config.tokenizer.path} plus 1, "
+                f"got {config.model.vocab_size}"
+            )
+        located = located or config.tokenizer.model_copy(update={"path": str(local_file(config.tokenizer.path))})
+        problems += tokenizer_problems(catalog, tokenizer, located)
+        problems = problems or unencodable(config.data, catalog, tokenizer, config.tokenizer, online=online)
+        sha256 = file_sha256(Path(located.path))
     if problems:
         raise ConfigError(problems)
-    data = dict(fingerprint(config.data, catalog))
-    return Inputs(catalog, data, tokenizer_sha256=file_sha256(Path(config.tokenizer.path)) if tokenizer else "")
+    return Inputs(catalog, dict(fingerprint(config.data, catalog)), tokenizer_sha256=sha256)

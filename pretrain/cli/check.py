@@ -54,15 +54,22 @@ def run(options: argparse.Namespace) -> int:
 def _check_inputs(config: Config, online: bool) -> Inputs:
     """Check what a run would read; remote sources without a lock are looked at only if asked for."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from pretrain.config.data import is_remote
-    from pretrain.data import load_tokenizer
+    from pretrain.data import DataError, load_tokenizer
+    from pretrain.data.hub_tokenizer import fetch, local_file, parse
     from pretrain.launch import check_inputs
     from pretrain.run.data_lock import lock_of_check
     from pretrain.run.folder import RunFolder
 
+    named = config.tokenizer
+    if parse(named.path) and not online:
+        try:
+            tokenizer = load_tokenizer(named.model_copy(update={"path": str(local_file(named.path))}))
+        except DataError:
+            tokenizer = None  # not on this machine
+    else:
+        tokenizer = load_tokenizer(fetch(named))
     locked = lock_of_check(config.data, RunFolder(config.run_folder), online)
-    offline = is_remote(config.tokenizer.path) and not online
-    return check_inputs(config, None if offline else load_tokenizer(config.tokenizer), locked)
+    return check_inputs(config, tokenizer, locked, online=online)
 
 
 def _remote_lines(inputs: Inputs) -> list[str]:

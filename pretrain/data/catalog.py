@@ -12,18 +12,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NotRequired, TypedDict
 
-from pretrain.config.data import DataConfig, SourceConfig, is_remote
+from tokenizers import Tokenizer
+
+from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig, is_remote
 from pretrain.data.cache import CachedFile, DiskCache
 from pretrain.data.described import CatalogFile, CatalogSource, remote_file
 from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
 from pretrain.data.lock import Lock, lock_of
 from pretrain.data.mirror import mirror_path
+from pretrain.data.prepared.check import tokenizer_problem
+from pretrain.data.prepared.reading import TokenSource, token_source
 from pretrain.data.resolve import Journal, resolve_source
 from pretrain.data.sources import list_files, open_bytes, size_of
 from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.sources.secrets import redact
+from pretrain.data.tokenizer import separator_id, vocabulary_rows
 from pretrain.data.units import DataFile, TextRecipe, Unit
+from pretrain.files import file_sha256
 
 _HASHED_BYTES = 1 << 20
 _MAX_NAMES = 64  # a column with more distinct values than this describes rows rather than sources
@@ -136,6 +142,11 @@ def catalog_source(
     """
     if is_remote(source.path):
         return _remote_source(source, locked or {})
+    try:
+        if tokens := token_source(source.path):
+            return _prepared(source, tokens)
+    except DataError as error:
+        return CatalogSource(source.path, (), (), ()), [str(error)]
     files: list[CatalogFile] = []
     names: set[str] = set()
     licences: set[str] = set()
@@ -189,6 +200,16 @@ def _place(file: CatalogFile, source: CatalogSource, config: DataConfig) -> Data
     return CachedFile(remote.path, remote.bytes, remote.etag, remote.sha256, cache)
 
 
+def _prepared(source: SourceConfig, found: TokenSource) -> tuple[CatalogSource, list[str]]:
+    """Describe a source of prepared data."""
+    files = tuple(CatalogFile(file.path, file.bytes, file.units, file.sha256) for file in found.files)
+    licences = found.licences or ((source.licence,) if source.licence else ())
+    problems = []
+    if source.text_field != SourceConfig.model_fields["text_field"].default:
+        problems.append(f"{source.path}: holds tokens, not text: text_field has no effect, remove it")
+    return CatalogSource(source.path, files, found.names, licences, tokenizer=found.tokenizer), problems
+
+
 def _few(values: set[str]) -> set[str]:
     return values if len(values) <= _MAX_NAMES else set()
 
@@ -204,6 +225,20 @@ def _digest(file: BinaryIO, path: str) -> tuple[int, str]:
         raise DataError(f"{path}: cannot be read: {error}") from error
     digest.update(str(size).encode())
     return size, digest.hexdigest()
+
+
+def tokenizer_problems(catalog: Catalog, tokenizer: Tokenizer, config: TokenizerConfig) -> list[str]:
+    """Return a line for each source of prepared data whose tokens were made with another tokenizer."""
+    if not any(source.tokenizer for source in catalog.sources):
+        return []
+    sha256 = file_sha256(Path(config.path))
+    eos_id, rows = separator_id(tokenizer, config), vocabulary_rows(tokenizer)
+    found = (
+        tokenizer_problem(source.path, source.tokenizer, config.path, sha256, eos_id, rows)
+        for source in catalog.sources
+        if source.tokenizer
+    )
+    return [problem for problem in found if problem]
 
 
 class FileFingerprint(TypedDict):

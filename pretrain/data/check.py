@@ -2,15 +2,23 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
-from pretrain.config.data import DataConfig, SourceConfig
+from tokenizers import Tokenizer
+
+from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data.catalog import Catalog, Locked, catalog_source, text_recipe
 from pretrain.data.described import CatalogFile
-from pretrain.data.formats import TextFile
-from pretrain.data.order import Split, is_validation, lane_problem
+from pretrain.data.errors import DataError
+from pretrain.data.formats import TextFile, read_unit
+from pretrain.data.order import lane_problem
+from pretrain.data.prepared.check import check_shard
+from pretrain.data.prepared.reading import holds_tokens
 from pretrain.data.sources.retries import set_retry_minutes
+from pretrain.data.split import Split, are_validation, is_validation
+from pretrain.data.tokenizer import DocumentEncoder, separator_id
+from pretrain.data.tokenizer_checks import lost_characters
 from pretrain.data.units import DataFile, Unit
 
 logger = logging.getLogger(__name__)
@@ -18,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Files are read in full until this many bytes have been read, and sampled from then on.
 FULL_SCAN_BYTES = 512 << 20
 _SAMPLE_BYTES = 1 << 20
+# Text of each source that is tokenized to see whether that works.
+_TRIED_BYTES = 1 << 18
 
 
 def check_sources(config: DataConfig) -> list[str]:
@@ -49,6 +59,8 @@ def survey(config: DataConfig, locked: Locked | None = None) -> tuple[Catalog, l
         before = (scan.documents.total(), len(scan.sampled))
         found, faults = catalog_source(source, locked, partial(scan.file, source))
         remote += found.pinned is not None
+        if found.tokenizer:
+            faults += scan.shards(found.files)
         if not faults and found.pinned is None and before == (scan.documents.total(), len(scan.sampled)):
             faults = [f"{source.path}: the source is empty, no row holds any text"]
         sources.append(found)
@@ -68,6 +80,52 @@ def survey(config: DataConfig, locked: Locked | None = None) -> tuple[Catalog, l
             scan.sampled[0],
         )
     return catalog, problems
+
+
+def unencodable(
+    config: DataConfig, catalog: Catalog, tokenizer: Tokenizer, named: TokenizerConfig, *, online: bool = True
+) -> list[str]:
+    """Encode the first texts of every source; return a line for each whose texts the tokenizer cannot encode.
+
+    A warning in the log names characters that it would leave out. Remote sources are left out if not `online`.
+    """
+    encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, named), named.path)
+    problems: list[str] = []
+    lost: set[str] = set()
+    for source, units in zip(catalog.sources, catalog.units(config), strict=True):
+        if source.pinned is not None and not online:
+            continue
+        texts = _first_texts(units)
+        try:
+            encoder.encode(texts)
+        except DataError as error:
+            problems.append(str(error))
+        else:
+            lost |= set(lost_characters(tokenizer, texts))
+    if lost:
+        logger.warning(
+            "tokenizer.path %s has no token for %d characters of the sources, not even one for unknown characters, and "
+            "leaves them out, for example %s",
+            named.path,
+            len(lost),
+            " ".join(sorted(lost)[:10]),
+        )
+    return problems
+
+
+def _first_texts(units: tuple[Unit, ...]) -> list[str]:
+    """About the first 256 KiB of text of a source; none of one that holds tokens."""
+    texts: list[str] = []
+    size = 0
+    for unit in units:
+        if holds_tokens(unit.file.path):
+            return []
+        for _, text in read_unit(unit, 0, _TRIED_BYTES):
+            texts.append(text[:_TRIED_BYTES])
+            size += len(texts[-1])
+            if size >= _TRIED_BYTES:
+                return texts
+    return texts
 
 
 def _empty_splits(config: DataConfig, documents: "Counter[Split]") -> Iterator[str]:
@@ -108,6 +166,25 @@ class _Scan:
         for one in texts:
             if encoded := one.encode():
                 self.documents["validation" if is_validation(encoded, self._fraction) else "train"] += 1
+
+    def shards(self, files: Iterable[CatalogFile]) -> list[str]:
+        """Check the shards of a source of prepared data; return every problem."""
+        problems = []
+        for file in files:
+            in_full = file.bytes <= self._budget
+            if in_full:
+                self._budget -= file.bytes
+            try:
+                hashes = check_shard(file.path, in_full)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            if not in_full or hashes is None:
+                self.sampled.append(file.path)
+            if hashes is not None:
+                validation = int(are_validation(hashes, self._fraction).sum())
+                self.documents += Counter({"validation": validation, "train": len(hashes) - validation})
+        return problems
 
 
 def _all_texts(text: TextFile, units: list[Unit]) -> Iterator[str]:

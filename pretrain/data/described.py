@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 
+from pretrain.data.prepared.reading import TokenizerNeeds
 from pretrain.data.units import DataFile, TextRecipe, Unit
 
 
@@ -15,7 +16,8 @@ class CatalogFile:
     """Spelt as in the config; of a remote source the whole URL, with the revision."""
     bytes: int
     row_groups: tuple[int, ...] | None
-    """Rows of each row group of a parquet file; None for JSON lines, which would have to be read."""
+    """Rows of each row group of a parquet file, documents of each unit of a prepared shard, tokens of each unit of a
+    `.bin` shard; None for JSON lines, which would have to be read."""
     digest: str
     """What the contents are recognised by. Of a local file: the sha256 of the first MiB, the last MiB and the size in
     decimal digits, in this order. Of a remote file: what its store states, see `remote_digest`."""
@@ -71,6 +73,8 @@ class CatalogSource:
     """Of a remote source: its path with the revision that was found."""
     revision: str | None = None
     """The commit of a remote source, if its store has such a thing."""
+    tokenizer: TokenizerNeeds | None = None
+    """The tokenizer that the tokens of prepared data were made with; None: the source is text."""
 
     @property
     def bytes(self) -> int:

@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 from pretrain.config.data import DataConfig
 from pretrain.data.catalog import Catalog
+from pretrain.data.errors import DataError
 from pretrain.data.formats import read_unit
 from pretrain.data.order import ReadPlan, make_plan
+from pretrain.data.prepared.reading import TokenBytes, holds_tokens, read_runs
+from pretrain.data.prepared.runs import TokenRun
 
 
 class Cursor(NamedTuple):
@@ -32,11 +35,20 @@ class Document:
     """Length in UTF-8."""
 
 
-def lane_documents(plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, batch_bytes: int) -> Iterator[Document]:
+class Tokenized(NamedTuple):
+    """Consecutive documents of prepared data and the position of the first token."""
+
+    position: Cursor
+    run: TokenRun
+
+
+def lane_documents(
+    plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, batch_bytes: int, token_bytes: TokenBytes
+) -> Iterator[Document | Tokenized]:
     """Yield the documents of a lane from the row of `start` to the end of `last_epoch`.
 
     Raises:
-        DataError: see `read_unit`.
+        DataError: see `read_unit` and `read_runs`.
 
     """
     for epoch in range(start.epoch, last_epoch + 1):
@@ -44,6 +56,10 @@ def lane_documents(plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, ba
             if (epoch, index) < start[:2]:
                 continue
             first_row = start.row if (epoch, index) == start[:2] else 0
+            if holds_tokens(unit.file.path):
+                for run in read_runs(unit, first_row, plan.validation_fraction, plan.split, token_bytes):
+                    yield Tokenized(Cursor(epoch, index, run.first_row, 0), run)
+                continue
             for row, text in read_unit(unit, first_row, batch_bytes):
                 encoded = text.encode()
                 if encoded and plan.selects(encoded):
@@ -54,9 +70,11 @@ def validation_text(config: DataConfig, catalog: Catalog | None = None) -> str:
     """Return the text of the validation split: its documents in the order of validation, with nothing between them.
 
     Raises:
-        DataError: see `read_unit`.
+        DataError: see `read_unit`; or a source holds tokens instead of text.
 
     """
     plan = make_plan(config, "validation", 1, catalog)
-    documents = lane_documents(plan, 0, Cursor(0, 0, 0, 0), last_epoch=0, batch_bytes=1 << 20)
-    return "".join(document.text for document in documents)
+    if tokens := next((unit.file.path for unit in plan.lane_units(0, 0) if holds_tokens(unit.file.path)), None):
+        raise DataError(f"{tokens}: holds tokens, not text: name the sources that it was prepared from")
+    texts = (text for unit in plan.lane_units(0, 0) for _, text in read_unit(unit, 0, batch_bytes=1 << 20))
+    return "".join(text for text in texts if plan.selects(text.encode()))

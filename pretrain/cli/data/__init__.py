@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.data import fetch, resolve
+from pretrain.cli.data import fetch, prepare, resolve, tokenizer
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
 
-VERBS: tuple[Any, ...] = (resolve, fetch)
+VERBS: tuple[Any, ...] = (resolve, fetch, prepare, tokenizer)
 """The modules of the sub-verbs, in the order of the help; each declares its arguments in ``add``."""
 
 
