@@ -23,25 +23,17 @@ from pretrain.checkpoint.generators import random_generators, restore_generators
 from pretrain.checkpoint.state import fragments, group_settings, load_state, load_weights
 from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
-from pretrain.config import Config, ConfigError
+from pretrain.config import Config
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.data import (
-    Catalog,
     TokenStream,
-    fingerprint,
     hub_tokenizer,
     load_tokenizer,
     separator_id,
-    survey,
-    tokenizer_problems,
-    unencodable,
-    vocabulary_rows,
 )
-from pretrain.data.catalog import Locked
-from pretrain.data.hub_tokenizer import local_file
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
-from pretrain.files import file_sha256, replacing
+from pretrain.files import replacing
 from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
@@ -55,6 +47,7 @@ from pretrain.run.data_lock import keep_lock, lock_of_run
 from pretrain.run.display import Display
 from pretrain.run.folder import TOKENIZER_FILE, RunFolder
 from pretrain.run.identity import Identity
+from pretrain.run.inputs import Inputs, check_inputs
 from pretrain.run.manifest import git_commit, write_manifest
 from pretrain.run.resume import choose_checkpoint, rewind
 from pretrain.run.wandb import make_tracker
@@ -96,16 +89,6 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
         finally:
             scratch.cleanup()
             engine.close()
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads besides its config."""
-
-    catalog: Catalog
-    data: dict[str, Any]
-    """The data's fingerprint."""
-    tokenizer_sha256: str
 
 
 @dataclass(frozen=True)
@@ -371,41 +354,3 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
-
-
-def check_inputs(
-    config: Config,
-    tokenizer: Tokenizer | None,
-    locked: Locked,
-    located: TokenizerConfig | None = None,
-    *,
-    online: bool = True,
-) -> Inputs:
-    """Read every local file that the run reads, and the first texts of its remote sources.
-
-    Args:
-        config: the run's config.
-        tokenizer: loaded; None: it is not on this machine, and not looked at.
-        locked: the remote sources.
-        located: names the local file of the tokenizer; None: the one in the cache if it is on the Hub.
-        online: whether remote sources are read.
-
-    Raises:
-        ConfigError: with everything that is wrong.
-    """
-    catalog, problems = survey(config.data, locked)
-    sha256 = ""
-    if tokenizer is not None:
-        rows = vocabulary_rows(tokenizer)
-        if rows > config.model.vocab_size:
-            problems.append(
-                f"model.vocab_size: expected at least {rows}, the largest token id in {config.tokenizer.path} plus 1, "
-                f"got {config.model.vocab_size}"
-            )
-        located = located or config.tokenizer.model_copy(update={"path": str(local_file(config.tokenizer.path))})
-        problems += tokenizer_problems(catalog, tokenizer, located)
-        problems = problems or unencodable(config.data, catalog, tokenizer, config.tokenizer, online=online)
-        sha256 = file_sha256(Path(located.path))
-    if problems:
-        raise ConfigError(problems)
-    return Inputs(catalog, dict(fingerprint(config.data, catalog)), tokenizer_sha256=sha256)

@@ -13,7 +13,7 @@ from pretrain.cli.sweep import read_sweep
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
     from pretrain.config import Config
-    from pretrain.launch import Inputs
+    from pretrain.run.inputs import Inputs
 
 
 def add(verbs: Verbs) -> None:
@@ -56,9 +56,9 @@ def _check_inputs(config: Config, online: bool) -> Inputs:
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.data import DataError, load_tokenizer
     from pretrain.data.hub_tokenizer import fetch, local_file, parse
-    from pretrain.launch import check_inputs
     from pretrain.run.data_lock import lock_of_check
     from pretrain.run.folder import RunFolder
+    from pretrain.run.inputs import check_inputs
 
     named = config.tokenizer
     if parse(named.path) and not online:
