@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from pretrain.data.prepared.reading import TokenizerNeeds
-from pretrain.data.units import DataFile, TextRecipe, Unit
+from pretrain.data.units import Compact, DataFile, TextRecipe, Unit
 
 
 @dataclass(frozen=True, slots=True)
-class CatalogFile:
+class CatalogFile(Compact):
     """One file."""
 
     path: str
