@@ -23,7 +23,7 @@ from pretrain.checkpoint.generators import random_generators, restore_generators
 from pretrain.checkpoint.state import fragments, group_settings, load_state, load_weights
 from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
-from pretrain.config import Config
+from pretrain.config import Config, identity_hash
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.data import (
     TokenStream,
@@ -55,6 +55,7 @@ from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
 from pretrain.training.trainer import Trainer, TrainState
 from pretrain.training.validation import Validator
+from pretrain.training.validation_store import ValidationStore
 
 T = TypeVar("T")
 
@@ -244,7 +245,9 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
         )
 
     hooks: list[Hook] = []
-    validator = Validator(config, open_validation) if config.data.validation_fraction > 0 else None
+    validator = (
+        Validator(config, open_validation, _validation_store(setup)) if config.data.validation_fraction > 0 else None
+    )
     if validator:
         hooks.append(validator)
     if config.telemetry.every_steps is not None:
@@ -256,6 +259,20 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
         seed = config.run.seed
         hooks.append(Sampler(config.samples, setup.tokenizer, setup.eos_id, seed, folder.samples, show))
     return hooks
+
+
+def _validation_store(setup: Setup) -> ValidationStore | None:
+    """Where the validation split of remote sources is kept: reading it again would take minutes."""
+    if not any(source.pinned for source in setup.inputs.catalog.sources):
+        return None
+    key = identity_hash(
+        {
+            "identity": setup.identity.result,
+            "sequence_length": setup.config.sequence_length,
+            "max_tokens": setup.config.validation.max_tokens,
+        }
+    )
+    return ValidationStore(setup.folder.validation, key, setup.engine.ranks)
 
 
 def _loader(setup: Setup, reader: CheckpointReader) -> Callable[[torch.nn.Module], None]:

@@ -55,6 +55,11 @@ class RunFolder:
         return self.path / "data.lock.json"
 
     @property
+    def validation(self) -> Path:
+        """The validation split of remote sources."""
+        return self.path / "validation.npz"
+
+    @property
     def manifest_path(self) -> Path:
         """manifest.json."""
         return self.path / "manifest.json"

@@ -10,6 +10,7 @@ import yaml
 
 from pretrain.cli import main
 from pretrain.config import load_config
+from pretrain.data import TokenStream
 from pretrain.data.lock import load_lock
 from pretrain.run.json_lines import JsonLines
 from tests.conftest import TINY, merged
@@ -157,3 +158,32 @@ def test_a_lock_is_found_beside_a_config_that_was_moved_with_it(store: Store, co
     shutil.copy(config, tmp_path / "other" / "x.yaml")
     found: Any = load_config(tmp_path / "other" / "x.yaml").data.lock
     assert found == str(tmp_path / "other" / "x.lock.json")
+
+
+def test_the_validation_split_is_read_once_for_all_starts(
+    store: Store, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not again at every start: at 100B tokens it takes reading 500M of them."""
+    opened: list[str] = []
+    monkeypatch.setattr(
+        "pretrain.launch.TokenStream",
+        lambda *args, **options: opened.append(options.get("split", "train")) or TokenStream(*args, **options),
+    )
+    each = ["validation.every_steps=1"]
+    assert main(["train", str(config), *each, "run.name=whole"]) == 0
+    assert opened == ["train", "validation"]
+    assert main(["train", str(config), *each, "--stop-at", "2"]) == 75
+    opened.clear()
+    assert main(["train", str(config), *each]) == 0
+    assert opened == ["train"]
+
+    def measured(name: str) -> list[tuple[float, float]]:
+        records = JsonLines(tmp_path / "runs" / name / "metrics.jsonl").read()
+        return [(record["validation_loss"], record["validation_bits_per_byte"]) for record in records]
+
+    assert measured("tiny") == measured("whole")
+    # Another length is another split, and a damaged file is built again.
+    (tmp_path / "runs/whole/validation.npz").write_bytes(b"PK damaged")
+    opened.clear()
+    assert main(["train", str(config), *each, "run.name=whole", "train.total_tokens=3840"]) == 0
+    assert opened == ["train", "validation"]
