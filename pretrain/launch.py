@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -22,20 +23,18 @@ from pretrain.checkpoint.generators import random_generators, restore_generators
 from pretrain.checkpoint.state import fragments, group_settings, load_state, load_weights
 from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
-from pretrain.config import Config, ConfigError
+from pretrain.config import Config, identity_hash
+from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.data import (
     BadRowsError,
-    Catalog,
     TokenStream,
-    fingerprint,
+    hub_tokenizer,
     load_tokenizer,
     separator_id,
-    survey,
-    vocabulary_rows,
 )
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
-from pretrain.files import file_sha256
+from pretrain.files import replacing
 from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
@@ -45,9 +44,11 @@ from pretrain.processes.exit_codes import DONE, STOPPED
 from pretrain.processes.failures import report
 from pretrain.processes.signals import StopRequests, stop_requests
 from pretrain.processes.torchrun import is_orphaned
+from pretrain.run.data_lock import keep_lock, lock_of_run
 from pretrain.run.display import Display
 from pretrain.run.folder import TOKENIZER_FILE, RunFolder
 from pretrain.run.identity import Identity
+from pretrain.run.inputs import Inputs, check_inputs
 from pretrain.run.manifest import git_commit, write_manifest
 from pretrain.run.resume import choose_checkpoint, rewind
 from pretrain.run.wandb import make_tracker
@@ -56,6 +57,7 @@ from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
 from pretrain.training.trainer import Trainer, TrainState
 from pretrain.training.validation import Validator
+from pretrain.training.validation_store import ValidationStore
 
 T = TypeVar("T")
 
@@ -78,8 +80,9 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
     """
     with settled(config.engine.kind, on_gpu=torch.cuda.is_available()):
         engine = make_engine(config)
+        scratch = tempfile.TemporaryDirectory(prefix="aurora-")
         try:
-            code = _train(_set_up(config, engine), resume, stop_at)
+            code = _train(_set_up(config, engine, Path(scratch.name)), resume, stop_at)
             engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
             return code
         except BaseException as error:
@@ -87,17 +90,8 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
                 report(error)  # before this rank leaves the group: what fails because of that fails later
             raise
         finally:
+            scratch.cleanup()
             engine.close()
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads besides its config."""
-
-    catalog: Catalog
-    data: dict[str, Any]
-    """The data's fingerprint."""
-    tokenizer_sha256: str
 
 
 @dataclass(frozen=True)
@@ -109,6 +103,8 @@ class Setup:
     folder: RunFolder
     display: Display
     tokenizer: Tokenizer
+    tokenizer_config: TokenizerConfig
+    """As in the config, but the path is that of a local file."""
     inputs: Inputs
     identity: Identity
     """What must match on resume."""
@@ -119,15 +115,21 @@ class Setup:
         return separator_id(self.tokenizer, self.config.tokenizer)
 
 
-def _set_up(config: Config, engine: Engine) -> Setup:
-    """Look at everything that the run reads, once, on rank 0."""
+def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
+    """Look at everything that the run reads, once, on rank 0; `scratch` is for files of this process."""
     display = Display(engine.rank, config.logging.every_steps)
     engine.say = display.say
     config.accumulation(engine.world_size)
-    tokenizer = _on_every_rank(engine, lambda: load_tokenizer(config.tokenizer))
-    inputs = engine.ranks.on_rank_0(lambda: check_inputs(config, tokenizer))
+    folder = RunFolder(config.run_folder)
+    kept = folder.tokenizer_of(config.tokenizer.path)
+    fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, kept))
+    found = hub_tokenizer.stored(config.tokenizer, fetched, scratch)
+    tokenizer = _on_every_rank(engine, lambda: load_tokenizer(found))
+    inputs = engine.ranks.on_rank_0(
+        lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found)
+    )
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
-    return Setup(config, engine, RunFolder(config.run_folder), display, tokenizer, inputs, identity)
+    return Setup(config, engine, folder, display, tokenizer, found, inputs, identity)
 
 
 def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
@@ -191,7 +193,7 @@ def _build(
     optimizer = engine.build(_loader(setup, reader) if reader else None)
     stream = TokenStream(
         config.data,
-        config.tokenizer,
+        setup.tokenizer_config,
         config.sequence_length,
         group=engine.ranks.group,
         state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
@@ -243,7 +245,7 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
     def open_validation() -> TokenStream:
         return TokenStream(
             config.data,
-            config.tokenizer,
+            setup.tokenizer_config,
             config.sequence_length,
             split="validation",
             epochs=1,
@@ -252,7 +254,9 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
         )
 
     hooks: list[Hook] = []
-    validator = Validator(config, open_validation) if config.data.validation_fraction > 0 else None
+    validator = (
+        Validator(config, open_validation, _validation_store(setup)) if config.data.validation_fraction > 0 else None
+    )
     if validator:
         hooks.append(validator)
     if config.telemetry.every_steps is not None:
@@ -264,6 +268,20 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
         seed = config.run.seed
         hooks.append(Sampler(config.samples, setup.tokenizer, setup.eos_id, seed, folder.samples, show))
     return hooks
+
+
+def _validation_store(setup: Setup) -> ValidationStore | None:
+    """Where the validation split of remote sources is kept: reading it again would take minutes."""
+    if not any(source.pinned for source in setup.inputs.catalog.sources):
+        return None
+    key = identity_hash(
+        {
+            "identity": setup.identity.result,
+            "sequence_length": setup.config.sequence_length,
+            "max_tokens": setup.config.validation.max_tokens,
+        }
+    )
+    return ValidationStore(setup.folder.validation, key, setup.engine.ranks)
 
 
 def _loader(setup: Setup, reader: CheckpointReader) -> Callable[[torch.nn.Module], None]:
@@ -314,7 +332,9 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
         hook.rewind(step)
     if discarded:
         setup.display.say(f"{discarded} metric lines past step {step} moved to metrics.discarded.jsonl")
-    shutil.copyfile(setup.config.tokenizer.path, folder.path / TOKENIZER_FILE)
+    keep_lock(setup.inputs.catalog, folder)
+    with replacing(folder.path / TOKENIZER_FILE) as partial:
+        shutil.copyfile(setup.tokenizer_config.path, partial)
     run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
     facts = {"id": run_id, "identity": setup.identity.record(), "data": setup.inputs.data, "routing": routing}
     before = (folder.manifest() or {}).get("identity", {})
@@ -366,22 +386,3 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
-
-
-def check_inputs(config: Config, tokenizer: Tokenizer) -> Inputs:
-    """Read every file that the run reads.
-
-    Raises:
-        ConfigError: with everything that is wrong.
-    """
-    catalog, problems = survey(config.data)
-    rows = vocabulary_rows(tokenizer)
-    if rows > config.model.vocab_size:
-        problems.append(
-            f"model.vocab_size: expected at least {rows}, the largest token id in {config.tokenizer.path} plus 1, "
-            f"got {config.model.vocab_size}"
-        )
-    if problems:
-        raise ConfigError(problems)
-    data = dict(fingerprint(config.data, catalog))
-    return Inputs(catalog, data, tokenizer_sha256=file_sha256(Path(config.tokenizer.path)))

@@ -45,8 +45,10 @@ def locate(path: str, folder: str | os.PathLike[str] = "") -> str:
 
     A path that matches something is returned with `folder` in front. One that matches nothing but names shipped files,
     such as ``assets/corpus/*.parquet``, becomes their absolute path, which is printed once. Any other path is returned
-    like the first, for the caller to report.
+    like the first, for the caller to report; a URL as it is.
     """
+    if "://" in path:
+        return path
     given = os.path.join(folder, path)
     if not _is_shipped_name(path) or _matches(given):
         return given

@@ -90,6 +90,8 @@ def test_check_shows_what_a_shipped_config_amounts_to(
     for part in ("parameters", "steps", "tokens", "FLOPs", "per token"):
         assert part in out
     if name == "aurora-1.1b":
+        assert "not checked: hf://datasets/allenai/dolma3_mix-150B-1025@" in out
+        assert "not checked: the tokenizer" in out
         assert "8192 x 2048" in out
         assert "190,735 steps" in out
     if name == "aurora-340m":

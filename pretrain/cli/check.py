@@ -12,6 +12,8 @@ from pretrain.cli.sweep import read_sweep
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
+    from pretrain.config import Config
+    from pretrain.run.inputs import Inputs
 
 
 def add(verbs: Verbs) -> None:
@@ -21,9 +23,12 @@ def add(verbs: Verbs) -> None:
         help="validate a config and show what it would train",
         description="Validate a config and every file it names. Prints the resolved config, how each parameter is "
         "trained, and the size and cost of the run. For a sweep: validates every config and lists the jobs. "
-        "Uses no network and trains nothing.",
+        "Trains nothing, and uses no network without --online.",
     )
     add_config(parser)
+    parser.add_argument(
+        "--online", action="store_true", help="list remote sources that have no lock yet, as a start would"
+    )
     parser.set_defaults(run=run)
 
 
@@ -31,28 +36,63 @@ def run(options: argparse.Namespace) -> int:
     """Check a config, or the configs of a sweep."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.config import load_config
-    from pretrain.data import load_tokenizer
-    from pretrain.launch import check_inputs
     from pretrain.model.build import build_model
     from pretrain.planning.summary import describe, format_routing
     from pretrain.sweep import is_sweep_file
 
     if is_sweep_file(Path(options.config)):
-        return _check_sweep(Path(options.config), options.overrides)
+        return _check_sweep(Path(options.config), options.overrides, options.online)
     config = load_config(options.config, options.overrides)
-    check_inputs(config, load_tokenizer(config.tokenizer))
+    inputs = _check_inputs(config, options.online)
     model = build_model(config.model, config.run.seed, device="meta")
     print(config.to_yaml())
     print("\n".join([*format_routing(config, model), "", *describe(config, model, world_size=1)]))
+    print("\n".join(_remote_lines(inputs)), end="\n" * bool(_remote_lines(inputs)))
     return 0
 
 
-def _check_sweep(path: Path, overrides: Sequence[str]) -> int:
+def _check_inputs(config: Config, online: bool) -> Inputs:
+    """Check what a run would read; remote sources without a lock are looked at only if asked for."""
+    # Imported here: `aurora --help` loads neither torch nor pydantic.
+    from pretrain.data import DataError, load_tokenizer
+    from pretrain.data.hub_tokenizer import fetch, local_file, parse
+    from pretrain.run.data_lock import lock_of_check
+    from pretrain.run.folder import RunFolder
+    from pretrain.run.inputs import check_inputs
+
+    named = config.tokenizer
+    if parse(named.path) and not online:
+        try:
+            tokenizer = load_tokenizer(named.model_copy(update={"path": str(local_file(named.path))}))
+        except DataError:
+            tokenizer = None  # not on this machine
+    else:
+        tokenizer = load_tokenizer(fetch(named))
+    locked = lock_of_check(config.data, RunFolder(config.run_folder), online)
+    return check_inputs(config, tokenizer, locked, online=online)
+
+
+def _remote_lines(inputs: Inputs) -> list[str]:
+    """What is known of each remote source, and what was not checked."""
+    lines = []
+    if not inputs.tokenizer_sha256:
+        lines.append("not checked: the tokenizer, which is not on this machine; --online fetches it")
+    for source in inputs.catalog.sources:
+        if source.files and source.pinned is not None:
+            lines.append(
+                f"{source.pinned}: {len(source.files):,} files, {source.bytes:,} bytes; their text was not read"
+            )
+        elif source.pinned is not None:
+            lines.append(
+                f"not checked: {source.path} has no lock; `aurora data resolve` writes one, --online lists it now"
+            )
+    return lines
+
+
+def _check_sweep(path: Path, overrides: Sequence[str], online: bool) -> int:
     """Check the config of every job; inputs that several share are read once."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.config import ConfigError
-    from pretrain.data import load_tokenizer
-    from pretrain.launch import check_inputs
     from pretrain.sweep import format_status, plan_jobs
 
     if overrides:
@@ -62,7 +102,7 @@ def _check_sweep(path: Path, overrides: Sequence[str]) -> int:
     for config in (job.config for job in plan_jobs(sweep) if job.config):
         inputs = (config.data.model_dump_json(), config.tokenizer.model_dump_json(), config.model.vocab_size)
         if inputs not in checked:
-            check_inputs(config, load_tokenizer(config.tokenizer))
+            _check_inputs(config, online)
             checked.add(inputs)
     print("\n".join(format_status(sweep)))
     return 0

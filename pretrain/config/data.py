@@ -13,9 +13,14 @@ from pretrain.config.text_field import parse_text_field
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.processes.errors import did_you_mean
 
-__all__ = ["DataConfig", "SourceConfig", "StageConfig", "TokenizerConfig"]
+__all__ = ["DataConfig", "SourceConfig", "StageConfig", "TokenizerConfig", "is_remote"]
 
 _MAX_EPOCHS = 4
+
+
+def is_remote(path: str) -> bool:
+    """Return whether the path of a source is a URL such as ``hf://...``, whose files a lock lists."""
+    return re.match("[a-z][a-z0-9+.-]*://", path, re.IGNORECASE) is not None
 
 
 class SourceConfig(Section):
@@ -103,7 +108,7 @@ class StageConfig(Section):
 
 
 class DataConfig(Section):
-    """The text stream of a run. All keys but `workers` decide which token comes when."""
+    """The text stream of a run. The keys of class *result* decide which token comes when."""
 
     key_class = RESULT
 
@@ -169,6 +174,23 @@ class DataConfig(Section):
     reset_positions: bool = False
     """Whether rotary positions start at 0 in each document, instead of once per sequence."""
 
+    lock: Annotated[str | None, EXECUTION] = Field(default=None, min_length=1)
+    """The lock file of the remote sources, which `aurora data resolve CONFIG` writes. null: `CONFIG.lock.json` beside
+    the config if it exists (`run.lock.json` for `run.yaml`), else that of the run folder; if there is none, the first
+    start resolves the sources and saves the lock in the run folder."""
+
+    mirror: Annotated[str | None, EXECUTION] = Field(default=None, min_length=1)
+    """A folder that `aurora data fetch CONFIG --to FOLDER` has filled, from which remote sources are read: for compute
+    nodes without internet. Never changes the stream."""
+
+    cache_dir: Annotated[str | None, EXECUTION] = Field(default=None, min_length=1)
+    """A folder on a local disk where the processes of a node keep the remote files that they read, each downloaded
+    once. Null: no cache, files are streamed. Never changes the stream."""
+
+    cache_gib: Annotated[float, EXECUTION] = Field(default=100.0, gt=0)
+    """The size of `data.cache_dir` in GiB, beyond which the files that were not read for the longest time are
+    deleted."""
+
     @property
     def names(self) -> tuple[str, ...]:
         """The name of each source, given or derived from its path; unique."""
@@ -191,9 +213,19 @@ class DataConfig(Section):
 
     def ineffective(self) -> Mapping[str, str]:
         """The fields that have no effect in this combination, each with the reason."""
+        without = dict(self._without_remote_sources())
         if self.past_max_epochs == "end_source" and all(source.max_epochs is None for source in self.sources):
-            return {"past_max_epochs": "no source has a max_epochs"}
-        return {}
+            without["past_max_epochs"] = "no source has a max_epochs"
+        return without
+
+    def _without_remote_sources(self) -> Mapping[str, str]:
+        """The keys of remote sources, if there is none, and those of the cache, if nothing is read through it."""
+        keys = ("lock", "mirror", "cache_dir", "cache_gib")
+        if not any(is_remote(source.path) for source in self.sources):
+            return dict.fromkeys(keys, "all sources are local")
+        if self.mirror is not None:
+            return dict.fromkeys(keys[2:], "the sources are read from data.mirror")
+        return {} if self.cache_dir is not None else {"cache_gib": "data.cache_dir is not set"}
 
     def implied(self) -> Collection[str]:
         """The options of mixtures, where they are not used."""

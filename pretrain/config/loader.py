@@ -11,15 +11,40 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.yaml_text import parse_yaml
 from pretrain.shipped import locate
 
+INCLUDE = "include"
+"""The key of a config file that names another one, relative to its own folder."""
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+    """Return the mapping in a YAML file, with the sections of the file that its key `include` names.
+
+    Where both files have a section, its keys are joined, and those of the file that includes take precedence.
 
     Raises:
-        ConfigError: the file is missing, unreadable, not UTF-8, not YAML, not a mapping, or gives a key twice.
+        ConfigError: a file is missing, unreadable, not UTF-8, not YAML, not a mapping, or gives a key twice; or the
+            included file includes another one.
     """
+    found = Path(locate(str(path)))
+    data = _read_one(found, path)
+    if INCLUDE not in data:
+        return data
+    name = data.pop(INCLUDE)
+    if not isinstance(name, str) or not name:
+        raise ConfigError([f"{path}: {INCLUDE}: expected the path of a YAML file, got {name!r}"])
+    included = _read_one(found.parent / name, found.parent / name)
+    if INCLUDE in included:
+        raise ConfigError([f"{found.parent / name}: {INCLUDE}: an included file cannot include another one"])
+    for section, keys in included.items():
+        own = data.get(section, {})
+        both = isinstance(own, dict) and isinstance(keys, dict)
+        data[section] = {**keys, **own} if both else data.get(section, keys)
+    return data
+
+
+def _read_one(found: Path, path: Path) -> dict[str, Any]:
+    """The mapping in the file `found`, which messages call `path`."""
     try:
-        text = Path(locate(str(path))).read_text(encoding="utf-8")
+        text = found.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such config file"]) from None
     except (OSError, UnicodeDecodeError) as error:

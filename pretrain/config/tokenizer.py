@@ -14,7 +14,9 @@ class TokenizerConfig(Section):
     key_class = RESULT
 
     path: Annotated[InputPath, CONTENTS]
-    """The `tokenizer.json` file, relative to the working directory."""
+    """The `tokenizer.json` file, relative to the working directory, or one on the Hugging Face Hub:
+    `hf://ORG/NAME@REVISION`, where a file other than its `tokenizer.json` may follow (`/FILE.json`). The revision
+    should be a commit. The run folder keeps a copy, with which a run resumes without network."""
 
     eos_token: str = Field(default="<|endoftext|>", min_length=1)
     """The special token that separates documents. The tokenizer must have it and mark it as special. The same

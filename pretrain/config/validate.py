@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pretrain.config.base import STORED, section_in
+from pretrain.config.data import is_remote
 from pretrain.config.effect import without_effect
 from pretrain.config.errors import ConfigError
 from pretrain.config.loader import read_yaml
@@ -32,7 +33,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     problems = apply_overrides(data, overrides)
     if problems:
         raise ConfigError(problems)
+    _find_lock(data, Path(path))
     return parse_config(data)
+
+
+def lock_beside(config_file: Path) -> Path:
+    """Return the lock file that belongs to a config: ``run.lock.json`` for ``run.yaml``."""
+    return config_file.with_suffix(".lock.json")
+
+
+def _find_lock(data: dict[str, Any], config_file: Path) -> None:
+    """Set `data.lock` to the lock beside the config, if there is one and the config names none."""
+    section = data.get("data")
+    if not isinstance(section, dict) or "lock" in section:
+        return
+    sources = section.get("sources")
+    if not isinstance(sources, list):
+        return
+    paths = [source.get("path") for source in sources if isinstance(source, dict)]
+    if any(is_remote(path) for path in paths if isinstance(path, str)) and lock_beside(config_file).is_file():
+        section["lock"] = str(lock_beside(config_file))
 
 
 def parse_config(data: Mapping[str, Any]) -> Config:

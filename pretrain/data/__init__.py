@@ -7,8 +7,8 @@ the lanes of all ranks and workers into one sequence of batches with one small s
 """
 
 from pretrain.data.batch import TokenBatch
-from pretrain.data.catalog import Catalog, fingerprint, make_catalog
-from pretrain.data.check import check_sources, survey
+from pretrain.data.catalog import Catalog, fingerprint, make_catalog, tokenizer_problems
+from pretrain.data.check import check_sources, survey, unencodable
 from pretrain.data.documents import validation_text
 from pretrain.data.errors import BadRowsError, DataError
 from pretrain.data.masks import attention_inputs
@@ -32,6 +32,8 @@ __all__ = [
     "make_catalog",
     "separator_id",
     "survey",
+    "tokenizer_problems",
+    "unencodable",
     "validation_text",
     "vocabulary_rows",
 ]

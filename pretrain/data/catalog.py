@@ -1,63 +1,38 @@
 """The catalog: which files the data of a run consists of, listed, sized and digested once.
 
-Rank 0 makes the catalog and hands it to the other ranks, which then open a file only to read its text. The catalog
-also yields the fingerprint, by which the manifest describes the data and a resumed run recognises it.
+Local files are opened for that; what is known of remote ones comes from a lock (`pretrain.data.lock`). Rank 0
+makes the catalog and hands it to the other ranks, which then open a file only to read its text. The catalog also yields
+the fingerprint, by which the manifest describes the data and a resumed run recognises it.
 """
 
 import hashlib
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import BinaryIO, TypedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, NotRequired, TypedDict
 
-from pretrain.config.data import DataConfig, SourceConfig
+from tokenizers import Tokenizer
+
+from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig, is_remote
+from pretrain.data.cache import CachedFile, DiskCache
+from pretrain.data.described import CatalogFile, CatalogSource, remote_file
 from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
+from pretrain.data.lock import Lock, lock_of
+from pretrain.data.mirror import mirror_path
+from pretrain.data.prepared.check import tokenizer_problem
+from pretrain.data.prepared.reading import TokenSource, token_source
+from pretrain.data.resolve import Journal, resolve_source
 from pretrain.data.sources import list_files, open_bytes, size_of
 from pretrain.data.sources.retries import set_retry_minutes
+from pretrain.data.sources.secrets import redact
+from pretrain.data.tokenizer import separator_id, vocabulary_rows
 from pretrain.data.units import DataFile, TextRecipe, Unit
+from pretrain.files import file_sha256
 
 _HASHED_BYTES = 1 << 20
 _MAX_NAMES = 64  # a column with more distinct values than this describes rows rather than sources
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogFile:
-    """One file."""
-
-    path: str
-    """Spelt as in the config."""
-    bytes: int
-    row_groups: tuple[int, ...] | None
-    """Rows of each row group of a parquet file; None for JSON, which would have to be read."""
-    sha256: str
-    """Of the first MiB, the last MiB and the size in decimal digits, in this order."""
-    etag: str | None = None
-    """What the server of a remote file calls this version of it."""
-
-    def units(self, recipe: TextRecipe, split_units: int) -> list[Unit]:
-        """Return the read units of the file: its row groups, or the file itself, each divided by `split_units`."""
-        groups: list[tuple[int | None, int | None]] = [(None, None)]
-        if self.row_groups is not None:
-            groups = list(enumerate(self.row_groups))
-        return [
-            Unit(DataFile(self.path, self.bytes, self.etag), recipe, group, rows, part, split_units)
-            for group, rows in groups
-            for part in range(split_units)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogSource:
-    """One source of the config."""
-
-    path: str
-    files: tuple[CatalogFile, ...]
-    """In the order in which they are numbered for reading: by name."""
-    names: tuple[str, ...]
-    """The values of a parquet column `source`, sorted; empty if there is none, or more than 64 values."""
-    licences: tuple[str, ...]
-    """The values of a parquet column `licence` or `license`, likewise; if there are none, the config's `licence`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +51,11 @@ class Catalog:
         if [source.path for source in config.sources] != [source.path for source in self.sources]:
             raise ValueError("the catalog was made from other sources than those of the config")
         return tuple(
-            tuple(unit for file in found.files for unit in file.units(text_recipe(source, config), source.split_units))
+            tuple(
+                unit
+                for file in found.files
+                for unit in file.units(_place(file, found, config), text_recipe(source, config), source.split_units)
+            )
             for source, found in zip(config.sources, self.sources, strict=True)
         )
 
@@ -86,8 +65,16 @@ def text_recipe(source: SourceConfig, config: DataConfig) -> TextRecipe:
     return TextRecipe(source.text_field, source.where, config.max_document_mib << 20, config.max_zstd_window_mib << 20)
 
 
-def make_catalog(config: DataConfig) -> Catalog:
-    """List the files of all sources and open each of them once.
+Locked = Mapping[str, CatalogSource]
+"""The remote sources of a config by path, from `pretrain.data.lock.locked_sources`."""
+
+
+def make_catalog(config: DataConfig, locked: Locked | None = None) -> Catalog:
+    """List the files of all local sources and open each of them once.
+
+    Args:
+        config: the sources.
+        locked: what is known of the remote ones; those that are absent are resolved here.
 
     Raises:
         DataError: with a line for every source that cannot be listed and every file that cannot be read. The texts
@@ -95,17 +82,52 @@ def make_catalog(config: DataConfig) -> Catalog:
 
     """
     set_retry_minutes(config.retry_minutes)
-    found = [catalog_source(source, config) for source in config.sources]
+    found = [catalog_source(source, config, locked) for source in config.sources]
     if problems := [problem for _, problems in found for problem in problems]:
         raise DataError("\n".join(problems))
     return Catalog(tuple(source for source, _ in found))
+
+
+def resolve_sources(config: DataConfig, journal: Path | None = None, say: Callable[[str], None] | None = None) -> Lock:
+    """List the files of all remote sources, read the footers of the parquet files, pin the revisions.
+
+    Args:
+        config: the sources.
+        journal: a file for what was found so far, from which an interrupted attempt continues. It is left in place:
+            delete it once the lock is saved.
+        say: prints a line for each source.
+
+    Raises:
+        DataError: with a line for every source and file that cannot be read.
+
+    """
+    set_retry_minutes(config.retry_minutes)
+    found: dict[str, CatalogSource] = {}
+    problems: list[str] = []
+    with Journal(journal) as notes:
+        for source in config.sources:
+            if not is_remote(source.path) or source.path in found:
+                continue
+            try:
+                resolved = resolve_source(source.path, text_recipe(source), notes)
+            except DataUnavailableError:
+                raise
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            found[source.path] = resolved
+            if say:
+                say(f"{redact(resolved.pinned)}: {len(resolved.files):,} files, {resolved.bytes:,} bytes")
+    if problems:
+        raise DataError("\n".join(problems))
+    return lock_of(found.values())
 
 
 Visit = Callable[[CatalogFile, TextFile], None]
 
 
 def catalog_source(
-    source: SourceConfig, config: DataConfig, visit: Visit | None = None
+    source: SourceConfig, config: DataConfig, locked: Locked | None = None, visit: Visit | None = None
 ) -> tuple[CatalogSource, list[str]]:
     """Describe one source; return what was found and every problem, at most one per file.
 
@@ -114,28 +136,35 @@ def catalog_source(
     Args:
         source: the source.
         config: the section that it is part of.
-        visit: called with each file while it is open. A `DataError` that it raises counts as a problem of the file.
+        locked: what is known of the remote sources.
+        visit: called with each file of a local source while it is open. A `DataError` that it raises counts as a
+            problem of the file.
 
     """
+    if is_remote(source.path):
+        return _remote_source(source, locked or {})
+    try:
+        if tokens := token_source(source.path):
+            return _prepared(source, tokens)
+    except DataError as error:
+        return CatalogSource(source.path, (), (), ()), [str(error)]
     files: list[CatalogFile] = []
     names: set[str] = set()
     licences: set[str] = set()
     problems: list[str] = []
     try:
         listed = list_files(source.path, SUFFIXES)
-    except DataUnavailableError:
-        raise
     except DataError as error:
         listed, problems = [], [str(error)]
-    for data in listed:
-        path = data.path
+    for found in listed:
+        path = found.path
         try:
-            with open_bytes(data) as file:
+            with open_bytes(found) as file:
                 size, digest = _digest(file, path)
                 text = text_file(file, path, text_recipe(source, config))
                 names |= text.values("source", _MAX_NAMES)
                 licences |= text.values("licence", _MAX_NAMES) | text.values("license", _MAX_NAMES)
-                files.append(CatalogFile(path, size, text.row_groups(), digest, data.etag))
+                files.append(CatalogFile(path, size, text.row_groups(), digest))
                 if visit:
                     visit(files[-1], text)
         except DataUnavailableError:
@@ -144,6 +173,42 @@ def catalog_source(
             problems.append(str(error))
     licences = _few(licences) or ({source.licence} if source.licence else set())
     return CatalogSource(source.path, tuple(files), tuple(sorted(_few(names))), tuple(sorted(licences))), problems
+
+
+def _remote_source(source: SourceConfig, locked: Locked) -> tuple[CatalogSource, list[str]]:
+    found = locked.get(source.path)
+    try:
+        found = found or resolve_source(source.path, text_recipe(source))
+    except DataUnavailableError:
+        raise
+    except DataError as error:
+        return CatalogSource(source.path, (), (), ()), str(error).splitlines()
+    if not found.licences and source.licence:
+        found = replace(found, licences=(source.licence,))
+    return found, []
+
+
+def _place(file: CatalogFile, source: CatalogSource, config: DataConfig) -> DataFile:
+    """Where the bytes of a file come from: never part of a run's identity."""
+    if source.pinned is None:
+        return DataFile(file.path, file.bytes)
+    if config.mirror is not None:
+        return DataFile(str(mirror_path(Path(config.mirror), file.path)), file.bytes)
+    remote = remote_file(file)
+    if config.cache_dir is None:
+        return remote
+    cache = DiskCache(config.cache_dir, int(config.cache_gib * (1 << 30)))
+    return CachedFile(remote.path, remote.bytes, remote.etag, remote.sha256, cache)
+
+
+def _prepared(source: SourceConfig, found: TokenSource) -> tuple[CatalogSource, list[str]]:
+    """Describe a source of prepared data."""
+    files = tuple(CatalogFile(file.path, file.bytes, file.units, file.sha256) for file in found.files)
+    licences = found.licences or ((source.licence,) if source.licence else ())
+    problems = []
+    if source.text_field != SourceConfig.model_fields["text_field"].default:
+        problems.append(f"{source.path}: holds tokens, not text: text_field has no effect, remove it")
+    return CatalogSource(source.path, files, found.names, licences, tokenizer=found.tokenizer), problems
 
 
 def _few(values: set[str]) -> set[str]:
@@ -163,6 +228,20 @@ def _digest(file: BinaryIO, path: str) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
+def tokenizer_problems(catalog: Catalog, tokenizer: Tokenizer, config: TokenizerConfig) -> list[str]:
+    """Return a line for each source of prepared data whose tokens were made with another tokenizer."""
+    if not any(source.tokenizer for source in catalog.sources):
+        return []
+    sha256 = file_sha256(Path(config.path))
+    eos_id, rows = separator_id(tokenizer, config), vocabulary_rows(tokenizer)
+    found = (
+        tokenizer_problem(source.path, source.tokenizer, config.path, sha256, eos_id, rows)
+        for source in catalog.sources
+        if source.tokenizer
+    )
+    return [problem for problem in found if problem]
+
+
 class FileFingerprint(TypedDict):
     """One file; the fields are those of `CatalogFile`."""
 
@@ -173,6 +252,18 @@ class FileFingerprint(TypedDict):
     sha256: str
 
 
+class LockedFingerprint(TypedDict):
+    """What stands for the files of a remote source, which may be 100,000; the run folder's lock lists them."""
+
+    pinned: str
+    revision: str | None
+    files: int
+    rows: int | None
+    """None if there are files whose rows have not been counted."""
+    sha256: str
+    """`CatalogSource.contents`."""
+
+
 class SourceFingerprint(TypedDict):
     """One source of the config; the fields are those of `CatalogSource`."""
 
@@ -180,7 +271,10 @@ class SourceFingerprint(TypedDict):
     sources: list[str]
     licences: list[str]
     bytes: int
-    files: list[FileFingerprint]
+    files: NotRequired[list[FileFingerprint]]
+    """Of a local source."""
+    locked: NotRequired[LockedFingerprint]
+    """Of a remote source."""
 
 
 class DataFingerprint(TypedDict):
@@ -206,18 +300,25 @@ def fingerprint(config: DataConfig, catalog: Catalog | None = None) -> DataFinge
 
 
 def _source_fingerprint(source: CatalogSource) -> SourceFingerprint:
-    return SourceFingerprint(
-        path=source.path,
-        sources=list(source.names),
-        licences=list(source.licences),
-        bytes=sum(file.bytes for file in source.files),
-        files=[
-            FileFingerprint(
-                path=file.path,
-                bytes=file.bytes,
-                rows=None if file.row_groups is None else sum(file.row_groups),
-                sha256=file.sha256,
-            )
-            for file in source.files
-        ],
+    described = SourceFingerprint(
+        path=redact(source.path), sources=list(source.names), licences=list(source.licences), bytes=source.bytes
     )
+    if source.pinned is not None:
+        rows = [_rows(file) for file in source.files]
+        described["locked"] = LockedFingerprint(
+            pinned=source.pinned,
+            revision=source.revision,
+            files=len(source.files),
+            rows=None if None in rows else sum(filter(None, rows)),
+            sha256=source.contents,
+        )
+    else:
+        described["files"] = [
+            FileFingerprint(path=file.path, bytes=file.bytes, rows=_rows(file), sha256=file.digest)
+            for file in source.files
+        ]
+    return described
+
+
+def _rows(file: CatalogFile) -> int | None:
+    return None if file.row_groups is None else sum(file.row_groups)

@@ -2,24 +2,35 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
-from pretrain.config.data import DataConfig, SourceConfig
+from tokenizers import Tokenizer
+
+from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
 from pretrain.config.row_filter import condition_fields, parse_condition
 from pretrain.data.bad_rows import BadRow, BadRowBudget
-from pretrain.data.catalog import Catalog, CatalogFile, catalog_source, text_recipe
-from pretrain.data.formats import TextFile
-from pretrain.data.json_fields import named
-from pretrain.data.order import Split, is_validation, lane_problem
+from pretrain.data.catalog import Catalog, Locked, catalog_source, text_recipe
+from pretrain.data.described import CatalogFile
+from pretrain.data.errors import DataError
+from pretrain.data.formats import TextFile, read_unit
+from pretrain.data.json_fields import named as named_fields
+from pretrain.data.order import lane_problem
+from pretrain.data.prepared.check import check_shard
+from pretrain.data.prepared.reading import holds_tokens
 from pretrain.data.sources.retries import set_retry_minutes
-from pretrain.data.units import Unit
+from pretrain.data.split import Split, are_validation, is_validation
+from pretrain.data.tokenizer import DocumentEncoder, separator_id
+from pretrain.data.tokenizer_checks import lost_characters
+from pretrain.data.units import DataFile, Unit
 
 logger = logging.getLogger(__name__)
 
 # Files are read in full until this many bytes have been read, and sampled from then on.
 FULL_SCAN_BYTES = 512 << 20
 _SAMPLE_BYTES = 1 << 20
+# Text of each source that is tokenized to see whether that works.
+_TRIED_BYTES = 1 << 18
 
 
 def check_sources(config: DataConfig) -> list[str]:
@@ -27,12 +38,17 @@ def check_sources(config: DataConfig) -> list[str]:
     return survey(config)[1]
 
 
-def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
-    """Read the sources, opening each file once.
+def survey(config: DataConfig, locked: Locked | None = None) -> tuple[Catalog, list[str]]:
+    """Read the local sources, opening each file once; of remote ones, only what the lock says is looked at.
 
     The first 512 MiB of files are read in full. Of files beyond that, only the beginning and the end are read (of
     compressed JSON lines, the beginning), and a warning in the log says so; such files can still raise the same
     `DataError` during training.
+
+    Args:
+        config: the sources.
+        locked: what is known of the remote ones; those that are absent are resolved here, and of those without files
+            (`pretrain.data.lock.unresolved`) nothing is checked.
 
     Returns:
         The catalog, and every problem that was found, one message each and at most one per file. If there are
@@ -41,20 +57,24 @@ def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
     """
     set_retry_minutes(config.retry_minutes)
     scan = _Scan(config)
-    sources, problems = [], []
+    sources, problems, remote = [], [], 0
     for source in config.sources:
         before = (scan.documents.total(), len(scan.sampled))
-        found, faults = catalog_source(source, config, partial(scan.file, source))
-        if not faults and before == (scan.documents.total(), len(scan.sampled)):
+        found, faults = catalog_source(source, config, locked, partial(scan.file, source))
+        remote += found.pinned is not None
+        if found.tokenizer:
+            faults += scan.shards(found.files)
+        if not faults and found.pinned is None and before == (scan.documents.total(), len(scan.sampled)):
             faults = [_empty(source, scan.fields)]
         scan.fields.clear()
         sources.append(found)
         problems += faults
     catalog = Catalog(tuple(sources))
     if not problems:
-        if problem := lane_problem(config, [len(units) for units in catalog.units(config)]):
+        known = all(source.files for source in sources)
+        if known and (problem := lane_problem(config, [len(units) for units in catalog.units(config)])):
             problems.append(problem)
-        if not scan.sampled:
+        if not scan.sampled and not remote:
             problems += _empty_splits(config, scan.documents)
     if scan.sampled:
         logger.warning(
@@ -77,8 +97,56 @@ def _empty(source: SourceConfig, fields: Collection[str]) -> str:
     if source.where is None:
         return f"{source.path}: the source is empty, no row holds any text"
     unknown = [field for field in condition_fields(parse_condition(source.where)) if field.split(".")[0] not in fields]
-    hint = f"; {unknown[0]!r} is none of its fields: {named(fields, unknown[0], 'fields')}" if unknown else ""
+    hint = f"; {unknown[0]!r} is none of its fields: {named_fields(fields, unknown[0], 'fields')}" if unknown else ""
     return f"{source.path}: no row that meets where {source.where!r} holds any text{hint}"
+
+
+def unencodable(
+    config: DataConfig, catalog: Catalog, tokenizer: Tokenizer, named: TokenizerConfig, *, online: bool = True
+) -> list[str]:
+    """Encode the first texts of every source; return a line for each whose texts the tokenizer cannot encode.
+
+    A warning in the log names characters that it would leave out. Remote sources are left out if not `online`.
+    """
+    encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, named), named.path)
+    problems: list[str] = []
+    lost: set[str] = set()
+    for source, units in zip(catalog.sources, catalog.units(config), strict=True):
+        if source.pinned is not None and not online:
+            continue
+        texts = _first_texts(units)
+        try:
+            encoder.encode(texts)
+        except DataError as error:
+            problems.append(str(error))
+        else:
+            lost |= set(lost_characters(tokenizer, texts))
+    if lost:
+        logger.warning(
+            "tokenizer.path %s has no token for %d characters of the sources, not even one for unknown characters, and "
+            "leaves them out, for example %s",
+            named.path,
+            len(lost),
+            " ".join(sorted(lost)[:10]),
+        )
+    return problems
+
+
+def _first_texts(units: tuple[Unit, ...]) -> list[str]:
+    """About the first 256 KiB of text of a source; none of one that holds tokens."""
+    texts: list[str] = []
+    size = 0
+    for unit in units:
+        if holds_tokens(unit.file.path):
+            return []
+        for _, text in read_unit(unit, 0, _TRIED_BYTES):
+            if isinstance(text, BadRow):
+                continue
+            texts.append(text[:_TRIED_BYTES])
+            size += len(texts[-1])
+            if size >= _TRIED_BYTES:
+                return texts
+    return texts
 
 
 def _empty_splits(config: DataConfig, documents: "Counter[Split]") -> Iterator[str]:
@@ -112,7 +180,7 @@ class _Scan:
             DataError: the file is damaged, or one of its rows holds no valid text.
 
         """
-        units = file.units(text_recipe(source, self._config), split_units=1)
+        units = file.units(DataFile(file.path, file.bytes), text_recipe(source, self._config), split_units=1)
         if file.bytes <= self._budget:
             self._budget -= file.bytes
             texts = _all_texts(text, units)
@@ -128,6 +196,25 @@ class _Scan:
                 self.documents["validation" if held_out else "train"] += 1
         if source.where and before == self.documents.total():
             self.fields |= dict.fromkeys(text.field_names())
+
+    def shards(self, files: Iterable[CatalogFile]) -> list[str]:
+        """Check the shards of a source of prepared data; return every problem."""
+        problems = []
+        for file in files:
+            in_full = file.bytes <= self._budget
+            if in_full:
+                self._budget -= file.bytes
+            try:
+                hashes = check_shard(file.path, in_full)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            if not in_full or hashes is None:
+                self.sampled.append(file.path)
+            if hashes is not None:
+                validation = int(are_validation(hashes, self._config.validation_fraction).sum())
+                self.documents += Counter({"validation": validation, "train": len(hashes) - validation})
+        return problems
 
 
 def _all_texts(text: TextFile, units: list[Unit]) -> Iterator[str | BadRow]:

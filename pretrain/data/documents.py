@@ -7,8 +7,11 @@ from typing import NamedTuple
 from pretrain.config.data import DataConfig
 from pretrain.data.bad_rows import BadRow, BadRowBudget
 from pretrain.data.catalog import Catalog
+from pretrain.data.errors import DataError
 from pretrain.data.formats import read_unit
 from pretrain.data.order import ReadPlan, make_plan
+from pretrain.data.prepared.reading import TokenBytes, holds_tokens, read_runs
+from pretrain.data.prepared.runs import TokenRun
 
 
 class Cursor(NamedTuple):
@@ -35,9 +38,22 @@ class Document:
     """Bad rows between the previous document of the lane and this one, in the first epoch."""
 
 
+class Tokenized(NamedTuple):
+    """Consecutive documents of prepared data and the position of the first token."""
+
+    position: Cursor
+    run: TokenRun
+
+
 def lane_documents(
-    plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, batch_bytes: int, skipped: list[BadRow]
-) -> Iterator[Document]:
+    plan: ReadPlan,
+    lane: int,
+    start: Cursor,
+    last_epoch: int,
+    batch_bytes: int,
+    skipped: list[BadRow],
+    token_bytes: TokenBytes,
+) -> Iterator[Document | Tokenized]:
     """Yield the documents of a lane from the row of `start` to the end of `last_epoch`.
 
     Args:
@@ -47,9 +63,10 @@ def lane_documents(
         last_epoch: where to end.
         batch_bytes: see `read_unit`.
         skipped: bad rows that no document has told of yet; holds those after the last document at the end.
+        token_bytes: see `read_runs`.
 
     Raises:
-        DataError: see `read_unit`; or an epoch has more bad rows than `plan` allows.
+        DataError: see `read_unit` and `read_runs`; or an epoch has more bad rows than `plan` allows.
 
     """
     for epoch in range(start.epoch, last_epoch + 1):
@@ -58,6 +75,10 @@ def lane_documents(
             if (epoch, index) < start[:2]:
                 continue
             first_row = start.row if (epoch, index) == start[:2] else 0
+            if holds_tokens(unit.file.path):
+                for run in read_runs(unit, first_row, plan.validation_fraction, plan.split, token_bytes):
+                    yield Tokenized(Cursor(epoch, index, run.first_row, 0), run)
+                continue
             for row, text in read_unit(unit, first_row, batch_bytes):
                 if isinstance(text, BadRow):
                     budget.spend(text)
@@ -74,9 +95,17 @@ def validation_text(config: DataConfig, catalog: Catalog | None = None) -> str:
     """Return the text of the validation split: its documents in the order of validation, with nothing between them.
 
     Raises:
-        DataError: see `read_unit`.
+        DataError: see `lane_documents`; or a source holds tokens instead of text.
 
     """
     plan = make_plan(config, "validation", 1, catalog)
-    documents = lane_documents(plan, 0, Cursor(0, 0, 0, 0), last_epoch=0, batch_bytes=1 << 20, skipped=[])
-    return "".join(document.text for document in documents)
+    if tokens := next((unit.file.path for unit in plan.lane_units(0, 0) if holds_tokens(unit.file.path)), None):
+        raise DataError(f"{tokens}: holds tokens, not text: name the sources that it was prepared from")
+    budget, chosen = BadRowBudget(plan.max_bad_rows), []
+    for unit in plan.lane_units(0, 0):
+        for _, text in read_unit(unit, 0, batch_bytes=1 << 20):
+            if isinstance(text, BadRow):
+                budget.spend(text)
+            elif plan.selects(text.encode()):
+                chosen.append(text)
+    return "".join(chosen)

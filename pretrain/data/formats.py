@@ -11,8 +11,8 @@ from pretrain.data.bad_rows import BadRow
 from pretrain.data.compression import COMPRESSIONS
 from pretrain.data.errors import DataError
 from pretrain.data.json_lines import JsonText
+from pretrain.data.cache import open_file
 from pretrain.data.parquet import ParquetText
-from pretrain.data.sources import open_bytes
 from pretrain.data.units import TextRecipe, Unit
 
 
@@ -83,5 +83,5 @@ def read_unit(unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[in
         DataError: the file is missing, not the one in the catalog, or damaged such that its rows cannot be told apart.
 
     """
-    with open_bytes(unit.file) as file:
+    with open_file(unit.file) as file:
         yield from text_file(file, unit.file.path, unit.recipe).rows(unit, first_row, batch_bytes)

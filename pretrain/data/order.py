@@ -10,15 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
-from typing import Literal
 
 from pretrain.config.data import DataConfig
 from pretrain.data.catalog import Catalog, make_catalog
 from pretrain.data.errors import DataError
 from pretrain.data.mixture import Stage, exact
+from pretrain.data.split import Split, is_validation
 from pretrain.data.units import Unit
-
-Split = Literal["train", "validation"]
 
 _KEPT_ORDERS = 4  # epochs of a ring whose order is cached: the current one, and those in which carried tails began
 
@@ -171,11 +169,6 @@ def epoch_order(units: Mapping[int, Sequence[Unit]], seed: int, epoch: int) -> l
         for number, unit in enumerate(source)
     ]
     return [unit for _, unit in sorted(entries, key=lambda entry: entry[0])]
-
-
-def is_validation(text: bytes, fraction: float) -> bool:
-    """Return whether a document, given as UTF-8, belongs to the validation split, which its hash decides."""
-    return fraction > 0 and int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64 < fraction
 
 
 def _key(*parts: object) -> bytes:

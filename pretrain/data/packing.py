@@ -13,17 +13,18 @@ previous sequence, so every token except the very first is a target exactly once
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
 
 from pretrain.config.data import TokenizerConfig
 from pretrain.data.bad_rows import BadRow
-from pretrain.data.documents import Cursor, Document, lane_documents
+from pretrain.data.documents import Cursor, Document, Tokenized, lane_documents
 from pretrain.data.errors import DataError
 from pretrain.data.order import ReadPlan
-from pretrain.data.tokenizer import DocumentEncoder, Tokens
+from pretrain.data.prepared.runs import TokenRun
+from pretrain.data.tokenizer import DocumentEncoder, Tokens, token_bytes
 
 # Text that is tokenized in one call, taken from the lanes that have the fewest tokens: enough to keep all threads of
 # the tokenizer busy, and little enough that the first batch does not wait for it.
@@ -115,7 +116,7 @@ def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], Document
 
     """
     encoder, own = load_encoder(), task.rings[index]
-    lanes = {lane: _Lane(task, lane, own.cursors[lane], encoder.eos_id) for lane in sorted(own.cursors)}
+    lanes = {lane: _Lane(task, lane, own.cursors[lane], encoder) for lane in sorted(own.cursors)}
     ring = deque(lanes[lane] for lane in own.ring)
     epoch, epochs = own.epoch, task.plan.rings[index].epochs
     while epochs is None or epoch < epochs:
@@ -134,10 +135,13 @@ def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], Document
 
 
 def _refill(lanes: "Sequence[_Lane]", encoder: DocumentEncoder) -> None:
-    """Tokenize about `REFILL_BYTES` of text in one call; each document goes to the lane with the fewest tokens."""
+    """Tokenize about `REFILL_BYTES` of text in one call; each document goes to the lane with the fewest tokens.
+
+    What is tokenized already only takes its turn.
+    """
     queue = [(lane.pending, index) for index, lane in enumerate(lanes) if not lane.exhausted]
     heapq.heapify(queue)
-    batch: list[tuple[_Lane, Document]] = []
+    batch: list[tuple[_Lane, Document | Tokenized]] = []
     size = 0
     while queue and size < REFILL_BYTES:
         pending, index = queue[0]
@@ -146,28 +150,38 @@ def _refill(lanes: "Sequence[_Lane]", encoder: DocumentEncoder) -> None:
             heapq.heappop(queue)
             continue
         batch.append((lanes[index], document))
-        size += document.text_bytes
-        heapq.heapreplace(queue, (pending + document.text_bytes // 4 + 1, index))  # about four bytes per token
-    for (lane, document), tokens in zip(batch, encoder.encode([d.text for _, d in batch]), strict=True):
-        lane.push(document, tokens)
+        # About four bytes per token.
+        length = len(document.run.tokens) if isinstance(document, Tokenized) else document.text_bytes // 4 + 1
+        size += 4 * length
+        heapq.heapreplace(queue, (pending + length, index))
+    texts = iter(encoder.encode([document.text for _, document in batch if isinstance(document, Document)]))
+    for lane, document in batch:
+        if isinstance(document, Tokenized):
+            lane.push(*document)
+            continue
+        tokens = next(texts)
+        if len(tokens) > 1:
+            lane.push(document.position, TokenRun.of_document(tokens, document.text_bytes), document.skipped)
+        else:  # a text without tokens, of which only the separator remains, is left out
+            lane.skip(document.skipped)
 
 
 class _Lane:
     """The tokens of a lane that have been read but not packed."""
 
-    def __init__(self, task: ReaderTask, lane: int, cursor: Cursor, eos_id: int) -> None:
+    def __init__(self, task: ReaderTask, lane: int, cursor: Cursor, encoder: DocumentEncoder) -> None:
         self._task = task
         self._lane = lane
-        self._eos_id = eos_id
+        self._encoder = encoder
         self._cursor = self._read_from = cursor
-        self._waiting: deque[tuple[Document, Tokens]] = deque()
-        self._used = self._cursor.token  # tokens of the first waiting document that have been packed
+        self._waiting: deque[tuple[Cursor, TokenRun, tuple[BadRow, ...]]] = deque()
+        self._used = self._cursor.token  # tokens of the first waiting run that have been packed
         # A separator precedes every document and the lane itself; `push` corrects this within a document.
-        self._last_token = eos_id
-        self._documents: Iterator[Document] = iter(())
+        self._last_token = encoder.eos_id
+        self._documents: Iterator[Document | Tokenized] = iter(())
         self._documents_read = 0
         self._skipped: list[BadRow] = []  # since the last document that was read
-        self._unattached: tuple[BadRow, ...] = ()  # of documents without tokens
+        self._unattached: tuple[BadRow, ...] = ()  # of documents that were left out
         self.pending = 0
         """Tokens waiting to be packed."""
         self.exhausted = True
@@ -179,7 +193,15 @@ class _Lane:
         After a resume there are no such tokens: reading then begins at the cursor, in whichever epoch that is.
         """
         task = self._task
-        self._documents = lane_documents(task.plan, self._lane, self._read_from, epoch, task.lane_bytes, self._skipped)
+        self._documents = lane_documents(
+            task.plan,
+            self._lane,
+            self._read_from,
+            epoch,
+            task.lane_bytes,
+            self._skipped,
+            lambda: token_bytes(self._encoder.tokenizer, self._encoder.eos_id),
+        )
         self._documents_read = 0
         self._read_from = Cursor(epoch + 1, 0, 0, 0)
         self.exhausted = False
@@ -189,22 +211,21 @@ class _Lane:
         """Whether more must be read before the next item is known."""
         return self.pending < self._task.sequence_length and not self.exhausted
 
-    def next_document(self) -> Document | None:
+    def next_document(self) -> Document | Tokenized | None:
         """Return the next document of the epoch; the caller hands it back to `push` with its tokens."""
         document = next(self._documents, None)
         self.exhausted = document is None
         return document
 
-    def push(self, document: Document, tokens: Tokens) -> None:
-        """Append a document. A text without tokens, of which only the separator remains, is left out."""
-        if len(tokens) == 1:
-            self._unattached += document.skipped
-            return
-        if self._unattached:
-            document = replace(document, skipped=self._unattached + document.skipped)
-            self._unattached = ()
-        if self._used and not self._waiting:  # after a resume: the cursor is within this document
-            if document.position != self._cursor._replace(token=0) or self._used >= len(tokens):
+    def skip(self, bad_rows: tuple[BadRow, ...]) -> None:
+        """Leave a document out; the bad rows before it are told of with the next one."""
+        self._unattached += bad_rows
+
+    def push(self, position: Cursor, run: TokenRun, skipped: tuple[BadRow, ...] = ()) -> None:
+        """Append a document, or a run of them, that begins at a position and follows the skipped bad rows."""
+        tokens = run.tokens
+        if self._used and not self._waiting:  # after a resume: the cursor is within this run
+            if position != self._cursor._replace(token=0) or self._used >= len(tokens):
                 plan = self._task.plan
                 name = plan.rings[plan.ring_of(self._lane)].name
                 raise DataError(
@@ -213,8 +234,9 @@ class _Lane:
                 )
             self._last_token = int(tokens[self._used - 1])
             self.pending -= self._used
-        self._waiting.append((document, tokens))
-        self._documents_read += 1
+        self._waiting.append((position, run, self._unattached + skipped))
+        self._unattached = ()
+        self._documents_read += len(run.ends)
         self.pending += len(tokens)
 
     def pack(self, *, pad: bool) -> Item:
@@ -225,27 +247,29 @@ class _Lane:
         return EpochEnd(self._lane, self._documents_read)
 
     def _take(self, length: int) -> PackedSequence:
-        sequence = np.full(self._task.sequence_length + 1, self._eos_id, dtype=np.int32)
+        sequence = np.empty(self._task.sequence_length + 1, dtype=np.int32)
         sequence[0] = self._last_token
+        sequence[length + 1 :] = self._encoder.eos_id
         filled, text_bytes, documents = 1, 0, 0
         bad_rows: list[BadRow] = []
         while filled <= length:
-            document, tokens = self._waiting[0]
+            position, run, skipped = self._waiting[0]
+            tokens = run.tokens
             begin = self._used
             if begin == 0:
-                bad_rows += document.skipped
+                bad_rows += skipped
             end = min(len(tokens), begin + length + 1 - filled)
             sequence[filled : filled + end - begin] = tokens[begin:end]
             filled += end - begin
-            text_bytes += document.text_bytes * end // len(tokens) - document.text_bytes * begin // len(tokens)
+            text_bytes += run.bytes_before(end) - run.bytes_before(begin)
+            documents += run.documents_before(end) - run.documents_before(begin)
             if end == len(tokens):
                 self._waiting.popleft()
                 self._used = 0
-                documents += 1
-                self._cursor = document.position._replace(row=document.position.row + 1)
+                self._cursor = position._replace(row=position.row + len(run.ends))
             else:
                 self._used = end
-                self._cursor = document.position._replace(token=end)
+                self._cursor = position._replace(token=end)
         self.pending -= length
         self._last_token = int(sequence[length])
         return PackedSequence(self._lane, sequence, length, text_bytes, documents, tuple(bad_rows), self._cursor)

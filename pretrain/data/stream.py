@@ -27,7 +27,7 @@ import torch.distributed as dist
 from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data.bad_rows import BadRow, too_many
 from pretrain.data.batch import TokenBatch
-from pretrain.data.catalog import Catalog
+from pretrain.data.catalog import Catalog, make_catalog, tokenizer_problems
 from pretrain.data.documents import Cursor
 from pretrain.data.errors import DataError
 from pretrain.data.mixture import Schedule
@@ -103,8 +103,11 @@ class TokenStream:
         if epochs is not None and (epochs < 1 or (split == "validation" and epochs != 1)):
             raise ValueError(f"epochs is {epochs}, expected at least 1, and exactly 1 for the validation split")
         set_retry_minutes(config.retry_minutes)
+        catalog = catalog or make_catalog(config)
         self._plan = make_plan(config, split, epochs, catalog)
-        load_tokenizer(tokenizer)  # to fail here rather than in a reader
+        loaded = load_tokenizer(tokenizer)  # to fail here rather than in a reader
+        if problems := tokenizer_problems(catalog, loaded, tokenizer):
+            raise DataError("\n".join(problems))
         self._sequence_length = sequence_length
         self._ranks = Ranks(group.rank(), group.size(), group) if group else Ranks()
         self._failure: BaseException | None = None

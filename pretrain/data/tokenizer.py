@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 
 from pretrain.config.data import TokenizerConfig
 from pretrain.data.errors import DataError
+from pretrain.data.hub_tokenizer import local_file
+from pretrain.data.tokenizer_checks import gives_separator_for_unknown, ids_or_none, random_part
 
 Tokens = npt.NDArray[np.int32]
 
@@ -21,7 +23,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         DataError: the file is missing or damaged, or `eos_token` cannot serve as the separator of documents.
 
     """
-    path = Path(config.path)
+    path = local_file(config.path)
     if not path.is_file():
         kind = "is a folder: name the tokenizer.json in it" if path.is_dir() else "no such file"
         raise DataError(f"tokenizer.path {config.path}: {kind}")
@@ -34,6 +36,11 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     # Without this, a text that spells out the separator would end its own document.
     tokenizer.encode_special_tokens = True
     _check_separator(tokenizer, config)
+    if setting := random_part(tokenizer):
+        raise DataError(
+            f"tokenizer.path {config.path}: {setting} makes it divide the same text differently each time, and no run "
+            "could be repeated or resumed: set it to null in the file"
+        )
     return tokenizer
 
 
@@ -59,9 +66,14 @@ def _check_separator(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
             f"tokenizer.eos_token {config.eos_token!r} has the id {separator} in {config.path}, and so has "
             f"{others[0]!r}: a text that contains the latter would end its own document"
         )
+    if gives_separator_for_unknown(tokenizer, separator):
+        raise DataError(
+            f"tokenizer.eos_token {config.eos_token!r} is also the token for unknown characters in {config.path}: each "
+            "of them would end its document; choose another eos_token or another tokenizer"
+        )
     # The characters around it decide how a text is divided into words.
     spellings = [form.format(config.eos_token) for form in ("{}", " {} ", "a{}b", "\n{}\n")]
-    if not any(separator in (_ids_or_none(tokenizer, text) or ()) for text in spellings):
+    if not any(separator in (ids_or_none(tokenizer, text) or ()) for text in spellings):
         return
     added = tokenizer.get_added_tokens_decoder().get(separator)
     if added is None or not added.special:
@@ -80,6 +92,18 @@ def vocabulary_rows(tokenizer: Tokenizer) -> int:
     """Return the rows that an embedding needs: the largest id plus 1, which exceeds the number of entries if ids have
     gaps. Includes added tokens."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+@lru_cache(maxsize=4)
+def token_bytes(tokenizer: Tokenizer, eos_id: int) -> npt.NDArray[np.uint32]:
+    """Return the UTF-8 bytes that each token of a byte-level tokenizer stands for, uint32 [rows]; 0 for the separator.
+
+    Such a vocabulary spells every byte as one character.
+    """
+    sizes = np.zeros(vocabulary_rows(tokenizer), np.uint32)
+    for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
+        sizes[number] = 0 if number == eos_id else len(token)
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -112,13 +136,5 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], path: str) -> list[list[
         # The fast variant omits the offsets, which are not needed here.
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as error:  # the library raises plain Exception
-        text = next((text for text in texts if _ids_or_none(tokenizer, text) is None), "")
+        text = next((text for text in texts if ids_or_none(tokenizer, text) is None), "")
         raise DataError(f"tokenizer.path {path}: cannot encode the text {text[:80]!r}: {error}") from error
-
-
-def _ids_or_none(tokenizer: Tokenizer, text: str) -> list[int] | None:
-    """Return the ids of a text; None if it cannot be encoded."""
-    try:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-    except Exception:  # as above
-        return None

@@ -1,10 +1,25 @@
 """Read units: what a lane reads before it moves on to the next place in the data."""
 
 from dataclasses import dataclass
+from typing import Any
+
+
+class Compact:
+    """A base of frozen dataclasses that are handed between processes by the hundred thousand.
+
+    Pickled as a call of the class, which takes half the time of what `dataclass` generates for frozen classes with
+    slots.
+    """
+
+    __slots__ = ()
+    __match_args__: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), tuple([getattr(self, name) for name in self.__match_args__])
 
 
 @dataclass(frozen=True, slots=True)
-class DataFile:
+class DataFile(Compact):
     """A file of data, in the version that the catalog recorded."""
 
     path: str
@@ -32,7 +47,7 @@ class TextRecipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(Compact):
     """Every `parts`-th row, beginning with row `part`, of a file or of one of its row groups."""
 
     file: DataFile

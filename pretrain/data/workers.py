@@ -142,8 +142,8 @@ def main() -> None:
     # A scheduler signals every process of a job, but the trainer decides when to stop.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    [size] = _SIZE.unpack(_read(_SIZE.size))
     task: ReaderTask
+    [size] = _SIZE.unpack(_read(_SIZE.size))
     task, limits = pickle.loads(_read(size))
     set_patience(limits)
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

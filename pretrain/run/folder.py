@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from pretrain.files import now, replace_text
 from pretrain.processes.errors import UserError
 from pretrain.run.json_lines import JsonLines
@@ -48,6 +50,16 @@ class RunFolder:
         return self.path / "telemetry"
 
     @property
+    def data_lock(self) -> Path:
+        """The lock of the remote sources that the run was started with."""
+        return self.path / "data.lock.json"
+
+    @property
+    def validation(self) -> Path:
+        """The validation split of remote sources."""
+        return self.path / "validation.npz"
+
+    @property
     def manifest_path(self) -> Path:
         """manifest.json."""
         return self.path / "manifest.json"
@@ -67,6 +79,17 @@ class RunFolder:
         if not isinstance(found, dict):
             raise RunError(f"{self.manifest_path}: expected a mapping, got {type(found).__name__}")
         return found
+
+    def tokenizer_of(self, path: str) -> Path | None:
+        """The copy of the tokenizer, if there is one and it was made of the tokenizer that `path` names."""
+        copy, settings = self.path / TOKENIZER_FILE, self.path / CONFIG_FILE
+        if not copy.is_file() or not settings.is_file():
+            return None
+        try:
+            kept = yaml.safe_load(settings.read_bytes())["tokenizer"]["path"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            return None
+        return copy if kept == path else None
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Replace the manifest."""

@@ -179,6 +179,8 @@ class Identity:
 
 def _contents(source: Mapping[str, Any]) -> str:
     """What a source holds: its files in the order in which they are read, whatever they are called."""
+    if locked := source.get("locked"):
+        return f"{locked['files']} files, {source['bytes']:,} bytes, sha256 {locked['sha256']}"
     digests = [file["sha256"] for file in source["files"]]
     files = "1 file" if len(digests) == 1 else f"{len(digests)} files"
     return f"{files}, {source['bytes']:,} bytes, sha256 {identity_hash({'files': digests})}"

@@ -59,6 +59,7 @@ NEVER_ALONE = {
     *(f"optimizer.{key}" for key in ("beta", "beta2", "cautious", "normuon_target", "outer_steps")),
     *("optimizer.riemannian", "optimizer.running_norms"),
     *("model.architecture", "model.context_length", "model.embedding_dtype", "model.num_heads"),
+    *("data.cache_dir", "data.cache_gib", "data.lock", "data.mirror"),
     *("optimizer.adamw.head_lr", "schedule.kind", "wandb.project"),
 }
 # Text that other readers of YAML take for something else.

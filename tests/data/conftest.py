@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pretrain.config.data import TokenizerConfig
 from tests.data.corpus import EOS, make_texts
+from tests.data.store import Store, fill
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TokenizerConfig:
     path: Path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     bpe.save(str(path))
     return TokenizerConfig(path=str(path))
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Two remote sources without a network: see `tests.data.store.fill`."""
+    fill(tmp_path / "hub")
+    return Store(tmp_path / "hub", monkeypatch)

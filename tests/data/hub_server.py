@@ -80,6 +80,10 @@ class Hub:
         self.refs[branch] = commit
         return commit
 
+    def has(self, repository: str) -> bool:
+        """Whether a repository is served; `*` stands for any, which the commit tells apart."""
+        return self.repository in (repository, "*")
+
     def path(self, name: str = "", revision: str = "main") -> str:
         """A path as a config names it."""
         return f"hf://datasets/{self.repository}@{revision}/{name}"
@@ -204,10 +208,12 @@ class _Handler(BaseHTTPRequestHandler):
             _, files = hub.files_at("main") or ("", {})
             name = "/".join(names[3:])
             return self._file(files[name], f'"{blob_id(files[name])}"') if name in files else self._error(404, "")
-        if names[0] == "api" and "/".join(names[2:4]) == hub.repository:
+        if names[0] == "api" and hub.has("/".join(names[2:4])):
             return self._api(names[4:], parse_qs(parts.query))
-        if names[0] == "datasets" and "/".join(names[1:3]) == hub.repository and names[3] == "resolve":
+        if names[0] == "datasets" and hub.has("/".join(names[1:3])) and names[3] == "resolve":
             return self._resolve(names[4], "/".join(names[5:]))
+        if hub.has("/".join(names[:2])) and names[2] == "resolve":  # of a model, whose tokenizer is read
+            return self._resolve(names[3], "/".join(names[4:]))
         return self._error(401, "RepoNotFound")
 
     def _control(self, command: str) -> None:
@@ -226,6 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not found:
                 return self._error(404, "RevisionNotFound")
             about = {"id": self.hub.repository, "sha": found[0], "private": False, "gated": False, "tags": []}
+            about["cardData"] = {"license": "odc-by"}
             return self._send(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
         found = self.hub.files_at(names[1])
         if not found:

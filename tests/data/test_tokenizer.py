@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from pretrain.config.data import TokenizerConfig
-from pretrain.data import DataError, load_tokenizer, vocabulary_rows
+from pretrain.data import DataError, load_tokenizer, make_catalog, unencodable, vocabulary_rows
 from tests.data.corpus import EOS, drain, make_setting, rows, write_jsonl
 
 
@@ -110,3 +111,55 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_a_fault_of_the_data(tmp_path
     with pytest.raises(DataError, match=r"tokenizer\.json: cannot encode the text 'the whale': .*\[UNK\]"):
         stream.next_batch(1)
     stream.close()
+
+
+def test_dropout_is_refused(tokenizer: TokenizerConfig, tmp_path: Path) -> None:
+    """A stream could not be repeated; 0 and null are no dropout."""
+    contents = json.loads(Path(tokenizer.path).read_text(encoding="utf-8"))
+    path = tmp_path / "tokenizer.json"
+    for dropout in (None, 0.0):
+        contents["model"]["dropout"] = dropout
+        path.write_text(json.dumps(contents), encoding="utf-8")
+        load_tokenizer(TokenizerConfig(path=str(path)))
+    contents["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(contents), encoding="utf-8")
+    with pytest.raises(DataError, match=r"model\.dropout 0\.1 makes it divide the same text differently each time"):
+        load_tokenizer(TokenizerConfig(path=str(path)))
+
+
+def letters(unknown: str | None, **options: Any) -> Tokenizer:
+    """A BPE that knows the letters a and b."""
+    return Tokenizer(models.BPE({"a": 0, "b": 1, EOS: 2, "<unk>": 3}, [], unk_token=unknown, **options))
+
+
+def test_a_separator_that_stands_for_unknown_characters_is_refused(tokenizer: TokenizerConfig, tmp_path: Path) -> None:
+    pieces = [(EOS, 0.0), ("a", -1.0), ("b", -1.0)]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=0))
+    for number, kind in enumerate([letters(EOS), words({EOS: 0, "the": 1}, unknown=EOS), unigram]):
+        kind.add_special_tokens([EOS])
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises(DataError, match="is also the token for unknown characters"):
+            load_tokenizer(saved(kind, tmp_path / str(number)))
+    other = letters("<unk>")
+    other.add_special_tokens([EOS, "<unk>"])
+    load_tokenizer(saved(other, tmp_path))
+    # A byte-level vocabulary knows every character, so that the token for unknown ones never occurs.
+    contents = json.loads(Path(tokenizer.path).read_text(encoding="utf-8"))
+    contents["model"]["unk_token"] = EOS
+    (tmp_path / "bytes.json").write_text(json.dumps(contents), encoding="utf-8")
+    load_tokenizer(TokenizerConfig(path=str(tmp_path / "bytes.json")))
+
+
+def test_texts_that_cannot_be_encoded_are_found_before_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = words({"the": 0, "sea": 1}, unknown="[UNK]")
+    tokenizer.add_special_tokens([EOS])
+    named = saved(tokenizer, tmp_path)
+    paths = [write_jsonl(tmp_path / f"{number}.jsonl", texts) for number, texts in enumerate([["the sea"], ["whale"]])]
+    config = make_setting(named, *paths, lanes=1).config
+    [problem] = unencodable(config, make_catalog(config), load_tokenizer(named), named)
+    assert "cannot encode the text 'whale'" in problem
+    silent = letters(None)
+    silent.add_special_tokens([EOS])
+    named = saved(silent, tmp_path)
+    assert unencodable(config, make_catalog(config), load_tokenizer(named), named) == []
+    assert "has no token for 6 characters of the sources" in caplog.text

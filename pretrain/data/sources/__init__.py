@@ -17,12 +17,7 @@ from pretrain.data.sources.objects import list_objects, open_object
 from pretrain.data.sources.secrets import redact
 from pretrain.data.units import DataFile
 
-__all__ = ["is_remote", "list_files", "open_bytes", "size_of"]
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL."""
-    return bool(_scheme(path))
+__all__ = ["list_files", "open_bytes", "size_of"]
 
 
 def list_files(path: str, suffixes: tuple[str, ...]) -> list[DataFile]:

@@ -93,6 +93,15 @@ def commit_of(path: HubPath) -> str:
     return commit
 
 
+def licences_of(url: str) -> tuple[str, ...]:
+    """The licences that the card of a data set states; none if there is no card."""
+    path = HubPath.parse(url)
+    revision = f"/revision/{quote(path.revision, safe='')}" if path.revision else ""
+    card = _get(path, f"{_endpoint()}/api/datasets/{path.repository}{revision}")[0].get("cardData")
+    stated = card.get("license") if isinstance(card, dict) else None
+    return tuple(map(str, stated if isinstance(stated, list) else [stated] if stated else []))
+
+
 def open_hub(data: DataFile) -> BinaryIO:
     """Open a file of the Hub by its pinned path."""
     path = HubPath.parse(data.path)

@@ -1,0 +1,192 @@
+"""The format of a prepared folder.
+
+    index.json                 written last: a folder without it is not complete and is never read
+    plan.json                  what is prepared and how; written first
+    tokenizer.json             a copy of the tokenizer
+    shard-00000.tokens         token ids, little-endian uint16 or uint32: each document, followed by the separator
+    shard-00000.documents      uint64 [3, documents], little-endian: see `DocumentTable`
+    shard-00001.tokens         ...
+
+A *unit* is a range of consecutive documents of a shard; like a row group of parquet, it is what a lane reads as a
+whole. Its rows are its documents.
+"""
+
+import json
+import mmap
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.data.errors import DataError
+from pretrain.data.split import Hashes
+
+INDEX_FILE = "index.json"
+PLAN_FILE = "plan.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENS_SUFFIX = ".tokens"
+DOCUMENTS_SUFFIX = ".documents"
+VERSION = 1
+_FORMAT = "aurora-prepared"
+
+Offsets = npt.NDArray[np.uint64]
+
+
+class DocumentTable(NamedTuple):
+    """The documents of a shard or of a part of it; three arrays [documents]."""
+
+    ends: Offsets
+    """Index of the first token after each document and its separator."""
+    text_bytes: Offsets
+    """UTF-8 bytes of all documents up to and including this one."""
+    hashes: Hashes
+    """`text_hash` of each document, which decides its split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard, as the index lists it."""
+
+    name: str
+    """Of its files, without a suffix."""
+    tokens: int
+    """Including separators."""
+    documents: int
+    text_bytes: int
+    tokens_sha256: str
+    documents_sha256: str
+    units: tuple[int, ...]
+    """Number of documents in each unit, in order; may be 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What a prepared folder holds."""
+
+    tokenizer_sha256: str
+    eos_token: str
+    eos_id: int
+    dtype: str
+    """`uint16` or `uint32`."""
+    characters: int
+    """Of all documents."""
+    duplicates_removed: int | None
+    """None: duplicates were not looked for."""
+    source: dict[str, Any]
+    """The source that was prepared, as the manifest of a run would describe it."""
+    shards: tuple[Shard, ...]
+
+    @property
+    def documents(self) -> int:
+        """Number of documents in all shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all shards, including separators."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of all documents."""
+        return sum(shard.text_bytes for shard in self.shards)
+
+    def to_json(self) -> str:
+        """Return the contents of `index.json`."""
+        totals = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
+        return json.dumps({"format": _FORMAT, "version": VERSION, "totals": totals, **asdict(self)}, indent=1) + "\n"
+
+
+def is_prepared(path: str) -> bool:
+    """Return whether a path is a prepared folder, complete or not."""
+    folder = Path(path)
+    return folder.is_dir() and ((folder / INDEX_FILE).is_file() or (folder / PLAN_FILE).is_file())
+
+
+def load_index(folder: str) -> Index:
+    """Read the index of a prepared folder.
+
+    Raises:
+        DataError: there is none, because the folder was not completed; or it is damaged or of another version.
+
+    """
+    path = Path(folder) / INDEX_FILE
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder}: has no {INDEX_FILE}: either it was not prepared completely, then repeat the command `aurora "
+            "data prepare` that began it; or it holds several prepared sources, then name one of its folders"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    return _load_index(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=64)
+def _load_index(path: str, _mtime: int, _size: int) -> Index:
+    """Read an index once per version of it: every unit that a lane opens asks for it."""
+    try:
+        contents = json.loads(Path(path).read_bytes())
+        if contents["format"] != _FORMAT:
+            raise DataError(f"{path}: is not the index of prepared data: its format is {contents['format']!r}")
+        if contents["version"] != VERSION:
+            raise DataError(f"{path}: has version {contents['version']}, this program reads {VERSION}")
+        shards = tuple(
+            Shard(**{**{key.name: shard[key.name] for key in fields(Shard)}, "units": tuple(shard["units"])})
+            for shard in contents["shards"]
+        )
+        index = Index(**{**{key.name: contents[key.name] for key in fields(Index)}, "shards": shards})
+        if index.dtype not in ("uint16", "uint32"):
+            raise DataError(f"{path}: dtype is {index.dtype!r}, expected uint16 or uint32")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: cannot be read as the index of prepared data: {error!r}") from error
+    for shard in index.shards:
+        if sum(shard.units) != shard.documents:
+            raise DataError(f"{path}: the units of {shard.name} hold {sum(shard.units)} of {shard.documents} documents")
+    return index
+
+
+def map_table(path: Path, documents: int) -> DocumentTable:
+    """Map the documents of a shard.
+
+    Raises:
+        DataError: the file is missing or has another size.
+
+    """
+    return DocumentTable(*map_array(path, "<u8", 3 * documents).reshape(3, documents))
+
+
+def map_array(path: Path, dtype: str, count: int, first: int = 0, total: int | None = None) -> npt.NDArray[Any]:
+    """Map `count` numbers of a file, from number `first` on, read-only.
+
+    Args:
+        path: the file.
+        dtype: of the numbers.
+        count: how many.
+        first: the number to begin with.
+        total: numbers in the whole file; `first + count` if it is None.
+
+    Raises:
+        DataError: the file is missing, or its size is not that of `total` numbers.
+
+    """
+    width = np.dtype(dtype).itemsize
+    expected = (first + count if total is None else total) * width
+    try:
+        size = path.stat().st_size
+        if size != expected:
+            raise DataError(f"{path}: has {size} bytes, expected {expected}: the file has changed; restore it")
+        if not count:
+            return np.empty(0, dtype)
+        # Not np.memmap: creating and slicing its objects is several times slower.
+        begin = first * width // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        skipped = first * width - begin
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), skipped + count * width, access=mmap.ACCESS_READ, offset=begin)
+        return np.frombuffer(mapped, dtype, count, skipped)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error

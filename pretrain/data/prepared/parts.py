@@ -1,0 +1,163 @@
+"""Parts: the tokens of consecutive read units, written by one worker in one go.
+
+    00000.tokens               token ids of all documents, each followed by the separator
+    00000.npz                  written last: `PartTable`, and the number of documents of each read unit
+
+A part that exists is complete. Parts are an intermediate form: `assembly` makes shards of them and deletes them.
+"""
+
+import hashlib
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.config.data import TokenizerConfig
+from pretrain.data.errors import DataError
+from pretrain.data.formats import read_unit
+from pretrain.data.packing import REFILL_BYTES
+from pretrain.data.split import Hashes, text_hash
+from pretrain.data.tokenizer import DocumentEncoder
+from pretrain.data.units import Unit
+from pretrain.files import replacing
+
+_READ_AHEAD_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The work that makes a part. Can be pickled."""
+
+    number: int
+    """Among the parts of all sources."""
+    source: int
+    units: tuple[Unit, ...]
+    bytes: int
+    """Of the files, as far as the units cover them; an estimate."""
+
+
+class PartTable(NamedTuple):
+    """The documents of a part, without those that have no tokens; the first five are arrays [documents]."""
+
+    tokens: npt.NDArray[np.uint64]
+    """Including the separator."""
+    text_bytes: npt.NDArray[np.uint64]
+    characters: npt.NDArray[np.uint64]
+    hashes: Hashes
+    """`text_hash`."""
+    keys: Hashes
+    """A second hash: texts whose two hashes are equal count as equal."""
+    units: npt.NDArray[np.uint64]
+    """[read units], the number of documents of each."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How parts are made; the same for all of them. Can be pickled."""
+
+    folder: Path
+    tokenizer: TokenizerConfig
+    dtype: str
+
+    def tokens_file(self, part: int) -> Path:
+        """Path of the tokens of a part."""
+        return self.folder / f"{part:05d}.tokens"
+
+    def table_file(self, part: int) -> Path:
+        """Path of the table of a part, whose existence shows that the part is complete."""
+        return self.folder / f"{part:05d}.npz"
+
+    def table(self, part: int) -> PartTable:
+        """Load the table of a part."""
+        with np.load(self.table_file(part)) as arrays:
+            return PartTable(**{name: arrays[name] for name in PartTable._fields})
+
+
+def write_part(part: Part, encoding: Encoding, encoder: DocumentEncoder) -> Iterator[None]:
+    """Write a part; yields from time to time.
+
+    Raises:
+        DataError: see `read_unit` and `DocumentEncoder.encode`.
+
+    """
+    columns: tuple[list[int], ...] = ([], [], [], [], [])
+    units: list[int] = []
+    with replacing(encoding.tokens_file(part.number)) as partial, partial.open("wb") as file:
+        for unit in part.units:
+            before = len(columns[0])
+            with closing(_batches(unit)) as batches:
+                for texts in batches:
+                    _append(file, texts, columns, encoding.dtype, encoder)
+                    yield
+            units.append(len(columns[0]) - before)
+        file.flush()
+    table = PartTable(*(np.array(column, np.uint64) for column in (*columns, units)))
+    with replacing(encoding.table_file(part.number)) as partial, partial.open("wb") as file:
+        np.savez(file, **table._asdict())
+
+
+def _batches(unit: Unit) -> Generator[list[str]]:
+    """Yield the texts of a unit, about `REFILL_BYTES` at a time."""
+    texts: list[str] = []
+    size = 0
+    for _, text in read_unit(unit, 0, _READ_AHEAD_BYTES):
+        if text:
+            texts.append(text)
+            size += len(text)
+        if size >= REFILL_BYTES:
+            yield texts
+            texts, size = [], 0
+    yield texts
+
+
+def _append(
+    file: IO[bytes], texts: list[str], columns: tuple[list[int], ...], dtype: str, encoder: DocumentEncoder
+) -> None:
+    for text, tokens in zip(texts, encoder.encode(texts), strict=True):
+        if len(tokens) == 1:
+            continue  # as in a stream of text, a text without tokens is left out
+        encoded = text.encode()
+        key = int.from_bytes(hashlib.blake2b(encoded, digest_size=8, person=b"duplicates").digest(), "big")
+        facts = (len(tokens), len(encoded), len(text), text_hash(encoded), key)
+        for column, value in zip(columns, facts, strict=True):
+            column.append(value)
+        file.write(tokens.astype(dtype).data)
+
+
+def main() -> None:
+    """Run a worker: read the encoding and then parts from standard input; answer each with None, or with its error.
+
+    While a part is written, True is sent from time to time: if nobody reads it any more, the worker ends.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the main process decides when to stop
+    pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not end up among the answers
+
+    def send(answer: object) -> None:
+        pickle.dump(answer, pipe)
+        pipe.flush()
+
+    try:
+        encoding: Encoding = pickle.load(sys.stdin.buffer)
+        encoder = DocumentEncoder.load(encoding.tokenizer)
+        while True:
+            part: Part = pickle.load(sys.stdin.buffer)
+            try:
+                for _ in write_part(part, encoding, encoder):
+                    send(True)
+                send(None)
+            except (DataError, OSError) as error:
+                if isinstance(error, BrokenPipeError):
+                    raise
+                send(error)
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # there is no more work, or nobody who wants it

@@ -1,0 +1,116 @@
+"""Train a byte-level BPE tokenizer on a sample of the sources."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pretrain.config.data import DataConfig
+from pretrain.data.catalog import make_catalog
+from pretrain.data.errors import DataError
+from pretrain.data.formats import read_unit
+from pretrain.data.units import Unit
+from pretrain.files import replacing
+
+SMALLEST_VOCABULARY = 257
+"""A token for each byte, and the separator."""
+_READ_AHEAD_BYTES = 1 << 20
+
+
+def sample_texts(config: DataConfig, sample_bytes: int, seed: int) -> Iterator[str]:
+    """Yield texts of about `sample_bytes` in all: the beginnings of read units of all sources, in a seeded order.
+
+    The sample is the same on every machine. Every unit gives an equal share, or more if others are shorter.
+
+    Raises:
+        DataError: a source cannot be read, or holds tokens instead of text.
+
+    """
+    catalog = make_catalog(config)
+    if done := [source.path for source in catalog.sources if source.tokenizer]:
+        raise DataError("\n".join(f"{path}: holds tokens, not text" for path in done))
+    units = [
+        (source, number, unit) for source, of in enumerate(catalog.units(config)) for number, unit in enumerate(of)
+    ]
+    units.sort(key=lambda entry: hashlib.blake2b(repr((seed, *entry[:2])).encode(), digest_size=16).digest())
+    left = sample_bytes
+    for index, (_, _, unit) in enumerate(units):
+        share = -(-left // (len(units) - index))
+        for text in _beginning(unit, share):
+            left -= len(text.encode())
+            yield text
+
+
+def _beginning(unit: Unit, size: int) -> Iterator[str]:
+    """Yield the first texts of a unit, `size` bytes in all; the last one is cut short."""
+    with closing(read_unit(unit, 0, _READ_AHEAD_BYTES)) as rows:  # type: ignore[type-var]
+        for _, text in rows:
+            if size <= 0:
+                return
+            encoded = text.encode()
+            yield text if len(encoded) <= size else encoded[:size].decode(errors="ignore")
+            size -= len(encoded)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, eos_token: str) -> Tokenizer:
+    """Train a byte-level BPE, which knows every text; the same texts give the same tokenizer.
+
+    Args:
+        texts: the sample.
+        vocab_size: entries wanted, including the separator; fewer if the sample has no more pairs to merge.
+        eos_token: the separator, which becomes token 0 and is marked special.
+
+    Raises:
+        DataError: the vocabulary would be too small, or the sample is empty.
+
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DataError(
+            f"--vocab-size is {vocab_size}, expected at least {SMALLEST_VOCABULARY}: each byte needs a token"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[eos_token],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    first = next((text for text in texts if text), None)
+    if first is None:
+        raise DataError("the sources hold no text to train a tokenizer on")
+    # A text that spells the separator must not make it a token of the model.
+    tokenizer.train_from_iterator((text.replace(eos_token, " ") for text in _chain(first, texts)), trainer)
+    return tokenizer
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to overwrite a file: without its tokenizer, a run is useless.
+
+    Raises:
+        DataError: the file exists.
+
+    """
+    if path.exists():
+        raise DataError(f"{path}: exists already; choose another file for --to, or delete it")
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a `tokenizer.json`.
+
+    Raises:
+        DataError: the file exists.
+
+    """
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
