@@ -26,6 +26,7 @@ OTHERS = {
     "data.max_bad_rows": "execution",
     "data.max_document_mib": "execution",
     "data.max_zstd_window_mib": "execution",
+    "data.retry_minutes": "execution",
     "data.workers": "execution",
     "optimizer.polar_dtype": "numerics",
     "optimizer.adamw.fused": "numerics",

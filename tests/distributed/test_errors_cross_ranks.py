@@ -87,7 +87,7 @@ def test_a_single_process_needs_no_process_group() -> None:
 
 def test_the_exit_code_of_bad_input_crosses_ranks() -> None:
     codes = run_ranks(2, outcome_of_together, "UserError")
-    assert codes == [("UserError", None), ("PeerError", BAD_INPUT)]
+    assert codes == [("UserError", BAD_INPUT), ("PeerError", BAD_INPUT)]
     codes = run_ranks(2, outcome_of_together, "MemoryError")
     assert codes == [("MemoryError", None), ("PeerError", FAILED)]
 
