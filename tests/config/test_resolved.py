@@ -44,6 +44,7 @@ FITTING: dict[str, list[Any]] = {
     "schedule.final_fraction": [0, 0.1, 1],
     "data.validation_fraction": [0, 0.0, 0.5],
     "data.sources.0.name": [None, "web"],
+    "data.sources.0.where": [None, "language == 'en' and score >= 3", "no is null"],
     "data.mixture": [None, {"corpus": 1}, {"sotu": 1, "moby_dick": 0.3, "austen": 1e-9}],
     "data.stages": [
         None,
