@@ -27,6 +27,7 @@ from pretrain.config import Config, ConfigError
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.data import (
     Catalog,
+    DocumentEncoder,
     TokenStream,
     fingerprint,
     hub_tokenizer,
@@ -34,7 +35,6 @@ from pretrain.data import (
     separator_id,
     survey,
     tokenizer_problems,
-    unencodable,
     vocabulary_rows,
 )
 from pretrain.data.hub_tokenizer import local_file
@@ -379,7 +379,8 @@ def check_inputs(config: Config, tokenizer: Tokenizer, located: TokenizerConfig 
     Raises:
         ConfigError: with everything that is wrong.
     """
-    catalog, problems = survey(config.data)
+    encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, config.tokenizer), config.tokenizer.path)
+    catalog, problems = survey(config.data, encoder)
     rows = vocabulary_rows(tokenizer)
     if rows > config.model.vocab_size:
         problems.append(
@@ -388,7 +389,6 @@ def check_inputs(config: Config, tokenizer: Tokenizer, located: TokenizerConfig 
         )
     located = located or config.tokenizer.model_copy(update={"path": str(local_file(config.tokenizer.path))})
     problems += tokenizer_problems(catalog, tokenizer, located)
-    problems = problems or unencodable(config.data, catalog, tokenizer, config.tokenizer)
     if problems:
         raise ConfigError(problems)
     data = dict(fingerprint(config.data, catalog))

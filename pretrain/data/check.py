@@ -5,17 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from tokenizers import Tokenizer
-
-from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
+from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.data.catalog import Catalog, CatalogFile, catalog_source, text_recipe
 from pretrain.data.errors import DataError
-from pretrain.data.formats import TextFile, read_unit
+from pretrain.data.formats import TextFile
 from pretrain.data.order import lane_problem
 from pretrain.data.prepared.check import check_shard
-from pretrain.data.prepared.reading import holds_tokens
 from pretrain.data.split import Split, are_validation, is_validation
-from pretrain.data.tokenizer import DocumentEncoder, separator_id
+from pretrain.data.tokenizer import DocumentEncoder
 from pretrain.data.tokenizer_checks import lost_characters
 from pretrain.data.units import Unit
 
@@ -33,12 +30,16 @@ def check_sources(config: DataConfig) -> list[str]:
     return survey(config)[1]
 
 
-def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
+def survey(config: DataConfig, encoder: DocumentEncoder | None = None) -> tuple[Catalog, list[str]]:
     """Read the sources, opening each file once.
 
     The first 512 MiB of files are read in full. Of files beyond that, only the beginning and the end are read (of
     compressed JSON lines, the beginning), and a warning in the log says so; such files can still raise the same
     `DataError` during training.
+
+    Args:
+        config: the sources.
+        encoder: the tokenizer, which is tried on the first texts of each source; None: not tried.
 
     Returns:
         The catalog, and every problem that was found, one message each and at most one per file. If there are
@@ -49,7 +50,10 @@ def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
     sources, problems = [], []
     for source in config.sources:
         before = (scan.documents.total(), len(scan.sampled))
+        scan.begin_source()
         found, faults = catalog_source(source, partial(scan.file, source))
+        if encoder and not faults:
+            faults += _unencodable(scan.first_texts, encoder)
         if found.tokenizer:
             faults += scan.shards(found.files)
         if not faults and before == (scan.documents.total(), len(scan.sampled)):
@@ -72,46 +76,24 @@ def survey(config: DataConfig) -> tuple[Catalog, list[str]]:
     return catalog, problems
 
 
-def unencodable(config: DataConfig, catalog: Catalog, tokenizer: Tokenizer, named: TokenizerConfig) -> list[str]:
-    """Encode the first texts of every source; return a line for each whose texts the tokenizer cannot encode.
+def _unencodable(texts: list[str], encoder: DocumentEncoder) -> list[str]:
+    """Encode the first texts of a source; return the problem if that fails.
 
-    A warning in the log names characters that it would leave out.
+    A warning in the log names characters that the tokenizer would leave out.
     """
-    encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, named), named.path)
-    problems: list[str] = []
-    lost: set[str] = set()
-    for units in catalog.units(config):
-        texts = _first_texts(units)
-        try:
-            encoder.encode(texts)
-        except DataError as error:
-            problems.append(str(error))
-        else:
-            lost |= set(lost_characters(tokenizer, texts))
-    if lost:
+    try:
+        encoder.encode(texts)
+    except DataError as error:
+        return [str(error)]
+    if lost := lost_characters(encoder.tokenizer, texts):
         logger.warning(
             "tokenizer.path %s has no token for %d characters of the sources, not even one for unknown characters, and "
             "leaves them out, for example %s",
-            named.path,
+            encoder.path,
             len(lost),
-            " ".join(sorted(lost)[:10]),
+            " ".join(lost[:10]),
         )
-    return problems
-
-
-def _first_texts(units: tuple[Unit, ...]) -> list[str]:
-    """About the first 256 KiB of text of a source; none of one that holds tokens."""
-    texts: list[str] = []
-    size = 0
-    for unit in units:
-        if holds_tokens(unit.file.path):
-            return []
-        for _, text in read_unit(unit, 0, _TRIED_BYTES):
-            texts.append(text[:_TRIED_BYTES])
-            size += len(texts[-1])
-            if size >= _TRIED_BYTES:
-                return texts
-    return texts
+    return []
 
 
 def _empty_splits(config: DataConfig, documents: "Counter[Split]") -> Iterator[str]:
@@ -134,6 +116,13 @@ class _Scan:
         self.documents: Counter[Split] = Counter()
         self._fraction = validation_fraction
         self._budget = FULL_SCAN_BYTES
+        self.begin_source()
+
+    def begin_source(self) -> None:
+        """Expect the files of another source."""
+        self.first_texts: list[str] = []
+        """About the first 256 KiB of text of the source, to try the tokenizer on."""
+        self._untried = _TRIED_BYTES
 
     def file(self, source: SourceConfig, file: CatalogFile, text: TextFile) -> None:
         """Read one file.
@@ -150,6 +139,9 @@ class _Scan:
             self.sampled.append(file.path)
             texts = _samples(text, units)
         for one in texts:
+            if self._untried > 0:
+                self.first_texts.append(one[:_TRIED_BYTES])
+                self._untried -= len(self.first_texts[-1])
             if encoded := one.encode():
                 self.documents["validation" if is_validation(encoded, self._fraction) else "train"] += 1
 
