@@ -8,18 +8,19 @@ the lanes of all ranks and workers into one sequence of batches with one small s
 
 from pretrain.data.batch import TokenBatch
 from pretrain.data.catalog import Catalog, fingerprint, make_catalog, tokenizer_problems
-from pretrain.data.check import check_sources, survey, unencodable
+from pretrain.data.check import check_sources, survey
 from pretrain.data.documents import validation_text
 from pretrain.data.errors import BadRowsError, DataError
 from pretrain.data.masks import attention_inputs
 from pretrain.data.state import LaneState, StreamState
 from pretrain.data.stream import SourceProgress, TokenStream
-from pretrain.data.tokenizer import load_tokenizer, separator_id, vocabulary_rows
+from pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id, vocabulary_rows
 
 __all__ = [
     "BadRowsError",
     "Catalog",
     "DataError",
+    "DocumentEncoder",
     "LaneState",
     "SourceProgress",
     "StreamState",
@@ -33,7 +34,6 @@ __all__ = [
     "separator_id",
     "survey",
     "tokenizer_problems",
-    "unencodable",
     "validation_text",
     "vocabulary_rows",
 ]

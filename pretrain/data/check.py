@@ -5,22 +5,19 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
-from tokenizers import Tokenizer
-
-from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
+from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.config.row_filter import condition_fields, parse_condition
 from pretrain.data.bad_rows import BadRow, BadRowBudget
 from pretrain.data.catalog import Catalog, Locked, catalog_source, text_recipe
-from pretrain.data.described import CatalogFile
+from pretrain.data.described import CatalogFile, CatalogSource
 from pretrain.data.errors import DataError
 from pretrain.data.formats import TextFile, read_unit
 from pretrain.data.json_fields import named as named_fields
 from pretrain.data.order import lane_problem
 from pretrain.data.prepared.check import check_shard
-from pretrain.data.prepared.reading import holds_tokens
 from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.split import Split, are_validation, is_validation
-from pretrain.data.tokenizer import DocumentEncoder, separator_id
+from pretrain.data.tokenizer import DocumentEncoder
 from pretrain.data.tokenizer_checks import lost_characters
 from pretrain.data.units import DataFile, Unit
 
@@ -38,8 +35,14 @@ def check_sources(config: DataConfig) -> list[str]:
     return survey(config)[1]
 
 
-def survey(config: DataConfig, locked: Locked | None = None) -> tuple[Catalog, list[str]]:
-    """Read the local sources, opening each file once; of remote ones, only what the lock says is looked at.
+def survey(
+    config: DataConfig,
+    locked: Locked | None = None,
+    encoder: DocumentEncoder | None = None,
+    *,
+    online: bool = True,
+) -> tuple[Catalog, list[str]]:
+    """Read the local sources, opening each file once; of remote ones, only the first texts and what the lock says.
 
     The first 512 MiB of files are read in full. Of files beyond that, only the beginning and the end are read (of
     compressed JSON lines, the beginning), and a warning in the log says so; such files can still raise the same
@@ -49,6 +52,8 @@ def survey(config: DataConfig, locked: Locked | None = None) -> tuple[Catalog, l
         config: the sources.
         locked: what is known of the remote ones; those that are absent are resolved here, and of those without files
             (`pretrain.data.lock.unresolved`) nothing is checked.
+        encoder: the tokenizer, which is tried on the first texts of each source; None: not tried.
+        online: whether the first texts of remote sources are read for it.
 
     Returns:
         The catalog, and every problem that was found, one message each and at most one per file. If there are
@@ -60,8 +65,11 @@ def survey(config: DataConfig, locked: Locked | None = None) -> tuple[Catalog, l
     sources, problems, remote = [], [], 0
     for source in config.sources:
         before = (scan.documents.total(), len(scan.sampled))
+        scan.begin_source()
         found, faults = catalog_source(source, config, locked, partial(scan.file, source))
         remote += found.pinned is not None
+        if encoder and not faults and (online or found.pinned is None):
+            faults += _unencodable(scan.first_texts or _remote_texts(source, found, config), encoder)
         if found.tokenizer:
             faults += scan.shards(found.files)
         if not faults and found.pinned is None and before == (scan.documents.total(), len(scan.sampled)):
@@ -101,44 +109,33 @@ def _empty(source: SourceConfig, fields: Collection[str]) -> str:
     return f"{source.path}: no row that meets where {source.where!r} holds any text{hint}"
 
 
-def unencodable(
-    config: DataConfig, catalog: Catalog, tokenizer: Tokenizer, named: TokenizerConfig, *, online: bool = True
-) -> list[str]:
-    """Encode the first texts of every source; return a line for each whose texts the tokenizer cannot encode.
+def _unencodable(texts: list[str], encoder: DocumentEncoder) -> list[str]:
+    """Encode the first texts of a source; return the problem if that fails.
 
-    A warning in the log names characters that it would leave out. Remote sources are left out if not `online`.
+    A warning in the log names characters that the tokenizer would leave out.
     """
-    encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, named), named.path)
-    problems: list[str] = []
-    lost: set[str] = set()
-    for source, units in zip(catalog.sources, catalog.units(config), strict=True):
-        if source.pinned is not None and not online:
-            continue
-        texts = _first_texts(units)
-        try:
-            encoder.encode(texts)
-        except DataError as error:
-            problems.append(str(error))
-        else:
-            lost |= set(lost_characters(tokenizer, texts))
-    if lost:
+    try:
+        encoder.encode(texts)
+    except DataError as error:
+        return [str(error)]
+    if lost := lost_characters(encoder.tokenizer, texts):
         logger.warning(
             "tokenizer.path %s has no token for %d characters of the sources, not even one for unknown characters, and "
             "leaves them out, for example %s",
-            named.path,
+            encoder.path,
             len(lost),
-            " ".join(sorted(lost)[:10]),
+            " ".join(lost[:10]),
         )
-    return problems
+    return []
 
 
-def _first_texts(units: tuple[Unit, ...]) -> list[str]:
-    """About the first 256 KiB of text of a source; none of one that holds tokens."""
+def _remote_texts(source: SourceConfig, found: CatalogSource, config: DataConfig) -> list[str]:
+    """About the first 256 KiB of text of a remote source; none of a local one, whose files are read anyway."""
     texts: list[str] = []
+    if found.pinned is None:
+        return texts
     size = 0
-    for unit in units:
-        if holds_tokens(unit.file.path):
-            return []
+    for unit in Catalog((found,)).units(config.model_copy(update={"sources": (source,)}))[0]:
         for _, text in read_unit(unit, 0, _TRIED_BYTES):
             if isinstance(text, BadRow):
                 continue
@@ -172,6 +169,13 @@ class _Scan:
         """Fields of the files of a source in which no row met the condition."""
         self._config = config
         self._budget = FULL_SCAN_BYTES
+        self.begin_source()
+
+    def begin_source(self) -> None:
+        """Expect the files of another source."""
+        self.first_texts: list[str] = []
+        """About the first 256 KiB of text of the source, to try the tokenizer on."""
+        self._untried = _TRIED_BYTES
 
     def file(self, source: SourceConfig, file: CatalogFile, text: TextFile) -> None:
         """Read one file.
@@ -191,7 +195,11 @@ class _Scan:
         for one in texts:
             if isinstance(one, BadRow):
                 self.bad.spend(one)
-            elif encoded := one.encode():
+                continue
+            if self._untried > 0:
+                self.first_texts.append(one[:_TRIED_BYTES])
+                self._untried -= len(self.first_texts[-1])
+            if encoded := one.encode():
                 held_out = is_validation(encoded, self._config.validation_fraction)
                 self.documents["validation" if held_out else "train"] += 1
         if source.where and before == self.documents.total():

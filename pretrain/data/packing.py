@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,8 +36,7 @@ READ_AHEAD_BYTES = 64 << 20
 LANE_READ_AHEAD_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class PackedSequence:
+class PackedSequence(NamedTuple):
     """One training sequence and the position where its lane continues."""
 
     lane: int
@@ -178,6 +178,7 @@ class _Lane:
         self._used = self._cursor.token  # tokens of the first waiting run that have been packed
         # A separator precedes every document and the lane itself; `push` corrects this within a document.
         self._last_token = encoder.eos_id
+        self._counted = (0, 0, 0)  # tokens of the first waiting run, and the documents and bytes before the last one
         self._documents: Iterator[Document | Tokenized] = iter(())
         self._documents_read = 0
         self._skipped: list[BadRow] = []  # since the last document that was read
@@ -247,29 +248,49 @@ class _Lane:
         return EpochEnd(self._lane, self._documents_read)
 
     def _take(self, length: int) -> PackedSequence:
+        position, run, _ = self._waiting[0]
+        begin, end = self._used, self._used + length
+        if length == self._task.sequence_length and begin > 0 and end < len(run.tokens):
+            # Within one run, which prepared data makes the usual case: a single copy.
+            sequence = run.tokens[begin - 1 : end].astype(np.int32)
+            (documents, text_bytes), bad_rows = self._count(run, begin, end), ()
+            self._used = end
+            self._cursor = Cursor(position.epoch, position.unit, position.row, end)
+        else:
+            sequence, documents, text_bytes, bad_rows = self._join(length)
+        self.pending -= length
+        self._last_token = int(sequence[length])
+        return PackedSequence(self._lane, sequence, length, text_bytes, documents, bad_rows, self._cursor)
+
+    def _join(self, length: int) -> tuple[Tokens, int, int, tuple[BadRow, ...]]:
+        """Put a sequence together from the runs that it reaches into; also return its documents, bytes and bad rows."""
         sequence = np.empty(self._task.sequence_length + 1, dtype=np.int32)
         sequence[0] = self._last_token
         sequence[length + 1 :] = self._encoder.eos_id
-        filled, text_bytes, documents = 1, 0, 0
-        bad_rows: list[BadRow] = []
+        filled, documents, text_bytes = 1, 0, 0
+        bad_rows: tuple[BadRow, ...] = ()
         while filled <= length:
             position, run, skipped = self._waiting[0]
-            tokens = run.tokens
             begin = self._used
             if begin == 0:
                 bad_rows += skipped
-            end = min(len(tokens), begin + length + 1 - filled)
-            sequence[filled : filled + end - begin] = tokens[begin:end]
+            end = min(len(run.tokens), begin + length + 1 - filled)
+            sequence[filled : filled + end - begin] = run.tokens[begin:end]
             filled += end - begin
-            text_bytes += run.bytes_before(end) - run.bytes_before(begin)
-            documents += run.documents_before(end) - run.documents_before(begin)
-            if end == len(tokens):
+            more_documents, more_bytes = self._count(run, begin, end)
+            documents += more_documents
+            text_bytes += more_bytes
+            if end == len(run.tokens):
                 self._waiting.popleft()
                 self._used = 0
                 self._cursor = position._replace(row=position.row + len(run.ends))
             else:
                 self._used = end
                 self._cursor = position._replace(token=end)
-        self.pending -= length
-        self._last_token = int(sequence[length])
-        return PackedSequence(self._lane, sequence, length, text_bytes, documents, tuple(bad_rows), self._cursor)
+        return sequence, documents, text_bytes, bad_rows
+
+    def _count(self, run: TokenRun, begin: int, end: int) -> tuple[int, int]:
+        """Return the documents and bytes of some tokens of the first waiting run."""
+        counted = self._counted if begin and self._counted[0] == begin else (begin, *run.before(begin))
+        self._counted = (end, *run.before(end))
+        return self._counted[1] - counted[1], self._counted[2] - counted[2]

@@ -10,7 +10,15 @@ from tokenizers import Tokenizer
 
 from pretrain.config import Config, ConfigError
 from pretrain.config.tokenizer import TokenizerConfig
-from pretrain.data import Catalog, fingerprint, survey, tokenizer_problems, unencodable, vocabulary_rows
+from pretrain.data import (
+    Catalog,
+    DocumentEncoder,
+    fingerprint,
+    separator_id,
+    survey,
+    tokenizer_problems,
+    vocabulary_rows,
+)
 from pretrain.data.catalog import Locked
 from pretrain.data.hub_tokenizer import local_file
 from pretrain.files import file_sha256
@@ -46,7 +54,10 @@ def check_inputs(
     Raises:
         ConfigError: with everything that is wrong.
     """
-    catalog, problems = survey(config.data, locked)
+    encoder = None
+    if tokenizer is not None:
+        encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, config.tokenizer), config.tokenizer.path)
+    catalog, problems = survey(config.data, locked, encoder, online=online)
     sha256 = ""
     if tokenizer is not None:
         rows = vocabulary_rows(tokenizer)
@@ -57,7 +68,6 @@ def check_inputs(
             )
         located = located or config.tokenizer.model_copy(update={"path": str(local_file(config.tokenizer.path))})
         problems += tokenizer_problems(catalog, tokenizer, located)
-        problems = problems or unencodable(config.data, catalog, tokenizer, config.tokenizer, online=online)
         sha256 = file_sha256(Path(located.path))
     if problems:
         raise ConfigError(problems)

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from pretrain.config.data import TokenizerConfig
-from pretrain.data import DataError, load_tokenizer, make_catalog, unencodable, vocabulary_rows
+from pretrain.data import DataError, DocumentEncoder, load_tokenizer, survey, vocabulary_rows
 from tests.data.corpus import EOS, drain, make_setting, rows, write_jsonl
 
 
@@ -156,10 +156,10 @@ def test_texts_that_cannot_be_encoded_are_found_before_a_run(tmp_path: Path, cap
     named = saved(tokenizer, tmp_path)
     paths = [write_jsonl(tmp_path / f"{number}.jsonl", texts) for number, texts in enumerate([["the sea"], ["whale"]])]
     config = make_setting(named, *paths, lanes=1).config
-    [problem] = unencodable(config, make_catalog(config), load_tokenizer(named), named)
+    [problem] = survey(config, DocumentEncoder.load(named))[1]
     assert "cannot encode the text 'whale'" in problem
     silent = letters(None)
     silent.add_special_tokens([EOS])
     named = saved(silent, tmp_path)
-    assert unencodable(config, make_catalog(config), load_tokenizer(named), named) == []
-    assert "has no token for 6 characters of the sources" in caplog.text
+    assert survey(config, DocumentEncoder.load(named))[1] == []
+    assert "has no token for 4 characters of the sources" in caplog.text

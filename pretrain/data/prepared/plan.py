@@ -55,9 +55,7 @@ def make_plan(config: DataConfig, tokenizer: TokenizerConfig, folder: Path, opti
     found = fingerprint(config, catalog)["sources"]
     recipes = [
         {"name": name, "text_field": source.text_field, "split_units": source.split_units, "seen": seen}
-        for name, source, seen in zip(
-            config.names, config.sources, fingerprint(config, catalog)["sources"], strict=True
-        )
+        for name, source, seen in zip(config.names, config.sources, found, strict=True)
     ]
     record = {
         "version": VERSION,

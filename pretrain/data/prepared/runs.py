@@ -29,21 +29,19 @@ class TokenRun:
         """Return the run of a single document whose tokens end with its separator."""
         return cls(0, tokens, [len(tokens)], [0, text_bytes])
 
-    def documents_before(self, token: int) -> int:
-        """Return the documents whose separator is one of the tokens before `token`."""
-        return bisect_right(self.ends, token)
+    def before(self, token: int) -> tuple[int, int]:
+        """Return how many documents and how many UTF-8 bytes of text lie before a token.
 
-    def bytes_before(self, token: int) -> int:
-        """Return the UTF-8 bytes that belong to the tokens before `token`.
-
-        As everywhere, the bytes of a document are spread evenly over its tokens and its separator, in whole numbers.
+        A document counts once its separator does. As everywhere, the bytes of a document are spread evenly over its
+        tokens and its separator, in whole numbers.
         """
-        index = bisect_right(self.ends, token)
-        before = self.sizes[index]
-        if index == len(self.ends):
-            return before
-        begin = self.ends[index - 1] if index else 0
-        return before + (self.sizes[index + 1] - before) * (token - begin) // (self.ends[index] - begin)
+        ends, sizes = self.ends, self.sizes
+        index = bisect_right(ends, token)
+        before = sizes[index]
+        if index == len(ends):
+            return index, before
+        begin = ends[index - 1] if index else 0
+        return index, before + (sizes[index + 1] - before) * (token - begin) // (ends[index] - begin)
 
 
 def token_runs(
