@@ -24,6 +24,15 @@ from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.config import Config, ConfigError
 from pretrain.data import Catalog, TokenStream, fingerprint, load_tokenizer, separator_id, survey, vocabulary_rows
+from pretrain.data.budget import (
+    SourceBudget,
+    budget_problems,
+    budget_warnings,
+    describe_data,
+    source_budgets,
+    vocabulary_warning,
+)
+from pretrain.data.estimate import AT_START, estimate_sources
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
 from pretrain.files import file_sha256
@@ -88,6 +97,9 @@ class Inputs:
     data: dict[str, Any]
     """The data's fingerprint."""
     tokenizer_sha256: str
+    budgets: tuple[SourceBudget, ...] = ()
+    """How often the run reads each source, estimated."""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,8 @@ def _set_up(config: Config, engine: Engine) -> Setup:
     config.accumulation(engine.world_size)
     tokenizer = _on_every_rank(engine, lambda: load_tokenizer(config.tokenizer))
     inputs = engine.ranks.on_rank_0(lambda: check_inputs(config, tokenizer))
+    for warning in inputs.warnings:
+        display.warn(warning)
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
     return Setup(config, engine, RunFolder(config.run_folder), display, tokenizer, inputs, identity)
 
@@ -189,7 +203,7 @@ def _build(
     run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, state.step, routing))
     tracker = _on_every_rank(engine, lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn))
     opened.callback(tracker.close)
-    for line in [*summary, *engine.describe()]:
+    for line in [*summary, *describe_data(setup.inputs.budgets), *engine.describe()]:
         display.say(line)
 
     def log(record: dict[str, Any]) -> None:
@@ -346,7 +360,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def check_inputs(config: Config, tokenizer: Tokenizer) -> Inputs:
-    """Read every file that the run reads.
+    """Read every file that the run reads, or a bounded part of it, and estimate how often the run reads its text.
 
     Raises:
         ConfigError: with everything that is wrong.
@@ -358,7 +372,16 @@ def check_inputs(config: Config, tokenizer: Tokenizer) -> Inputs:
             f"model.vocab_size: expected at least {rows}, the largest token id in {config.tokenizer.path} plus 1, "
             f"got {config.model.vocab_size}"
         )
+    budgets: list[SourceBudget] = []
+    if not problems:
+        budgets = source_budgets(config, estimate_sources(config.data, catalog, tokenizer, AT_START))
+        problems += budget_problems(budgets)
     if problems:
         raise ConfigError(problems)
-    data = dict(fingerprint(config.data, catalog))
-    return Inputs(catalog, data, tokenizer_sha256=file_sha256(Path(config.tokenizer.path)))
+    return Inputs(
+        catalog,
+        dict(fingerprint(config.data, catalog)),
+        tokenizer_sha256=file_sha256(Path(config.tokenizer.path)),
+        budgets=tuple(budgets),
+        warnings=(*vocabulary_warning(config, rows), *budget_warnings(config, budgets)),
+    )

@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.config import load_config
     from pretrain.data import load_tokenizer
+    from pretrain.data.budget import describe_data
     from pretrain.launch import check_inputs
     from pretrain.model.build import build_model
     from pretrain.planning.summary import describe, format_routing
@@ -40,10 +41,11 @@ def run(options: argparse.Namespace) -> int:
     if is_sweep_file(Path(options.config)):
         return _check_sweep(Path(options.config), options.overrides)
     config = load_config(options.config, options.overrides)
-    check_inputs(config, load_tokenizer(config.tokenizer))
+    inputs = check_inputs(config, load_tokenizer(config.tokenizer))
     model = build_model(config.model, config.run.seed, device="meta")
     print(config.to_yaml())
     print("\n".join([*format_routing(config, model), "", *describe(config, model, world_size=1)]))
+    print("\n".join([*describe_data(inputs.budgets), *(f"warning: {line}" for line in inputs.warnings)]))
     return 0
 
 
@@ -59,10 +61,12 @@ def _check_sweep(path: Path, overrides: Sequence[str]) -> int:
         raise ConfigError([f"{overrides[0]}: a sweep takes no overrides on the command line; put them into the file"])
     sweep = read_sweep(path)
     checked = set()
+    warnings: dict[str, None] = {}
     for config in (job.config for job in plan_jobs(sweep) if job.config):
-        inputs = (config.data.model_dump_json(), config.tokenizer.model_dump_json(), config.model.vocab_size)
+        sections = (config.data, config.tokenizer, config.train)
+        inputs = (*(section.model_dump_json() for section in sections), config.model.vocab_size)
         if inputs not in checked:
-            check_inputs(config, load_tokenizer(config.tokenizer))
+            warnings.update(dict.fromkeys(check_inputs(config, load_tokenizer(config.tokenizer)).warnings))
             checked.add(inputs)
-    print("\n".join(format_status(sweep)))
+    print("\n".join([*format_status(sweep), *(f"warning: {line}" for line in warnings)]))
     return 0

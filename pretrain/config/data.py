@@ -33,6 +33,11 @@ class SourceConfig(Section):
     """The number of read units into which each file (JSON lines) or row group (parquet) is divided, by taking every
     n-th row. For small sources with fewer units than `data.lanes`. Every unit reads the file again, so keep it low."""
 
+    max_epochs: Annotated[float, EXECUTION] = Field(default=4.0, gt=0)
+    """How often the run may read the source. If its tokens, which are estimated from a sample, are certainly too few
+    for that, the run is refused before it starts. Up to about four epochs, repeated text is worth nearly as much as new
+    text; beyond that ever less."""
+
     licence: Annotated[str | None, NOTE] = None
     """The licence of the text, for the manifest and the model card, if the text has no column `licence`."""
 

@@ -22,6 +22,7 @@ OTHERS = {
     "tokenizer.path": "result (contents)",
     "data.sources.path": "result (contents)",
     "data.sources.licence": "note",
+    "data.sources.max_epochs": "execution",
     "data.workers": "execution",
     "optimizer.polar_dtype": "numerics",
     "optimizer.adamw.fused": "numerics",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli.data import inspect
+
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
 
-VERBS: tuple[Any, ...] = ()
+VERBS: tuple[Any, ...] = (inspect,)
 """The modules of the sub-verbs, in the order of the help; each declares its arguments in ``add``."""
 
 
@@ -18,6 +20,6 @@ def add(verbs: Verbs) -> None:
         help="look at data, and get it ready for a run",
         description="Look at the data of a config, and get it ready for a run.",
     )
-    inner = parser.add_subparsers(required=True, metavar="VERB")
+    inner = parser.add_subparsers(required=True, metavar="VERB", parser_class=type(parser), help="what to do")
     for verb in VERBS:
         verb.add(inner)
