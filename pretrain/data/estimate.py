@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from pretrain.config.data import DataConfig
 from pretrain.data.catalog import Catalog, CatalogSource
-from pretrain.data.sampling import Stratum, sample_source
+from pretrain.data.sampling import Stratum, sample_source, undivided_units
 from pretrain.data.units import Unit
 
 _PIECE = 4096
@@ -122,8 +122,7 @@ def estimate_sources(
         seed: of the choice of the sample; the same sample is chosen on every machine.
 
     """
-    undivided = [source.model_copy(update={"split_units": 1}) for source in config.sources]
-    units = catalog.units(config.model_copy(update={"sources": tuple(undivided)}))
+    units = undivided_units(config, catalog)
     return [
         _estimate(found, of_source, tokenizer, effort, f"{seed} {index}")
         for index, (found, of_source) in enumerate(zip(catalog.sources, units, strict=True))

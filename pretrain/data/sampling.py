@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import BinaryIO
 
+from pretrain.config.data import DataConfig
+from pretrain.data.catalog import Catalog
 from pretrain.data.errors import DataError
 from pretrain.data.formats import TextFile, text_file
 from pretrain.data.sources import open_bytes
@@ -66,6 +68,12 @@ class _Place:
     size: int
     hits: int = 1
     """Strata that this window stands for."""
+
+
+def undivided_units(config: DataConfig, catalog: Catalog) -> tuple[tuple[Unit, ...], ...]:
+    """Return the read units of each source without regard to `split_units`: files and row groups."""
+    sources = tuple(source.model_copy(update={"split_units": 1}) for source in config.sources)
+    return catalog.units(config.model_copy(update={"sources": sources}))
 
 
 def sample_source(units: Sequence[Unit], read_bytes: int, windows: int, seed: int) -> tuple[list[Stratum], list[str]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.data import inspect
+from pretrain.cli.data import inspect, overlap
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
 
-VERBS: tuple[Any, ...] = (inspect,)
+VERBS: tuple[Any, ...] = (inspect, overlap)
 """The modules of the sub-verbs, in the order of the help; each declares its arguments in ``add``."""
 
 
