@@ -374,8 +374,8 @@ def check_inputs(config: Config, tokenizer: Tokenizer) -> Inputs:
         )
     budgets: list[SourceBudget] = []
     if not problems:
-        budgets = source_budgets(config, estimate_sources(config.data, catalog, tokenizer, AT_START))
-        problems += budget_problems(budgets)
+        budgets = source_budgets(config, catalog, estimate_sources(config.data, catalog, tokenizer, AT_START))
+        problems += budget_problems(budgets, config.train.total_tokens)
     if problems:
         raise ConfigError(problems)
     return Inputs(

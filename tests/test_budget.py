@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from fractions import Fraction
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 from pretrain.cli import main
 from pretrain.config import Config, ConfigError, parse_config
 from pretrain.data import load_tokenizer
-from pretrain.data.budget import SourceBudget, budget_problems, budget_warnings
+from pretrain.data.budget import SourceBudget, budget_problems, budget_warnings, divide
 from pretrain.data.estimate import Quantity
+from pretrain.data.mixture import Stage
 from pretrain.launch import check_inputs, train
 from tests.conftest import REPOSITORY, TINY, merged
 
@@ -21,21 +24,25 @@ MakeConfig = Callable[..., Config]
 TOKENS = 332_413  # of Moby Dick, with separators
 
 
-def budget(tokens: float, available: Quantity, max_epochs: float = 4.0) -> SourceBudget:
-    return SourceBudget("books", tokens, 1.0, available, max_epochs)
+def budget(tokens: float, available: Quantity, max_epochs: float = 4.0, ends: bool = False) -> SourceBudget:
+    return SourceBudget("books", tokens, 1.0, available, max_epochs, ends)
+
+
+def problems_of(one: SourceBudget) -> list[str]:
+    return budget_problems([one], one.tokens)
 
 
 def test_only_what_is_certainly_too_much_is_refused() -> None:
     config = parse_config(TINY)
     exact, estimated = Quantity(100_000), Quantity(100_000, 10_000)
-    assert not budget_problems([budget(400_000, exact)])
-    assert len(budget_problems([budget(400_001, exact)])) == 1
-    assert not budget_problems([budget(480_000, estimated)])  # 4 times 120,000: two standard errors
-    assert len(budget_problems([budget(480_001, estimated)])) == 1
+    assert not problems_of(budget(400_000, exact))
+    assert len(problems_of(budget(400_001, exact))) == 1
+    assert not problems_of(budget(480_000, estimated))  # 4 times 120,000: two standard errors
+    assert len(problems_of(budget(480_001, estimated))) == 1
     [warning] = budget_warnings(config, [budget(330_000, estimated)])
     assert "may be more than max_epochs" in warning
     assert not budget_warnings(config, [budget(310_000, estimated)])
-    [problem] = budget_problems([budget(1e9, estimated, max_epochs=2.5)])
+    [problem] = problems_of(budget(1e9, estimated, max_epochs=2.5))
     for part in ("books", "about 100,000 +- 10.0 %", "1,000,000,000", "10,000 epochs", "2.5", "train.total_tokens"):
         assert part in problem
 
@@ -73,20 +80,71 @@ def test_a_run_prints_its_epochs_and_warnings(tiny_config: MakeConfig, capsys: p
     train(config, stop_at=1)
     shown = capsys.readouterr().out
     assert "\ndata      " in shown
-    assert "moby_dick.parquet: about 3" in shown
+    assert "data      moby_dick: about 3" in shown
     assert "about 0.09" in shown
     assert "warning: model.vocab_size: " in shown
     assert "1,808 of the 10,000 rows of the embedding are never used" in shown
 
 
-def test_shares_follow_the_weights(tiny_config: MakeConfig) -> None:
-    """Epochs are budget over tokens of an epoch, times the weight."""
+def stage(*shares: float, until: int | None = None) -> Stage:
+    return Stage(tuple(Fraction(str(share)) for share in shares), until)
+
+
+@pytest.mark.parametrize(
+    ("stages", "total", "most", "expected"),
+    [
+        ([stage(3, 1)], 1000, [inf, inf], [750, 250]),
+        ([stage(3, 1, until=400), stage(0, 1)], 1000, [inf, inf], [300, 700]),
+        ([stage(3, 1, until=4000), stage(0, 1)], 1000, [inf, inf], [750, 250]),  # the run ends in the first stage
+        ([stage(3, 1)], 1000, [300, inf], [300, 700]),  # the first ends at 400, the second has all from then on
+        ([stage(2, 1, 1)], 1000, [200, 300, inf], [200, 300, 500]),
+        ([stage(1, 0, until=500), stage(0, 1)], 1000, [100, inf], [100, 900]),  # the stage is left early
+        ([stage(1, 1)], 1000, [100, 200], [100, 200]),  # all end
+        ([stage(1, 1)], 1000, [0, inf], [0, 1000]),
+    ],
+)
+def test_tokens_are_divided_as_the_stream_does(
+    stages: list[Stage], total: float, most: list[float], expected: list[float]
+) -> None:
+    assert divide(stages, total, most) == pytest.approx(expected)
+
+
+def two_sources(tiny_config: MakeConfig, **data: Any) -> Config:
     corpus = REPOSITORY / "assets/corpus"
-    sources = [{"path": str(corpus / "moby_dick.parquet"), "weight": 0.5}, {"path": str(corpus / "austen.parquet")}]
-    config = tiny_config({"data.sources": sources})
-    first, second = check_inputs(config, load_tokenizer(config.tokenizer)).budgets
-    assert second.epochs == pytest.approx(2 * first.epochs)
-    assert first.tokens + second.tokens == pytest.approx(config.train.total_tokens)
+    sources = [
+        {"path": str(corpus / "moby_dick.parquet"), "name": "whale", "max_epochs": 2},
+        {"path": str(corpus / "austen.parquet")},
+    ]
+    tokens = {"train.total_tokens": 1000 * 768}
+    return tiny_config({"data.sources": sources, **tokens, **{f"data.{key}": value for key, value in data.items()}})
+
+
+def test_shares_are_those_of_the_mixture(tiny_config: MakeConfig) -> None:
+    config = two_sources(tiny_config, mixture={"whale": 3, "austen": 1})
+    whale, austen = check_inputs(config, load_tokenizer(config.tokenizer)).budgets
+    assert (whale.name, austen.name) == ("whale", "austen")
+    assert (whale.tokens, austen.tokens) == (576_000, 192_000)
+    assert whale.epochs == pytest.approx(576_000 / TOKENS / 0.98, rel=0.05)
+    stages = [{"mixture": {"whale": 1}, "until_tokens": 76_800}, {"mixture": {"austen": 1}}]
+    config = two_sources(tiny_config, stages=stages)
+    whale, austen = check_inputs(config, load_tokenizer(config.tokenizer)).budgets
+    assert (whale.tokens, austen.tokens) == (76_800, 691_200)
+
+
+def test_a_source_that_ends_early_is_no_error(tiny_config: MakeConfig) -> None:
+    mixture = {"whale": 9, "austen": 1}
+    config = two_sources(tiny_config, mixture=mixture)
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.max_epochs: whale holds"):
+        check_inputs(config, load_tokenizer(config.tokenizer))
+    config = two_sources(tiny_config, mixture=mixture, past_max_epochs="end_source")
+    inputs = check_inputs(config, load_tokenizer(config.tokenizer))
+    whale, austen = inputs.budgets
+    assert whale.epochs == pytest.approx(2)
+    assert whale.tokens + austen.tokens == pytest.approx(768_000)
+    assert any(line.startswith("whale: ends after 2 epochs") for line in inputs.warnings)
+    alone = config.model_copy(update={"train": config.train.model_copy(update={"total_tokens": 768 * 10_000})})
+    with pytest.raises(ConfigError, match=r"train\.total_tokens: if each source ends"):
+        check_inputs(alone, load_tokenizer(config.tokenizer))
 
 
 @pytest.fixture
@@ -105,7 +163,7 @@ def test_inspect_shows_each_source(
     texts = ["the whale\x1b[31m\u202e", "", "the sea", "the sea"] * 3
     (tmp_path / "odd.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     moby_dick = TINY["data"]["sources"][0]
-    odd = {"path": str(tmp_path / "odd.jsonl"), "licence": "CC0", "max_epochs": 1e6}
+    odd = {"path": str(tmp_path / "odd.jsonl"), "licence": "CC0", "max_epochs": None}
     file = config_file({"data.sources": [moby_dick, odd], "data.lanes": 2})
     assert main(["data", "inspect", str(file), "--json"]) == 0
     book, small = json.loads(capsys.readouterr().out)["sources"]

@@ -1,14 +1,19 @@
 """Config section `data`: which text is read, and in which order."""
 
-from typing import Annotated
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, model_validator
 
-from pretrain.config.base import CONTENTS, EXECUTION, NOTE, RESULT, Section
-from pretrain.config.fields import InputPath
+from pretrain.config.base import CONTENTS, EXECUTION, NOTE, RESULT, STORED, Section
+from pretrain.config.fields import InputPath, PositiveFloat, PositiveInt
 from pretrain.config.tokenizer import TokenizerConfig
+from pretrain.processes.errors import did_you_mean
 
-__all__ = ["DataConfig", "SourceConfig", "TokenizerConfig"]
+__all__ = ["DataConfig", "SourceConfig", "StageConfig", "TokenizerConfig"]
+
+_MAX_EPOCHS = 4
 
 
 class SourceConfig(Section):
@@ -21,9 +26,9 @@ class SourceConfig(Section):
     directory. Files are `.parquet`, `.jsonl`, `.jsonl.gz` or `.jsonl.zst`. A path that does not exist is an error
     before training starts. A run can be resumed with its data elsewhere, as long as the files and their order match."""
 
-    weight: float = Field(default=1.0, gt=0)
-    """Passes over the source per epoch: 1 reads each document once, 2 twice, 0.5 a seeded half of the read units
-    in each epoch, 1.5 all of them and a seeded half. Too high a weight repeats text often enough to be memorised."""
+    name: Annotated[str | None, NOTE] = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """What mixtures, progress and errors call the source: letters, digits, `-` and `_`. If null, the last part of the
+    path that is not a pattern, without the kind of file: `web` for `/data/web/**/*.parquet`. Unique."""
 
     text_field: str = Field(default="text", min_length=1)
     """The parquet column, or the key of each JSON line, that holds the text. If it does not exist, the error lists
@@ -33,13 +38,43 @@ class SourceConfig(Section):
     """The number of read units into which each file (JSON lines) or row group (parquet) is divided, by taking every
     n-th row. For small sources with fewer units than `data.lanes`. Every unit reads the file again, so keep it low."""
 
-    max_epochs: Annotated[float, EXECUTION] = Field(default=4.0, gt=0)
-    """How often the run may read the source. If its tokens, which are estimated from a sample, are certainly too few
-    for that, the run is refused before it starts. Up to about four epochs, repeated text is worth nearly as much as new
-    text; beyond that ever less."""
+    max_epochs: PositiveInt | None = _MAX_EPOCHS
+    """The largest number of times that the source may be read; null for no limit. Up to about 4 epochs, repeated text
+    is nearly as good as new text; see `data.past_max_epochs` for what happens then."""
 
     licence: Annotated[str | None, NOTE] = None
     """The licence of the text, for the manifest and the model card, if the text has no column `licence`."""
+
+    def implied(self) -> Collection[str]:
+        """The default limit, which only stops a run that would pass it."""
+        return {"max_epochs"} if self.max_epochs == _MAX_EPOCHS else set()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_weight(cls, data: Any, info: ValidationInfo) -> Any:
+        """An older version stored `weight: 1.0`, which one source is read with today."""
+        if not isinstance(data, Mapping) or "weight" not in data:
+            return data
+        if info.context == STORED and data["weight"] == 1:
+            return {key: value for key, value in data.items() if key != "weight"}
+        raise ValueError(
+            "weight: is replaced by data.mixture, which gives each source a share of the tokens instead of passes per "
+            "epoch: remove it, and set data.mixture or data.stages if the sources are to be mixed other than by size"
+        )
+
+
+class StageConfig(Section):
+    """A part of the run with a mixture of its own."""
+
+    key_class = RESULT
+
+    mixture: dict[str, Annotated[float, Field(ge=0)]]
+    """The share of the tokens of each source, by name, in any unit. A source that is missing, or has the share 0, is
+    not read in this stage and continues later from where it stopped."""
+
+    until_tokens: PositiveInt | None = None
+    """Where the stage ends, in tokens since the beginning of the run, rounded up to a whole sequence. Null for the last
+    stage, and only there."""
 
 
 class DataConfig(Section):
@@ -48,12 +83,28 @@ class DataConfig(Section):
     key_class = RESULT
 
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)]
-    """The sources, mixed by `weight`. Their order decides the order of the stream."""
+    """The sources, mixed by `mixture` or `stages`. Their order decides the order of the stream."""
+
+    mixture: dict[str, PositiveFloat] | None = None
+    """The share of the tokens of each source, by name, in any unit: `{web: 0.7, code: 0.3}`. After every sequence, each
+    source is within one sequence of its share. If neither this nor `stages` is given, the shares are proportional to
+    the sizes of the sources' files, in bytes on disk, so that all sources are read the same number of times if they
+    compress equally well."""
+
+    stages: Annotated[tuple[StageConfig, ...] | None, Field(strict=False)] = None
+    """Mixtures one after the other, instead of `mixture`; for example a last stage with more of the best sources while
+    the learning rate decays. Each begins at exactly the sequence where the previous one ends."""
+
+    past_max_epochs: Literal["error", "end_source"] = "error"
+    """What happens if a source is read more than its `max_epochs`: `error` refuses a run whose `train.total_tokens`
+    would need that, as estimated before the start, and does not change the stream; `end_source` ends the source after
+    that many epochs and gives its share to the others, in proportion."""
 
     lanes: int = Field(default=128, ge=1)
-    """Parallel readers of the stream, each with its own read units; sequences are dealt from them in turn. The number
-    of lanes fixes the order of the text for any number of processes and workers, so it cannot change within a run. At
-    most the number of read units; with fewer lanes than processes times workers, some workers stay idle."""
+    """Parallel readers of each source, each with its own read units; the sequences of a source are dealt from its lanes
+    in turn. A source with fewer read units has one lane for each. The number of lanes fixes the order of the text for
+    any number of processes and workers, so it cannot change within a run. At most the number of read units of all
+    sources; with fewer lanes than processes times workers, some workers stay idle."""
 
     workers: Annotated[int, EXECUTION] = Field(default=0, ge=0)
     """Reading processes per training process. 0 reads in the training process itself, which then tokenizes between
@@ -72,3 +123,97 @@ class DataConfig(Section):
 
     reset_positions: bool = False
     """Whether rotary positions start at 0 in each document, instead of once per sequence."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each source, given or derived from its path; unique."""
+        taken = {source.name for source in self.sources}
+        names: list[str] = []
+        for source in self.sources:
+            name = base = source.name or _name_of(source.path)
+            number = 2
+            while source.name is None and name in taken:
+                name, number = f"{base}-{number}", number + 1
+            taken.add(name)
+            names.append(name)
+        return tuple(names)
+
+    @property
+    def epoch_limits(self) -> tuple[int | None, ...]:
+        """The epochs after which each source ends; None if it never does."""
+        ends = self.past_max_epochs == "end_source"
+        return tuple(source.max_epochs if ends else None for source in self.sources)
+
+    def ineffective(self) -> Mapping[str, str]:
+        """The fields that have no effect in this combination, each with the reason."""
+        if self.past_max_epochs == "end_source" and all(source.max_epochs is None for source in self.sources):
+            return {"past_max_epochs": "no source has a max_epochs"}
+        return {}
+
+    def implied(self) -> Collection[str]:
+        """The options of mixtures, where they are not used."""
+        defaults = {"mixture": None, "stages": None, "past_max_epochs": "error"}
+        return {key for key, value in defaults.items() if getattr(self, key) == value}
+
+    @model_validator(mode="after")
+    def _check_mixtures(self) -> Self:
+        problems = [*self._name_problems(), *self._mixture_problems(), *self._stage_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _name_problems(self) -> Iterator[str]:
+        given = [source.name for source in self.sources]
+        for index, name in enumerate(given):
+            if name is not None and name in given[:index]:
+                yield f"sources.{index}.name: expected a name of its own, got {name}, as for source {given.index(name)}"
+
+    def _mixture_problems(self) -> Iterator[str]:
+        if self.mixture is None:
+            return
+        if self.stages is not None:
+            yield "mixture: expected either mixture or stages, got both; move it into the stages"
+        yield from self._unknown_names("mixture", self.mixture)
+        for name in self.names:
+            if name not in self.mixture:
+                yield f"mixture.{name}: required, but missing: every source needs a share, or leave the source out"
+
+    def _stage_problems(self) -> Iterator[str]:
+        if self.stages is None:
+            return
+        if not self.stages:
+            yield "stages: expected at least one stage"
+            return
+        previous = 0
+        for index, stage in enumerate(self.stages):
+            yield from self._unknown_names(f"stages.{index}.mixture", stage.mixture)
+            if not any(stage.mixture.values()):
+                yield f"stages.{index}.mixture: expected at least one source with a share above 0"
+            until, last = stage.until_tokens, index == len(self.stages) - 1
+            if last != (until is None):
+                what = "null, since the last stage ends with the run" if last else "a number of tokens"
+                yield f"stages.{index}.until_tokens: expected {what}, got {until}"
+            elif until is not None and until <= previous:
+                yield (
+                    f"stages.{index}.until_tokens: expected more than the {previous:,} of the stage before it, "
+                    f"got {until:,}"
+                )
+            previous = until or previous
+        for name in self.names:
+            if not any(stage.mixture.get(name) for stage in self.stages):
+                yield f"stages: the source {name} has no share in any stage: give it one, or leave the source out"
+
+    def _unknown_names(self, key: str, mixture: Mapping[str, float]) -> Iterator[str]:
+        for name in mixture:
+            if name not in self.names:
+                yield f"{key}.{name}: no source has this name{did_you_mean(name, self.names)}"
+
+
+def _name_of(path: str) -> str:
+    """The last part of a path that is not a pattern, or the name of a data set on the Hub, as a name."""
+    scheme, _, location = path.rpartition("://")
+    parts = [part for part in location.split("/") if part and not set(part) & set("*?[")]
+    if scheme == "hf":  # datasets/ORG/NAME@REVISION/...
+        parts = [part.partition("@")[0] for part in parts[:3]]
+    name = re.sub(r"(?i)\.(parquet|jsonl?|ndjson)(\.(gz|zstd?))?$", "", parts[-1] if parts else "")
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_") or "source"

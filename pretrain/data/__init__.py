@@ -2,8 +2,8 @@
 
 From the bottom up: `sources` lists and opens files, `formats` reads their rows, `catalog` describes all of them once,
 `order` deals the read units to lanes, `documents` selects the rows of a split, `tokenizer` encodes them, `packing`
-fills sequences, `workers` does all that in other processes, and `stream` merges the lanes of all ranks and workers into
-one sequence of batches with one small state.
+fills sequences, `workers` does all that in other processes, `mixture` says which source comes next, and `stream` merges
+the lanes of all ranks and workers into one sequence of batches with one small state.
 """
 
 from pretrain.data.batch import TokenBatch
@@ -12,13 +12,15 @@ from pretrain.data.check import check_sources, survey
 from pretrain.data.documents import validation_text
 from pretrain.data.errors import DataError
 from pretrain.data.masks import attention_inputs
-from pretrain.data.stream import LaneState, StreamState, TokenStream
+from pretrain.data.state import LaneState, StreamState
+from pretrain.data.stream import SourceProgress, TokenStream
 from pretrain.data.tokenizer import load_tokenizer, separator_id, vocabulary_rows
 
 __all__ = [
     "Catalog",
     "DataError",
     "LaneState",
+    "SourceProgress",
     "StreamState",
     "TokenBatch",
     "TokenStream",

@@ -1,49 +1,84 @@
 """The order of reading: which units belong to an epoch, in which order, and which lane reads which of them.
 
-Say a source has the units a b c d e and there are two lanes. In epoch 0 the seed may order them d a e c b: lane 0
-then reads d e b, and lane 1 reads a c. Epoch 1 has a different order and different shares. Ranks and workers play no
-part here: they divide the lanes among themselves.
+Say a source has the units a b c d e and two lanes. In epoch 0 the seed may order them d a e c b: its first lane then
+reads d e b, and its second a c. Epoch 1 has a different order and different shares. Ranks and workers play no part
+here: they divide the lanes among themselves.
 """
 
 import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import ceil, floor
+from math import ceil
 from typing import Literal
 
 from pretrain.config.data import DataConfig
 from pretrain.data.catalog import Catalog, make_catalog
 from pretrain.data.errors import DataError
+from pretrain.data.mixture import Stage, exact
 from pretrain.data.units import Unit
 
 Split = Literal["train", "validation"]
 
-_KEPT_ORDERS = 4  # epochs whose order is cached: the current one, and those in which carried tails began
+_KEPT_ORDERS = 4  # epochs of a ring whose order is cached: the current one, and those in which carried tails began
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Lanes that take turns and whose epochs begin and end together: those of a source.
+
+    The validation split has a single ring, for all sources.
+    """
+
+    name: str
+    """What messages call it: the name of the source."""
+    units: Mapping[int, tuple[Unit, ...]]
+    """The units of its sources, by the index of the source in the config."""
+    lanes: range
+    """Its lanes, in the numbering of all lanes of the plan."""
+    epochs: int | None
+    """Epochs until it ends; None if it never does."""
+    _orders: dict[int, list[Unit]] = field(default_factory=dict, repr=False, compare=False)
+
+    def lane_units(self, epoch: int, lane: int, seed: int) -> list[Unit]:
+        """Return the units that a lane reads in an epoch, in order: every n-th of the epoch's units, for n lanes."""
+        if epoch not in self._orders:
+            while len(self._orders) >= _KEPT_ORDERS:
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = epoch_order(self.units, seed, epoch)
+        return self._orders[epoch][lane - self.lanes.start :: len(self.lanes)]
 
 
 @dataclass(frozen=True)
 class ReadPlan:
     """Everything that determines what each lane reads; the same on every rank and in every worker."""
 
-    units: tuple[tuple[Unit, ...], ...]
-    """The units of each source."""
-    weights: tuple[Fraction, ...]
-    """Passes over each source per epoch."""
-    lanes: int
+    rings: tuple[Ring, ...]
+    """One for each source of the config, in this order; a single one for the validation split."""
+    stages: tuple[Stage, ...]
+    """How the rings are mixed."""
     seed: int
     epochs: int | None
-    """Epochs until the stream ends; None if it never does."""
+    """Epochs of each ring until the stream ends; None if a ring goes on up to its own limit."""
     split: Split
     validation_fraction: float
-    _orders: dict[int, list[Unit]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of all rings."""
+        return self.rings[-1].lanes.stop
+
+    def ring_of(self, lane: int) -> int:
+        """Return the index of the ring that a lane belongs to."""
+        return next(index for index, ring in enumerate(self.rings) if lane in ring.lanes)
 
     def lane_units(self, epoch: int, lane: int) -> list[Unit]:
-        """Return the units that a lane reads in an epoch, in order: every `lanes`-th of the epoch's units."""
-        if epoch not in self._orders:
-            while len(self._orders) >= _KEPT_ORDERS:
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = epoch_order(self.units, self.weights, self.seed, epoch)
-        return self._orders[epoch][lane :: self.lanes]
+        """Return the units that a lane reads in an epoch, in order."""
+        return self.rings[self.ring_of(lane)].lane_units(epoch, lane, self.seed)
+
+    def used_rings(self, rings: Collection[int]) -> list[int]:
+        """Return those of some rings that the first stage reads; the others are read when a later stage wants them."""
+        return [ring for ring in rings if self.stages[0].shares[ring]]
 
     def selects(self, text: bytes) -> bool:
         """Return whether a document, given as UTF-8, belongs to the split that is read."""
@@ -53,78 +88,90 @@ class ReadPlan:
 def make_plan(config: DataConfig, split: Split, epochs: int | None, catalog: Catalog | None = None) -> ReadPlan:
     """Determine the order of reading.
 
-    The validation split is read once, by a single lane, each source with weight 1 and in an order that no setting
-    changes, so that bits per byte can be compared between runs that differ in lanes, seed or weights.
+    The validation split is read once, by a single lane, in an order that no setting changes, so that bits per byte can
+    be compared between runs that differ in lanes, seed or mixture.
 
     Args:
-        config: the sources and lanes.
+        config: the sources, lanes and mixtures.
         split: the documents to read.
-        epochs: how often; None for no end.
+        epochs: how often each source is read; None for no end, except those that the config sets.
         catalog: the files of the sources; listed here if there is none.
 
     Raises:
         DataError: a source cannot be listed, or there are fewer units than lanes.
 
     """
-    units = (catalog or make_catalog(config)).units(config)
+    catalog = catalog or make_catalog(config)
+    units = catalog.units(config)
     if split == "validation":
-        weights = (Fraction(1),) * len(units)
-        return ReadPlan(units, weights, 1, 0, 1, split, config.validation_fraction)
+        whole = Ring(", ".join(source.path for source in config.sources), dict(enumerate(units)), range(1), 1)
+        return ReadPlan((whole,), (Stage((Fraction(1),), None),), 0, 1, split, config.validation_fraction)
     if problem := lane_problem(config, [len(source) for source in units]):
         raise DataError(problem)
-    weights = tuple(exact(source.weight) for source in config.sources)
-    return ReadPlan(units, weights, config.lanes, config.seed, epochs, split, config.validation_fraction)
+    rings: list[Ring] = []
+    first = 0
+    for index, (name, source, limit) in enumerate(zip(config.names, units, config.epoch_limits, strict=True)):
+        lanes = range(first, first + min(config.lanes, len(source)))
+        rings.append(Ring(name, {index: source}, lanes, limit if epochs is None else epochs))
+        first = lanes.stop
+    stages = make_stages(config, catalog)
+    return ReadPlan(tuple(rings), stages, config.seed, epochs, split, config.validation_fraction)
+
+
+def make_stages(config: DataConfig, catalog: Catalog) -> tuple[Stage, ...]:
+    """Return the mixtures of a run; if the config has none, the shares are proportional to the bytes of the files."""
+    if config.stages is not None:
+        return tuple(
+            Stage(tuple(exact(stage.mixture.get(name, 0)) for name in config.names), stage.until_tokens)
+            for stage in config.stages
+        )
+    if config.mixture is not None:
+        return (Stage(tuple(exact(config.mixture[name]) for name in config.names), None),)
+    sizes = [sum(file.bytes for file in source.files) for source in catalog.sources]
+    return (Stage(tuple(Fraction(max(size, 1)) for size in sizes), None),)
 
 
 def lane_problem(config: DataConfig, counts: list[int]) -> str | None:
-    """Return the problem if the sources, with these numbers of units, cannot feed all lanes; None if they can."""
-    pairs = zip(config.sources, counts, strict=True)
-    units = sum(floor(exact(source.weight) * count) for source, count in pairs)
+    """Return the problem if the sources, with these numbers of units, cannot feed all lanes; None if they can.
+
+    One source feeds all lanes by itself. Of several, each has at most as many lanes as units.
+    """
+    units = sum(counts)
     if units >= config.lanes:
         return None
     cures = f"raise split_units of its sources ({ceil(config.lanes / max(units, 1))} times as many units are enough)"
     if units:
         cures = f"lower data.lanes to {units} at most, or {cures}"
     return (
-        f"data.lanes is {config.lanes}, but an epoch may have only {units} read units (parquet row groups and files "
-        f"of JSON lines, times split_units and weight), fewer than one for each lane: {cures}"
+        f"data.lanes is {config.lanes}, but an epoch has only {units} read units (parquet row groups and files of JSON "
+        f"lines, times split_units), fewer than one for each lane: {cures}"
     )
 
 
-def epoch_order(
-    units: tuple[tuple[Unit, ...], ...], weights: tuple[Fraction, ...], seed: int, epoch: int
-) -> list[Unit]:
+def epoch_order(units: Mapping[int, Sequence[Unit]], seed: int, epoch: int) -> list[Unit]:
     """Return all units of an epoch in the order in which they are dealt to the lanes.
 
-    A source of n units and weight w contributes wn units per epoch, rounded such that the total is right after every
-    epoch. Units are sorted by a keyed hash and not shuffled by a library's generator: its sequence may change in a
-    later release, and a run could then not be resumed.
+    Units are sorted by a keyed hash and not shuffled by a library's generator: its sequence may change in a later
+    release, and a run could then not be resumed.
+
+    Args:
+        units: those of each source, by its index in the config.
+        seed: of the order.
+        epoch: counted from 0.
+
     """
-    entries: list[tuple[bytes, Unit]] = []
-    for index, (source, weight) in enumerate(zip(units, weights, strict=True)):
-        if not source:
-            continue
-        due = _round(weight * len(source) * (epoch + 1)) - _round(weight * len(source) * epoch)
-        copies, extra = divmod(due, len(source))
-        chosen = sorted(range(len(source)), key=lambda unit: _key(seed, epoch, "choose", index, unit))[:extra]
-        for copy in range(copies + 1):
-            for unit in chosen if copy == copies else range(len(source)):
-                entries.append((_key(seed, epoch, "order", index, unit, copy), source[unit]))
+    # The 0 stands for the copy of the unit: a source could once be read several times in an epoch.
+    entries = [
+        (_key(seed, epoch, "order", index, number, 0), unit)
+        for index, source in units.items()
+        for number, unit in enumerate(source)
+    ]
     return [unit for _, unit in sorted(entries, key=lambda entry: entry[0])]
 
 
 def is_validation(text: bytes, fraction: float) -> bool:
     """Return whether a document, given as UTF-8, belongs to the validation split, which its hash decides."""
     return fraction > 0 and int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64 < fraction
-
-
-def exact(weight: float) -> Fraction:
-    """Return the decimal number that was written in the config: 0.29 of 100 units is 29, not 28.999."""
-    return Fraction(repr(weight))
-
-
-def _round(number: Fraction) -> int:
-    return floor(number + Fraction(1, 2))
 
 
 def _key(*parts: object) -> bytes:

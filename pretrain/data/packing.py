@@ -12,8 +12,9 @@ previous sequence, so every token except the very first is a target exactly once
 
 import heapq
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 
@@ -44,6 +45,8 @@ class PackedSequence:
     text_bytes: int
     """UTF-8 bytes of the text whose tokens are targets here. The bytes of a document are spread evenly over its tokens,
     in whole numbers that add up to its size."""
+    documents: int
+    """Documents whose last token is a target here."""
     cursor: Cursor
     """The first token that is not yet a target."""
 
@@ -61,21 +64,44 @@ Item = PackedSequence | EpochEnd
 
 
 @dataclass(frozen=True)
+class RingTask:
+    """The lanes of one ring that a reader reads."""
+
+    epoch: int
+    ring: tuple[int, ...]
+    """Its lanes that are still in the ring of this epoch, beginning with the next one."""
+    cursors: dict[int, Cursor]
+    """All its lanes, in order, and the position where each continues."""
+
+
+@dataclass(frozen=True)
 class ReaderTask:
     """The work of one reader, which is a worker or the training process itself. Can be pickled."""
 
     plan: ReadPlan
     tokenizer: TokenizerConfig
     sequence_length: int
-    cursors: dict[int, Cursor]
-    """The lanes of the reader and the position where each continues."""
-    epoch: int
-    ring: tuple[int, ...]
-    """Its lanes that are still in the ring of this epoch, beginning with the next one."""
+    rings: dict[int, RingTask]
+    """By the index of the ring; those that the reader has lanes of."""
+
+    @property
+    def lane_bytes(self) -> int:
+        """Text of a lane that may be decoded but not yet tokenized."""
+        lanes = sum(len(ring.cursors) for ring in self.rings.values())
+        return min(LANE_READ_AHEAD_BYTES, READ_AHEAD_BYTES // lanes)
 
 
-def read_items(task: ReaderTask) -> Iterator[Item]:
-    """Yield the sequences of a reader's lanes in the order of the ring, until the last epoch ends.
+def read_rings(task: ReaderTask) -> dict[int, Iterator[Item]]:
+    """Return the items of each ring, which are read only when they are requested; see `read_items`.
+
+    The rings do not depend on one another: the mixture decides which of them gives the next sequence.
+    """
+    encoder = cache(partial(DocumentEncoder.load, task.tokenizer))
+    return {index: read_items(task, index, encoder) for index in task.rings}
+
+
+def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], DocumentEncoder]) -> Iterator[Item]:
+    """Yield the sequences of a reader's lanes of one ring, in the order of the ring, until its last epoch ends.
 
     Lanes take turns. A lane whose remaining tokens of the epoch do not fill a sequence yields its `EpochEnd` instead
     and leaves. When all have left, the next epoch begins with all lanes, in order.
@@ -85,10 +111,10 @@ def read_items(task: ReaderTask) -> Iterator[Item]:
             different data.
 
     """
-    encoder = DocumentEncoder.load(task.tokenizer)
-    lanes = {lane: _Lane(task, lane, encoder.eos_id) for lane in sorted(task.cursors)}
-    ring = deque(lanes[lane] for lane in task.ring)
-    epoch, epochs = task.epoch, task.plan.epochs
+    encoder, own = load_encoder(), task.rings[index]
+    lanes = {lane: _Lane(task, lane, own.cursors[lane], encoder.eos_id) for lane in sorted(own.cursors)}
+    ring = deque(lanes[lane] for lane in own.ring)
+    epoch, epochs = own.epoch, task.plan.rings[index].epochs
     while epochs is None or epoch < epochs:
         for lane in ring:
             lane.open(epoch)
@@ -126,12 +152,11 @@ def _refill(lanes: "Sequence[_Lane]", encoder: DocumentEncoder) -> None:
 class _Lane:
     """The tokens of a lane that have been read but not packed."""
 
-    def __init__(self, task: ReaderTask, lane: int, eos_id: int) -> None:
+    def __init__(self, task: ReaderTask, lane: int, cursor: Cursor, eos_id: int) -> None:
         self._task = task
         self._lane = lane
         self._eos_id = eos_id
-        self._batch_bytes = min(LANE_READ_AHEAD_BYTES, READ_AHEAD_BYTES // len(task.cursors))
-        self._cursor = self._read_from = task.cursors[lane]
+        self._cursor = self._read_from = cursor
         self._waiting: deque[tuple[Document, Tokens]] = deque()
         self._used = self._cursor.token  # tokens of the first waiting document that have been packed
         # A separator precedes every document and the lane itself; `push` corrects this within a document.
@@ -148,7 +173,8 @@ class _Lane:
 
         After a resume there are no such tokens: reading then begins at the cursor, in whichever epoch that is.
         """
-        self._documents = lane_documents(self._task.plan, self._lane, self._read_from, epoch, self._batch_bytes)
+        task = self._task
+        self._documents = lane_documents(task.plan, self._lane, self._read_from, epoch, task.lane_bytes)
         self._documents_read = 0
         self._read_from = Cursor(epoch + 1, 0, 0, 0)
         self.exhausted = False
@@ -170,9 +196,11 @@ class _Lane:
             return
         if self._used and not self._waiting:  # after a resume: the cursor is within this document
             if document.position != self._cursor._replace(token=0) or self._used >= len(tokens):
+                plan = self._task.plan
+                name = plan.rings[plan.ring_of(self._lane)].name
                 raise DataError(
-                    f"lane {self._lane} cannot continue at {self._cursor}: the data or the tokenizer is not the one "
-                    "that the saved state was taken from; restore it, or start a new run"
+                    f"{name}: lane {self._lane} cannot continue at {self._cursor}: the data or the tokenizer is not "
+                    "the one that the saved state was taken from; restore it, or start a new run"
                 )
             self._last_token = int(tokens[self._used - 1])
             self.pending -= self._used
@@ -190,7 +218,7 @@ class _Lane:
     def _take(self, length: int) -> PackedSequence:
         sequence = np.full(self._task.sequence_length + 1, self._eos_id, dtype=np.int32)
         sequence[0] = self._last_token
-        filled, text_bytes = 1, 0
+        filled, text_bytes, documents = 1, 0, 0
         while filled <= length:
             document, tokens = self._waiting[0]
             begin = self._used
@@ -201,10 +229,11 @@ class _Lane:
             if end == len(tokens):
                 self._waiting.popleft()
                 self._used = 0
+                documents += 1
                 self._cursor = document.position._replace(row=document.position.row + 1)
             else:
                 self._used = end
                 self._cursor = document.position._replace(token=end)
         self.pending -= length
         self._last_token = int(sequence[length])
-        return PackedSequence(self._lane, sequence, length, text_bytes, self._cursor)
+        return PackedSequence(self._lane, sequence, length, text_bytes, documents, self._cursor)

@@ -1,22 +1,24 @@
 """The global stream of token batches: the same on any number of ranks and workers, and exactly resumable.
 
-Sequences come from a ring of lanes: each lane in turn contributes its next sequence and goes to the back. A lane whose
-epoch is over leaves, and when all have left, the next epoch begins with all lanes. With three lanes, of which lane 1
-has only one sequence in this epoch, batches of four are
+The mixture decides which source gives each next sequence (`pretrain.data.mixture`). Within a source, sequences come
+from a ring of lanes: each lane in turn contributes its next sequence and goes to the back. A lane whose epoch is over
+leaves, and when all have left, the next epoch of the source begins with all its lanes. With one source of three lanes,
+of which lane 1 has only one sequence in this epoch, batches of four are
 
     sequence  0 1 2 3 | 4 5 6 7
     lane      0 1 2 0 | 2 0 2 0      lane 1 leaves when its second turn comes, after sequence 3
 
-The lanes are divided among the readers: with R ranks of W workers each, lane l is read by reader l mod RW, which
-belongs to rank (l mod RW) // W. A reader yields the sequences of its own lanes in the order of the ring. To know how
-the lanes of other ranks interleave, a rank only needs to know *how many* sequences each lane still has in this epoch,
-up to the few that the batch can take: one small all-reduce. Every rank then writes its own sequences into their rows,
-and a second all-reduce gives all rows to all ranks.
+The lanes of all sources are numbered through and divided among the readers: with R ranks of W workers each, lane l is
+read by reader l mod RW, which belongs to rank (l mod RW) // W. A reader yields, for each source, the sequences of its
+own lanes in the order of the ring. To know how the lanes of other ranks interleave, a rank only needs to know *how
+many* sequences each lane still has in this epoch, up to the few that the batch can take: one small all-reduce. Every
+rank then writes its own sequences into their rows, and a second all-reduce gives all rows to all ranks.
 """
 
-from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -26,42 +28,29 @@ from pretrain.data.batch import TokenBatch
 from pretrain.data.catalog import Catalog
 from pretrain.data.documents import Cursor
 from pretrain.data.errors import DataError
+from pretrain.data.mixture import Schedule
 from pretrain.data.order import make_plan
-from pretrain.data.packing import EpochEnd, PackedSequence, ReaderTask
+from pretrain.data.packing import ReaderTask, RingTask
+from pretrain.data.rings import RingPosition, RingQueues, take_turns
+from pretrain.data.state import STATE_VERSION, LaneState, StreamState, cursors_of, initial_state, read_state
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.workers import InlineReader, Reader, WorkerReader
 from pretrain.engine.ranks import Ranks
 
-STATE_VERSION = 1
 
+@dataclass(frozen=True)
+class SourceProgress:
+    """How much of a source the batches so far contained, on all ranks and including those before a resume."""
 
-class LaneState(TypedDict):
-    """The first token of a lane that has not been a target yet."""
-
-    epoch: int
-    """May be earlier than the epoch of the stream: a lane's tail waits until later epochs complete its sequence."""
-    unit: int
-    """Index among the units of the lane in that epoch."""
-    row: int
-    """Row of the unit, counted from 0; may be one past the last."""
-    token: int
-    """Index of the token in the document of that row."""
-
-
-class StreamState(TypedDict):
-    """Position of a stream. JSON-serialisable; the same on every rank, for any number of ranks and workers."""
-
-    version: int
-    """Version of this format: 1."""
-    epoch: int
-    next_lane: int
-    """The lane whose turn is next; 0 if all have left."""
-    left: list[int]
-    """Lanes that have left the ring in this epoch, ascending."""
-    lanes: list[LaneState]
-    sequences_emitted: int
+    epochs: int
+    """Completed epochs."""
+    sequences: int
+    tokens: int
+    """Targets."""
+    documents: int
+    """Documents whose last token was a target, counted in each epoch."""
     text_bytes: int
-    """UTF-8 bytes of the text in those sequences."""
+    """UTF-8 bytes."""
 
 
 class TokenStream:
@@ -86,18 +75,20 @@ class TokenStream:
         """Start the readers, at the position of `state` if there is one.
 
         Args:
-            config: the sources, lanes and workers.
+            config: the sources, lanes, mixtures and workers.
             tokenizer: the tokenizer, which each reader loads.
             sequence_length: T, targets per sequence.
             split: the training documents, or the validation documents, which are read once in an order of their own.
-            epochs: number of epochs; None for a stream without end. The validation split always has one.
+            epochs: epochs of each source until it ends, instead of the limits of the config; the stream ends when all
+                sources have. None for a stream without end. The validation split always has one.
             group: a process group with a backend for CPU tensors (gloo); None for a single process.
             state: the state of a stream with the same arguments, except `workers` and `group`.
             catalog: the files of the sources; listed here if there is none.
 
         Raises:
-            DataError: a source or the tokenizer cannot be used; `check_sources` reports all problems together.
-            ValueError: an argument is out of range, or `state` has another version or number of lanes.
+            DataError: a source or the tokenizer cannot be used, and `check_sources` reports all problems together; or
+                `state` has another version, or other sources or lanes.
+            ValueError: an argument is out of range.
 
         """
         if sequence_length < 1:
@@ -109,35 +100,46 @@ class TokenStream:
         self._sequence_length = sequence_length
         self._ranks = Ranks(group.rank(), group.size(), group) if group else Ranks()
         self._failure: BaseException | None = None
-        self._sources = ", ".join(source.path for source in config.sources)
 
-        start = state or _initial_state(self._plan.lanes)
-        _check_state(start, self._plan.lanes)
-        self._epoch = start["epoch"]
-        self._ring = _ring(start)
+        start = read_state(state, self._plan, sequence_length) if state else initial_state(self._plan)
+        self._rings = [
+            RingPosition.of(ring, saved, resumed=state is not None)
+            for ring, saved in zip(self._plan.rings, start["sources"], strict=True)
+        ]
         self._sequences = start["sequences_emitted"]
         self._text_bytes = start["text_bytes"]
-        self._epoch_is_whole = state is None  # started here, not resumed
-        self._epoch_sequences = 0
+        self._schedule = Schedule(
+            self._plan.stages,
+            sequence_length,
+            sequence=self._sequences,
+            ended=[index for index, ring in enumerate(self._rings) if ring.ended],
+            state=start["mixture"] if state else None,
+        )
+        self._readers: list[Reader] = []
+        self._queues: dict[int, RingQueues] = {}
+        self._cursors: dict[int, Cursor] = {}
         # The validation split is small: a process of its own would take longer to start than to read it.
-        self._queues = self._open_readers(start, tokenizer, config.workers if split == "train" else 0)
-        self._cursors = {lane: Cursor(**start["lanes"][lane]) for lane in self._queues}
+        self._open_readers(cursors_of(start), tokenizer, config.workers if split == "train" else 0)
 
-    def _open_readers(self, start: StreamState, tokenizer: TokenizerConfig, workers: int) -> dict[int, "ReaderQueues"]:
-        """Start the readers of this rank; return the queues of each of its lanes."""
+    def _open_readers(self, cursors: list[Cursor], tokenizer: TokenizerConfig, workers: int) -> None:
+        """Start the readers of this rank, with the queues of their lanes."""
         rank, size = self._ranks.rank, self._ranks.world_size
         per_rank = max(workers, 1)
-        queues: dict[int, ReaderQueues] = {}
-        for reader in range(rank * per_rank, (rank + 1) * per_rank):
-            lanes = range(reader, self._plan.lanes, size * per_rank)
-            if not lanes:
+        for number in range(rank * per_rank, (rank + 1) * per_rank):
+            own = range(number, self._plan.lanes, size * per_rank)
+            tasks = {}
+            for index, position in enumerate(self._rings):
+                if lanes := [lane for lane in own if lane in position.ring.lanes]:
+                    ring = tuple(lane for lane in position.turns if lane in own)
+                    tasks[index] = RingTask(position.epoch, ring, {lane: cursors[lane] for lane in lanes})
+            if not tasks:
                 continue
-            cursors = {lane: Cursor(**start["lanes"][lane]) for lane in lanes}
-            ring = tuple(lane for lane in self._ring if lane in lanes)
-            task = ReaderTask(self._plan, tokenizer, self._sequence_length, cursors, self._epoch, ring)
-            own = ReaderQueues(WorkerReader(task) if workers else InlineReader(task), lanes)
-            queues |= dict.fromkeys(lanes, own)
-        return queues
+            task = ReaderTask(self._plan, tokenizer, self._sequence_length, tasks)
+            reader = WorkerReader(task) if workers else InlineReader(task)
+            self._readers.append(reader)
+            for index, ring_task in tasks.items():
+                self._queues |= dict.fromkeys(ring_task.cursors, RingQueues(reader, index, list(ring_task.cursors)))
+        self._cursors = {lane: cursors[lane] for lane in self._queues}
 
     @property
     def text_bytes(self) -> int:
@@ -148,6 +150,18 @@ class TokenStream:
         """
         return self._text_bytes
 
+    @property
+    def stage(self) -> int:
+        """Index of the current stage of the mixture."""
+        return self._schedule.stage
+
+    def progress(self) -> dict[str, SourceProgress]:
+        """Return how far each source has been read, by its name; not a collective call."""
+        return {
+            ring.ring.name: SourceProgress(ring.epoch, ring.sequences, ring.tokens, ring.documents, ring.text_bytes)
+            for ring in self._rings
+        }
+
     def next_batch(self, num_sequences: int) -> TokenBatch:
         """Return the next global batch, the same on every rank; a collective call.
 
@@ -155,7 +169,8 @@ class TokenStream:
 
         Raises:
             StopIteration: the stream has ended.
-            DataError: a source cannot be read, or no source holds a document of this split.
+            DataError: a source cannot be read, or holds no document of this split; or the sources of the mixture have
+                ended by their `max_epochs`.
             RuntimeError: a worker process died.
             PeerError: one of these happened on another rank.
 
@@ -167,17 +182,19 @@ class TokenStream:
         if self._failure is not None:
             raise self._failure
         try:
-            rows, ring, epoch = self._deal(num_sequences)
+            rows, schedule, rings = self._deal(num_sequences)
+            if len(rows) < num_sequences and self._plan.epochs is None:
+                raise DataError(self._all_ended(schedule, rings))
             if not rows:
                 raise StopIteration("the stream has ended")
-            batch, text_bytes, cursors = self._fill(rows)
+            batch, cursors = self._fill(rows, rings)
         except BaseException as error:
             self._failure = error
             raise
-        self._ring, self._epoch = ring, epoch
+        self._schedule, self._rings = schedule, rings
         self._cursors |= cursors
         self._sequences += len(rows)
-        self._text_bytes += text_bytes
+        self._text_bytes = sum(ring.text_bytes for ring in rings)
         return batch
 
     def state(self) -> StreamState:
@@ -186,12 +203,11 @@ class TokenStream:
         for lane, cursor in self._cursors.items():
             cursors[lane] = torch.tensor(cursor)
         self._all_reduce(cursors)
+        lanes = [LaneState(epoch=e, unit=u, row=r, token=t) for e, u, r, t in cursors.tolist()]
         return StreamState(
             version=STATE_VERSION,
-            epoch=self._epoch,
-            next_lane=self._ring[0] if self._ring else 0,
-            left=sorted(set(range(self._plan.lanes)) - set(self._ring)),
-            lanes=[LaneState(epoch=e, unit=u, row=r, token=t) for e, u, r, t in cursors.tolist()],
+            mixture=self._schedule.state(),
+            sources=[ring.state(lanes[ring.ring.lanes.start : ring.ring.lanes.stop]) for ring in self._rings],
             sequences_emitted=self._sequences,
             text_bytes=self._text_bytes,
         )
@@ -199,27 +215,33 @@ class TokenStream:
     def close(self) -> None:
         """End the workers and close the files. May be called twice; not a collective call."""
         self._failure = RuntimeError("the stream is closed")
-        for queues in self._queues.values():
-            queues.reader.close()
+        for reader in self._readers:
+            reader.close()
 
-    def _deal(self, num_sequences: int) -> tuple[list[int], deque[int], int]:
-        """Return the lanes of the next rows, and the ring and the epoch after them."""
-        ring, epoch = deque(self._ring), self._epoch
+    def _deal(self, num_sequences: int) -> tuple[list[int], Schedule, list[RingPosition]]:
+        """Return the lanes of the next rows, fewer if the stream ends; and the schedule and the rings after them."""
+        schedule, rings = self._schedule.copy(), [ring.copy() for ring in self._rings]
         rows: list[int] = []
         dealt = [0] * self._plan.lanes
-        while len(rows) < num_sequences and epoch != self._plan.epochs:
-            if ring:
+        while len(rows) < num_sequences:
+            source = schedule.next()
+            if source is None:
+                # A finite stream reads every source to its end, even if that of a stage comes too early.
+                if self._plan.epochs is None or not schedule.skip_stage():
+                    break
+            elif rings[source].turns:
                 missing = num_sequences - len(rows)
-                turns = -(-missing // len(ring))
-                wanted = {lane: dealt[lane] + turns for lane in ring}
-                taken = _take_turns(ring, self._look_ahead(wanted), wanted, dealt, missing)
-                self._epoch_sequences += len(taken)
-                rows += taken
+                wanted = {
+                    lane: dealt[lane] - (-count // len(rings[index].turns))
+                    for index, count in schedule.demand(missing).items()
+                    for lane in rings[index].turns
+                }
+                rows += take_turns(schedule, rings, self._look_ahead(wanted), wanted, dealt, missing)
             else:
-                self._end_epoch()
-                epoch += 1
-                ring.extend(range(self._plan.lanes) if epoch != self._plan.epochs else ())
-        return rows, ring, epoch
+                self._end_epoch(source, rings[source])
+                if rings[source].ended:
+                    schedule.end(source)
+        return rows, schedule, rings
 
     def _look_ahead(self, wanted: dict[int, int]) -> list[int]:
         """Return how many sequences each lane can give, at most the wanted number; if fewer, its epoch ends.
@@ -240,121 +262,61 @@ class TokenStream:
             self._ranks.together(partial(_raise, failure))
         return counts
 
-    def _end_epoch(self) -> None:
-        """Refuse an epoch without any document, after which the stream would search forever."""
-        if self._epoch_is_whole and self._epoch_sequences == 0:
-            documents = torch.tensor([sum(queues.documents for queues in set(self._queues.values()))])
+    def _queues_of(self, source: int) -> Iterator[RingQueues]:
+        """This rank's queues of a source, each once."""
+        return (queues for queues in set(self._queues.values()) if queues.ring == source)
+
+    def _end_epoch(self, source: int, position: RingPosition) -> None:
+        """Begin the next epoch of a source; refuse a whole epoch without any document, which would repeat forever."""
+        if position.whole_epoch and position.epoch_sequences == 0:
+            documents = torch.tensor([sum(queues.documents for queues in self._queues_of(source))])
             self._all_reduce(documents)
             if not documents.item():
                 raise DataError(
-                    f"no document of {self._sources} belongs to the {self._plan.split} split "
+                    f"no document of {position.ring.name} belongs to the {self._plan.split} split "
                     f"(data.validation_fraction is {self._plan.validation_fraction})"
                 )
-        for queues in self._queues.values():
+        for queues in self._queues_of(source):
             queues.begin_epoch()
-        self._epoch_is_whole, self._epoch_sequences = True, 0
+        position.begin_epoch()
 
-    def _fill(self, rows: list[int]) -> tuple[TokenBatch, int, dict[int, Cursor]]:
+    def _fill(self, rows: list[int], rings: list[RingPosition]) -> tuple[TokenBatch, dict[int, Cursor]]:
         """Write the sequences of this rank into their rows and add up the rows of all ranks.
 
-        Returns the batch, the bytes of its text, and the new cursors of the lanes of this rank.
+        Counts the rows in `rings`. Returns the batch and the new cursors of the lanes of this rank.
         """
         width = self._sequence_length + 1
-        table = torch.zeros(len(rows), width + 2, dtype=torch.int32)  # tokens, length, bytes of text
+        table = torch.zeros(len(rows), width + 3, dtype=torch.int32)  # tokens, length, bytes of text, documents
         view = table.numpy()
         cursors: dict[int, Cursor] = {}
         for row, lane in enumerate(rows):
             if lane in self._queues:
                 sequence = self._queues[lane].take(lane)
                 view[row, :width] = sequence.tokens
-                view[row, width:] = sequence.length, sequence.text_bytes
+                view[row, width:] = sequence.length, sequence.text_bytes, sequence.documents
                 cursors[lane] = sequence.cursor
         self._all_reduce(table)
+        for row, (length, text_bytes, documents) in zip(rows, view[:, width:].tolist(), strict=True):
+            rings[self._plan.ring_of(row)].count(length, text_bytes, documents)
         batch = TokenBatch(table[:, :width].contiguous(), table[:, width].contiguous())
-        return batch, int(table[:, -1].sum()), cursors
+        return batch, cursors
+
+    def _all_ended(self, schedule: Schedule, rings: list[RingPosition]) -> str:
+        """Say that no source is left to go on with."""
+        shares = self._plan.stages[schedule.stage].shares
+        ended = [f"{ring.ring.name} after {ring.epoch}" for ring, share in zip(rings, shares, strict=True) if share]
+        stage = f" of stage {schedule.stage}" if len(self._plan.stages) > 1 else ""
+        return (
+            f"every source{stage} has ended by its max_epochs ({', '.join(ended)} epochs), after "
+            f"{self._sequences * self._sequence_length:,} tokens: lower train.total_tokens, add text, raise max_epochs "
+            "or set data.past_max_epochs to error"
+        )
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         if self._ranks.group is not None:
             dist.all_reduce(tensor, group=self._ranks.group)
 
 
-class ReaderQueues:
-    """The items that a reader has yielded and no batch has taken yet, by lane."""
-
-    def __init__(self, reader: Reader, lanes: range) -> None:
-        self.reader = reader
-        self.documents = 0
-        """Documents of this epoch, over the lanes that have reached its end."""
-        self._ready: dict[int, deque[PackedSequence]] = {lane: deque() for lane in lanes}
-        self._ended: set[int] = set()
-
-    def look_ahead(self, lane: int, wanted: int) -> int:
-        """Return how many sequences of the epoch a lane has, at most `wanted`."""
-        while len(self._ready[lane]) < wanted and lane not in self._ended:
-            item = self.reader.pull()
-            if isinstance(item, EpochEnd):
-                self._ended.add(item.lane)
-                self.documents += item.documents
-            else:
-                self._ready[item.lane].append(item)
-        return min(wanted, len(self._ready[lane]))
-
-    def take(self, lane: int) -> PackedSequence:
-        """Remove the next sequence of a lane."""
-        return self._ready[lane].popleft()
-
-    def begin_epoch(self) -> None:
-        """Expect sequences from all lanes again."""
-        self._ended.clear()
-        self.documents = 0
-
-
-def _take_turns(
-    ring: deque[int], ready: list[int], wanted: dict[int, int], dealt: list[int], missing: int
-) -> list[int]:
-    """Let the lanes of the ring take turns for at most `missing` rows; return the lane of each row.
-
-    Advances `ring` and `dealt`. Stops early at a lane whose next sequences are not known yet.
-    """
-    rows: list[int] = []
-    while ring and len(rows) < missing:
-        lane = ring[0]
-        if dealt[lane] < ready[lane]:
-            rows.append(lane)
-            dealt[lane] += 1
-            ring.rotate(-1)
-        elif ready[lane] < wanted[lane]:
-            ring.popleft()  # its epoch is over
-        else:
-            break
-    return rows
-
-
-def _initial_state(lanes: int) -> StreamState:
-    begin = LaneState(epoch=0, unit=0, row=0, token=0)
-    return StreamState(
-        version=STATE_VERSION, epoch=0, next_lane=0, left=[], lanes=[begin] * lanes, sequences_emitted=0, text_bytes=0
-    )
-
-
 def _raise(failure: Exception | None) -> None:
     if failure is not None:
         raise failure
-
-
-def _check_state(state: StreamState, lanes: int) -> None:
-    if state["version"] != STATE_VERSION:
-        raise ValueError(f"the data state has version {state['version']}, this program reads {STATE_VERSION}")
-    if len(state["lanes"]) != lanes:
-        raise ValueError(
-            f"the data state was saved with {len(state['lanes'])} lanes and data.lanes is {lanes}: the number of "
-            "lanes decides the order of the text and cannot change within a run"
-        )
-
-
-def _ring(state: StreamState) -> deque[int]:
-    """Return the lanes that have not left the ring, beginning with the next one."""
-    ring = deque(lane for lane in range(len(state["lanes"])) if lane not in set(state["left"]))
-    while ring and ring[0] != state["next_lane"]:
-        ring.rotate(-1)
-    return ring

@@ -2,36 +2,49 @@
 
 A worker is started as a plain program that gets its task on standard input and writes items to standard output. Unlike
 a forked process, it inherits no locks or threads of the trainer; unlike a spawned one, it does not import the trainer's
-main module again. The pipe also ends orphans: when the trainer is gone, for whatever reason, writing fails and the
-worker ends; when the worker is gone, reading fails and the trainer reports it.
+main module again. The pipes also end orphans: when the trainer is gone, for whatever reason, standard input ends and
+so does the worker; when the worker is gone, reading fails and the trainer reports it.
+
+Only the trainer knows which ring gives the next sequence, so a worker cannot put the items of several rings into the
+right order. Instead the trainer requests blocks of items of a ring, some blocks ahead of their use, and requests
+another one whenever it begins a block. Of the rings with open requests, a worker reads the one of which it has sent the
+fewest blocks that are not in use yet. It can never be stuck with items that nobody wants while the trainer waits for
+others, whatever the mixture; a ring that the mixture does not use is not read; and what is read ahead is bounded.
 """
 
+import contextlib
 import os
 import pickle
 import queue
 import signal
+import struct
 import subprocess
 import sys
 import threading
+from collections import Counter, deque
 from collections.abc import Iterator
-from itertools import islice
 from typing import IO, Protocol
 
 from pretrain.data.errors import DataError
-from pretrain.data.packing import Item, ReaderTask, read_items
+from pretrain.data.packing import Item, ReaderTask, read_rings
 
-# Items are sent in blocks; a worker prepares at most this many blocks ahead of the trainer.
+# Items are sent in blocks. A worker prepares at most this many blocks ahead of the trainer: in all rings together, but
+# two of every ring that is read.
 _BLOCK_ITEMS = 32
 _BLOCKS_AHEAD = 16
 
-Block = list[Item] | DataError
+_REQUEST = struct.Struct("<I")  # the index of a ring
+_SIZE = struct.Struct("<Q")  # bytes of the task
+
+Block = tuple[int, list[Item] | DataError]
+"""The index of a ring, and its next items or the error that comes instead of them."""
 
 
 class Reader(Protocol):
-    """A source of items of some lanes, in the order of the ring."""
+    """A source of items of some lanes, for each ring in its order."""
 
-    def pull(self) -> Item:
-        """Return the next item; raises the errors of `read_items`."""
+    def pull(self, ring: int) -> Item:
+        """Return the next item of a ring; raises the errors of `read_items`."""
 
     def close(self) -> None:
         """Stop reading. May be called twice."""
@@ -41,15 +54,15 @@ class InlineReader:
     """Reads in this process, when an item is requested."""
 
     def __init__(self, task: ReaderTask) -> None:
-        self._items = read_items(task)
+        self._items = read_rings(task)
 
-    def pull(self) -> Item:
-        """Return the next item; raises the errors of `read_items`."""
-        return next(self._items)
+    def pull(self, ring: int) -> Item:
+        """Return the next item of a ring; raises the errors of `read_items`."""
+        return next(self._items[ring])
 
     def close(self) -> None:
         """Close the open files."""
-        self._items = iter(())
+        self._items = {}
 
 
 class WorkerReader:
@@ -65,59 +78,133 @@ class WorkerReader:
         )
         assert self._process.stdin
         assert self._process.stdout
-        with self._process.stdin as pipe:
-            pickle.dump(task, pipe)
-        self._pipe = self._process.stdout
-        self._block: Iterator[Item] = iter(())
+        self._requests, self._pipe = self._process.stdin, self._process.stdout
+        pickled = pickle.dumps(task)
+        self._requests.write(_SIZE.pack(len(pickled)) + pickled)
+        self._requests.flush()
+        self._ahead = max(2, _BLOCKS_AHEAD // len(task.rings))
+        self._blocks: dict[int, deque[list[Item] | DataError]] = {ring: deque() for ring in task.rings}
+        self._items: dict[int, Iterator[Item]] = {ring: iter(()) for ring in task.rings}
+        self._used: set[int] = set()
+        """The rings of which blocks have been requested."""
+        for ring in task.plan.used_rings(task.rings):
+            self._request(ring, self._ahead)
 
-    def pull(self) -> Item:
-        """Return the next item, waiting for it if necessary.
+    def pull(self, ring: int) -> Item:
+        """Return the next item of a ring, waiting for it if necessary.
 
         Raises:
             DataError: raised by the worker.
             RuntimeError: the worker died.
 
         """
-        for item in self._block:
+        for item in self._items[ring]:
             return item
-        try:
-            block: Block = pickle.load(self._pipe)
-        except (EOFError, pickle.UnpicklingError) as error:
-            code = self._process.wait()
-            cause = f"signal {-code}, possibly out of memory" if code < 0 else f"exit code {code}, see its output above"
-            raise RuntimeError(f"a data worker (process {self._process.pid}) ended unexpectedly: {cause}") from error
+        if ring not in self._used:
+            self._request(ring, self._ahead)
+        while not self._blocks[ring]:
+            other, received = self._receive()
+            self._blocks[other].append(received)
+        block = self._blocks[ring].popleft()
         if isinstance(block, DataError):
             raise block
-        self._block = iter(block)
-        return next(self._block)
+        self._request(ring, 1)
+        self._items[ring] = iter(block)
+        return next(self._items[ring])
 
     def close(self) -> None:
         """End the worker. It only reads, so nothing is lost."""
         self._process.kill()
         self._process.wait()
         self._pipe.close()
+        self._requests.close()
+
+    def _request(self, ring: int, blocks: int) -> None:
+        """Ask for further blocks of a ring. A worker that has died is noticed when it is to be read from."""
+        self._used.add(ring)
+        with contextlib.suppress(BrokenPipeError):
+            # Not through the buffer of the file, which would keep what cannot be written.
+            os.write(self._requests.fileno(), _REQUEST.pack(ring) * blocks)
+
+    def _receive(self) -> Block:
+        try:
+            block: Block = pickle.load(self._pipe)
+        except (EOFError, pickle.UnpicklingError) as error:
+            code = self._process.wait()
+            cause = f"signal {-code}, possibly out of memory" if code < 0 else f"exit code {code}, see its output above"
+            raise RuntimeError(f"a data worker (process {self._process.pid}) ended unexpectedly: {cause}") from error
+        return block
 
 
 def main() -> None:
-    """Run a worker: read the task from standard input, write blocks of items to standard output."""
+    """Run a worker: read task and requests from standard input, write blocks of items to standard output."""
     # A scheduler signals every process of a job, but the trainer decides when to stop.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    task: ReaderTask = pickle.load(sys.stdin.buffer)
+    [size] = _SIZE.unpack(_read(_SIZE.size))
+    task: ReaderTask = pickle.loads(_read(size))
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not end up among the items
-    blocks: queue.Queue[Block | None] = queue.Queue(_BLOCKS_AHEAD)
+    requests: queue.Queue[int] = queue.Queue()
+    blocks: queue.Queue[Block | None] = queue.Queue()  # bounded by the requests
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     sender = threading.Thread(target=_send, args=(blocks, pipe))
     sender.start()
     try:
-        items = read_items(task)
-        while block := list(islice(items, _BLOCK_ITEMS)):
-            blocks.put(block)
-    except DataError as error:
-        blocks.put(error)
+        _serve(task, requests, blocks)
     finally:
         blocks.put(None)
     sender.join()
+
+
+def _serve(task: ReaderTask, requests: "queue.Queue[int]", blocks: "queue.Queue[Block | None]") -> None:
+    """Read what is requested until every ring has ended or failed."""
+    items = read_rings(task)
+    wanted: Counter[int] = Counter()
+    while items:
+        while not wanted or not requests.empty():
+            if (ring := requests.get()) in items:
+                wanted[ring] += 1
+        # The trainer keeps as many requests open for each ring: where most are unanswered, it has the least in hand.
+        ring = max(wanted, key=lambda ring: (wanted[ring], -ring))
+        found, error = _next_items(items[ring])
+        if found:
+            blocks.put((ring, found))
+        if error:
+            blocks.put((ring, error))
+        wanted -= Counter({ring: 1})
+        if error or len(found) < _BLOCK_ITEMS:
+            del items[ring], wanted[ring]
+
+
+def _next_items(items: Iterator[Item]) -> tuple[list[Item], DataError | None]:
+    """Return the items of the next block, fewer at the end of the ring, and the error that ends it, if any."""
+    found: list[Item] = []
+    try:
+        for item in items:
+            found.append(item)
+            if len(found) == _BLOCK_ITEMS:
+                break
+    except DataError as error:
+        return found, error
+    return found, None
+
+
+def _listen(requests: "queue.Queue[int]") -> None:
+    while True:
+        [ring] = _REQUEST.unpack(_read(_REQUEST.size))
+        requests.put(ring)
+
+
+def _read(size: int) -> bytes:
+    """Read from the trainer. Not through `sys.stdin`, which a waiting thread would keep locked when Python ends."""
+    found = b""
+    while len(found) < size:
+        received = os.read(0, size - len(found))
+        if not received:
+            os._exit(1)  # the trainer is gone
+        found += received
+    return found
 
 
 def _send(blocks: "queue.Queue[Block | None]", pipe: IO[bytes]) -> None:

@@ -61,6 +61,11 @@ class Identity:
                 numerics[path] = value
             elif of.kind == "result" and not of.by_content:
                 result[path] = value
+        for index, limit in enumerate(config.data.epoch_limits):
+            # A limit that only refuses to start does not change what is trained.
+            result.pop(key := f"data.sources.{index}.max_epochs", None)
+            if config.data.past_max_epochs == "end_source":
+                result[key] = limit or "no limit"
         for index, source in enumerate(data["sources"]):
             result[f"data.sources.{index} contents"] = _contents(source)
         result[TOKENIZER] = tokenizer_sha256

@@ -154,14 +154,14 @@ def test_overrides_take_precedence_and_reach_lists() -> None:
     overrides = [
         "train.precision=fp32",
         "optimizer.adamw.lr=1e-2",
-        "data.sources.1.weight=2",
+        "data.sources.1.split_units=2",
         "wandb.mode=offline",
     ]
     assert apply_overrides(data, overrides) == []
     config = parse_config(data)
     assert config.train.precision == "fp32"
     assert config.optimizer.adamw.lr == 1e-2
-    assert config.data.sources[1].weight == 2
+    assert config.data.sources[1].split_units == 2
     assert config.wandb.mode == "offline"
 
 

@@ -1,7 +1,6 @@
 """Which tokens come, and in which order."""
 
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ from tests.data.oracle import epoch_texts, oracle_rows
     rows_per_group=st.integers(1, 4),
     lanes=st.integers(1, 4),
     split_units=st.integers(1, 3),
-    weight=st.sampled_from([1.0, 2.0, 1.5]),
     sequence_length=st.integers(1, 20),
     epochs=st.integers(1, 3),
     seed=st.integers(0, 5),
@@ -31,12 +29,12 @@ from tests.data.oracle import epoch_texts, oracle_rows
 )
 def test_batches_are_those_of_the_definition(
     tmp_path: Path, tokenizer: TokenizerConfig, texts: list[str], rows_per_group: int, lanes: int, split_units: int,
-    weight: float, sequence_length: int, epochs: int, seed: int, batch: int,
+    sequence_length: int, epochs: int, seed: int, batch: int,
 ) -> None:  # fmt: skip
     path = write_parquet(tmp_path / "a.parquet", [*texts, "one that is not empty"], rows_per_group)
     groups = -(-(len(texts) + 1) // rows_per_group)
     setting = make_setting(
-        tokenizer, path, lanes=min(lanes, groups * split_units), split_units=split_units, weight=weight, seed=seed,
+        tokenizer, path, lanes=min(lanes, groups * split_units), split_units=split_units, seed=seed,
         sequence_length=sequence_length, epochs=epochs,
     )  # fmt: skip
     batches = drain(setting.open(), batch)
@@ -118,45 +116,14 @@ def test_order_depends_on_seed_and_epoch_but_the_documents_do_not(tmp_path: Path
 def test_the_order_of_a_seed_never_changes() -> None:
     """Saved states rely on it, whatever is installed: these orders are written down."""
     units = tuple(Unit(DataFile(name), TextRecipe(), None, None, 0, 1) for name in "abcdefgh")
-    order = ["".join(u.file.path for u in epoch_order((units,), (Fraction(1),), seed=7, epoch=e)) for e in (0, 1)]
+    order = ["".join(u.file.path for u in epoch_order({0: units}, seed=7, epoch=e)) for e in (0, 1)]
     assert order == ["bcdfhgea", "eahdfcbg"]
-
-
-@pytest.mark.parametrize(
-    ("weight", "expected"),
-    [(1.0, [4, 4, 4]), (2.0, [8, 8, 8]), (0.5, [2, 2, 2]), (1.5, [6, 6, 6]), (0.3, [1, 1, 2]), (0.29, [1, 1, 1])],
-)
-def test_weight_is_the_number_of_passes_per_epoch(
-    tmp_path: Path, tokenizer: TokenizerConfig, weight: float, expected: list[int]
-) -> None:
-    path = write_parquet(tmp_path / "a.parquet", ["a", "b", "c", "d"], 1)
-    setting = make_setting(tokenizer, path, weight=weight, lanes=1)
-    counts = [Counter(_lane_texts(setting, epoch)) for epoch in range(3)]
-    assert [count.total() for count in counts] == expected
-    whole = int(weight)
-    assert all(whole <= count[text] <= whole + 1 for count in counts for text in "abcd")
-
-
-def test_a_fractional_weight_chooses_other_units_in_other_epochs(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [str(i) for i in range(20)], 1)
-    setting = make_setting(tokenizer, path, weight=0.5, lanes=1)
-    assert len({frozenset(_lane_texts(setting, epoch)) for epoch in range(4)}) == 4
-
-
-def test_sources_are_mixed_by_their_own_weights(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
-    often = write_parquet(tmp_path / "often.parquet", ["a", "b"], 1)
-    once = write_parquet(tmp_path / "once.parquet", ["c", "d"], 1)
-    setting = make_setting(tokenizer, often, once, lanes=2)
-    often_source, once_source = setting.config.sources
-    setting = setting.changed(sources=[often_source.model_copy(update={"weight": 3.0}), once_source], lanes=4)
-    assert Counter(_lane_texts(setting, 0)) == Counter({"a": 3, "b": 3, "c": 1, "d": 1})
-    assert rows(drain(setting.open(), 3)) == oracle_rows(setting)
 
 
 def test_units_are_dealt_to_all_lanes_in_turn(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     path = write_parquet(tmp_path / "a.parquet", [str(i) for i in range(11)], 1)
     plan = make_plan(make_setting(tokenizer, path, lanes=4).config, "train", None)
-    order = epoch_order(plan.units, plan.weights, 0, 5)
+    order = epoch_order(plan.rings[0].units, 0, 5)
     dealt = [plan.lane_units(5, lane) for lane in range(4)]
     assert [dealt[index % 4][index // 4] for index in range(11)] == order
 

@@ -101,8 +101,8 @@ def test_a_dead_worker_of_one_rank_is_not_bad_input_on_the_other(
     """A message that all ranks raised as a DataError would send the reader to look for a fault in the data."""
     path = write_parquet(tmp_path / "a.parquet", make_texts(2, 12), 3)
 
-    def pull(reader: InlineReader) -> Item:
-        item = next(reader._items)
+    def pull(reader: InlineReader, ring: int) -> Item:
+        item = next(reader._items[ring])
         if item.lane == 1:
             raise RuntimeError("a data worker ended unexpectedly")
         return item

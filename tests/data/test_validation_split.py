@@ -28,7 +28,7 @@ def test_the_splits_divide_the_documents(tmp_path: Path, tokenizer: TokenizerCon
 def test_no_setting_of_the_order_changes_the_validation_batches(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     path = write_parquet(tmp_path / "a.parquet", TEXTS, 6)
     setting = make_setting(tokenizer, path, validation_fraction=0.3, epochs=None, split="validation")
-    source = setting.config.sources[0].model_copy(update={"weight": 2.5})
+    source = setting.config.sources[0].model_copy(update={"max_epochs": 1})
     others = [setting.changed(lanes=5), setting.changed(seed=9), setting.changed(sources=[source])]
     expected = rows(drain(setting.open(), 4))
     assert all(rows(drain(other.open(), 4)) == expected for other in others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.arguments import add_config
@@ -42,8 +43,9 @@ def run(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     tokenizer = load_tokenizer(config.tokenizer)
-    estimates = estimate_sources(config.data, make_catalog(config.data), tokenizer, TO_INSPECT, options.seed)
-    budgets = source_budgets(config, estimates)
+    catalog = make_catalog(config.data)
+    estimates = estimate_sources(config.data, catalog, tokenizer, TO_INSPECT, options.seed)
+    budgets = source_budgets(config, catalog, estimates)
     if options.json:
         sources = [_as_json(*pair) for pair in zip(estimates, budgets, strict=True)]
         print(json.dumps({"total_tokens": config.train.total_tokens, "sources": sources}, indent=1))
@@ -57,7 +59,9 @@ def _as_text(estimate: SourceEstimate, budget: SourceBudget) -> list[str]:
     from pretrain.data.estimate import rounded
 
     licences = ", ".join(estimate.licences) or "not known"
+    allowed = f"{budget.max_epochs:g} allowed" if math.isfinite(budget.max_epochs) else "no limit"
     rows = [
+        ("path", estimate.path),
         ("files", f"{estimate.files:,}, {estimate.bytes:,} bytes"),
         ("licences", licences),
         ("documents", str(estimate.documents)),
@@ -72,7 +76,7 @@ def _as_text(estimate: SourceEstimate, budget: SourceBudget) -> list[str]:
         (
             "this run",
             f"{budget.share:.3g} of its tokens, about {rounded(budget.epochs)} epochs of the training split "
-            f"({budget.max_epochs:g} allowed)",
+            f"({allowed})",
         ),
         *(("", how) for how in estimate.how),
         *(("unreadable", problem) for problem in estimate.problems),
@@ -115,7 +119,7 @@ def _as_json(estimate: SourceEstimate, budget: SourceBudget) -> dict[str, Any]:
             "epochs": budget.epochs,
             "least_epochs": budget.least_epochs,
             "most_epochs": budget.most_epochs if budget.available.lower else None,
-            "max_epochs": budget.max_epochs,
+            "max_epochs": budget.max_epochs if math.isfinite(budget.max_epochs) else None,
         },
         "examples": [text[:_EXAMPLE_CHARACTERS] for text in estimate.examples],
     }

@@ -1,0 +1,153 @@
+"""The rings of a stream: where each source is, and the items of its lanes that no batch has taken yet."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from pretrain.data.mixture import Schedule
+from pretrain.data.order import Ring
+from pretrain.data.packing import EpochEnd, PackedSequence
+from pretrain.data.state import LaneState, SourceState
+from pretrain.data.workers import Reader
+
+
+@dataclass
+class RingPosition:
+    """Where a ring is: all of its state but the cursors of the lanes. The same on every rank."""
+
+    ring: Ring
+    epoch: int
+    turns: deque[int]
+    """The lanes that have not left the ring in this epoch, beginning with the next one."""
+    sequences: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    whole_epoch: bool
+    """Whether this epoch is read from its beginning; not after a resume."""
+    epoch_sequences: int = 0
+    """Sequences of this epoch since its beginning or the resume."""
+
+    @classmethod
+    def of(cls, ring: Ring, saved: SourceState, *, resumed: bool) -> Self:
+        """Restore the position of a ring."""
+        left = set(saved["left"])
+        turns = deque(lane for number, lane in enumerate(ring.lanes) if number not in left)
+        while turns and turns[0] != ring.lanes[saved["next_lane"]]:
+            turns.rotate(-1)
+        return cls(
+            ring,
+            saved["epoch"],
+            turns if saved["epoch"] != ring.epochs else deque(),
+            sequences=saved["sequences"],
+            tokens=saved["tokens"],
+            documents=saved["documents"],
+            text_bytes=saved["text_bytes"],
+            whole_epoch=not resumed,
+        )
+
+    def state(self, lanes: list[LaneState]) -> SourceState:
+        """Return what is saved, with the positions of its lanes."""
+        first = self.ring.lanes.start
+        return SourceState(
+            epoch=self.epoch,
+            next_lane=self.turns[0] - first if self.turns else 0,
+            left=[lane - first for lane in self.ring.lanes if lane not in set(self.turns)],
+            lanes=lanes,
+            sequences=self.sequences,
+            tokens=self.tokens,
+            documents=self.documents,
+            text_bytes=self.text_bytes,
+        )
+
+    def copy(self) -> Self:
+        """Return an independent position."""
+        return replace(self, turns=self.turns.copy())
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last epoch is over."""
+        return self.epoch == self.ring.epochs
+
+    def begin_epoch(self) -> None:
+        """Let all lanes return for the next epoch, unless it was the last one."""
+        self.epoch += 1
+        self.whole_epoch, self.epoch_sequences = True, 0
+        self.turns.extend(() if self.ended else self.ring.lanes)
+
+    def count(self, length: int, text_bytes: int, documents: int) -> None:
+        """Count a sequence."""
+        self.sequences += 1
+        self.tokens += length
+        self.text_bytes += text_bytes
+        self.documents += documents
+
+
+class RingQueues:
+    """The items of a reader's lanes of one ring that it has yielded and no batch has taken yet, by lane."""
+
+    def __init__(self, reader: Reader, ring: int, lanes: Sequence[int]) -> None:
+        self.reader, self.ring = reader, ring
+        self.documents = 0
+        """Documents of this epoch, over the lanes that have reached its end."""
+        self._ready: dict[int, deque[PackedSequence]] = {lane: deque() for lane in lanes}
+        self._ended: set[int] = set()
+
+    def look_ahead(self, lane: int, wanted: int) -> int:
+        """Return how many sequences of the epoch a lane has, at most `wanted`."""
+        while len(self._ready[lane]) < wanted and lane not in self._ended:
+            item = self.reader.pull(self.ring)
+            if isinstance(item, EpochEnd):
+                self._ended.add(item.lane)
+                self.documents += item.documents
+            else:
+                self._ready[item.lane].append(item)
+        return min(wanted, len(self._ready[lane]))
+
+    def take(self, lane: int) -> PackedSequence:
+        """Remove the next sequence of a lane."""
+        return self._ready[lane].popleft()
+
+    def begin_epoch(self) -> None:
+        """Expect sequences from all lanes again."""
+        self._ended.clear()
+        self.documents = 0
+
+
+def take_turns(
+    schedule: Schedule,
+    rings: Sequence[RingPosition],
+    ready: Sequence[int],
+    wanted: dict[int, int],
+    dealt: list[int],
+    missing: int,
+) -> list[int]:
+    """Deal at most `missing` rows to the lanes whose turn it is; return the lane of each row.
+
+    Advances `schedule`, `rings` and `dealt`. Stops early where a source's epoch is over, and at a lane whose next
+    sequences are not known yet: those that are ready were not all that it has.
+
+    Args:
+        schedule: says which ring each row comes from.
+        rings: the rings.
+        ready: sequences of each lane for this batch that are known to exist.
+        wanted: how many were asked for; a lane with fewer has no others in this epoch.
+        dealt: rows of this batch that each lane has been dealt.
+        missing: rows that the batch still lacks.
+
+    """
+    rows: list[int] = []
+    while len(rows) < missing and (source := schedule.next()) is not None:
+        ring = rings[source]
+        while ring.turns and dealt[ring.turns[0]] == ready[ring.turns[0]] < wanted.get(ring.turns[0], 0):
+            ring.turns.popleft()  # its epoch is over
+        if not ring.turns or dealt[ring.turns[0]] >= ready[ring.turns[0]]:
+            break
+        lane = ring.turns[0]
+        rows.append(lane)
+        dealt[lane] += 1
+        ring.epoch_sequences += 1
+        ring.turns.rotate(-1)
+        schedule.take(source)
+    return rows
