@@ -51,6 +51,7 @@ from pretrain.run.identity import Identity
 from pretrain.run.manifest import git_commit, write_manifest
 from pretrain.run.resume import choose_checkpoint, rewind
 from pretrain.run.wandb import make_tracker
+from pretrain.training.epochs import EpochNotices
 from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
 from pretrain.training.trainer import Trainer, TrainState
@@ -198,6 +199,7 @@ def _build(
         catalog=setup.inputs.catalog,
     )
     opened.callback(stream.close)
+    notices = EpochNotices(stream, config.data.epoch_limits)
     hooks = _make_hooks(setup, optimizer)
     state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
     run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, state.step, routing))
@@ -211,6 +213,8 @@ def _build(
             setup.folder.metrics.append(record)
         tracker.log(record)
         display.step(record)
+        for line in notices.lines(record["step"]):
+            display.say(line)
 
     return Trainer(
         config,

@@ -78,6 +78,53 @@ def test_files_in_another_order_are_other_data(tiny_config: MakeConfig, tmp_path
         train(tiny_config(changes))
 
 
+def mixed(tmp_path: Path, **data: Any) -> dict[str, Any]:
+    """Two sources; the small one is read once in about two steps."""
+    texts = {"web": 400, "code": 12}
+    for name, count in texts.items():
+        lines = [json.dumps({"text": f"{name} {number} said the whale " * 9}) for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = [{"path": f"{tmp_path}/{name}.jsonl", "split_units": 3} for name in texts]
+    return {**SHORT, "data.sources": sources, **{f"data.{key}": value for key, value in data.items()}}
+
+
+def test_a_run_of_a_mixture_resumes_and_says_when_epochs_begin(
+    tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [{"mixture": {"web": 1, "code": 2}, "until_tokens": 1500}, {"mixture": {"web": 0.3, "code": 0.7}}]
+    changes = mixed(tmp_path, stages=stages)
+    straight = tiny_config({**changes, "run.name": "straight"})
+    assert train(straight) == 0
+    said = capsys.readouterr().out
+    assert "source code: epoch 2 begins at step" in said
+    assert "stage 2 of the mixture has been reached at step 2" in said
+    assert train(tiny_config(changes), stop_at=2) == 75
+    assert train(tiny_config(changes), stop_at=4) == 75
+    assert train(tiny_config(changes)) == 0
+    assert weights(tiny_config(changes)) == weights(straight)
+    state = index(straight)["data_state"]
+    assert sum(source["sequences"] for source in state["sources"]) == state["sequences_emitted"] == 6 * 768 // 32
+
+
+def test_a_limit_of_epochs_is_part_of_a_run_only_where_it_ends_a_source(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    changes = mixed(tmp_path, mixture={"web": 0.9, "code": 0.1})
+    web, code = changes["data.sources"]
+    unlimited = [web, {**code, "max_epochs": None}]
+    assert train(tiny_config(changes), stop_at=1) == 75
+    assert train(tiny_config({**changes, "data.sources": unlimited}), stop_at=2) == 75
+    with pytest.raises(RunError, match=r"data\.mixture: \{'web': 0\.9, 'code': 0\.1\} in the run"):
+        train(tiny_config({**changes, "data.mixture": {"web": 0.8, "code": 0.2}}))
+    ending = {**changes, "data.past_max_epochs": "end_source", "run.name": "ending"}
+    with pytest.raises(RunError, match=r"data\.past_max_epochs: None in the run, 'end_source' now"):
+        train(tiny_config({**ending, "run.name": "tiny"}))
+    assert train(tiny_config(ending), stop_at=1) == 75
+    with pytest.raises(RunError, match=r"data\.sources\.1\.max_epochs: 4 in the run, 'no limit' now"):
+        train(tiny_config({**ending, "data.sources": unlimited}))
+    assert train(tiny_config(ending)) == 0
+
+
 @pytest.mark.parametrize("steps", [4, 9])
 def test_a_run_is_shortened_or_extended_with_a_warning(
     steps: int, tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]

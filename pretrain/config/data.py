@@ -155,6 +155,15 @@ class DataConfig(Section):
         defaults = {"mixture": None, "stages": None, "past_max_epochs": "error"}
         return {key for key, value in defaults.items() if getattr(self, key) == value}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_weight_of_one_source(cls, data: Any) -> Any:
+        """The config in the folder of an older run says `weight: 1.0`, and may be used for another one."""
+        match data:
+            case {"sources": [{"weight": 1 | 1.0, **source}], **others}:
+                return {**others, "sources": [source]}
+        return data
+
     @model_validator(mode="after")
     def _check_mixtures(self) -> Self:
         problems = [*self._name_problems(), *self._mixture_problems(), *self._stage_problems()]

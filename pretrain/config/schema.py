@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,11 +115,12 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 
 
 def is_section(path: str) -> bool:
-    """Return whether a dotted path names a section rather than a single key."""
+    """Return whether a dotted path names a section rather than a single key, or a list of sections that may be null."""
     section: type[Section] | None = Config
     for part in path.split("."):
         if section is None or (not part.isdecimal() and part not in section.model_fields):
             return False
         if not part.isdecimal():
-            section = section_in(section.model_fields[part].annotation)
+            annotation = section.model_fields[part].annotation
+            section = None if type(None) in typing.get_args(annotation) else section_in(annotation)
     return section is not None

@@ -21,6 +21,7 @@ OTHERS = {
     "run.deterministic": "numerics",
     "tokenizer.path": "result (contents)",
     "data.sources.path": "result (contents)",
+    "data.sources.name": "note",
     "data.sources.licence": "note",
     "data.sources.name": "note",
     "data.workers": "execution",

@@ -43,6 +43,13 @@ FITTING: dict[str, list[Any]] = {
     "schedule.decay_fraction": [0, 0.0, 0.5, 1],
     "schedule.final_fraction": [0, 0.1, 1],
     "data.validation_fraction": [0, 0.0, 0.5],
+    "data.sources.0.name": [None, "web"],
+    "data.mixture": [None, {"corpus": 1}, {"sotu": 1, "moby_dick": 0.3, "austen": 1e-9}],
+    "data.stages": [
+        None,
+        [{"mixture": {"corpus": 0.5}, "until_tokens": 4096}, {"mixture": {"corpus": 1}}],
+        [{"mixture": {"sotu": 1}, "until_tokens": 1e6}, {"mixture": {"moby_dick": 0.3, "austen": 1, "sotu": 0}}],
+    ],
     "optimizer.row_blocks": [{}, {r"q_proj\.weight": 2, "k": [1, 2]}],
     "run.name": ["1e5", "0_1", ".5", "true", "a.b-C"],
 }

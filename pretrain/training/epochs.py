@@ -1,0 +1,39 @@
+"""Lines for the display when a source begins an epoch or ends, or the mixture changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pretrain.data import TokenStream
+
+
+class EpochNotices:
+    """Compares the progress of a stream with what it was at the last call.
+
+    Args:
+        stream: at the position where training begins or continues.
+        limits: the epochs after which each source ends; None if it never does.
+    """
+
+    def __init__(self, stream: TokenStream, limits: Sequence[int | None]) -> None:
+        self._stream, self._limits = stream, limits
+        self._epochs, self._stage = self._read()
+
+    def lines(self, step: int) -> list[str]:
+        """Return what has begun or ended with the batch of a step."""
+        before, stage_before = self._epochs, self._stage
+        self._epochs, self._stage = self._read()
+        found = []
+        for (name, epochs), limit in zip(self._epochs.items(), self._limits, strict=True):
+            if epochs == before[name]:
+                continue
+            if epochs == limit:
+                found.append(f"source {name}: has ended after {epochs} epochs (max_epochs), at step {step}")
+            else:
+                found.append(f"source {name}: epoch {epochs + 1} begins at step {step}")
+        if self._stage != stage_before:
+            found.append(f"stage {self._stage + 1} of the mixture has been reached at step {step}")
+        return found
+
+    def _read(self) -> tuple[dict[str, int], int]:
+        return {name: source.epochs for name, source in self._stream.progress().items()}, self._stream.stage
