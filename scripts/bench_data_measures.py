@@ -204,11 +204,11 @@ def _states(setting: Setting, config: DataConfig, places: tuple[float, ...]) -> 
     found: dict[float, Any] = {}
     stream = setting.stream(config)
     try:
-        read = 0
         while wanted:
-            read += stream.next_batch(setting.batch_sequences).text_bytes
-            if read >= wanted[0] * total:
-                found[wanted.pop(0)] = stream.state()
+            stream.next_batch(setting.batch_sequences)
+            state = stream.state()
+            if state["text_bytes"] >= wanted[0] * total:
+                found[wanted.pop(0)] = state
     finally:
         stream.close()
     return found
