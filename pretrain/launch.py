@@ -32,6 +32,7 @@ from pretrain.data import (
     load_tokenizer,
     separator_id,
 )
+from pretrain.data.budget import describe_data
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
 from pretrain.files import replacing
@@ -128,6 +129,8 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     inputs = engine.ranks.on_rank_0(
         lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found)
     )
+    for warning in inputs.warnings:
+        display.warn(warning)
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
     return Setup(config, engine, folder, display, tokenizer, found, inputs, identity)
 
@@ -206,7 +209,7 @@ def _build(
     run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, state.step, routing))
     tracker = _on_every_rank(engine, lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn))
     opened.callback(tracker.close)
-    for line in [*summary, *engine.describe()]:
+    for line in [*summary, *describe_data(setup.inputs.budgets), *engine.describe()]:
         display.say(line)
 
     def log(record: dict[str, Any]) -> None:

@@ -1,109 +1,118 @@
 #!/usr/bin/env python
-"""Speed of the input pipeline, in one process, against bare batch encoding of the same text into arrays.
+"""Speed and memory of the data pipeline: the figures of docs/benchmarks/data.md.
 
-In each round, both sides process all of the text, in alternating parts, in this process and with the same threads (set
-RAYON_NUM_THREADS to choose their number), so that other load on the machine affects both. The result is the median of
-the ratios of the rounds. The bare side has its texts in memory and a warm tokenizer; the pipeline also lists and opens
-the files, loads the tokenizer, decodes parquet, orders, packs and assembles batches.
+    python scripts/bench_data.py [--only 1 4] [--megabytes 64] [--large-megabytes 1000] [--json build/data.json]
+    python scripts/bench_data.py --table build/data.json docs/benchmarks/data.md
+
+The numbers are those of the list below. Both sides of a ratio do the same work alternately, in this process and with
+the same threads (RAYON_NUM_THREADS sets their number), so that other load on the machine affects both; a figure is the
+median of the ratios of the rounds.
+
+    1  one process, files to packed batches, over raw batch encoding; two workers over two independent processes
+    4  the first batch after a resume at 95 % of the text, over one at 5 %
+    5  over `datasets` of Hugging Face in streaming mode, with the same files, tokenizer and packing
+    6  resident memory and open files over the whole text, with 128 lanes
 """
 
 import argparse
+import json
 import os
-import statistics
-import time
-from collections.abc import Iterator, Sequence
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-from tokenizers import Tokenizer
+from bench_data_inputs import write_files
+from bench_data_measures import Row, Setting, after_resume, against_datasets, against_encoding, memory, two_workers
 
-from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
-from pretrain.data import TokenStream, load_tokenizer, make_catalog
-from pretrain.data.formats import read_unit
+from pretrain.config.data import TokenizerConfig
 
-TARGET = 0.9
-PARTS = 8
+TOKENIZER = Path(__file__).parents[1] / "assets/tokenizer/tokenizer.json"
+HEAD = """\
+# Data pipeline
 
+<!-- Written by `python scripts/bench_data.py --table`; do not edit. -->
 
-def encode_bare(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[int]:
-    """Encode the texts in `PARTS` calls, turn them into int32 arrays; yield the number of tokens of each part."""
-    for begin in range(0, len(texts), step := -(-len(texts) // PARTS)):
-        encodings = tokenizer.encode_batch(texts[begin : begin + step], add_special_tokens=False)
-        yield sum(len(array) for array in [np.array(encoding.ids, dtype=np.int32) for encoding in encodings])
+`scripts/bench_data.py` on {cores} cores of {machine} with {threads} threads of the tokenizer; {megabytes:g} MB of text
+for numbers 1 and 5, {large_megabytes:g} MB for 4 and 6; medians of {rounds} rounds.
 
-
-def run_pipeline(
-    config: DataConfig, tokenizer: TokenizerConfig, sequence_length: int, batch_sequences: int, total: int
-) -> Iterator[int]:
-    """Read one epoch from the files to the last batch; yield the number of targets after every 1/PARTS of `total`."""
-    stream = TokenStream(config, tokenizer, sequence_length, epochs=1)
-    targets = 0
-    try:
-        while True:
-            targets += stream.next_batch(batch_sequences).num_targets
-            if targets > total // PARTS:
-                yield targets
-                targets = 0
-    except StopIteration:
-        yield targets
-    finally:
-        stream.close()
+| number | what | measured | target | absolute |
+|---|---|---|---|---|
+"""
 
 
-class Clock:
-    """Runs one side part by part and sums the time and the tokens."""
+def measure(setting: Setting, numbers: Sequence[int]) -> list[Row]:
+    """Measure the numbers and print each row when it is known."""
+    files = None
+    if 1 in numbers:
+        files = write_files(setting.folder / "text", ".parquet", setting.megabytes, files=16)
+    measures: dict[int, list[Callable[[], list[Row]]]] = {
+        1: [lambda: against_encoding(setting, files), lambda: two_workers(setting, files)] if files else [],
+        4: [lambda: after_resume(setting)],
+        5: [lambda: against_datasets(setting)],
+        6: [lambda: memory(setting)],
+    }
+    rows: list[Row] = []
+    for number in numbers:
+        for one in measures[number]:
+            for row in one():
+                print("  ".join(_cells(asdict(row))), flush=True)
+                rows.append(row)
+    return rows
 
-    def __init__(self, parts: Iterator[int]) -> None:
-        self.parts = parts
-        self.seconds = 0.0
-        self.tokens = 0
 
-    def run_part(self) -> bool:
-        """Process the next part; return whether there was one."""
-        start = time.perf_counter()
-        tokens = next(self.parts, None)
-        self.seconds += time.perf_counter() - start
-        self.tokens += tokens or 0
-        return tokens is not None
+def _cells(row: dict[str, Any]) -> list[str]:
+    value = f"{row['value']:.2f}" if row["unit"] == "x" else f"{row['value']:,.0f} {row['unit']}"
+    return [str(row["number"]), row["what"], value, row["target"] or "-", row["detail"]]
+
+
+def page(report: dict[str, Any]) -> str:
+    """The Markdown page of a report."""
+    return HEAD.format(**report) + "".join(f"| {' | '.join(_cells(row))} |\n" for row in report["rows"])
 
 
 def main() -> None:
-    """Run the rounds and print the table."""
+    """Measure, or write the table of an earlier measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="assets/corpus", help="file, folder or glob (default: %(default)s)")
-    parser.add_argument("--tokenizer", default="assets/tokenizer/tokenizer.json", help="(default: %(default)s)")
-    parser.add_argument("--lanes", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--only", type=int, nargs="+", choices=(1, 4, 5, 6), default=[1, 4, 5, 6], metavar="NUMBER")
+    parser.add_argument("--tokenizer", default=str(TOKENIZER), help="(default: the vendored one)")
     parser.add_argument("--sequence-length", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--batch-sequences", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=64, help="text for 1 and 5 (default: %(default)s)")
+    parser.add_argument("--large-megabytes", type=float, default=1000, help="text for 4 and 6 (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the report there")
+    parser.add_argument("--table", type=Path, nargs=2, metavar=("JSON", "PAGE"), help="only write the page of a report")
     args = parser.parse_args()
-
-    source = SourceConfig(path=args.source)
-    config = DataConfig(sources=(source,), lanes=args.lanes, validation_fraction=0.0)
-    tokenizer_config = TokenizerConfig(path=args.tokenizer)
-    tokenizer = load_tokenizer(tokenizer_config)
-    [units] = make_catalog(config).units(config)
-    texts = [text for unit in units for _, text in read_unit(unit, 0, 1 << 20) if isinstance(text, str)]
-    size = sum(len(text.encode()) for text in texts)
-    threads = os.environ.get("RAYON_NUM_THREADS") or len(os.sched_getaffinity(0))
-    print(f"{args.source}: {len(texts):,} documents, {size / 1e6:.1f} MB; {threads} tokenizer threads")
-    print(f"{args.lanes} lanes, sequences of {args.sequence_length} tokens, {args.batch_sequences} per batch\n")
-
-    print(f"{'round':>6} {'bare tokens/s':>14} {'pipeline tokens/s':>18} {'ratio':>6}")
-    bare_rates, rates, ratios = [], [], []
-    total = sum(encode_bare(tokenizer, texts)) + len(texts)  # the separators are targets as well
-    for number in range(1, args.rounds + 1):
-        bare = Clock(encode_bare(tokenizer, texts))
-        pipeline = Clock(run_pipeline(config, tokenizer_config, args.sequence_length, args.batch_sequences, total))
-        turns = [bare, pipeline] if number % 2 else [pipeline, bare]
-        while sum(side.run_part() for side in turns):  # both sides run, even if the other has finished
-            pass
-        assert pipeline.tokens == total, "every token, and one separator per document, is a target exactly once"
-        bare_rates.append(bare.tokens / bare.seconds)
-        rates.append(bare.tokens / pipeline.seconds)  # separators do not count as work
-        ratios.append(bare.seconds / pipeline.seconds)
-        print(f"{number:>6} {bare_rates[-1]:>14,.0f} {rates[-1]:>18,.0f} {ratios[-1]:>6.3f}")
-    medians = [statistics.median(values) for values in (bare_rates, rates, ratios)]
-    print(f"{'median':>6} {medians[0]:>14,.0f} {medians[1]:>18,.0f} {medians[2]:>6.3f}  (target: at least {TARGET})")
+    if args.table:
+        args.table[1].write_text(page(json.loads(args.table[0].read_text())), encoding="utf-8")
+        return
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
+        setting = Setting(
+            folder=Path(folder),
+            tokenizer=TokenizerConfig(path=args.tokenizer),
+            sequence_length=args.sequence_length,
+            batch_sequences=args.batch_sequences,
+            megabytes=args.megabytes,
+            large_megabytes=args.large_megabytes,
+            rounds=args.rounds,
+        )
+        rows = measure(setting, sorted(set(args.only)))
+    report = {
+        "machine": platform.machine(),
+        "cores": cores,
+        "threads": int(os.environ.get("RAYON_NUM_THREADS") or cores),
+        "megabytes": args.megabytes,
+        "large_megabytes": args.large_megabytes,
+        "rounds": args.rounds,
+        "rows": [asdict(row) for row in rows],
+    }
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

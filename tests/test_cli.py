@@ -16,7 +16,7 @@ import torch
 from pretrain.checkpoint.store import CheckpointReader
 from pretrain.cli import main
 from pretrain.cli.command import build_parser
-from pretrain.cli.reference import PAGE, page
+from pretrain.cli.reference import PAGE, page, verb_parsers
 from pretrain.config import Config
 
 MakeConfig = Callable[..., Config]
@@ -30,7 +30,7 @@ def config_file(tiny_config: MakeConfig, tmp_path: Path) -> Path:
     return file
 
 
-VERBS = ("check", "config", "train", "plan", "sweep", "export", "eval", "report")
+VERBS = ("check", "config", "data", "train", "plan", "sweep", "export", "eval", "report")
 
 
 @pytest.mark.parametrize("arguments", [("--help",), *((verb, "--help") for verb in VERBS)])
@@ -51,9 +51,9 @@ def test_help_loads_no_heavy_library(arguments: tuple[str, ...]) -> None:
 
 
 def test_every_argument_of_every_verb_has_help() -> None:
-    verbs = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    assert tuple(verbs.choices) == VERBS
-    for name, verb in verbs.choices.items():
+    verbs = dict(verb_parsers(build_parser()))
+    assert tuple(dict.fromkeys(name.partition(" ")[0] for name in verbs)) == VERBS
+    for name, (verb, _) in verbs.items():
         assert verb.description, name
         for action in verb._actions:
             assert action.help, (name, action.dest)
@@ -66,7 +66,7 @@ def test_the_page_of_the_command_line_is_up_to_date(monkeypatch: pytest.MonkeyPa
     for columns in ("40", "200"):
         monkeypatch.setenv("COLUMNS", columns)
         assert PAGE.read_text(encoding="utf-8") == page()
-    for verb in VERBS:
+    for verb in dict(verb_parsers(build_parser())):
         assert f"\n## aurora {verb}\n" in page()
     assert "--local" not in page()
 

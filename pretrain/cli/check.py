@@ -36,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
     """Check a config, or the configs of a sweep."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.config import load_config
+    from pretrain.data.budget import describe_data
     from pretrain.model.build import build_model
     from pretrain.planning.summary import describe, format_routing
     from pretrain.sweep import is_sweep_file
@@ -47,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     model = build_model(config.model, config.run.seed, device="meta")
     print(config.to_yaml())
     print("\n".join([*format_routing(config, model), "", *describe(config, model, world_size=1)]))
-    print("\n".join(_remote_lines(inputs)), end="\n" * bool(_remote_lines(inputs)))
+    lines = [*describe_data(inputs.budgets), *_remote_lines(inputs), *(f"warning: {line}" for line in inputs.warnings)]
+    print("\n".join(lines), end="\n" * bool(lines))
     return 0
 
 
@@ -99,10 +101,12 @@ def _check_sweep(path: Path, overrides: Sequence[str], online: bool) -> int:
         raise ConfigError([f"{overrides[0]}: a sweep takes no overrides on the command line; put them into the file"])
     sweep = read_sweep(path)
     checked = set()
+    warnings: dict[str, None] = {}
     for config in (job.config for job in plan_jobs(sweep) if job.config):
-        inputs = (config.data.model_dump_json(), config.tokenizer.model_dump_json(), config.model.vocab_size)
+        sections = (config.data, config.tokenizer, config.train)
+        inputs = (*(section.model_dump_json() for section in sections), config.model.vocab_size)
         if inputs not in checked:
-            _check_inputs(config, online)
+            warnings.update(dict.fromkeys(_check_inputs(config, online).warnings))
             checked.add(inputs)
-    print("\n".join(format_status(sweep)))
+    print("\n".join([*format_status(sweep), *(f"warning: {line}" for line in warnings)]))
     return 0

@@ -29,14 +29,29 @@ HEAD = """\
 def page() -> str:
     """The whole page."""
     parser = build_parser()
-    verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    rows = [f"| [`aurora {item.dest}`](#aurora-{item.dest}) | {_cell(item.help)} |" for item in verbs._choices_actions]
+    verbs = dict(verb_parsers(parser))
+    rows = [
+        f"| [`aurora {name}`](#aurora-{name.replace(' ', '-')}) | {_cell(purpose)} |"
+        for name, (_, purpose) in verbs.items()
+    ]
     codes = [line.split(maxsplit=1) for line in EXIT_CODES.splitlines()[1:]]
     lines = [HEAD + "\n".join(rows), "", "## Exit codes", "", "| code | meaning |", "|---|---|"]
     lines += [f"| {code} | {_cell(meaning)} |" for code, meaning in codes]
-    for name, verb in verbs.choices.items():
+    for name, (verb, _) in verbs.items():
         lines += ["", *_section(name, verb)]
     return "\n".join(lines) + "\n"
+
+
+def verb_parsers(
+    parser: argparse.ArgumentParser, above: str = ""
+) -> Iterator[tuple[str, tuple[argparse.ArgumentParser, str]]]:
+    """Yield the name, parser and purpose of each verb; instead of a verb with sub-verbs, those."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for item in action._choices_actions:
+                verb, name = action.choices[item.dest], f"{above}{item.dest}"
+                below = list(verb_parsers(verb, f"{name} "))
+                yield from below or [(name, (verb, item.help or ""))]
 
 
 def _section(name: str, verb: argparse.ArgumentParser) -> Iterator[str]:

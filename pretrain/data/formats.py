@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
 
 from pretrain.data.bad_rows import BadRow
+from pretrain.data.cache import open_file
 from pretrain.data.compression import COMPRESSIONS
 from pretrain.data.errors import DataError
 from pretrain.data.json_lines import JsonText
-from pretrain.data.cache import open_file
 from pretrain.data.parquet import ParquetText
 from pretrain.data.units import TextRecipe, Unit
 

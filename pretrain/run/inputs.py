@@ -19,7 +19,9 @@ from pretrain.data import (
     tokenizer_problems,
     vocabulary_rows,
 )
+from pretrain.data.budget import SourceBudget, budget_problems, budget_warnings, source_budgets, vocabulary_warning
 from pretrain.data.catalog import Locked
+from pretrain.data.estimate import AT_START, estimate_sources
 from pretrain.data.hub_tokenizer import local_file
 from pretrain.files import file_sha256
 
@@ -32,6 +34,9 @@ class Inputs:
     data: dict[str, Any]
     """The data's fingerprint."""
     tokenizer_sha256: str
+    budgets: tuple[SourceBudget, ...] = ()
+    """How often the run reads each source, estimated; empty if a source cannot be looked at."""
+    warnings: tuple[str, ...] = ()
 
 
 def check_inputs(
@@ -42,7 +47,7 @@ def check_inputs(
     *,
     online: bool = True,
 ) -> Inputs:
-    """Read every local file that the run reads, and the first texts of its remote sources.
+    """Read every local file that the run reads and the first texts of its remote sources; estimate the epochs.
 
     Args:
         config: the run's config.
@@ -58,7 +63,7 @@ def check_inputs(
     if tokenizer is not None:
         encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, config.tokenizer), config.tokenizer.path)
     catalog, problems = survey(config.data, locked, encoder, online=online)
-    sha256 = ""
+    sha256, budgets, warnings = "", list[SourceBudget](), list[str]()
     if tokenizer is not None:
         rows = vocabulary_rows(tokenizer)
         if rows > config.model.vocab_size:
@@ -69,6 +74,11 @@ def check_inputs(
         located = located or config.tokenizer.model_copy(update={"path": str(local_file(config.tokenizer.path))})
         problems += tokenizer_problems(catalog, tokenizer, located)
         sha256 = file_sha256(Path(located.path))
+        warnings += vocabulary_warning(config, rows)
+        if not problems and all(source.files and (online or source.pinned is None) for source in catalog.sources):
+            budgets = source_budgets(config, catalog, estimate_sources(config.data, catalog, tokenizer, AT_START))
+            problems += budget_problems(budgets, config.train.total_tokens)
+            warnings += budget_warnings(config, budgets)
     if problems:
         raise ConfigError(problems)
-    return Inputs(catalog, dict(fingerprint(config.data, catalog)), tokenizer_sha256=sha256)
+    return Inputs(catalog, dict(fingerprint(config.data, catalog)), sha256, tuple(budgets), tuple(warnings))

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from eval import harness, schema
 from eval.errors import EvalError
-from eval.harness import evaluate, format_table, write_result
+from eval.harness import evaluate, format_table, item_texts, write_result
 from eval.schema import EvalResult
 from tests.eval.conftest import NUM_ITEMS, TOKENIZER, export_model, made_up_items, sha256, small_llama
 
@@ -80,6 +80,17 @@ def test_outcomes_are_those_of_log_likelihoods_computed_here(result: EvalResult,
     assert {item["acc"] for item in outcomes} == {0, 1}
     if task == "hellaswag":
         assert any(item["acc"] != item["acc_norm"] for item in outcomes)
+
+
+def test_the_text_of_an_item_is_its_prompt_with_the_correct_choice(fetched: dict[str, Any]) -> None:
+    texts = item_texts(ALL_TASKS, **fetched)
+    assert tuple(texts) == tuple(ALL_TASKS)
+    for task in ("hellaswag", "winogrande"):
+        assert texts[task] == ["".join(pairs[right]) for pairs, _, right in questions(task)]
+    assert all(len(found) == NUM_ITEMS for found in texts.values())
+    arc = made_up_items()["arc_easy"][0]
+    correct = arc["choices"]["text"]["ABCD".index(arc["answerKey"])]
+    assert texts["arc_easy"][0] == f"Question: {arc['question']}\nAnswer: {correct}"
 
 
 def test_means_and_standard_errors_are_those_of_the_items(result: EvalResult) -> None:

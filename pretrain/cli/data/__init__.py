@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.data import fetch, prepare, resolve, tokenizer
+from pretrain.cli.data import fetch, inspect, overlap, prepare, resolve, tokenizer
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
 
-VERBS: tuple[Any, ...] = (resolve, fetch, prepare, tokenizer)
+VERBS: tuple[Any, ...] = (inspect, resolve, fetch, prepare, tokenizer, overlap)
 """The modules of the sub-verbs, in the order of the help; each declares its arguments in ``add``."""
 
 
@@ -20,6 +20,6 @@ def add(verbs: Verbs) -> None:
         help="look at data, and get it ready for a run",
         description="Look at the data of a config, and get it ready for a run.",
     )
-    inner = parser.add_subparsers(required=True, metavar="VERB", parser_class=type(parser))
+    inner = parser.add_subparsers(required=True, metavar="VERB", parser_class=type(parser), help="what to do")
     for verb in VERBS:
         verb.add(inner)
