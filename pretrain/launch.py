@@ -23,7 +23,16 @@ from pretrain.checkpoint.state import fragments, group_settings, load_state, loa
 from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.config import Config, ConfigError
-from pretrain.data import Catalog, TokenStream, fingerprint, load_tokenizer, separator_id, survey, vocabulary_rows
+from pretrain.data import (
+    BadRowsError,
+    Catalog,
+    TokenStream,
+    fingerprint,
+    load_tokenizer,
+    separator_id,
+    survey,
+    vocabulary_rows,
+)
 from pretrain.data.budget import (
     SourceBudget,
     budget_problems,
@@ -169,7 +178,11 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         display.start(state.step, config.total_steps)
         opened.callback(display.close)
         with stop_requests(requests, notice, first_only=True, warn=display.warn):
-            outcome = trainer.fit(stop_at)
+            try:
+                outcome = trainer.fit(stop_at)
+            except BadRowsError as error:
+                setup.folder.allow_repair(error.path)
+                raise
     if outcome == "stopped":
         display.say(f"stopped after step {state.step}; start the same command again to continue")
         return STOPPED
@@ -318,8 +331,14 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
     shutil.copyfile(setup.config.tokenizer.path, folder.path / TOKENIZER_FILE)
     run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
     facts = {"id": run_id, "identity": setup.identity.record(), "data": setup.inputs.data, "routing": routing}
+    before = (folder.manifest() or {}).get("identity", {})
     launch = {
         "from_step": step,
+        "changed_data": {
+            key: [before[key], value]
+            for key, value in setup.identity.result.items()
+            if key in setup.identity.files and before.get(key, value) != value
+        },
         "world_size": engine.world_size,
         "device": str(engine.device),
         "precision": str(engine.precision),

@@ -4,10 +4,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pretrain.config.base import CONTENTS, EXECUTION, NOTE, RESULT, STORED, Section
 from pretrain.config.fields import InputPath, PositiveFloat, PositiveInt
+from pretrain.config.row_filter import parse_condition
+from pretrain.config.text_field import parse_text_field
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.processes.errors import did_you_mean
 
@@ -23,7 +25,8 @@ class SourceConfig(Section):
 
     path: Annotated[InputPath, CONTENTS]
     """A file, a folder (searched recursively) or a glob such as `corpus/**/*.parquet`, relative to the working
-    directory. Files are `.parquet`, `.jsonl`, `.jsonl.gz` or `.jsonl.zst`. A path that does not exist is an error
+    directory. Files are `.parquet`, or `.jsonl`, `.ndjson` or `.json`, each also `.gz`, `.zst` or `.zstd`, in any case.
+    A `.json` holds one object per line or one array of objects. A path that does not exist is an error
     before training starts. A run can be resumed with its data elsewhere, as long as the files and their order match."""
 
     name: Annotated[str | None, NOTE] = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
@@ -31,8 +34,17 @@ class SourceConfig(Section):
     path that is not a pattern, without the kind of file: `web` for `/data/web/**/*.parquet`. Unique."""
 
     text_field: str = Field(default="text", min_length=1)
-    """The parquet column, or the key of each JSON line, that holds the text. If it does not exist, the error lists
-    the columns that do."""
+    """The parquet column, or the key of each JSON object, that holds the text. If it does not exist, the error lists
+    those that do. A dot leads into a nested field (`meta.text`), unless a field has the dot in its own name. A value
+    with braces is a template of fields, such as `"{title}\\n\\n{text}"`: names only; `{{` and `}}` stand for braces. A
+    row whose fields are all empty has no text."""
+
+    where: str | None = None
+    """Which rows are read, as a condition on their fields: `language == "en" and score >= 3`. Knows `==`, `!=`, `<`,
+    `<=`, `>`, `>=`, `in ("a", "b")`, `not in`, `is null`, `is not null`, `and`, `or`, `not` and parentheses; strings in
+    quotes, numbers, `true` and `false`; dots lead into nested fields, and names in backquotes may hold any character.
+    Where a field is null or missing, every test of it but `is null` is false, `!=` and `not in` included; a value of
+    another kind than the literal is different from it, and neither smaller nor larger. None reads every row."""
 
     split_units: int = Field(default=1, ge=1)
     """The number of read units into which each file (JSON lines) or row group (parquet) is divided, by taking every
@@ -45,9 +57,22 @@ class SourceConfig(Section):
     licence: Annotated[str | None, NOTE] = None
     """The licence of the text, for the manifest and the model card, if the text has no column `licence`."""
 
+    @field_validator("text_field")
+    @classmethod
+    def _text_field_is_valid(cls, value: str) -> str:
+        parse_text_field(value)
+        return value
+
+    @field_validator("where")
+    @classmethod
+    def _where_is_valid(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_condition(value)
+        return value
+
     def implied(self) -> Collection[str]:
-        """The default limit, which only stops a run that would pass it."""
-        return {"max_epochs"} if self.max_epochs == _MAX_EPOCHS else set()
+        """The default limit, which only stops a run that would pass it, and no condition."""
+        return {key for key, value in {"max_epochs": _MAX_EPOCHS, "where": None}.items() if getattr(self, key) == value}
 
     @model_validator(mode="before")
     @classmethod
@@ -113,9 +138,29 @@ class DataConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Seed of the order in which units are read, which is different in every epoch. Does not depend on the rank."""
 
+    retry_minutes: Annotated[float, EXECUTION] = Field(default=30, ge=0)
+    """How long a source on a server may be unavailable. Requests that fail are repeated, with growing waits, until one
+    of them succeeds; after so many minutes without any progress, the run saves a checkpoint and ends with exit code
+    69, which `slurm/pretrain.sbatch` requeues. No effect on files of this machine."""
+
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the documents, chosen by a hash of their text, that are never trained on and form the validation
     split: the same documents on every machine and in any order. 0 means no validation split."""
+
+    max_bad_rows: Annotated[int, EXECUTION] = Field(default=0, ge=0)
+    """The number of rows that may be skipped because they cannot be used: text that is null, not a string or not valid
+    UTF-8, broken JSON, rows of a damaged parquet page. Each is logged, and counted in the first epoch of its source.
+    With one more, the run saves and ends with an error that names file and row; it can be resumed with a higher
+    number."""
+
+    max_document_mib: Annotated[int, EXECUTION] = Field(default=128, ge=1)
+    """The largest row, in MiB, that is read; a larger one counts as a bad row. Bounds the memory that a broken or
+    malicious file can take."""
+
+    max_zstd_window_mib: Annotated[int, EXECUTION] = Field(default=128, ge=1, le=2048)
+    """The largest window, in MiB, of a zstd file; a file that needs a larger one is refused. Every open file takes this
+    much memory, and there is one for each lane. 128 is what `zstd --long` writes and what `zstd -d` reads without
+    being asked; files written with `zstd --long=31` need 2048."""
 
     document_mask: bool = False
     """Whether a token attends to its own document only, instead of everything before it in the sequence. This passes

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypedDict
 
 from pretrain.config.data import DataConfig, SourceConfig
-from pretrain.data.errors import DataError
+from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
 from pretrain.data.sources import list_files, open_bytes, size_of
+from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.units import DataFile, TextRecipe, Unit
 
 _HASHED_BYTES = 1 << 20
@@ -28,9 +29,11 @@ class CatalogFile:
     """Spelt as in the config."""
     bytes: int
     row_groups: tuple[int, ...] | None
-    """Rows of each row group of a parquet file; None for JSON lines, which would have to be read."""
+    """Rows of each row group of a parquet file; None for JSON, which would have to be read."""
     sha256: str
     """Of the first MiB, the last MiB and the size in decimal digits, in this order."""
+    etag: str | None = None
+    """What the server of a remote file calls this version of it."""
 
     def units(self, recipe: TextRecipe, split_units: int) -> list[Unit]:
         """Return the read units of the file: its row groups, or the file itself, each divided by `split_units`."""
@@ -38,7 +41,7 @@ class CatalogFile:
         if self.row_groups is not None:
             groups = list(enumerate(self.row_groups))
         return [
-            Unit(DataFile(self.path, self.bytes), recipe, group, rows, part, split_units)
+            Unit(DataFile(self.path, self.bytes, self.etag), recipe, group, rows, part, split_units)
             for group, rows in groups
             for part in range(split_units)
         ]
@@ -73,14 +76,14 @@ class Catalog:
         if [source.path for source in config.sources] != [source.path for source in self.sources]:
             raise ValueError("the catalog was made from other sources than those of the config")
         return tuple(
-            tuple(unit for file in found.files for unit in file.units(text_recipe(source), source.split_units))
+            tuple(unit for file in found.files for unit in file.units(text_recipe(source, config), source.split_units))
             for source, found in zip(config.sources, self.sources, strict=True)
         )
 
 
-def text_recipe(source: SourceConfig) -> TextRecipe:
-    """How a row of a source becomes text."""
-    return TextRecipe(source.text_field)
+def text_recipe(source: SourceConfig, config: DataConfig) -> TextRecipe:
+    """Return which rows of a source are read, and how they become text."""
+    return TextRecipe(source.text_field, source.where, config.max_document_mib << 20, config.max_zstd_window_mib << 20)
 
 
 def make_catalog(config: DataConfig) -> Catalog:
@@ -91,7 +94,8 @@ def make_catalog(config: DataConfig) -> Catalog:
             themselves are not read; `pretrain.data.check.survey` does both.
 
     """
-    found = [catalog_source(source) for source in config.sources]
+    set_retry_minutes(config.retry_minutes)
+    found = [catalog_source(source, config) for source in config.sources]
     if problems := [problem for _, problems in found for problem in problems]:
         raise DataError("\n".join(problems))
     return Catalog(tuple(source for source, _ in found))
@@ -100,11 +104,16 @@ def make_catalog(config: DataConfig) -> Catalog:
 Visit = Callable[[CatalogFile, TextFile], None]
 
 
-def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[CatalogSource, list[str]]:
+def catalog_source(
+    source: SourceConfig, config: DataConfig, visit: Visit | None = None
+) -> tuple[CatalogSource, list[str]]:
     """Describe one source; return what was found and every problem, at most one per file.
+
+    A server that does not answer is not a problem of the source but raises `DataUnavailableError`.
 
     Args:
         source: the source.
+        config: the section that it is part of.
         visit: called with each file while it is open. A `DataError` that it raises counts as a problem of the file.
 
     """
@@ -113,19 +122,24 @@ def catalog_source(source: SourceConfig, visit: Visit | None = None) -> tuple[Ca
     licences: set[str] = set()
     problems: list[str] = []
     try:
-        paths = list_files(source.path, SUFFIXES)
+        listed = list_files(source.path, SUFFIXES)
+    except DataUnavailableError:
+        raise
     except DataError as error:
-        paths, problems = [], [str(error)]
-    for path in paths:
+        listed, problems = [], [str(error)]
+    for data in listed:
+        path = data.path
         try:
-            with open_bytes(DataFile(path)) as file:
+            with open_bytes(data) as file:
                 size, digest = _digest(file, path)
-                text = text_file(file, path, text_recipe(source))
+                text = text_file(file, path, text_recipe(source, config))
                 names |= text.values("source", _MAX_NAMES)
                 licences |= text.values("licence", _MAX_NAMES) | text.values("license", _MAX_NAMES)
-                files.append(CatalogFile(path, size, text.row_groups(), digest))
+                files.append(CatalogFile(path, size, text.row_groups(), digest, data.etag))
                 if visit:
                     visit(files[-1], text)
+        except DataUnavailableError:
+            raise
         except DataError as error:
             problems.append(str(error))
     licences = _few(licences) or ({source.licence} if source.licence else set())

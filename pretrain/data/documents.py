@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pretrain.config.data import DataConfig
+from pretrain.data.bad_rows import BadRow, BadRowBudget
 from pretrain.data.catalog import Catalog
 from pretrain.data.formats import read_unit
 from pretrain.data.order import ReadPlan, make_plan
@@ -30,24 +31,43 @@ class Document:
     text: str
     text_bytes: int
     """Length in UTF-8."""
+    skipped: tuple[BadRow, ...] = ()
+    """Bad rows between the previous document of the lane and this one, in the first epoch."""
 
 
-def lane_documents(plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, batch_bytes: int) -> Iterator[Document]:
+def lane_documents(
+    plan: ReadPlan, lane: int, start: Cursor, last_epoch: int, batch_bytes: int, skipped: list[BadRow]
+) -> Iterator[Document]:
     """Yield the documents of a lane from the row of `start` to the end of `last_epoch`.
 
+    Args:
+        plan: what the lane reads.
+        lane: the lane.
+        start: where to begin.
+        last_epoch: where to end.
+        batch_bytes: see `read_unit`.
+        skipped: bad rows that no document has told of yet; holds those after the last document at the end.
+
     Raises:
-        DataError: see `read_unit`.
+        DataError: see `read_unit`; or an epoch has more bad rows than `plan` allows.
 
     """
     for epoch in range(start.epoch, last_epoch + 1):
+        budget = BadRowBudget(plan.max_bad_rows)
         for index, unit in enumerate(plan.lane_units(epoch, lane)):
             if (epoch, index) < start[:2]:
                 continue
             first_row = start.row if (epoch, index) == start[:2] else 0
             for row, text in read_unit(unit, first_row, batch_bytes):
+                if isinstance(text, BadRow):
+                    budget.spend(text)
+                    if epoch == 0:  # they come again in every epoch
+                        skipped.append(text)
+                    continue
                 encoded = text.encode()
                 if encoded and plan.selects(encoded):
-                    yield Document(Cursor(epoch, index, row, 0), text, len(encoded))
+                    yield Document(Cursor(epoch, index, row, 0), text, len(encoded), tuple(skipped))
+                    skipped.clear()
 
 
 def validation_text(config: DataConfig, catalog: Catalog | None = None) -> str:
@@ -58,5 +78,5 @@ def validation_text(config: DataConfig, catalog: Catalog | None = None) -> str:
 
     """
     plan = make_plan(config, "validation", 1, catalog)
-    documents = lane_documents(plan, 0, Cursor(0, 0, 0, 0), last_epoch=0, batch_bytes=1 << 20)
+    documents = lane_documents(plan, 0, Cursor(0, 0, 0, 0), last_epoch=0, batch_bytes=1 << 20, skipped=[])
     return "".join(document.text for document in documents)

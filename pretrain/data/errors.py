@@ -1,7 +1,30 @@
-"""The error for all faults of the data."""
+"""The errors for all faults of the data."""
 
 from pretrain.processes.errors import UserError
+from pretrain.processes.exit_codes import UNAVAILABLE
 
 
 class DataError(UserError):
     """The data cannot be used as configured. The message names the file, the row where there is one, and the remedy."""
+
+
+class BadRowsError(DataError):
+    """A file has more bad rows than `data.max_bad_rows` allows. Can be pickled.
+
+    Attributes:
+        path: the file, which may be repaired before the run is resumed.
+
+    """
+
+    def __init__(self, message: str, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+    def __reduce__(self) -> tuple[type["BadRowsError"], tuple[str, str]]:
+        return BadRowsError, (str(self), self.path)
+
+
+class DataUnavailableError(DataError):
+    """A server of data did not answer for longer than `data.retry_minutes`; a later start may succeed."""
+
+    exit_code = UNAVAILABLE

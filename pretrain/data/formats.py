@@ -7,7 +7,10 @@ and never loaded as a whole.
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
 
-from pretrain.data.json_lines import JsonLinesText
+from pretrain.data.bad_rows import BadRow
+from pretrain.data.compression import COMPRESSIONS
+from pretrain.data.errors import DataError
+from pretrain.data.json_lines import JsonText
 from pretrain.data.parquet import ParquetText
 from pretrain.data.sources import open_bytes
 from pretrain.data.units import TextRecipe, Unit
@@ -28,10 +31,13 @@ class TextFile(Protocol):
         Empty if there is no such column, or if the format cannot read one column on its own.
         """
 
-    def rows(self, unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str]]:
-        """Yield (row, text) of a unit from `first_row` on; see `read_unit`."""
+    def field_names(self) -> list[str]:
+        """Return the fields that its rows have, for messages: of all rows, or of the first."""
 
-    def last_texts(self, units: list[Unit], sample_bytes: int) -> Iterator[str]:
+    def rows(self, unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str | BadRow]]:
+        """Yield (row, text) or (row, what is wrong with it) of a unit from `first_row` on; see `read_unit`."""
+
+    def last_texts(self, units: list[Unit], sample_bytes: int) -> Iterator[str | BadRow]:
         """Yield the texts of about the last `sample_bytes` of the file, whose units these are.
 
         Yields nothing if the end cannot be reached without reading the rest.
@@ -40,11 +46,14 @@ class TextFile(Protocol):
 
 FORMATS: dict[str, Callable[[BinaryIO, str, TextRecipe], TextFile]] = {
     ".parquet": ParquetText,
-    ".jsonl": JsonLinesText,
-    ".jsonl.gz": JsonLinesText,
-    ".jsonl.zst": JsonLinesText,
+    **{
+        suffix + compression: JsonText
+        for suffix in (".jsonl", ".ndjson", ".json")
+        for compression in ("", *COMPRESSIONS)
+    },
 }
-"""The class that reads the files with a suffix; called with the open file, its path and the recipe."""
+"""The class that reads the files with a suffix, which is spelt in lower case here; called with the open file, its path
+and the recipe."""
 
 SUFFIXES = tuple(FORMATS)
 
@@ -53,20 +62,25 @@ def text_file(file: BinaryIO, path: str, recipe: TextRecipe) -> TextFile:
     """Read an open file in the format that its path names.
 
     Raises:
-        DataError: the file is damaged or has no such text field.
+        DataError: the file is damaged, has no such text field, or is of a kind that cannot be read.
 
     """
-    return next(kind for suffix, kind in FORMATS.items() if path.endswith(suffix))(file, path, recipe)
+    kind = next((kind for suffix, kind in FORMATS.items() if path.lower().endswith(suffix)), None)
+    if kind is None:
+        raise DataError(f"{path}: unknown kind of file, expected one of {', '.join(SUFFIXES)}")
+    return kind(file, path, recipe)
 
 
-def read_unit(unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str]]:
-    """Open the file of a unit and yield (row, text) from `first_row` on, holding about `batch_bytes` of text.
+def read_unit(unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str | BadRow]]:
+    """Open the file of a unit and yield its rows from `first_row` on, holding about `batch_bytes` of text.
 
-    Rows are counted from 0 within the unit, in the order of the file. A unit that is part k of n holds every n-th row
-    of its file or row group, beginning with row k.
+    A row is yielded as (number, text), or as (number, what is wrong with it). Rows that do not meet the condition of
+    the recipe and blank lines are left out or have an empty text. Rows are counted from 0 within the unit, in the
+    order of the file, those that are left out included. A unit that is part k of n holds every n-th row of its file or
+    row group, beginning with row k.
 
     Raises:
-        DataError: the file is missing, damaged or not the one in the catalog, or a row holds no valid text.
+        DataError: the file is missing, not the one in the catalog, or damaged such that its rows cannot be told apart.
 
     """
     with open_bytes(unit.file) as file:

@@ -1,35 +1,40 @@
-"""Files of JSON lines, plain or compressed: the whole file is a read unit, and one key holds the text."""
+"""JSON files, plain or compressed: lines of one object each, or one array of objects. The whole file is a read unit."""
 
 import codecs
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator
-from typing import IO, Any, BinaryIO
+from functools import cached_property
+from typing import IO, BinaryIO
 
-import zstandard
-
+from pretrain.data.bad_rows import BadRow
+from pretrain.data.compression import DAMAGE, compression_of, open_contents, plain_suffix
 from pretrain.data.errors import DataError
-from pretrain.data.sources import size_of
+from pretrain.data.json_array import ArrayError, elements
+from pretrain.data.json_fields import JsonRecipe, RowError
 from pretrain.data.units import TextRecipe, Unit
 
-# Compressed bytes read at a time: bounds what a zstd file may expand to in memory.
-_CHUNK_BYTES = 1 << 17
+# The next line is looked for in blocks, not line by line, if at least this many are to be skipped.
+_MANY_LINES = 64
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"{\0", b"\0{", b"[\0", b"\0[")
+_BLANKS = b" \t\r\n"
 
 
-class JsonLinesText:
-    """The texts of an open file of JSON lines; implements `pretrain.data.formats.TextFile`.
+class JsonText:
+    """The texts of an open JSON file; implements `pretrain.data.formats.TextFile`.
+
+    A file `.json` may hold one array; whether it does, its first character tells. All other files hold lines.
 
     Args:
         file: the open file. It stays open when this object is dropped.
-        path: its name; its suffix tells the compression.
-        recipe: how a row becomes text.
+        path: its name; its suffixes tell the kind and the compression.
+        recipe: which rows are read and how they become text.
 
     """
 
     def __init__(self, file: BinaryIO, path: str, recipe: TextRecipe) -> None:
-        self._file, self._path, self._text_field = file, path, recipe.text_field
+        self._file, self._path, self._limits = file, path, recipe
+        self._recipe = JsonRecipe(recipe)
 
     def row_groups(self) -> None:
         """Return None: the rows are not counted, and there are no row groups."""
@@ -38,24 +43,30 @@ class JsonLinesText:
         """Return nothing: that would take reading the whole file."""
         return set()
 
-    def rows(self, unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str]]:
-        """Yield (row, text) of a unit; see `pretrain.data.formats.read_unit`.
+    def field_names(self) -> list[str]:
+        """Return the keys of the first row that is an object; see `TextFile`."""
+        for _, content in self._rows(0, 1):
+            try:
+                row = json.loads(content or b"")
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                return list(row)
+        return []
 
-        Blank lines count as rows without text. Lines before `first_row` are read but not parsed.
+    def rows(self, unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str | BadRow]]:
+        """Yield the rows of a unit; see `pretrain.data.formats.read_unit`.
+
+        Blank lines count as rows without text. Rows before `first_row` are read but not parsed.
         """
-        wanted = unit.part + first_row * unit.parts
-        for number, line in enumerate(self._lines()):
-            if number == wanted:
-                if number == 0:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                text = parse_line(line, f"{self._path}: line {number + 1}", self._text_field)
-                if text is not None:
-                    yield wanted // unit.parts, text
-                wanted += unit.parts
+        for number, content in self._rows(unit.part + first_row * unit.parts, unit.parts):
+            text = self._text(content, f"{self._kind} {number + 1}")
+            if text is not None:
+                yield number // unit.parts, text
 
-    def last_texts(self, units: list[Unit], sample_bytes: int) -> Iterator[str]:
-        """Yield the texts of the last bytes; none of a compressed file, whose end cannot be read on its own."""
-        if not self._path.endswith(".jsonl"):
+    def last_texts(self, units: list[Unit], sample_bytes: int) -> Iterator[str | BadRow]:
+        """Yield the texts of the last bytes; none of a compressed file or an array, whose end cannot be read alone."""
+        if compression_of(self._path) or self._kind == "element":
             return
         start = max(0, self._file.seek(0, io.SEEK_END) - sample_bytes)
         self._file.seek(start)
@@ -63,101 +74,118 @@ class JsonLinesText:
             start += len(self._file.readline())  # most likely the end of a line
         for line in self._file:
             content = line if start else line.removeprefix(codecs.BOM_UTF8)
-            text = parse_line(content, f"{self._path}: the line at byte {start}", self._text_field)
+            text = self._text(content, f"the line at byte {start}")
             start += len(line)
             if text is not None:
                 yield text
 
-    def _lines(self) -> Iterator[bytes]:
-        if not size_of(self._file) and not self._path.endswith(".jsonl"):
-            raise DataError(f"{self._path}: damaged after line 0: the file is empty, which a compressed file never is")
-        lines = _decompressed(self._file, self._path)
-        number = 0
-        while line := _next_line(lines, f"{self._path}: damaged after line {number}"):
-            yield line
-            number += 1
+    @cached_property
+    def _kind(self) -> str:
+        """What a row of the file is: a `line` or an `element`."""
+        return "element" if self._is_array() else "line"
+
+    def _is_array(self) -> bool:
+        return plain_suffix(self._path) == ".json" and _first_character(self._open()) == b"["
+
+    def _open(self) -> io.BufferedReader:
+        return open_contents(self._file, self._path, self._limits.max_zstd_window_bytes)
+
+    def _rows(self, first: int, step: int) -> Iterator[tuple[int, bytes | None]]:
+        """Yield the number and the bytes of every `step`-th row from `first` on; None for a row that is too long."""
+        number, kind = 0, "line"
+        try:
+            kind = self._kind
+            read = _array_elements if kind == "element" else _lines
+            for number, content in read(self._open(), first, step, self._limits.max_document_bytes):
+                if number == 0 and content and content.startswith(_UTF16):
+                    raise DataError(
+                        f"{self._path}: is encoded in UTF-16, expected UTF-8: convert it, for example with "
+                        "`iconv -f UTF-16 -t UTF-8`"
+                    )
+                yield number, content
+                number += 1
+        except DAMAGE as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise DataError(f"{self._path}: cannot be read: {error}") from error
+            raise DataError(f"{self._path}: damaged after {kind} {number}: {error}") from error
+        except ArrayError as error:
+            raise DataError(f"{self._path}: damaged after {kind} {number}: {error}") from error
+
+    def _text(self, content: bytes | None, place: str) -> str | BadRow | None:
+        """Return the text of a row; None for a blank line."""
+        where = f"{self._path}: {place}"
+        if content is None:
+            most = self._limits.max_document_bytes >> 20
+            problem = f"{where} is longer than the {most} MiB of data.max_document_mib"
+            return BadRow(self._path, place, problem)
+        if not content.strip() and self._kind == "line":
+            return None
+        try:
+            return self._recipe.text(_parse(content))
+        except RowError as error:
+            return BadRow(self._path, place, f"{where}{error}")
 
 
-def _next_line(lines: IO[bytes], problem: str) -> bytes:
+def _parse(content: bytes) -> object:
     try:
-        return lines.readline()
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{problem}: {error}") from error
-
-
-def parse_line(line: bytes, where: str, text_field: str) -> str | None:
-    """Return the text of a JSON line; None for a blank one.
-
-    Raises:
-        DataError: the line is not UTF-8 or not a JSON object, or its text is missing, not a string or not valid
-            Unicode.
-
-    """
-    if not line.strip():
-        return None
-    try:
-        row = json.loads(line.decode())
+        return json.loads(content.decode())
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not valid UTF-8: {error}") from error
+        raise RowError(f" is not valid UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where} holds a JSON {type(row).__name__}, expected an object with a key {text_field!r}")
-    if text_field not in row:
-        keys = ", ".join(row) or "none"
-        raise DataError(f"{where} has no key {text_field!r}; its keys are {keys}: set text_field to the text's")
-    text = row[text_field]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {text_field!r} holds {type(text).__name__}, expected a string")
-    try:
-        text.encode()  # JSON escapes can spell half a surrogate pair, which no encoding can write
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {text_field!r} is not valid Unicode: {error}") from error
-    return text
+        raise RowError(f" is not valid JSON: {error}") from error
 
 
-def _decompressed(raw: BinaryIO, path: str) -> IO[bytes]:
-    if path.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if path.endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(raw), _CHUNK_BYTES)
-    return raw
+def _first_character(stream: IO[bytes]) -> bytes:
+    """Return the first byte that is neither blank nor of a byte order mark, leaving the stream behind it."""
+    head = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8).lstrip(_BLANKS)
+    while not head and (head := stream.read(4096)):
+        head = head.lstrip(_BLANKS)
+    return head[:1]
 
 
-class _ZstdFile(io.RawIOBase):
-    """The contents of a zstd file of one or more frames.
-
-    zstandard's own stream reader treats a file that was cut short as complete; this class raises EOFError.
-    """
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._chunks = _zstd_chunks(raw)
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = memoryview(chunk)
-        count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        return count
+def _array_elements(stream: io.BufferedReader, first: int, step: int, most: int) -> Iterator[tuple[int, bytes | None]]:
+    for number, content in enumerate(elements(_at_the_bracket(stream), most)):
+        if number >= first and (number - first) % step == 0:
+            yield number, content
 
 
-def _zstd_chunks(raw: IO[bytes]) -> Iterator[bytes]:
-    # Files written with `zstd --long` need windows beyond the library's default limit.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = decompressor.decompressobj()
-    while chunk := raw.read(_CHUNK_BYTES):
-        while chunk:
-            if frame.eof:
-                frame = decompressor.decompressobj()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data
-    if not frame.eof:
-        raise EOFError("the zstd file ends in the middle of a frame")
+def _at_the_bracket(stream: io.BufferedReader) -> IO[bytes]:
+    while (byte := stream.peek(1)[:1]) != b"[" and byte:
+        stream.read(1)
+    return stream
+
+
+def _lines(stream: io.BufferedReader, first: int, step: int, most: int) -> Iterator[tuple[int, bytes | None]]:
+    number = _skip_lines(stream, first)
+    while line := stream.readline(most + 1):
+        long = len(line) > most
+        while line and not line.endswith(b"\n") and long:
+            line = stream.readline(most)
+        if number == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        yield number, None if long else line
+        number += 1 + _skip_lines(stream, step - 1)
+
+
+def _skip_lines(stream: io.BufferedReader, count: int) -> int:
+    """Move `count` lines on, or to the end; return how many there were."""
+    skipped = 0
+    while count - skipped >= _MANY_LINES:
+        block = stream.peek()
+        if not block:
+            return skipped
+        ends = block.count(b"\n")
+        if skipped + ends > count:
+            break
+        stream.read(len(block))
+        skipped += ends
+    while skipped < count and _skip_line(stream):
+        skipped += 1
+    return skipped
+
+
+def _skip_line(stream: IO[bytes]) -> bool:
+    found = line = stream.readline(1 << 20)
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(1 << 20)
+    return bool(found)

@@ -62,6 +62,8 @@ class ReadPlan:
     """Epochs of each ring until the stream ends; None if a ring goes on up to its own limit."""
     split: Split
     validation_fraction: float
+    max_bad_rows: int = 0
+    """The bad rows that may be skipped."""
 
     @property
     def lanes(self) -> int:
@@ -105,7 +107,9 @@ def make_plan(config: DataConfig, split: Split, epochs: int | None, catalog: Cat
     units = catalog.units(config)
     if split == "validation":
         whole = Ring(", ".join(source.path for source in config.sources), dict(enumerate(units)), range(1), 1)
-        return ReadPlan((whole,), (Stage((Fraction(1),), None),), 0, 1, split, config.validation_fraction)
+        return ReadPlan(
+            (whole,), (Stage((Fraction(1),), None),), 0, 1, split, config.validation_fraction, config.max_bad_rows
+        )
     if problem := lane_problem(config, [len(source) for source in units]):
         raise DataError(problem)
     rings: list[Ring] = []
@@ -115,7 +119,7 @@ def make_plan(config: DataConfig, split: Split, epochs: int | None, catalog: Cat
         rings.append(Ring(name, {index: source}, lanes, limit if epochs is None else epochs))
         first = lanes.stop
     stages = make_stages(config, catalog)
-    return ReadPlan(tuple(rings), stages, config.seed, epochs, split, config.validation_fraction)
+    return ReadPlan(tuple(rings), stages, config.seed, epochs, split, config.validation_fraction, config.max_bad_rows)
 
 
 def make_stages(config: DataConfig, catalog: Catalog) -> tuple[Stage, ...]:

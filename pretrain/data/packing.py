@@ -13,12 +13,13 @@ previous sequence, so every token except the very first is a target exactly once
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
 
 from pretrain.config.data import TokenizerConfig
+from pretrain.data.bad_rows import BadRow
 from pretrain.data.documents import Cursor, Document, lane_documents
 from pretrain.data.errors import DataError
 from pretrain.data.order import ReadPlan
@@ -47,6 +48,8 @@ class PackedSequence:
     in whole numbers that add up to its size."""
     documents: int
     """Documents whose last token is a target here."""
+    bad_rows: tuple[BadRow, ...]
+    """Rows that were skipped before the documents that begin here, in the first epoch."""
     cursor: Cursor
     """The first token that is not yet a target."""
 
@@ -163,6 +166,8 @@ class _Lane:
         self._last_token = eos_id
         self._documents: Iterator[Document] = iter(())
         self._documents_read = 0
+        self._skipped: list[BadRow] = []  # since the last document that was read
+        self._unattached: tuple[BadRow, ...] = ()  # of documents without tokens
         self.pending = 0
         """Tokens waiting to be packed."""
         self.exhausted = True
@@ -174,7 +179,7 @@ class _Lane:
         After a resume there are no such tokens: reading then begins at the cursor, in whichever epoch that is.
         """
         task = self._task
-        self._documents = lane_documents(task.plan, self._lane, self._read_from, epoch, task.lane_bytes)
+        self._documents = lane_documents(task.plan, self._lane, self._read_from, epoch, task.lane_bytes, self._skipped)
         self._documents_read = 0
         self._read_from = Cursor(epoch + 1, 0, 0, 0)
         self.exhausted = False
@@ -193,7 +198,11 @@ class _Lane:
     def push(self, document: Document, tokens: Tokens) -> None:
         """Append a document. A text without tokens, of which only the separator remains, is left out."""
         if len(tokens) == 1:
+            self._unattached += document.skipped
             return
+        if self._unattached:
+            document = replace(document, skipped=self._unattached + document.skipped)
+            self._unattached = ()
         if self._used and not self._waiting:  # after a resume: the cursor is within this document
             if document.position != self._cursor._replace(token=0) or self._used >= len(tokens):
                 plan = self._task.plan
@@ -219,9 +228,12 @@ class _Lane:
         sequence = np.full(self._task.sequence_length + 1, self._eos_id, dtype=np.int32)
         sequence[0] = self._last_token
         filled, text_bytes, documents = 1, 0, 0
+        bad_rows: list[BadRow] = []
         while filled <= length:
             document, tokens = self._waiting[0]
             begin = self._used
+            if begin == 0:
+                bad_rows += document.skipped
             end = min(len(tokens), begin + length + 1 - filled)
             sequence[filled : filled + end - begin] = tokens[begin:end]
             filled += end - begin
@@ -236,4 +248,4 @@ class _Lane:
                 self._cursor = document.position._replace(token=end)
         self.pending -= length
         self._last_token = int(sequence[length])
-        return PackedSequence(self._lane, sequence, length, text_bytes, documents, self._cursor)
+        return PackedSequence(self._lane, sequence, length, text_bytes, documents, tuple(bad_rows), self._cursor)

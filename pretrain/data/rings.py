@@ -24,6 +24,7 @@ class RingPosition:
     tokens: int
     documents: int
     text_bytes: int
+    bad_rows: int
     whole_epoch: bool
     """Whether this epoch is read from its beginning; not after a resume."""
     epoch_sequences: int = 0
@@ -44,6 +45,7 @@ class RingPosition:
             tokens=saved["tokens"],
             documents=saved["documents"],
             text_bytes=saved["text_bytes"],
+            bad_rows=saved["bad_rows"],
             whole_epoch=not resumed,
         )
 
@@ -59,6 +61,7 @@ class RingPosition:
             tokens=self.tokens,
             documents=self.documents,
             text_bytes=self.text_bytes,
+            bad_rows=self.bad_rows,
         )
 
     def copy(self) -> Self:
@@ -76,12 +79,13 @@ class RingPosition:
         self.whole_epoch, self.epoch_sequences = True, 0
         self.turns.extend(() if self.ended else self.ring.lanes)
 
-    def count(self, length: int, text_bytes: int, documents: int) -> None:
+    def count(self, length: int, text_bytes: int, documents: int, bad_rows: int) -> None:
         """Count a sequence."""
         self.sequences += 1
         self.tokens += length
         self.text_bytes += text_bytes
         self.documents += documents
+        self.bad_rows += bad_rows
 
 
 class RingQueues:

@@ -22,6 +22,7 @@ from itertools import accumulate
 from typing import BinaryIO
 
 from pretrain.config.data import DataConfig
+from pretrain.data.bad_rows import BadRow
 from pretrain.data.catalog import Catalog
 from pretrain.data.errors import DataError
 from pretrain.data.formats import TextFile, text_file
@@ -44,7 +45,7 @@ class Sample:
     size: int
     """Rows of the files (see `Stratum.unit`) or bytes of the files that were read."""
     texts: tuple[str, ...]
-    """The texts of those rows, empty ones included."""
+    """The texts of those rows, empty ones included; bad rows have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,8 @@ def _whole(opened: "_Files", units: Sequence[Unit], read_bytes: int, windows: in
 
 
 def _all_texts(opened: "_Files", units: Sequence[Unit]) -> Iterator[str]:
-    return (text for unit in units for _, text in opened.text_of(unit).rows(unit, 0, 1 << 20))
+    rows = (text for unit in units for _, text in opened.text_of(unit).rows(unit, 0, 1 << 20))
+    return (text for text in rows if isinstance(text, str))
 
 
 class _Files:
@@ -252,6 +254,8 @@ class _Rows(_Line):
             for row, text in self._opened.text_of(unit).rows(unit, first, 1 << 20):
                 if row >= last:
                     break
+                if isinstance(text, BadRow):
+                    continue
                 texts.append(text)
                 room -= len(text)
                 if room < 0 and row + 1 < last:
@@ -324,7 +328,8 @@ def _texts(data: bytes, unit: Unit, *, cut: bool) -> list[str]:
     texts: list[str] = []
     try:
         for _, text in text_file(io.BytesIO(data), unit.file.path, unit.recipe).rows(unit, 0, 1 << 20):
-            texts.append(text)
+            if isinstance(text, str):
+                texts.append(text)
     except DataError:
         if not cut:
             raise

@@ -41,6 +41,8 @@ class SourceState(TypedDict):
     """Documents whose last token was a target, counted in each epoch."""
     text_bytes: int
     """UTF-8 bytes of the text in those sequences."""
+    bad_rows: int
+    """Rows that were skipped before those documents, in the first epoch."""
 
 
 class StreamState(TypedDict):
@@ -69,6 +71,7 @@ def initial_state(plan: ReadPlan) -> StreamState:
             tokens=0,
             documents=0,
             text_bytes=0,
+            bad_rows=0,
         )
         for ring in plan.rings
     ]
@@ -114,6 +117,7 @@ def _from_version_1(old: dict[str, Any], plan: ReadPlan, sequence_length: int) -
         tokens=old["sequences_emitted"] * sequence_length,
         documents=0,  # were not counted
         text_bytes=old["text_bytes"],
+        bad_rows=0,
     )
     return StreamState(
         version=STATE_VERSION,

@@ -15,6 +15,7 @@ many* sequences each lane still has in this epoch, up to the few that the batch 
 rank then writes its own sequences into their rows, and a second all-reduce gives all rows to all ranks.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.config.data import DataConfig, TokenizerConfig
+from pretrain.data.bad_rows import BadRow, too_many
 from pretrain.data.batch import TokenBatch
 from pretrain.data.catalog import Catalog
 from pretrain.data.documents import Cursor
@@ -32,10 +34,13 @@ from pretrain.data.mixture import Schedule
 from pretrain.data.order import make_plan
 from pretrain.data.packing import ReaderTask, RingTask
 from pretrain.data.rings import RingPosition, RingQueues, take_turns
+from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.state import STATE_VERSION, LaneState, StreamState, cursors_of, initial_state, read_state
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.workers import InlineReader, Reader, WorkerReader
 from pretrain.engine.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class SourceProgress:
     """Documents whose last token was a target, counted in each epoch."""
     text_bytes: int
     """UTF-8 bytes."""
+    bad_rows: int
+    """Rows that were skipped, in the first epoch."""
 
 
 class TokenStream:
@@ -95,6 +102,7 @@ class TokenStream:
             raise ValueError(f"sequence_length is {sequence_length}, expected at least 1")
         if epochs is not None and (epochs < 1 or (split == "validation" and epochs != 1)):
             raise ValueError(f"epochs is {epochs}, expected at least 1, and exactly 1 for the validation split")
+        set_retry_minutes(config.retry_minutes)
         self._plan = make_plan(config, split, epochs, catalog)
         load_tokenizer(tokenizer)  # to fail here rather than in a reader
         self._sequence_length = sequence_length
@@ -158,7 +166,9 @@ class TokenStream:
     def progress(self) -> dict[str, SourceProgress]:
         """Return how far each source has been read, by its name; not a collective call."""
         return {
-            ring.ring.name: SourceProgress(ring.epoch, ring.sequences, ring.tokens, ring.documents, ring.text_bytes)
+            ring.ring.name: SourceProgress(
+                ring.epoch, ring.sequences, ring.tokens, ring.documents, ring.text_bytes, ring.bad_rows
+            )
             for ring in self._rings
         }
 
@@ -286,20 +296,34 @@ class TokenStream:
         Counts the rows in `rings`. Returns the batch and the new cursors of the lanes of this rank.
         """
         width = self._sequence_length + 1
-        table = torch.zeros(len(rows), width + 3, dtype=torch.int32)  # tokens, length, bytes of text, documents
+        table = torch.zeros(
+            len(rows), width + 4, dtype=torch.int32
+        )  # tokens, length, bytes of text, documents, bad rows
         view = table.numpy()
         cursors: dict[int, Cursor] = {}
+        bad: list[BadRow] = []
         for row, lane in enumerate(rows):
             if lane in self._queues:
                 sequence = self._queues[lane].take(lane)
                 view[row, :width] = sequence.tokens
-                view[row, width:] = sequence.length, sequence.text_bytes, sequence.documents
+                bad_rows = sum(bad.rows for bad in sequence.bad_rows)
+                view[row, width:] = sequence.length, sequence.text_bytes, sequence.documents, bad_rows
+                bad += sequence.bad_rows
                 cursors[lane] = sequence.cursor
         self._all_reduce(table)
-        for row, (length, text_bytes, documents) in zip(rows, view[:, width:].tolist(), strict=True):
-            rings[self._plan.ring_of(row)].count(length, text_bytes, documents)
+        for lane, counts in zip(rows, view[:, width:].tolist(), strict=True):
+            rings[self._plan.ring_of(lane)].count(*counts)
+        self._check_bad_rows(bad, sum(ring.bad_rows for ring in rings))
         batch = TokenBatch(table[:, :width].contiguous(), table[:, width].contiguous())
         return batch, cursors
+
+    def _check_bad_rows(self, new: list[BadRow], total: int) -> None:
+        """Log the bad rows that this rank skipped in a batch; an error on all ranks if there are too many on all."""
+        for bad in new:
+            logger.warning("skipped a bad row: %s", bad)
+        if total > self._plan.max_bad_rows:
+            failure = too_many(new[-1], total, self._plan.max_bad_rows) if new else None
+            self._ranks.together(partial(_raise, failure))
 
     def _all_ended(self, schedule: Schedule, rings: list[RingPosition]) -> str:
         """Say that no source is left to go on with."""

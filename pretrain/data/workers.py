@@ -27,6 +27,7 @@ from typing import IO, Protocol
 
 from pretrain.data.errors import DataError
 from pretrain.data.packing import Item, ReaderTask, read_rings
+from pretrain.data.sources.retries import patience, set_patience
 
 # Items are sent in blocks. A worker prepares at most this many blocks ahead of the trainer: in all rings together, but
 # two of every ring that is read.
@@ -79,7 +80,7 @@ class WorkerReader:
         assert self._process.stdin
         assert self._process.stdout
         self._requests, self._pipe = self._process.stdin, self._process.stdout
-        pickled = pickle.dumps(task)
+        pickled = pickle.dumps((task, patience()))
         self._requests.write(_SIZE.pack(len(pickled)) + pickled)
         self._requests.flush()
         self._ahead = max(2, _BLOCKS_AHEAD // len(task.rings))
@@ -142,7 +143,9 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     [size] = _SIZE.unpack(_read(_SIZE.size))
-    task: ReaderTask = pickle.loads(_read(size))
+    task: ReaderTask
+    task, limits = pickle.loads(_read(size))
+    set_patience(limits)
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not end up among the items
     requests: queue.Queue[int] = queue.Queue()

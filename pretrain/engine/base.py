@@ -28,8 +28,10 @@ from pretrain.engine.ranks import Ranks
 from pretrain.model.build import build_model
 from pretrain.model.loss import LossModel
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits for the other ranks."""
+
+def patience(config: Config) -> timedelta:
+    """How long a collective waits for the other ranks, one of which may itself be waiting for a server of data."""
+    return timedelta(minutes=30 + config.data.retry_minutes)
 
 
 class Engine:

@@ -34,7 +34,7 @@ from optimizers.sharded import Held, ShardedMatrices, shard
 from optimizers.sharded.engines.deepspeed import read_layout
 from optimizers.sharded.matrices import doubts
 from pretrain.config import Config, ConfigError
-from pretrain.engine.base import TIMEOUT, Engine
+from pretrain.engine.base import Engine, patience
 from pretrain.engine.precision import resolve_precision
 from pretrain.model.loss import LossModel
 from pretrain.processes.torchrun import free_port
@@ -134,7 +134,9 @@ class DeepSpeedEngine(Engine):
             mixed_precision="bf16" if bf16 else "no",
             gradient_accumulation_steps=self.settings["gradient_accumulation_steps"],
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=self.settings),
-            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if self._on_gpu else "gloo", timeout=TIMEOUT)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(backend="nccl" if self._on_gpu else "gloo", timeout=patience(config))
+            ],
         )
         super().__init__(config, accelerator, DistributedType.DEEPSPEED)
         self._held: Held | None = None

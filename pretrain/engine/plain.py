@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from optimizers import Aurora
 from pretrain.config import Config
-from pretrain.engine.base import TIMEOUT, Engine
+from pretrain.engine.base import Engine, patience
 from pretrain.model.loss import LossModel
 
 
@@ -34,7 +34,7 @@ class PlainEngine(Engine):
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="no",
-            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=TIMEOUT)],
+            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=patience(config))],
         )
         super().__init__(config, accelerator, DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU)
 

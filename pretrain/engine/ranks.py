@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from pretrain.processes.errors import PeerError, UserError
-from pretrain.processes.exit_codes import BAD_INPUT, FAILED
+from pretrain.processes.exit_codes import FAILED
 
 T = TypeVar("T")
 
@@ -78,6 +78,6 @@ def _describe(rank: int, error: Exception) -> tuple[int, str, str, int]:
     """The arguments of the `PeerError` that the other ranks raise."""
     if isinstance(error, PeerError):
         return error.rank, error.host, error.text, error.exit_code
-    code = BAD_INPUT if isinstance(error, UserError) else FAILED
+    code = error.exit_code if isinstance(error, UserError) else FAILED
     lines = str(error).splitlines() or [""]
     return rank, socket.gethostname(), f"{type(error).__name__}: {lines[0]}", code

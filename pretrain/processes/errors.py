@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
+
+from pretrain.processes.exit_codes import BAD_INPUT
 
 
 class UserError(ValueError):
@@ -12,6 +15,9 @@ class UserError(ValueError):
     Every error class of this project for bad input derives from it. The command line prints it as one
     line per problem, without a traceback, and exits with code 2. A plain `ValueError` is a bug instead.
     """
+
+    exit_code: ClassVar[int] = BAD_INPUT
+    """The code that the command exits with."""
 
 
 class PeerError(RuntimeError):

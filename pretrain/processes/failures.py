@@ -25,7 +25,7 @@ from typing import Any, Literal, TypedDict
 from pretrain.files import replace_text
 from pretrain.processes.environment import world
 from pretrain.processes.errors import PeerError, UserError
-from pretrain.processes.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
+from pretrain.processes.exit_codes import FAILED, INTERRUPTED
 
 ERROR_FILE = "error.json"
 EXIT_FILE = "exit-code"
@@ -124,7 +124,7 @@ def _describe(error: BaseException) -> Failure:
         exit_code=FAILED,
     )
     if isinstance(error, UserError):
-        failure["exit_code"] = BAD_INPUT
+        failure["exit_code"] = error.exit_code
     elif isinstance(error, KeyboardInterrupt):
         failure["exit_code"] = INTERRUPTED
     elif isinstance(error, PeerError):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.processes.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
+from pretrain.processes.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED, UNAVAILABLE
 from pretrain.processes.failures import EXIT_FILE, Failure, read_failures
 
 PARENT_VARIABLE = "AURORA_PARENT"
@@ -113,7 +113,7 @@ def judge(
         if code < 0:
             return FAILED, f"rank {rank} on {here} was killed by {_signal_name(-code)} without reporting an error"
     for rank, code in codes.items():
-        if code not in (STOPPED, BAD_INPUT):
+        if code not in (STOPPED, BAD_INPUT, UNAVAILABLE):
             return FAILED, f"rank {rank} on {here} ended with exit code {code} without reporting an error"
     if reports:
         first = next((report for report in reports if report["kind"] == "peer"), reports[0])
@@ -122,7 +122,7 @@ def judge(
         where = f"rank {first['rank']} on {first['host']}"
         return FAILED, f"{where} lost the connection to another rank, whose own message says why ({first['text']})"
     if codes:
-        return (STOPPED if STOPPED in codes.values() else BAD_INPUT), None
+        return max(codes.values()), None
     return FAILED, "the processes were ended before they could say why"
 
 

@@ -72,6 +72,24 @@ class RunFolder:
         """Replace the manifest."""
         replace_text(self.manifest_path, json.dumps(manifest, indent=1))
 
+    @property
+    def repairable(self) -> set[str]:
+        """The files of data that ended a launch by their bad rows: their contents may change on resume."""
+        try:
+            return set(json.loads(self._repairable_path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return set()
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self._repairable_path}: cannot be read: {error}") from None
+
+    def allow_repair(self, file: str) -> None:
+        """Record that a file of data ended this launch by its bad rows."""
+        replace_text(self._repairable_path, json.dumps(sorted({*self.repairable, file}), indent=1))
+
+    @property
+    def _repairable_path(self) -> Path:
+        return self.path / "repairable.json"
+
     def mark_finished(self, step: int) -> None:
         """Record in the manifest that the run was completed at `step`."""
         self.write_manifest({**(self.manifest() or {}), "finished": {"step": step, "time": now()}})

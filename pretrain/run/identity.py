@@ -11,8 +11,8 @@ tokenizer's digest, which is recorded nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +35,7 @@ class Identity:
         length: where it ends.
         scheduled: whether the learning rate depends on where it ends.
         batch_tokens: tokens of a step.
+        files: path and digest of each file, in order, for each key of `result` about the contents of a source.
     """
 
     result: dict[str, Any]
@@ -42,6 +43,7 @@ class Identity:
     length: dict[str, Any]
     scheduled: bool
     batch_tokens: int
+    files: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, data: Mapping[str, Any], tokenizer_sha256: str) -> Self:
@@ -66,11 +68,14 @@ class Identity:
             result.pop(key := f"data.sources.{index}.max_epochs", None)
             if config.data.past_max_epochs == "end_source":
                 result[key] = limit or "no limit"
+        files: dict[str, list[tuple[str, str]]] = {}
         for index, source in enumerate(data["sources"]):
-            result[f"data.sources.{index} contents"] = _contents(source)
+            key = f"data.sources.{index} contents"
+            result[key] = _contents(source)
+            files[key] = [(file["path"], file["sha256"]) for file in source["files"]]
         result[TOKENIZER] = tokenizer_sha256
         scheduled = config.schedule.kind != "constant"
-        return cls(result, numerics, length, scheduled, config.train.global_batch_tokens)
+        return cls(result, numerics, length, scheduled, config.train.global_batch_tokens, files)
 
     @classmethod
     def of_checkpoint(cls, index: Mapping[str, Any]) -> Self:
@@ -112,23 +117,32 @@ class Identity:
         """Return what a manifest or a checkpoint keeps of it: plain data, flat."""
         return {**self.result, **self.length, **self.numerics}
 
-    def check(self, saved: Identity, where: Path, step: int = 0) -> list[str]:
+    def check(self, saved: Identity, where: Path, step: int = 0, repairable: Collection[str] = ()) -> list[str]:
         """Compare with what was saved; return the warnings for a resume from there.
 
         Args:
             saved: the identity of the run that is to be resumed.
             where: its folder, for messages.
             step: its current step.
+            repairable: files of data whose contents may have changed.
 
         Raises:
             RunError: it is another run, or would end before `step`; lists every key that differs and what to do.
         """
-        changed = _differences(saved.result, self.result)
+        repaired = {key: files for key in self.files if (files := self._repaired(saved, key, repairable))}
+        warnings = [
+            f"{key}: {', '.join(files)} changed, which ended this run by a bad row: taken as repaired, and read on from "
+            "the same row"
+            for key, files in repaired.items()
+        ]
+        changed = _differences(
+            {key: value for key, value in saved.result.items() if key not in repaired},
+            {key: value for key, value in self.result.items() if key not in repaired},
+        )
         if changed:
             lines = [f"{where}: this run was started with different settings:", *(f"  {line}" for line in changed)]
             lines.append("restore them to resume the run, or choose another run.name to start a new one")
             raise RunError("\n".join(lines))
-        warnings = []
         trained = step * self.batch_tokens
         for key, tokens in self.length.items():
             if tokens < trained:
@@ -142,7 +156,15 @@ class Identity:
             warnings.append(f"numerics changed, so results will differ in rounding: {'; '.join(changed)}")
         return warnings
 
-    def check_checkpoint(self, reader: CheckpointReader) -> list[str]:
+    def _repaired(self, saved: Identity, key: str, repairable: Collection[str]) -> list[str]:
+        """Return the files of a source that changed if they may have, and nothing else did."""
+        before, now = saved.files.get(key, []), self.files[key]
+        if len(before) != len(now):
+            return []
+        changed = [new for old, new in zip(before, now, strict=True) if old[1] != new[1]]
+        return [path for path, _ in changed] if all(path in repairable for path, _ in changed) else []
+
+    def check_checkpoint(self, reader: CheckpointReader, repairable: Collection[str] = ()) -> list[str]:
         """Do the same for a checkpoint, at the step that it was saved at.
 
         Raises:
@@ -152,7 +174,7 @@ class Identity:
             saved = Identity.of_checkpoint(reader.index)
         except (ConfigError, RunError) as error:
             raise RunError(f"{reader.folder}: cannot determine whether this is the same run: {error}") from None
-        return self.check(saved, reader.folder, reader.index["step"])
+        return self.check(saved, reader.folder, reader.index["step"], repairable)
 
 
 def _contents(source: Mapping[str, Any]) -> str:

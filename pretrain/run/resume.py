@@ -31,17 +31,18 @@ def choose_checkpoint(folder: RunFolder, resume: str, identity: Identity) -> tup
             )
         return None, []
     launched = Identity.of_run(folder)
-    notes = identity.check(launched, folder.path) if launched else []
+    repairable = folder.repairable
+    notes = identity.check(launched, folder.path, repairable=repairable) if launched else []
     if resume != "auto":
         reader = CheckpointReader(Path(resume))
         reader.verify()
-        return reader.folder, identity.check_checkpoint(reader)
+        return reader.folder, identity.check_checkpoint(reader, repairable)
     newest, damaged = newest_intact(folder.checkpoints)
     if newest is None and damaged:
         raise CheckpointError("\n".join([*damaged, f"{folder.checkpoints}: no intact checkpoint to resume from"]))
     if newest is None:
         return None, notes
-    notes = identity.check_checkpoint(newest)
+    notes = identity.check_checkpoint(newest, repairable)
     return newest.folder, notes + [f"{message}; falling back to {newest.folder.name}" for message in damaged]
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from optimizers import Aurora
 from pretrain.config import Config
-from pretrain.data import TokenBatch, TokenStream
+from pretrain.data import DataError, TokenBatch, TokenStream
 from pretrain.data.masks import attention_inputs
 from pretrain.engine.base import Engine
 from pretrain.model.cost import flops_per_token
 from pretrain.model.loss import IGNORED
 from pretrain.planning.devices import peak_flops
+from pretrain.processes.errors import PeerError
+from pretrain.processes.exit_codes import BAD_INPUT, UNAVAILABLE
 from pretrain.training.hooks import Hook, StepContext
 from pretrain.training.schedule import lr_factor
 from pretrain.training.timing import PhaseClock
@@ -94,21 +97,25 @@ class Trainer:
         self.peak_flops = peak_flops(engine.device, engine.precision.is_bf16, config.train.peak_tflops)
         self._checked = False
         self._failure: Exception | None = None
+        self._saved_step = self.state.step  # a run begins with nothing to save, or from a checkpoint
 
     def fit(self, stop_at: int | None = None) -> Literal["done", "stopped"]:
         """Train to the end, to step `stop_at`, or until a stop is requested.
 
-        In each case the final state is saved exactly once.
+        In each case the final state is saved exactly once. If the data fails, the state after the last complete step is
+        saved as well, so that nothing is lost once the data is back.
 
         Raises:
+            DataError: the data cannot be used, or a server of data does not answer, on this rank.
             TrainingError: too many consecutive steps had non-finite gradients.
             OSError: a record could not be written on this rank.
-            PeerError: a record could not be written on another rank.
+            PeerError: one of these happened on another rank.
         """
         config, state = self.config, self.state
         while state.step < config.total_steps:
             clock = PhaseClock(self.engine.device)
-            batch = self.stream.next_batch(config.global_batch_sequences)
+            with self.saved_if_data_fails():
+                batch = self.stream.next_batch(config.global_batch_sequences)
             clock.mark("data")
             lrs = self.set_learning_rates()
             loss = self.forward_backward(batch)
@@ -127,14 +134,28 @@ class Trainer:
             self.check_ranks(record["batch_sha256"])
 
             stop |= stop_at is not None and state.step >= stop_at
-            self.report(record, context)
+            with self.saved_if_data_fails():
+                self.report(record, context)  # validation reads data
             if context.last or stop or state.step % config.checkpoint.save_every_steps == 0:
                 self.save(self)
+                self._saved_step = state.step
                 self.raise_failure()
             self.check_health()
             if stop and not context.last:
                 return "stopped"
         return "done"
+
+    @contextlib.contextmanager
+    def saved_if_data_fails(self) -> Iterator[None]:
+        """Save the state before an error of the data is raised, which all ranks learn of together; a collective."""
+        try:
+            yield
+        except (DataError, PeerError) as error:
+            of_data = isinstance(error, DataError) or error.exit_code in (BAD_INPUT, UNAVAILABLE)
+            if of_data and self.state.step > self._saved_step:
+                self._saved_step = self.state.step
+                self.save(self)
+            raise
 
     def context(self, step: int) -> StepContext:
         """Return the context of a step for the hooks."""
@@ -226,12 +247,14 @@ class Trainer:
 
     def report(self, record: dict[str, Any], context: StepContext) -> None:
         """Run the hooks that are due, and hand the step's record to `log`."""
-        for hook in self.hooks:
-            if hook.due(context.step, context.last):
-                record |= hook.run(context)
-        self.state.validation_loss = record.get("validation_loss", self.state.validation_loss)
-        self.state.bits_per_byte = record.get("validation_bits_per_byte", self.state.bits_per_byte)
-        self.attempt(lambda: self.log(record))
+        try:
+            for hook in self.hooks:
+                if hook.due(context.step, context.last):
+                    record |= hook.run(context)
+        finally:
+            self.state.validation_loss = record.get("validation_loss", self.state.validation_loss)
+            self.state.bits_per_byte = record.get("validation_bits_per_byte", self.state.bits_per_byte)
+            self.attempt(lambda: self.log(record))
 
     def attempt(self, work: Callable[[], object]) -> None:
         """Do what may fail on one rank alone, such as writing a file; `work` must not communicate.

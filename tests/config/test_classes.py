@@ -23,7 +23,6 @@ OTHERS = {
     "data.sources.path": "result (contents)",
     "data.sources.name": "note",
     "data.sources.licence": "note",
-    "data.sources.name": "note",
     "data.workers": "execution",
     "optimizer.polar_dtype": "numerics",
     "optimizer.adamw.fused": "numerics",

@@ -89,7 +89,7 @@ def test_a_path_is_a_file_a_folder_or_a_pattern(tmp_path: Path, monkeypatch: pyt
 
     def names() -> Iterator[list[str]]:
         for path in ("data", "data/*.jsonl", "data/**/*.parquet", "data/[x].jsonl"):
-            yield list_files(path, SUFFIXES)
+            yield [file.path for file in list_files(path, SUFFIXES)]
 
     (tmp_path / "data" / "more").mkdir(parents=True)
     (tmp_path / "data" / "README.md").write_text("not data")

@@ -173,8 +173,8 @@ MUTATIONS = (
     Mutation(
         "every-value-error-is-bad-input",
         "pretrain/processes",
-        'if isinstance(error, UserError):\n        failure["exit_code"] = BAD_INPUT',
-        'if isinstance(error, (UserError, ValueError)):\n        failure["exit_code"] = BAD_INPUT',
+        'if isinstance(error, UserError):\n        failure["exit_code"] = error.exit_code',
+        'if isinstance(error, (UserError, ValueError)):\n        failure["exit_code"] = error.exit_code',
         ("tests/processes/test_failures.py::test_only_bad_input_loses_its_traceback",),
         "fault 1: a bug of our own ends with exit code 2",
     ),

@@ -1,0 +1,183 @@
+"""Data sets of the Hugging Face Hub: `hf://datasets/ORG/NAME@REVISION/PATH`.
+
+The server is that of HF_ENDPOINT and the token that of HF_TOKEN, as for every program of the Hub. Requests, headers
+and errors are those of huggingface_hub, but not its retries: they give up after a minute, and its listing would begin
+again with the first page.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote, unquote
+
+import httpx2
+from huggingface_hub import constants, hf_hub_url
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers
+
+from pretrain.data.errors import DataError
+from pretrain.data.sources.http import Address, client, open_url, reason, request_timeout, transient
+from pretrain.data.sources.names import Pattern, choose
+from pretrain.data.sources.retries import TransientError, retrying
+from pretrain.data.sources.secrets import redact
+from pretrain.data.units import DataFile
+
+T = TypeVar("T")
+
+_PATH = re.compile(
+    r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubPath:
+    """A path on the Hub, taken apart."""
+
+    repository: str
+    revision: str | None
+    """None: the default branch."""
+    path: str
+    """A file, a folder or a glob in the repository; empty: all of it."""
+
+    @classmethod
+    def parse(cls, url: str) -> "HubPath":
+        """Take a path apart.
+
+        Raises:
+            DataError: it is not of the form that is expected.
+
+        """
+        found = _PATH.fullmatch(url)
+        if not found:
+            raise DataError(
+                f"{redact(url)}: expected hf://datasets/ORG/NAME@REVISION/PATH, PATH being a file, a folder or a glob"
+            )
+        revision = found["revision"]
+        return cls(found["repository"], unquote(revision) if revision else None, (found["path"] or "").strip("/"))
+
+    def __str__(self) -> str:
+        revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
+        return f"hf://datasets/{self.repository}{revision}" + (f"/{self.path}" if self.path else "")
+
+
+def list_hub(url: str, suffixes: tuple[str, ...]) -> list[DataFile]:
+    """List the files of a path on the Hub; their paths name the commit that the revision stands for now."""
+    asked = HubPath.parse(url)
+    pinned = HubPath(asked.repository, commit_of(asked), asked.path)
+    found = {file.path: file for file in _files(pinned)}
+    if not found:
+        raise DataError(f"{url}: no such file or folder at this revision, and no file matches it as a pattern")
+    if list(found) == [pinned.path]:
+        root, names, hidden = "", [pinned.path], True
+    else:
+        pattern = Pattern(pinned.path) if glob.has_magic(pinned.path) else None
+        root = pattern.folder if pattern else f"{pinned.path}/" if pinned.path else ""
+        names = sorted(name.removeprefix(root) for name in found)
+        hidden = pattern is not None and pattern.enters_hidden
+    chosen = [root + name for name in choose(url, names, suffixes, hidden=hidden)]
+    return [_data_file(pinned, found[name]) for name in chosen]
+
+
+def commit_of(path: HubPath) -> str:
+    """The commit that a revision stands for; a commit stands for itself."""
+    if path.revision and _COMMIT.fullmatch(path.revision):
+        return path.revision
+    revision = f"/revision/{quote(path.revision, safe='')}" if path.revision else ""
+    commit = _get(path, f"{_endpoint()}/api/datasets/{path.repository}{revision}")[0].get("sha")
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise DataError(f"{path}: the Hub does not say which commit this revision is")
+    return commit
+
+
+def open_hub(data: DataFile) -> BinaryIO:
+    """Open a file of the Hub by its pinned path."""
+    path = HubPath.parse(data.path)
+    url = hf_hub_url(
+        path.repository, path.path, repo_type="dataset", revision=path.revision or "main", endpoint=_endpoint()
+    )
+    return open_url(data, Address(url, build_hf_headers, lambda response: _advice(response)))
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def _data_file(pinned: HubPath, file: RepoFile) -> DataFile:
+    path = str(HubPath(pinned.repository, pinned.revision, file.path))
+    if file.lfs is not None:
+        return DataFile(path, file.lfs.size, file.lfs.sha256, file.lfs.sha256)
+    return DataFile(path, file.size, file.blob_id)
+
+
+def _files(pinned: HubPath) -> Iterator[RepoFile]:
+    """The files that a path may stand for: itself, those below it, or those that match it."""
+    if glob.has_magic(pinned.path):
+        pattern = Pattern(pinned.path)
+        recursive = pattern.depth != 1
+        for file in _tree(pinned, pattern.folder.rstrip("/"), recursive) or ():
+            if file.path.removeprefix(pattern.folder) in pattern:
+                yield file
+        return
+    if pinned.path:
+        folder = pinned.path.rpartition("/")[0]
+        if "." in pinned.path.rpartition("/")[2]:
+            same = [file for file in _tree(pinned, folder, recursive=False) if file.path == pinned.path]
+            if same:
+                yield from same
+                return
+    yield from _tree(pinned, pinned.path, recursive=True)
+
+
+def _tree(pinned: HubPath, folder: str, recursive: bool) -> Iterator[RepoFile]:
+    """List a folder, page by page; each page is retried by itself. Nothing if there is no such folder."""
+    below = f"/{quote(folder, safe='')}" if folder else ""
+    url = f"{_endpoint()}/api/datasets/{pinned.repository}/tree/{pinned.revision}{below}"
+    query: dict[str, Any] | None = {"recursive": recursive, "expand": False}
+    while url:
+        entries, following = _get(pinned, url, query, missing_is_empty=bool(folder))
+        yield from (RepoFile(**entry) for entry in entries if entry.get("type") == "file")
+        url, query = following, None
+
+
+def _get(path: HubPath, url: str, query: dict[str, Any] | None = None, *, missing_is_empty: bool = False) -> Any:
+    """Request JSON from the Hub; return it, and the address of the next page or an empty string."""
+
+    def attempt() -> tuple[Any, str]:
+        try:
+            response = client().get(
+                url, params=query, headers=build_hf_headers(), timeout=request_timeout(), follow_redirects=True
+            )
+        except httpx2.TransportError as error:
+            raise TransientError(reason(error)) from None
+        if problem := transient(response):
+            raise problem
+        if response.status_code == 404 and missing_is_empty and _error_code(response) == "EntryNotFound":
+            return [], ""
+        if response.status_code != 200:
+            raise DataError(f"{path}: the Hub answered {response.status_code}: {_advice(response)}")
+        try:
+            return response.json(), response.links.get("next", {}).get("url", "")
+        except ValueError:
+            raise TransientError("the Hub's answer is not whole") from None
+
+    return retrying(str(path), attempt)
+
+
+def _error_code(response: httpx2.Response) -> str:
+    return response.headers.get("X-Error-Code", "")
+
+
+def _advice(response: httpx2.Response) -> str:
+    """What to do about a refusal of the Hub."""
+    code, status = _error_code(response), response.status_code
+    if code == "GatedRepo" or status == 403:
+        return "access is restricted: accept the terms on the page of the data set, and set HF_TOKEN"
+    if status == 401 or code == "RepoNotFound":
+        return "no such data set, or it is private: check the name, and set HF_TOKEN to a token that may read it"
+    if code == "RevisionNotFound":
+        return "no such revision: it may have been removed; choose another one"
+    return "no such file at this revision" if status == 404 else "check the path"
