@@ -104,7 +104,7 @@ def against_encoding(setting: Setting, files: Path) -> list[Row]:
     """1: one process, files to batches, compared with batch encoding of the texts in memory."""
     config, tokenizer = setting.config(files), load_tokenizer(setting.tokenizer)
     [units] = make_catalog(config).units(config)
-    texts = [text for unit in units for _, text in read_unit(unit, 0, 1 << 20)]
+    texts = [text for unit in units for _, text in read_unit(unit, 0, 1 << 20) if isinstance(text, str)]
     total = sum(encode_bare(tokenizer, texts))
     seconds = alternate(
         {

@@ -109,7 +109,7 @@ def resolve_sources(config: DataConfig, journal: Path | None = None, say: Callab
             if not is_remote(source.path) or source.path in found:
                 continue
             try:
-                resolved = resolve_source(source.path, text_recipe(source), notes)
+                resolved = resolve_source(source.path, text_recipe(source, config), notes)
             except DataUnavailableError:
                 raise
             except DataError as error:
@@ -142,7 +142,7 @@ def catalog_source(
 
     """
     if is_remote(source.path):
-        return _remote_source(source, locked or {})
+        return _remote_source(source, config, locked or {})
     try:
         if tokens := token_source(source.path):
             return _prepared(source, tokens)
@@ -175,10 +175,10 @@ def catalog_source(
     return CatalogSource(source.path, tuple(files), tuple(sorted(_few(names))), tuple(sorted(licences))), problems
 
 
-def _remote_source(source: SourceConfig, locked: Locked) -> tuple[CatalogSource, list[str]]:
+def _remote_source(source: SourceConfig, config: DataConfig, locked: Locked) -> tuple[CatalogSource, list[str]]:
     found = locked.get(source.path)
     try:
-        found = found or resolve_source(source.path, text_recipe(source))
+        found = found or resolve_source(source.path, text_recipe(source, config))
     except DataUnavailableError:
         raise
     except DataError as error:

@@ -254,6 +254,8 @@ def _documents(unit: Unit, most: int | None, coverage: Coverage) -> Iterator[tup
     """Yield the texts of a unit, encoded and as they are, with their places; stop after about `most` bytes."""
     read = 0
     for row, text in read_unit(unit, 0, _BATCH_BYTES):
+        if not isinstance(text, str):  # a bad row
+            continue
         encoded = text.encode()
         if encoded:
             yield encoded, (text, Place(unit.file.path, unit.row_group, row))

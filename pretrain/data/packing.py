@@ -253,7 +253,8 @@ class _Lane:
         if length == self._task.sequence_length and begin > 0 and end < len(run.tokens):
             # Within one run, which prepared data makes the usual case: a single copy.
             sequence = run.tokens[begin - 1 : end].astype(np.int32)
-            (documents, text_bytes), bad_rows = self._count(run, begin, end), ()
+            documents, text_bytes = self._count(run, begin, end)
+            bad_rows: tuple[BadRow, ...] = ()
             self._used = end
             self._cursor = Cursor(position.epoch, position.unit, position.row, end)
         else:

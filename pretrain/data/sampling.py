@@ -22,6 +22,7 @@ from itertools import accumulate
 from typing import BinaryIO
 
 from pretrain.config.data import DataConfig
+from pretrain.data.bad_rows import BadRow
 from pretrain.data.catalog import Catalog
 from pretrain.data.errors import DataError
 from pretrain.data.formats import TextFile, text_file
@@ -44,7 +45,7 @@ class Sample:
     size: int
     """Rows of the files (see `Stratum.unit`) or bytes of the files that were read."""
     texts: tuple[str, ...]
-    """The texts of those rows, empty ones included."""
+    """The texts of those rows, empty ones included; bad rows have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def sample_source(units: Sequence[Unit], read_bytes: int, windows: int, seed: in
     total = _bytes(units)
     try:
         if total <= read_bytes and (whole := _whole(opened, units, read_bytes, windows)):
-            return [whole], []
+            return [whole], opened.problems
         kinds: dict[str, list[Unit]] = {}
         for unit in units:
             kinds.setdefault(_kind(unit), []).append(unit)
@@ -104,7 +105,7 @@ def sample_source(units: Sequence[Unit], read_bytes: int, windows: int, seed: in
             line = _LINES[kind](opened, members, max(1, int(read_bytes * part)), windows)
             if line.size:
                 strata.append(_sampled(line, random.Random(f"{seed} {kind}"), problems))
-        return strata, problems
+        return strata, [*opened.problems, *problems]
     finally:
         opened.close()
 
@@ -156,13 +157,20 @@ def _whole(opened: "_Files", units: Sequence[Unit], read_bytes: int, windows: in
 
 
 def _all_texts(opened: "_Files", units: Sequence[Unit]) -> Iterator[str]:
-    return (text for unit in units for _, text in opened.text_of(unit).rows(unit, 0, 1 << 20))
+    for unit in units:
+        for _, text in opened.text_of(unit).rows(unit, 0, 1 << 20):
+            if isinstance(text, BadRow):
+                opened.problems.append(str(text))
+            else:
+                yield text
 
 
 class _Files:
     """Opens files, keeping the last one open: windows are read in the order of the files."""
 
     def __init__(self) -> None:
+        self.problems: list[str] = []
+        """What is wrong with rows that were read."""
         self._opened = ExitStack()
         self._current: tuple[DataFile, BinaryIO] | None = None
         self._text: TextFile | None = None
@@ -252,6 +260,9 @@ class _Rows(_Line):
             for row, text in self._opened.text_of(unit).rows(unit, first, 1 << 20):
                 if row >= last:
                     break
+                if isinstance(text, BadRow):
+                    self._opened.problems.append(str(text))
+                    continue
                 texts.append(text)
                 room -= len(text)
                 if room < 0 and row + 1 < last:
@@ -281,7 +292,7 @@ class _Lines(_Line):
         unit = self._units[index]
         data = _whole_lines(self._opened.bytes_of(unit.file), offset, place.size)
         try:
-            return len(data), _texts(data, unit, cut=False)
+            return len(data), _texts(data, unit, self._opened.problems)
         except DataError as error:
             raise DataError(f"{error} (lines counted from a random place near byte {offset})") from error
 
@@ -308,14 +319,16 @@ class _Heads(_Line):
         opened = self._opened.bytes_of(unit.file)
         opened.seek(0)
         data = opened.read(self._window)
-        return len(data), _texts(data, unit, cut=len(data) < (unit.file.bytes or 0))
+        return len(data), _texts(data, unit, None if len(data) < (unit.file.bytes or 0) else self._opened.problems)
 
 
 _LINES: dict[str, type[_Rows] | type[_Lines] | type[_Heads]] = {"rows": _Rows, "lines": _Lines, "heads": _Heads}
 
 
-def _texts(data: bytes, unit: Unit, *, cut: bool) -> list[str]:
-    """The texts of a part of a unit's file; if the part was `cut` anywhere, an error is taken for its end.
+def _texts(data: bytes, unit: Unit, problems: list[str] | None) -> list[str]:
+    """The texts of a part of a file; `problems` is for its bad rows.
+
+    Without `problems`, the part was cut anywhere, and an error or a bad row is taken for its end.
 
     Raises:
         DataError: the part is damaged.
@@ -324,9 +337,12 @@ def _texts(data: bytes, unit: Unit, *, cut: bool) -> list[str]:
     texts: list[str] = []
     try:
         for _, text in text_file(io.BytesIO(data), unit.file.path, unit.recipe).rows(unit, 0, 1 << 20):
-            texts.append(text)
+            if isinstance(text, str):
+                texts.append(text)
+            elif problems is not None:
+                problems.append(f"{text} (counted within the sample)")
     except DataError:
-        if not cut:
+        if problems is not None:
             raise
     return texts
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pretrain.config.data import DataConfig
+from pretrain.data.bad_rows import BadRow
 from pretrain.data.catalog import make_catalog
 from pretrain.data.errors import DataError
 from pretrain.data.formats import read_unit
@@ -49,6 +50,8 @@ def _beginning(unit: Unit, size: int) -> Iterator[str]:
         for _, text in rows:
             if size <= 0:
                 return
+            if isinstance(text, BadRow):
+                continue
             encoded = text.encode()
             yield text if len(encoded) <= size else encoded[:size].decode(errors="ignore")
             size -= len(encoded)

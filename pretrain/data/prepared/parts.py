@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config.data import TokenizerConfig
+from pretrain.data.bad_rows import BadRow, BadRowBudget
 from pretrain.data.errors import DataError
 from pretrain.data.formats import read_unit
 from pretrain.data.packing import REFILL_BYTES
@@ -66,6 +67,8 @@ class Encoding:
     folder: Path
     tokenizer: TokenizerConfig
     dtype: str
+    max_bad_rows: int = 0
+    """Bad rows that are left out of a part; one more is an error."""
 
     def tokens_file(self, part: int) -> Path:
         """Path of the tokens of a part."""
@@ -90,10 +93,11 @@ def write_part(part: Part, encoding: Encoding, encoder: DocumentEncoder) -> Iter
     """
     columns: tuple[list[int], ...] = ([], [], [], [], [])
     units: list[int] = []
+    budget = BadRowBudget(encoding.max_bad_rows)
     with replacing(encoding.tokens_file(part.number)) as partial, partial.open("wb") as file:
         for unit in part.units:
             before = len(columns[0])
-            with closing(_batches(unit)) as batches:
+            with closing(_batches(unit, budget)) as batches:
                 for texts in batches:
                     _append(file, texts, columns, encoding.dtype, encoder)
                     yield
@@ -104,12 +108,14 @@ def write_part(part: Part, encoding: Encoding, encoder: DocumentEncoder) -> Iter
         np.savez(file, **table._asdict())
 
 
-def _batches(unit: Unit) -> Generator[list[str]]:
+def _batches(unit: Unit, budget: BadRowBudget) -> Generator[list[str]]:
     """Yield the texts of a unit, about `REFILL_BYTES` at a time."""
     texts: list[str] = []
     size = 0
     for _, text in read_unit(unit, 0, _READ_AHEAD_BYTES):
-        if text:
+        if isinstance(text, BadRow):
+            budget.spend(text)
+        elif text:
             texts.append(text)
             size += len(text)
         if size >= REFILL_BYTES:

@@ -54,7 +54,13 @@ def make_plan(config: DataConfig, tokenizer: TokenizerConfig, folder: Path, opti
         raise DataError("\n".join(f"{path}: holds tokens already and cannot be prepared" for path in done))
     found = fingerprint(config, catalog)["sources"]
     recipes = [
-        {"name": name, "text_field": source.text_field, "split_units": source.split_units, "seen": seen}
+        {
+            "name": name,
+            "text_field": source.text_field,
+            "where": source.where,
+            "split_units": source.split_units,
+            "seen": seen,
+        }
         for name, source, seen in zip(config.names, config.sources, found, strict=True)
     ]
     record = {

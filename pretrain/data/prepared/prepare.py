@@ -81,7 +81,7 @@ def prepare(
         begin(plan, folder)
         if not all((source / INDEX_FILE).is_file() for source in plan.folders):
             dtype = "uint16" if vocabulary_rows(loaded) <= 1 << 16 else "uint32"
-            encoding = Encoding(folder / _PARTS, tokenizer, dtype)
+            encoding = Encoding(folder / _PARTS, tokenizer, dtype, config.max_bad_rows)
             _delete_leftovers(folder, plan)
             _write_parts(plan, encoding, workers, say)
             _assemble(plan, encoding, options, separator_id(loaded, tokenizer), say)
