@@ -203,7 +203,7 @@ def _build(
         catalog=setup.inputs.catalog,
     )
     opened.callback(stream.close)
-    notices = EpochNotices(stream, config.data.epoch_limits)
+    notices = EpochNotices(stream)
     hooks = _make_hooks(setup, optimizer)
     state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
     run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, state.step, routing))

@@ -117,9 +117,8 @@ class DataConfig(Section):
 
     mixture: dict[str, PositiveFloat] | None = None
     """The share of the tokens of each source, by name, in any unit: `{web: 0.7, code: 0.3}`. After every sequence, each
-    source is within one sequence of its share. If neither this nor `stages` is given, the shares are proportional to
-    the sizes of the sources' files, in bytes on disk, so that all sources are read the same number of times if they
-    compress equally well."""
+    source is within one sequence of its share. If neither this nor `stages` is given, all sources are read as
+    one: each document once in an epoch, in an order that does not keep the shares even within the epoch."""
 
     stages: Annotated[tuple[StageConfig, ...] | None, Field(strict=False)] = None
     """Mixtures one after the other, instead of `mixture`; for example a last stage with more of the best sources while
@@ -128,12 +127,13 @@ class DataConfig(Section):
     past_max_epochs: Literal["error", "end_source"] = "error"
     """What happens if a source is read more than its `max_epochs`: `error` refuses a run whose `train.total_tokens`
     would need that, as estimated before the start, and does not change the stream; `end_source` ends the source after
-    that many epochs and gives its share to the others, in proportion."""
+    that many epochs and gives its share to the others, in proportion. Without a mixture, all sources end together,
+    after the largest `max_epochs`."""
 
     lanes: int = Field(default=128, ge=1)
-    """Parallel readers of each source, each with its own read units; the sequences of a source are dealt from its lanes
-    in turn. A source with fewer read units has one lane for each. The number of lanes fixes the order of the text for
-    any number of processes and workers, so it cannot change within a run. At most the number of read units of all
+    """Parallel readers of the text, each with its own read units; sequences are dealt from them in turn. In a mixture,
+    each source has so many, or one for each read unit if it has fewer. The number of lanes fixes the order of the text
+    for any number of processes and workers, so it cannot change within a run. At most the number of read units of all
     sources; with fewer lanes than processes times workers, some workers stay idle."""
 
     workers: Annotated[int, EXECUTION] = Field(default=0, ge=0)

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pretrain.config import Config
-from pretrain.data.catalog import Catalog
 from pretrain.data.estimate import Quantity, SourceEstimate, rounded
 from pretrain.data.mixture import Stage
 from pretrain.data.order import make_stages
@@ -61,8 +61,8 @@ def _times(tokens: float, available: float) -> float:
     return tokens / available if available else (math.inf if tokens else 0.0)
 
 
-def source_budgets(config: Config, catalog: Catalog, estimates: Sequence[SourceEstimate]) -> list[SourceBudget]:
-    """Divide the tokens of a run among the sources of its config, as its mixture or stages do.
+def source_budgets(config: Config, estimates: Sequence[SourceEstimate]) -> list[SourceBudget]:
+    """Divide the tokens of a run among the sources of its config, as its mixture or stages do, or by their size.
 
     A source that ends after `max_epochs` (`data.past_max_epochs: end_source`) gives no more than it holds.
     """
@@ -70,7 +70,8 @@ def source_budgets(config: Config, catalog: Catalog, estimates: Sequence[SourceE
     available = [Quantity(one.tokens.value * trained, one.tokens.error * trained) for one in estimates]
     limits = [math.inf if limit is None else limit for limit in config.data.epoch_limits]
     most = [limit * text.value if text.value else 0.0 for limit, text in zip(limits, available, strict=True)]
-    tokens = divide(make_stages(config.data, catalog), config.train.total_tokens, most)
+    stages = make_stages(config.data) or (Stage(tuple(Fraction(text.value) for text in available), None),)
+    tokens = divide(stages, config.train.total_tokens, most)
     return [
         SourceBudget(
             name=name,

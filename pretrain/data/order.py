@@ -25,11 +25,11 @@ _KEPT_ORDERS = 4  # epochs of a ring whose order is cached: the current one, and
 class Ring:
     """Lanes that take turns and whose epochs begin and end together: those of a source.
 
-    The validation split has a single ring, for all sources.
+    Without a mixture, and for the validation split, there is a single ring for all sources.
     """
 
     name: str
-    """What messages call it: the name of the source."""
+    """What messages call it: the name of the source, or the names of all."""
     units: Mapping[int, tuple[Unit, ...]]
     """The units of its sources, by the index of the source in the config."""
     lanes: range
@@ -52,7 +52,7 @@ class ReadPlan:
     """Everything that determines what each lane reads; the same on every rank and in every worker."""
 
     rings: tuple[Ring, ...]
-    """One for each source of the config, in this order; a single one for the validation split."""
+    """One for each source of the config, in this order; a single one without a mixture and for validation."""
     stages: tuple[Stage, ...]
     """How the rings are mixed."""
     seed: int
@@ -110,18 +110,34 @@ def make_plan(config: DataConfig, split: Split, epochs: int | None, catalog: Cat
         )
     if problem := lane_problem(config, [len(source) for source in units]):
         raise DataError(problem)
+    stages = make_stages(config)
+    rings = _rings(config, units, epochs) if stages else (_whole_ring(config, units, epochs),)
+    stages = stages or (Stage((Fraction(1),), None),)
+    return ReadPlan(rings, stages, config.seed, epochs, split, config.validation_fraction, config.max_bad_rows)
+
+
+def _whole_ring(config: DataConfig, units: Sequence[tuple[Unit, ...]], epochs: int | None) -> Ring:
+    """Return the ring of all sources together, each of which is read once in an epoch."""
+    limits = [limit for limit in config.epoch_limits if limit is not None]
+    limit = max(limits) if len(limits) == len(units) else None
+    return Ring(
+        ", ".join(config.names), dict(enumerate(units)), range(config.lanes), limit if epochs is None else epochs
+    )
+
+
+def _rings(config: DataConfig, units: Sequence[tuple[Unit, ...]], epochs: int | None) -> tuple[Ring, ...]:
+    """Return a ring for each source."""
     rings: list[Ring] = []
     first = 0
     for index, (name, source, limit) in enumerate(zip(config.names, units, config.epoch_limits, strict=True)):
         lanes = range(first, first + min(config.lanes, len(source)))
         rings.append(Ring(name, {index: source}, lanes, limit if epochs is None else epochs))
         first = lanes.stop
-    stages = make_stages(config, catalog)
-    return ReadPlan(tuple(rings), stages, config.seed, epochs, split, config.validation_fraction, config.max_bad_rows)
+    return tuple(rings)
 
 
-def make_stages(config: DataConfig, catalog: Catalog) -> tuple[Stage, ...]:
-    """Return the mixtures of a run; if the config has none, the shares are proportional to the bytes of the files."""
+def make_stages(config: DataConfig) -> tuple[Stage, ...]:
+    """Return the mixtures of a run; none if the config has none."""
     if config.stages is not None:
         return tuple(
             Stage(tuple(exact(stage.mixture.get(name, 0)) for name in config.names), stage.until_tokens)
@@ -129,14 +145,13 @@ def make_stages(config: DataConfig, catalog: Catalog) -> tuple[Stage, ...]:
         )
     if config.mixture is not None:
         return (Stage(tuple(exact(config.mixture[name]) for name in config.names), None),)
-    sizes = [sum(file.bytes for file in source.files) for source in catalog.sources]
-    return (Stage(tuple(Fraction(max(size, 1)) for size in sizes), None),)
+    return ()
 
 
 def lane_problem(config: DataConfig, counts: list[int]) -> str | None:
     """Return the problem if the sources, with these numbers of units, cannot feed all lanes; None if they can.
 
-    One source feeds all lanes by itself. Of several, each has at most as many lanes as units.
+    In a mixture, each source has at most as many lanes as units.
     """
     units = sum(counts)
     if units >= config.lanes:

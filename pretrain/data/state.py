@@ -52,7 +52,7 @@ class StreamState(TypedDict):
     """Version of this format: 2. Version 1 had one ring of lanes for all sources together."""
     mixture: MixtureState
     sources: list[SourceState]
-    """In the order of the config; the validation split counts as one source."""
+    """In the order of the config; without a mixture, all sources count as one."""
     sequences_emitted: int
     text_bytes: int
     """UTF-8 bytes of the text in those sequences."""
@@ -104,9 +104,8 @@ def read_state(saved: StreamState, plan: ReadPlan, sequence_length: int) -> Stre
 def _from_version_1(old: dict[str, Any], plan: ReadPlan, sequence_length: int) -> StreamState:
     if len(plan.rings) > 1:
         raise DataError(
-            "the data state was saved by a version that read all sources through one ring of lanes. Each source now "
-            "has lanes of its own, which changes the order of the text, so a run with several sources cannot be "
-            "continued: resume it with the version that it was started with, or start a new run"
+            "the data state was saved by a version that knew no mixtures, which change the order of the text: remove "
+            "data.mixture and data.stages to continue that run, or start a new one"
         )
     source = SourceState(
         epoch=old["epoch"],

@@ -45,10 +45,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceProgress:
-    """How much of a source the batches so far contained, on all ranks and including those before a resume."""
+    """How much of a source the batches so far contained, or of all sources together if there is no mixture.
+
+    Counts all ranks, and what was read before a resume.
+    """
 
     epochs: int
     """Completed epochs."""
+    max_epochs: int | None
+    """The epochs after which it ends; None if it never does."""
     sequences: int
     tokens: int
     """Targets."""
@@ -170,7 +175,13 @@ class TokenStream:
         """Return how far each source has been read, by its name; not a collective call."""
         return {
             ring.ring.name: SourceProgress(
-                ring.epoch, ring.sequences, ring.tokens, ring.documents, ring.text_bytes, ring.bad_rows
+                ring.epoch,
+                ring.ring.epochs,
+                ring.sequences,
+                ring.tokens,
+                ring.documents,
+                ring.text_bytes,
+                ring.bad_rows,
             )
             for ring in self._rings
         }

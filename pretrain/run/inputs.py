@@ -76,7 +76,7 @@ def check_inputs(
         sha256 = file_sha256(Path(located.path))
         warnings += vocabulary_warning(config, rows)
         if not problems and all(source.files and (online or source.pinned is None) for source in catalog.sources):
-            budgets = source_budgets(config, catalog, estimate_sources(config.data, catalog, tokenizer, AT_START))
+            budgets = source_budgets(config, estimate_sources(config.data, catalog, tokenizer, AT_START))
             problems += budget_problems(budgets, config.train.total_tokens)
             warnings += budget_warnings(config, budgets)
     if problems:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pretrain.data import TokenStream
 
 
@@ -12,11 +10,10 @@ class EpochNotices:
 
     Args:
         stream: at the position where training begins or continues.
-        limits: the epochs after which each source ends; None if it never does.
     """
 
-    def __init__(self, stream: TokenStream, limits: Sequence[int | None]) -> None:
-        self._stream, self._limits = stream, limits
+    def __init__(self, stream: TokenStream) -> None:
+        self._stream = stream
         self._epochs, self._stage = self._read()
 
     def lines(self, step: int) -> list[str]:
@@ -24,10 +21,10 @@ class EpochNotices:
         before, stage_before = self._epochs, self._stage
         self._epochs, self._stage = self._read()
         found = []
-        for (name, epochs), limit in zip(self._epochs.items(), self._limits, strict=True):
-            if epochs == before[name]:
+        for name, source in self._stream.progress().items():
+            if (epochs := source.epochs) == before[name]:
                 continue
-            if epochs == limit:
+            if epochs == source.max_epochs:
                 found.append(f"source {name}: has ended after {epochs} epochs (max_epochs), at step {step}")
             else:
                 found.append(f"source {name}: epoch {epochs + 1} begins at step {step}")

@@ -32,7 +32,7 @@ def in_validation(text: str, fraction: float) -> bool:
 
 
 def ring_texts(setting: Setting, index: int | None, epoch: int) -> list[list[str]]:
-    """The documents of each lane of a source; of all sources in one lane for the validation split."""
+    """The documents of each lane of a source; of all sources together if `index` is None, as for validation."""
     config, validation = setting.config, setting.split == "validation"
     units = {i: source_units(source) for i, source in enumerate(config.sources) if index in (i, None)}
     count = 1 if validation else min(config.lanes, sum(map(len, units.values())))
@@ -45,8 +45,8 @@ def ring_texts(setting: Setting, index: int | None, epoch: int) -> list[list[str
 
 
 def epoch_texts(setting: Setting, epoch: int) -> list[list[str]]:
-    """The documents of each lane of the only source, or of the validation split."""
-    return ring_texts(setting, None if setting.split == "validation" else 0, epoch)
+    """The documents of each lane, without a mixture or of the validation split."""
+    return ring_texts(setting, None, epoch)
 
 
 class Source:
@@ -87,9 +87,6 @@ class Source:
 def share_of(setting: Setting, sequence: int) -> tuple[int, dict[int, Fraction]]:
     """The stage that the sequence with this number belongs to, and the shares of the sources in it."""
     config, names = setting.config, setting.config.names
-    if config.mixture is None and config.stages is None:
-        sizes = [{unit.file.path: unit.file.bytes or 0 for unit in source_units(source)} for source in config.sources]
-        return 0, {index: Fraction(sum(files.values())) for index, files in enumerate(sizes)}
     if config.mixture is not None:
         return 0, {names.index(name): Fraction(str(share)) for name, share in config.mixture.items()}
     assert config.stages is not None
@@ -127,24 +124,29 @@ def oracle_dealt(setting: Setting) -> Iterator[tuple[int, Row]]:
     if setting.split == "validation":
         yield from ((0, row) for row in Source(setting, None, 1).sequences)
         return
+    if setting.config.mixture is None and setting.config.stages is None:
+        given = setting.config.epoch_limits
+        limit = None if None in given else max(limit for limit in given if limit is not None)
+        yield from ((0, row) for row in Source(setting, None, setting.epochs or limit).sequences)
+        return
     limits = [setting.epochs or limit for limit in setting.config.epoch_limits]
     sources = [Source(setting, index, limit) for index, limit in enumerate(limits)]
     ended: set[int] = set()
-    stage, number, given = -1, 0, dict.fromkeys(range(len(sources)), 0)
+    stage, number, counts = -1, 0, dict.fromkeys(range(len(sources)), 0)
     while True:
         now, shares = share_of(setting, number)
         if now != stage:
-            stage, given = now, dict.fromkeys(given, 0)
+            stage, counts = now, dict.fromkeys(counts, 0)
         live = {source: share for source, share in shares.items() if source not in ended}
         if not live:
             return
-        source = choose(given, live)
+        source = choose(counts, live)
         row = next(sources[source].sequences, None)
         if row is None:
             ended.add(source)
-            given = dict.fromkeys(given, 0)
+            counts = dict.fromkeys(counts, 0)
             continue
-        given[source] += 1
+        counts[source] += 1
         number += 1
         yield source, row
 

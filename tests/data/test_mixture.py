@@ -140,6 +140,7 @@ def setting(tmp_path: Path, tokenizer: TokenizerConfig) -> Setting:
     return make_setting(tokenizer, *paths, lanes=5, sequence_length=13, epochs=2)
 
 
+SHARES = {"web": 0.5, "code": 0.3, "books": 0.2}
 MIXTURES: list[dict[str, Any]] = [
     {},
     {"mixture": {"web": 0.2, "code": 0.5, "books": 0.3}},
@@ -182,6 +183,7 @@ def test_a_stream_resumes_after_every_few_sequences(setting: Setting, mixture: d
 
 def test_progress_counts_each_source(setting: Setting) -> None:
     texts = {"web": make_texts(31, 90), "code": make_texts(32, 40), "books": make_texts(33, 12, longest=90)}
+    setting = setting.changed(mixture=SHARES)
     stream = setting.open()
     dealt = Counter(source for source, _ in oracle_dealt(setting))
     drain(stream, 9)
@@ -225,7 +227,7 @@ def test_a_source_ends_after_its_max_epochs_and_its_share_goes_to_the_others(set
 def test_a_stream_whose_sources_have_all_ended_says_so_on_every_rank(setting: Setting) -> None:
     endless = Setting(setting.config, setting.tokenizer, setting.sequence_length, epochs=None)
     limited = [source.model_copy(update={"max_epochs": 1}) for source in setting.config.sources]
-    endless = endless.changed(sources=limited, past_max_epochs="end_source")
+    endless = endless.changed(sources=limited, past_max_epochs="end_source", mixture=SHARES)
 
     def read(group: Any) -> tuple[int, str]:
         stream = endless.open(group=group)
@@ -242,7 +244,7 @@ def test_a_stream_whose_sources_have_all_ended_says_so_on_every_rank(setting: Se
 def test_a_source_without_text_of_the_split_is_named(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     paths = [write_jsonl(tmp_path / "a.jsonl", make_texts(1, 20)), write_jsonl(tmp_path / "b.jsonl", ["", ""])]
     with pytest.raises(DataError, match="no document of b belongs to the train split"):
-        drain(make_setting(tokenizer, *paths, epochs=None).open(), 8, limit=100)
+        drain(make_setting(tokenizer, *paths, epochs=None, mixture={"a": 1, "b": 1}).open(), 8, limit=100)
 
 
 def test_a_mixture_is_even_from_the_beginning_to_the_end(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
@@ -259,12 +261,14 @@ def test_a_mixture_is_even_from_the_beginning_to_the_end(tmp_path: Path, tokeniz
     assert stream.progress()["one"].epochs >= 1
 
 
-def test_the_default_shares_are_those_of_the_bytes(setting: Setting) -> None:
-    stream = Setting(setting.config, setting.tokenizer, setting.sequence_length, epochs=None).open()
-    drain(stream, 10, limit=20)
-    sizes = {source.path: Path(source.path).stat().st_size for source in setting.config.sources}
-    for source, progress in zip(sizes, stream.progress().values(), strict=True):
-        assert abs(progress.sequences - 200 * sizes[source] / sum(sizes.values())) < 1
+def test_without_a_mixture_all_sources_are_read_as_one(setting: Setting) -> None:
+    stream = setting.open()
+    found = rows(drain(stream, 9))
+    assert len(found) > 100
+    assert found == oracle_rows(setting)
+    [(name, progress)] = stream.progress().items()
+    texts = [*make_texts(31, 90), *make_texts(32, 40), *make_texts(33, 12, longest=90)]
+    assert (name, progress.documents) == ("web, code, books", 2 * sum(text != "" for text in texts))
 
 
 def test_the_beginning_of_an_epoch_and_the_end_of_a_source_are_said(setting: Setting) -> None:
@@ -273,7 +277,7 @@ def test_the_beginning_of_an_epoch_and_the_end_of_a_source_are_said(setting: Set
     endless = Setting(setting.config, setting.tokenizer, setting.sequence_length, epochs=None)
     endless = endless.changed(sources=sources, stages=stages, past_max_epochs="end_source")
     stream = endless.open()
-    notices = EpochNotices(stream, endless.config.epoch_limits)
+    notices = EpochNotices(stream)
     found = []
     for step in range(1, 101):
         stream.next_batch(6)

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(config.tokenizer)
     catalog = make_catalog(config.data)
     estimates = estimate_sources(config.data, catalog, tokenizer, TO_INSPECT, options.seed)
-    budgets = source_budgets(config, catalog, estimates)
+    budgets = source_budgets(config, estimates)
     if options.json:
         sources = [_as_json(*pair) for pair in zip(estimates, budgets, strict=True)]
         print(json.dumps({"total_tokens": config.train.total_tokens, "sources": sources}, indent=1))
