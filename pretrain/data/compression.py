@@ -61,7 +61,7 @@ def open_contents(file: BinaryIO, path: str, max_window_bytes: int) -> io.Buffer
     if not size_of(file):
         raise DataError(f"{path}: the file is empty, which a compressed file never is: fetch or write it again")
     if compression == "gzip":
-        return io.BufferedReader(gzip.GzipFile(fileobj=file), _BUFFER_BYTES)
+        return io.BufferedReader(_Chunks(_gzip_chunks(file)), _BUFFER_BYTES)
     return io.BufferedReader(_Chunks(_zstd_chunks(file, path, max_window_bytes)), _BUFFER_BYTES)
 
 
@@ -89,6 +89,13 @@ class _Chunks(io.RawIOBase):
 
 def _plain_chunks(file: BinaryIO) -> Iterator[bytes]:
     while chunk := file.read(_BUFFER_BYTES):
+        yield chunk
+
+
+def _gzip_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """Decompress all members; what precedes damage is yielded before the error is raised."""
+    contents = gzip.GzipFile(fileobj=file)
+    while chunk := contents.read1(_BUFFER_BYTES):
         yield chunk
 
 

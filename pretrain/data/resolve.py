@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Self
 
+from pretrain.data.bad_rows import BadRow
 from pretrain.data.described import CatalogFile, CatalogSource, remote_digest
 from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.formats import SUFFIXES, text_file
@@ -161,7 +162,9 @@ def _look_at_first(listed: Sequence[DataFile], recipe: TextRecipe) -> None:
         return
     unit = Unit(first, recipe, None, None, 0, 1)
     with open_bytes(first) as opened:
-        next(text_file(opened, first.path, recipe).rows(unit, 0, 1 << 16), None)
+        _, text = next(text_file(opened, first.path, recipe).rows(unit, 0, 1 << 16), (0, ""))
+    if isinstance(text, BadRow):
+        raise DataError(str(text))
 
 
 def _pinned(path: str, listed: Sequence[DataFile]) -> tuple[str, str | None]:

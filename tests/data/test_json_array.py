@@ -50,5 +50,5 @@ def test_a_long_element_is_left_out_and_the_next_one_is_found() -> None:
 
 
 def test_what_follows_the_array_is_an_error() -> None:
-    with pytest.raises(ArrayError, match=r"b'\[2\]' follows"):
+    with pytest.raises(ArrayError, match=r"b'\[.*' follows"):
         split(b"[1]\n[2]\n", chunk=2)

@@ -307,10 +307,14 @@ def test_a_state_of_version_1_resumes_one_source(tmp_path: Path, tokenizer: Toke
         drain(stream, 6, limit=1)
 
 
-def test_a_state_of_version_1_with_several_sources_is_refused(setting: Setting) -> None:
-    old: Any = {"version": 1, "epoch": 0, "next_lane": 0, "left": [], "lanes": [], "sequences_emitted": 0}
-    with pytest.raises(DataError, match="a run with several sources cannot be continued"):
-        setting.open(state={**old, "text_bytes": 0})
+def test_a_state_of_version_1_resumes_several_sources_without_a_mixture(setting: Setting) -> None:
+    expected = oracle_rows(setting)
+    stream = setting.open()
+    drain(stream, 6, limit=20)
+    old = version_1(stream.state())
+    assert rows(drain(setting.open(state=old), 7)) == expected[120:]
+    with pytest.raises(DataError, match=r"remove data\.mixture and data\.stages"):
+        setting.changed(mixture=SHARES).open(state=old)
 
 
 # --- "Done when" 1

@@ -92,7 +92,7 @@ def test_all_ranks_learn_of_a_fault_on_one(tmp_path: Path, tokenizer: TokenizerC
     [peer] = (error for error in found if error is not own)
     assert "bad.jsonl: line 21 is not valid JSON" in str(own)
     assert isinstance(peer, PeerError)
-    assert (found.index(own), f"DataError: {own}", BAD_INPUT) == (peer.rank, peer.text, peer.exit_code)
+    assert (found.index(own), f"{type(own).__name__}: {own}", BAD_INPUT) == (peer.rank, peer.text, peer.exit_code)
 
 
 def test_a_dead_worker_of_one_rank_is_not_bad_input_on_the_other(

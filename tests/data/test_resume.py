@@ -112,7 +112,7 @@ def test_the_state_is_small(setting: Setting) -> None:
 
 def test_a_state_of_other_lanes_or_version_is_refused(setting: Setting) -> None:
     state = setting.open().state()
-    with pytest.raises(ValueError, match=r"4 lanes and a now has 3 \(data\.lanes\)"):
+    with pytest.raises(ValueError, match=r"4 lanes and data\.lanes is 3"):
         setting.changed(lanes=3).open(state=state)
     state["version"] = 99
     with pytest.raises(ValueError, match="version 99"):

@@ -156,10 +156,10 @@ def test_texts_that_cannot_be_encoded_are_found_before_a_run(tmp_path: Path, cap
     named = saved(tokenizer, tmp_path)
     paths = [write_jsonl(tmp_path / f"{number}.jsonl", texts) for number, texts in enumerate([["the sea"], ["whale"]])]
     config = make_setting(named, *paths, lanes=1).config
-    [problem] = survey(config, DocumentEncoder.load(named))[1]
+    [problem] = survey(config, encoder=DocumentEncoder.load(named))[1]
     assert "cannot encode the text 'whale'" in problem
     silent = letters(None)
     silent.add_special_tokens([EOS])
     named = saved(silent, tmp_path)
-    assert survey(config, DocumentEncoder.load(named))[1] == []
+    assert survey(config, encoder=DocumentEncoder.load(named))[1] == []
     assert "has no token for 4 characters of the sources" in caplog.text
