@@ -60,6 +60,15 @@ def _use_yaml_1_2_scalars() -> None:
 _use_yaml_1_2_scalars()
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Escape Unicode's own line breaks, which PyYAML would write as they are and read back as a line feed."""
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def parse_yaml(text: str) -> tuple[Any, list[str]]:
     """Return the document in a text, and a message for each key that is given twice.
 

@@ -42,7 +42,7 @@ class Inputs:
 def check_inputs(
     config: Config,
     tokenizer: Tokenizer | None,
-    locked: Locked,
+    locked: Locked | None = None,
     located: TokenizerConfig | None = None,
     *,
     online: bool = True,
@@ -52,7 +52,7 @@ def check_inputs(
     Args:
         config: the run's config.
         tokenizer: loaded; None: it is not on this machine, and not looked at.
-        locked: the remote sources.
+        locked: the remote sources; those that are absent are resolved here.
         located: names the local file of the tokenizer; None: the one in the cache if it is on the Hub.
         online: whether remote sources are read.
 

@@ -22,7 +22,7 @@ from pretrain.sweep import is_sweep_file, load_sweep
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-RUNS = {path.stem: path for path in FILES if not is_sweep_file(path)}
+RUNS = {path.stem: path for path in FILES if not is_sweep_file(path) and path.parent.name != "data"}
 SWEEPS = [path for path in FILES if is_sweep_file(path)]
 SCHEMA = config_schema()
 
@@ -197,7 +197,7 @@ def test_the_jobs_of_shipped_sweeps_parse_again(path: Path) -> None:
         assert parse_config(config.resolved()) == config
 
 
-@pytest.mark.parametrize("text", ["1e5", "1_000", "010", "1:30", "no", "~", "", "0x1F", ".5", "1e-3", "2026-11-22"])
+@pytest.mark.parametrize("text", ["1e5", "1_000", "010", "1:30", "no", "~", "", "0x1F", ".5", "1e-3", "2026-11-22", "a\x85b", "\u2028"])
 def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
     assert parse_yaml(dump_yaml({"key": [text]})) == ({"key": [text]}, [])
 

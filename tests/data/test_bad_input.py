@@ -222,7 +222,7 @@ def test_beyond_the_budget_the_last_row_group_is_checked(tmp_path: Path, monkeyp
         {"seed": -1},
         {"validation_fraction": 1.0},
         {"validation_fraction": -0.1},
-        {"sources": [{"path": "a", "weight": 1.0}]},
+        {"sources": [{"path": "a", "weight": 2.0}]},
         {"sources": [{"path": "a", "split_units": 0}]},
         {"sources": [{"path": "a", "licence": 3}]},
         {"sources": [{"path": ""}]},
