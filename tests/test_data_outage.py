@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.config import Config, parse_config
-from pretrain.data import DataError, TokenStream, packing
+from pretrain.data import DataError, TokenStream, compression, packing
 from pretrain.data.sources import http
 from pretrain.data.sources.retries import patience, set_patience
 from pretrain.launch import train
@@ -34,6 +34,7 @@ def attempt(config: dict[str, Any], endpoint: str, command: str | None, stop_at:
     os.environ["HF_ENDPOINT"] = endpoint
     # Of a small file, much is still to be read after three steps.
     http._FIRST_PART = http._LARGEST_PART = http.BUFFER_BYTES = 2048
+    compression._BUFFER_BYTES = 2048
     packing.REFILL_BYTES = 1 << 13
     set_patience(type(patience())(first_wait_seconds=0.01, longest_wait_seconds=0.05, silence_seconds=2))
     reported = Trainer.report

@@ -84,7 +84,7 @@ def mixed(tmp_path: Path, **data: Any) -> dict[str, Any]:
     for name, count in texts.items():
         lines = [json.dumps({"text": f"{name} {number} said the whale " * 9}) for number in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    sources = [{"path": f"{tmp_path}/{name}.jsonl", "split_units": 3} for name in texts]
+    sources = [{"path": f"{tmp_path}/{name}.jsonl", "split_units": 3, "max_epochs": None} for name in texts]
     return {**SHORT, "data.sources": sources, **{f"data.{key}": value for key, value in data.items()}}
 
 

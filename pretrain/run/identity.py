@@ -35,7 +35,7 @@ class Identity:
         length: where it ends.
         scheduled: whether the learning rate depends on where it ends.
         batch_tokens: tokens of a step.
-        files: path and digest of each file, in order, for each key of `result` about the contents of a source.
+        files: path and digest of each file, in order, for each key of `result` about the contents of a local source.
     """
 
     result: dict[str, Any]
@@ -72,7 +72,8 @@ class Identity:
         for index, source in enumerate(data["sources"]):
             key = f"data.sources.{index} contents"
             result[key] = _contents(source)
-            files[key] = [(file["path"], file["sha256"]) for file in source["files"]]
+            if "locked" not in source:  # a lock says what the files of a remote source are: none can be repaired
+                files[key] = [(file["path"], file["sha256"]) for file in source["files"]]
         result[TOKENIZER] = tokenizer_sha256
         scheduled = config.schedule.kind != "constant"
         return cls(result, numerics, length, scheduled, config.train.global_batch_tokens, files)

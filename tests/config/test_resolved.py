@@ -197,7 +197,10 @@ def test_the_jobs_of_shipped_sweeps_parse_again(path: Path) -> None:
         assert parse_config(config.resolved()) == config
 
 
-@pytest.mark.parametrize("text", ["1e5", "1_000", "010", "1:30", "no", "~", "", "0x1F", ".5", "1e-3", "2026-11-22", "a\x85b", "\u2028"])
+@pytest.mark.parametrize(
+    "text",
+    ["1e5", "1_000", "010", "1:30", "no", "~", "", "0x1F", ".5", "1e-3", "2026-11-22", "a\x85b", "\u2028"],
+)
 def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
     assert parse_yaml(dump_yaml({"key": [text]})) == ({"key": [text]}, [])
 

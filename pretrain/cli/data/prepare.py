@@ -24,7 +24,11 @@ def add(verbs: Verbs) -> None:
     add_config(parser)
     parser.add_argument("--to", required=True, metavar="DIR", help="the folder for the shards")
     parser.add_argument(
-        "--workers", type=positive, default=1, metavar="N", help="processes that read and tokenize (default: %(default)s)"
+        "--workers",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes that read and tokenize (default: %(default)s)",
     )
     parser.add_argument(
         "--shard-tokens",

@@ -24,7 +24,10 @@ def add(verbs: Verbs) -> None:
     )
     add_config(parser)
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="the lock to write (default: data.lock, or CONFIG with the suffix .lock.json)"
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="the lock to write (default: data.lock, or CONFIG with the suffix .lock.json)",
     )
     parser.set_defaults(run=run)
 
