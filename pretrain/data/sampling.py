@@ -23,10 +23,10 @@ from typing import BinaryIO
 
 from pretrain.config.data import DataConfig
 from pretrain.data.bad_rows import BadRow
+from pretrain.data.cache import open_file
 from pretrain.data.catalog import Catalog
 from pretrain.data.errors import DataError
 from pretrain.data.formats import TextFile, text_file
-from pretrain.data.sources import open_bytes
 from pretrain.data.units import DataFile, Unit
 
 _PLAIN = (".jsonl", ".ndjson")
@@ -179,7 +179,7 @@ class _Files:
         """Return the open file."""
         if self._current is None or self._current[0] != file:
             self.close()
-            self._current = (file, self._opened.enter_context(open_bytes(file)))
+            self._current = (file, self._opened.enter_context(open_file(file)))
         return self._current[1]
 
     def text_of(self, unit: Unit) -> TextFile:
