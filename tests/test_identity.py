@@ -110,8 +110,8 @@ def test_a_limit_of_epochs_is_part_of_a_run_only_where_it_ends_a_source(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
     changes = mixed(tmp_path, mixture={"web": 0.9, "code": 0.1})
-    web, code = changes["data.sources"]
-    unlimited = [web, {**code, "max_epochs": None}]
+    web, code = ({**source, "max_epochs": 4} for source in changes["data.sources"])
+    changes["data.sources"], unlimited = [web, code], [web, {**code, "max_epochs": None}]
     assert train(tiny_config(changes), stop_at=1) == 75
     assert train(tiny_config({**changes, "data.sources": unlimited}), stop_at=2) == 75
     with pytest.raises(RunError, match=r"data\.mixture: \{'web': 0\.9, 'code': 0\.1\} in the run"):
