@@ -20,6 +20,16 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of evaluation tasks."""
+    parser.add_argument(
+        "--tasks",
+        default="hellaswag,winogrande",
+        metavar="NAMES",
+        help="tasks, separated by commas (default: %(default)s)",
+    )
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text) if text.isdecimal() else 0

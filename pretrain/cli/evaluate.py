@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import positive
+from pretrain.cli.arguments import add_tasks, positive
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
@@ -24,12 +24,7 @@ def add(verbs: Verbs) -> None:
         "Hub, zero-shot.",
     )
     parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a Hugging Face folder, or a Hub id")
-    parser.add_argument(
-        "--tasks",
-        default="hellaswag,winogrande",
-        metavar="NAMES",
-        help="tasks, separated by commas (default: %(default)s)",
-    )
+    add_tasks(parser)
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="evaluate only N items of each task (default: all items)"
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import add_config, positive
+from pretrain.cli.arguments import add_config, add_tasks, positive
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
@@ -30,12 +30,7 @@ def add(verbs: Verbs) -> None:
         "their n-grams, and where they were found.",
     )
     add_config(parser)
-    parser.add_argument(
-        "--tasks",
-        default="hellaswag,winogrande",
-        metavar="NAMES",
-        help="tasks, separated by commas (default: %(default)s)",
-    )
+    add_tasks(parser)
     parser.add_argument(
         "--items",
         choices=("packaged", "hub"),
