@@ -51,6 +51,7 @@ from pretrain.run.folder import TOKENIZER_FILE, RunFolder
 from pretrain.run.identity import Identity
 from pretrain.run.inputs import Inputs, check_inputs
 from pretrain.run.manifest import git_commit, write_manifest
+from pretrain.run.provenance import source_records
 from pretrain.run.resume import choose_checkpoint, rewind
 from pretrain.run.wandb import make_tracker
 from pretrain.training.epochs import EpochNotices
@@ -206,7 +207,7 @@ def _build(
     notices = EpochNotices(stream)
     hooks = _make_hooks(setup, optimizer)
     state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
-    run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, state.step, routing))
+    run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, reader, routing))
     tracker = _on_every_rank(engine, lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn))
     opened.callback(tracker.close)
     for line in [*summary, *describe_data(setup.inputs.budgets), *engine.describe()]:
@@ -327,9 +328,13 @@ def _restore_generators(setup: Setup, reader: CheckpointReader) -> None:
         display.warn(f"precision was {before}, now {engine.precision}: results will differ")
 
 
-def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: list[dict[str, Any]]) -> str:
-    """Move what was written after `step` aside, write config and manifest; return the run's wandb id."""
+def _open_run_folder(
+    setup: Setup, hooks: Iterable[Hook], reader: CheckpointReader | None, routing: list[dict[str, Any]]
+) -> str:
+    """Move what was written after the checkpoint aside, write config and manifest; return the run's wandb id."""
     folder, engine = setup.folder, setup.engine
+    step, data_state = (reader.index["step"], reader.index["data_state"]) if reader else (0, None)
+    sources = source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets)
     discarded = rewind(folder, step)
     for hook in hooks:
         hook.rewind(step)
@@ -339,7 +344,13 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
     with replacing(folder.path / TOKENIZER_FILE) as partial:
         shutil.copyfile(setup.tokenizer_config.path, partial)
     run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
-    facts = {"id": run_id, "identity": setup.identity.record(), "data": setup.inputs.data, "routing": routing}
+    facts = {
+        "id": run_id,
+        "identity": setup.identity.record(),
+        "data": setup.inputs.data,
+        "provenance": {"step": step, "sources": sources},
+        "routing": routing,
+    }
     before = (folder.manifest() or {}).get("identity", {})
     launch = {
         "from_step": step,
@@ -359,17 +370,20 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
 def _save(setup: Setup, trainer: Trainer) -> None:
     """Save a checkpoint, then delete those that are no longer kept."""
     engine, optimizer = setup.engine, trainer.optimizer
+    data_state = dict(trainer.stream.state())
+    sources = source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets)
     snapshot = Snapshot(
         step=trainer.state.step,
         counters=asdict(trainer.state),
         config=setup.config.resolved(),
         identity=setup.identity.record(),
-        data_state=dict(trainer.stream.state()),
+        data_state=data_state,
         optimizer_groups=group_settings(optimizer),
         provenance={
             "git_commit": git_commit() if engine.rank == 0 else None,  # rank 0 writes the index
             "precision": str(engine.precision),
             "data": setup.inputs.data,
+            "sources": sources,
         },
     )
     own: Iterable[Fragment] = itertools.chain(
@@ -379,7 +393,12 @@ def _save(setup: Setup, trainer: Trainer) -> None:
     writes = engine.held is not None or engine.rank == 0
     path = save_checkpoint(setup.folder.checkpoints, snapshot, own if writes else (), random_generators(), engine.ranks)
     keep = setup.config.checkpoint
-    engine.ranks.on_rank_0(lambda: prune(setup.folder.checkpoints, keep.keep_last, keep.keep_every_steps))
+
+    def finish() -> None:
+        prune(setup.folder.checkpoints, keep.keep_last, keep.keep_every_steps)
+        setup.folder.record_sources(trainer.state.step, sources)
+
+    engine.ranks.on_rank_0(finish)
     setup.display.say(f"saved {path}")
 
 
