@@ -152,14 +152,8 @@ def test_the_model_card_lists_the_data_sets_in_its_front_matter(
 ) -> None:
     fill(tmp_path / "hub")
     Store(tmp_path / "hub", monkeypatch)
-    config = tiny_config(
-        {
-            "data": {"sources": [{"path": PARQUET}], "lanes": 2, "validation_fraction": 0},
-            "train.total_tokens": 768,
-            "schedule.warmup_tokens": 0,
-            "schedule.kind": "constant",
-        }  # fmt: skip
-    )
+    data = {"sources": [{"path": PARQUET}], "lanes": 2, "validation_fraction": 0}
+    config = tiny_config({"data": data, "train.total_tokens": 768, "schedule": {"kind": "constant"}})
     assert train(config) == 0
     export_checkpoint(config.run_folder, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
