@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from optimizers import Aurora
 from pretrain.checkpoint.format import CheckpointError, Fragment
-from pretrain.checkpoint.generators import random_generators, restore_generators
+from pretrain.checkpoint.generators import random_generators, restore_generators, seed_everything
 from pretrain.checkpoint.state import fragments, group_settings, load_state, load_weights
 from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
-from pretrain.config import Config, identity_hash
+from pretrain.config import Config
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.data import (
     BadRowsError,
+    DocumentEncoder,
     TokenStream,
     hub_tokenizer,
     load_tokenizer,
@@ -59,7 +58,7 @@ from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
 from pretrain.training.trainer import Trainer, TrainState
 from pretrain.training.validation import Validator
-from pretrain.training.validation_store import ValidationStore
+from pretrain.training.validation_store import ValidationSet, validation_set
 
 T = TypeVar("T")
 
@@ -110,6 +109,8 @@ class Setup:
     inputs: Inputs
     identity: Identity
     """What must match on resume."""
+    validation: ValidationSet | None
+    """That of remote and prepared sources."""
 
     @property
     def eos_id(self) -> int:
@@ -133,7 +134,11 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     for warning in inputs.warnings:
         display.warn(warning)
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
-    return Setup(config, engine, folder, display, tokenizer, found, inputs, identity)
+    encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, config.tokenizer), config.tokenizer.path)
+    validation = validation_set(config, inputs, encoder, folder.validation, identity.result, engine.ranks, display.say)
+    if validation is not None:
+        identity = replace(identity, validation=validation.sample.sha256)
+    return Setup(config, engine, folder, display, tokenizer, found, inputs, identity, validation)
 
 
 def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
@@ -258,9 +263,7 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
         )
 
     hooks: list[Hook] = []
-    validator = (
-        Validator(config, open_validation, _validation_store(setup)) if config.data.validation_fraction > 0 else None
-    )
+    validator = Validator(config, open_validation, setup.validation) if config.data.validation_fraction > 0 else None
     if validator:
         hooks.append(validator)
     if config.telemetry.every_steps is not None:
@@ -272,20 +275,6 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
         seed = config.run.seed
         hooks.append(Sampler(config.samples, setup.tokenizer, setup.eos_id, seed, folder.samples, show))
     return hooks
-
-
-def _validation_store(setup: Setup) -> ValidationStore | None:
-    """Where the validation split of remote sources is kept: reading it again would take minutes."""
-    if not any(source.pinned for source in setup.inputs.catalog.sources):
-        return None
-    key = identity_hash(
-        {
-            "identity": setup.identity.result,
-            "sequence_length": setup.config.sequence_length,
-            "max_tokens": setup.config.validation.max_tokens,
-        }
-    )
-    return ValidationStore(setup.folder.validation, key, setup.engine.ranks)
 
 
 def _loader(setup: Setup, reader: CheckpointReader) -> Callable[[torch.nn.Module], None]:
@@ -341,6 +330,8 @@ def _open_run_folder(
     if discarded:
         setup.display.say(f"{discarded} metric lines past step {step} moved to metrics.discarded.jsonl")
     keep_lock(setup.inputs.catalog, folder)
+    if setup.validation is not None:
+        setup.validation.keep()
     with replacing(folder.path / TOKENIZER_FILE) as partial:
         shutil.copyfile(setup.tokenizer_config.path, partial)
     run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
@@ -351,6 +342,8 @@ def _open_run_folder(
         "provenance": {"step": step, "sources": sources},
         "routing": routing,
     }
+    if setup.validation is not None:
+        facts["validation"] = setup.validation.record()
     before = (folder.manifest() or {}).get("identity", {})
     launch = {
         "from_step": step,
@@ -400,11 +393,3 @@ def _save(setup: Setup, trainer: Trainer) -> None:
 
     engine.ranks.on_rank_0(finish)
     setup.display.say(f"saved {path}")
-
-
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed every global random generator; ask for deterministic kernels if wanted."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic)

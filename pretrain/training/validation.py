@@ -12,7 +12,7 @@ from pretrain.config import Config
 from pretrain.config.validation import ValidationConfig
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.training.hooks import Hook, StepContext, is_due
-from pretrain.training.validation_store import ValidationStore
+from pretrain.training.validation_store import ValidationSet
 
 
 class Validator(Hook):
@@ -21,16 +21,16 @@ class Validator(Hook):
     Args:
         config: the run's config.
         open_stream: opens the validation stream; a collective.
-        store: keeps the split between launches; None: it is read at each.
+        given: the validation set of remote or prepared sources; None: the split is read from the stream.
     """
 
     def __init__(
-        self, config: Config, open_stream: Callable[[], TokenStream], store: ValidationStore | None = None
+        self, config: Config, open_stream: Callable[[], TokenStream], given: ValidationSet | None = None
     ) -> None:
         self.settings: ValidationConfig = config.validation
         self.rows = self.settings.batch_sequences or config.train.micro_batch_sequences
         self.max_sequences = max(1, self.settings.max_tokens // config.sequence_length)
-        self._open_stream, self._store = open_stream, store
+        self._open_stream, self._given = open_stream, given
         self._batches: list[TokenBatch] | None = None
         self.text_bytes = 0
 
@@ -41,13 +41,10 @@ class Validator(Hook):
     def batches(self) -> list[TokenBatch]:
         """Return the validation split, up to `validation.max_tokens`, in batches of `rows` sequences."""
         if self._batches is None:
-            stored = self._store.load(self.rows) if self._store else None
-            if stored:
-                self._batches, self.text_bytes = stored
+            if self._given is not None:
+                self._batches, self.text_bytes = self._given.batches(self.rows), self._given.sample.text_bytes
             else:
                 self._batches = self._read()
-                if self._store:
-                    self._store.save(self._batches, self.text_bytes)
         return self._batches
 
     def _read(self) -> list[TokenBatch]:
