@@ -15,8 +15,8 @@ from pretrain.cli import main
 from pretrain.config import Config, ConfigError, parse_config
 from pretrain.data import load_tokenizer
 from pretrain.data.budget import SourceBudget, budget_problems, budget_warnings, divide
-from pretrain.data.estimate import Quantity
 from pretrain.data.mixture import Stage
+from pretrain.data.quantity import Quantity
 from pretrain.launch import check_inputs, train
 from tests.conftest import REPOSITORY, TINY, merged
 

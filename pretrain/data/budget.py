@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from pretrain.config import Config
-from pretrain.data.estimate import Quantity, SourceEstimate, rounded
 from pretrain.data.mixture import Stage
 from pretrain.data.order import make_stages
+from pretrain.data.quantity import Quantity, rounded
 
 MANY_EPOCHS = 4.0
 """Up to about four epochs, repeated text is worth nearly as much as new text (Muennighoff et al., "Scaling
@@ -61,17 +61,22 @@ def _times(tokens: float, available: float) -> float:
     return tokens / available if available else (math.inf if tokens else 0.0)
 
 
-def source_budgets(config: Config, estimates: Sequence[SourceEstimate]) -> list[SourceBudget]:
+def source_budgets(config: Config, tokens: Sequence[Quantity]) -> list[SourceBudget]:
     """Divide the tokens of a run among the sources of its config, as its mixture or stages do, or by their size.
 
     A source that ends after `max_epochs` (`data.past_max_epochs: end_source`) gives no more than it holds.
+
+    Args:
+        config: the run.
+        tokens: of each source, of both splits.
+
     """
     trained = 1 - config.data.validation_fraction
-    available = [Quantity(one.tokens.value * trained, one.tokens.error * trained) for one in estimates]
+    available = [Quantity(one.value * trained, one.error * trained) for one in tokens]
     limits = [math.inf if limit is None else limit for limit in config.data.epoch_limits]
     most = [limit * text.value if text.value else 0.0 for limit, text in zip(limits, available, strict=True)]
     stages = make_stages(config.data) or (Stage(tuple(Fraction(text.value) for text in available), None),)
-    tokens = divide(stages, config.train.total_tokens, most)
+    parts = divide(stages, config.train.total_tokens, most)
     return [
         SourceBudget(
             name=name,
@@ -81,7 +86,7 @@ def source_budgets(config: Config, estimates: Sequence[SourceEstimate]) -> list[
             max_epochs=math.inf if source.max_epochs is None else source.max_epochs,
             ends=config.data.past_max_epochs == "end_source",
         )
-        for name, source, text, taken in zip(config.data.names, config.data.sources, available, tokens, strict=True)
+        for name, source, text, taken in zip(config.data.names, config.data.sources, available, parts, strict=True)
     ]
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config.data import DataConfig
-from pretrain.data.catalog import Catalog
+from pretrain.data.catalog import Catalog, require_text
 from pretrain.data.formats import read_unit
 from pretrain.data.order import is_validation
 from pretrain.data.sampling import undivided_units
@@ -227,9 +227,10 @@ def measure_overlap(
         progress: called after every document.
 
     Raises:
-        DataError: see `read_unit`.
+        DataError: see `read_unit`; or a source holds tokens instead of text.
 
     """
+    require_text(catalog)
     index = NgramIndex(tasks, ngram)
     units = [unit for of_source in undivided_units(config, catalog) for unit in of_source]
     coverage = Coverage(all_units=len(units))
