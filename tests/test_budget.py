@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from math import inf
@@ -155,6 +156,32 @@ def config_file(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         return file
 
     return write
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([768, 1536], None),
+        ([768, 3040], None),
+        ([768, 3041], r"data\.stages\.1\.until_tokens: stage 2 never begins, since stage 1 ends at 3,072 .* at 3,072"),
+        (
+            [4000, 5000],
+            r"data\.stages\.0\.until_tokens: stages 1 to 2 never begin, since stage 0 ends at 4,000 .* 3,072",
+        ),
+    ],
+)
+def test_a_stage_that_never_begins_is_a_warning(
+    ends: list[int],
+    expected: str | None,
+    config_file: Callable[[dict[str, Any]], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not an error: the run may be extended later."""
+    stages = [{"mixture": {"moby_dick": 1}, "until_tokens": until} for until in [*ends, None]]
+    data = {"data.stages": stages, "train.total_tokens": 4 * 768, "schedule": {"kind": "constant"}}
+    assert main(["check", str(config_file(data))]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(expected, shown) if expected else "never begin" not in shown
 
 
 def test_inspect_shows_each_source(

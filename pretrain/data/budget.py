@@ -179,6 +179,22 @@ def budget_warnings(config: Config, budgets: Sequence[SourceBudget]) -> list[str
     return found
 
 
+def stage_warnings(config: Config) -> list[str]:
+    """A warning if the run ends before its last stages begin; it may be meant, since a run can be extended later."""
+    total, length = config.train.total_tokens, config.sequence_length
+    stages = config.data.stages or ()
+    ends = [-(-(stage.until_tokens or 0) // length) * length for stage in stages[:-1]]  # whole sequences
+    index = next((index for index, end in enumerate(ends) if end >= total), None)
+    if index is None:
+        return []
+    late = len(stages) - 1 - index
+    what = f"stage {index + 1} never begins" if late == 1 else f"stages {index + 1} to {len(stages) - 1} never begin"
+    return [
+        f"data.stages.{index}.until_tokens: {what}, since stage {index} ends at {ends[index]:,} tokens and the run at "
+        f"{total:,} (train.total_tokens), counting stages from 0"
+    ]
+
+
 def vocabulary_warning(config: Config, rows: int) -> list[str]:
     """A warning if the tokenizer, whose largest id is `rows` - 1, leaves much of the model's vocabulary unused."""
     size = config.model.vocab_size

@@ -19,7 +19,14 @@ from pretrain.data import (
     tokenizer_problems,
     vocabulary_rows,
 )
-from pretrain.data.budget import SourceBudget, budget_problems, budget_warnings, source_budgets, vocabulary_warning
+from pretrain.data.budget import (
+    SourceBudget,
+    budget_problems,
+    budget_warnings,
+    source_budgets,
+    stage_warnings,
+    vocabulary_warning,
+)
 from pretrain.data.catalog import Locked
 from pretrain.data.estimate import source_tokens
 from pretrain.data.hub_tokenizer import local_file
@@ -65,7 +72,7 @@ def check_inputs(
         encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, config.tokenizer), config.tokenizer.path)
     counts: dict[int, TextCount] = {}
     catalog, problems = survey(config.data, locked, encoder, online=online, counts=counts)
-    sha256, budgets, warnings = "", list[SourceBudget](), list[str]()
+    sha256, budgets, warnings = "", list[SourceBudget](), stage_warnings(config)
     if tokenizer is not None:
         rows = vocabulary_rows(tokenizer)
         if rows > config.model.vocab_size:
