@@ -128,8 +128,8 @@ def budget_problems(budgets: Sequence[SourceBudget], total_tokens: float) -> lis
         if most >= total_tokens:
             return []
         return [
-            f"train.total_tokens: if each source ends after its max_epochs, they hold {rounded(most)} tokens at most, "
-            f"as estimated, but the run takes {rounded(total_tokens)}; lower it, add data, or raise max_epochs"
+            f"train.total_tokens: the sources give at most {rounded(most)} tokens within their max_epochs, as "
+            f"estimated, but the run takes {rounded(total_tokens)}; lower it, add data, or raise max_epochs"
         ]
     return [
         f"data.sources.{index}.max_epochs: {one.name} holds {one.available} tokens of training text, but the run takes "
@@ -142,7 +142,7 @@ def budget_problems(budgets: Sequence[SourceBudget], total_tokens: float) -> lis
 
 
 def budget_warnings(config: Config, budgets: Sequence[SourceBudget]) -> list[str]:
-    """What is allowed, but most likely not meant; one line each."""
+    """Return what is allowed but probably not intended, one line each."""
     found = []
     for one in budgets:
         if not one.available.value:
@@ -150,7 +150,7 @@ def budget_warnings(config: Config, budgets: Sequence[SourceBudget]) -> list[str
         elif one.ends and one.epochs > 0.999 * one.max_epochs:
             found.append(
                 f"{one.name}: ends after {one.max_epochs:g} epochs, about {rounded(one.tokens)} tokens, before the run "
-                "does; the other sources have its share from then on"
+                "does; its share then goes to the other sources"
             )
         elif one.most_epochs > one.max_epochs >= one.least_epochs:
             found.append(

@@ -245,7 +245,7 @@ def _total(stratum: Stratum, tallies: Sequence[_Tally], count: Callable[[_Tally]
 
 
 def _between_documents(tally: _Tally) -> float:
-    """The relative error if there is only one place, which tells nothing about others: of a mean of its documents."""
+    """The relative error of a mean over the documents of a single place, which says nothing about other places."""
     if tally.documents < 2:
         return 1.0
     variance = tally.squares * tally.documents / tally.text_bytes**2 - 1

@@ -2,7 +2,7 @@
 
 As in GPT-3's study of contamination (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C): case and
 punctuation are ignored, and an item overlaps if it shares any n-gram of words with the training text, n = 13. Items
-with fewer than n words cannot be told and are counted as too short. Unlike there, n-grams that are frequent in the
+with fewer than n words cannot be judged and are counted as too short. Unlike there, n-grams that are frequent in the
 training text count as well.
 
 The training text is read once, as a stream. Memory holds the n-grams of the items as two 64-bit hashes each, and their

@@ -1,9 +1,9 @@
 """The validation set of remote and prepared sources: a bounded sample of the validation split.
 
-Finding every document of the split would take reading all text, so a sample is drawn once, when the run begins:
+Finding every document of the split would mean reading all text, so a sample is drawn once, when the run begins:
 
 - A source gives its share of `validation.max_tokens`: the share that it has in the tokens of the run, over all stages.
-  Its number of files plays no part; in a mix, one source may have nearly all of them.
+  Its number of files plays no part: in a mix, one source may have nearly all of them.
 - Within a source, files and row groups are visited in the order of a keyed hash over all of them, and of each only the
   beginning is read, so that the text comes from many places. About `validation.max_read_mib` are read in all, of which
   each source again has its share. Prepared data says which documents belong to the split without reading the others.

@@ -137,8 +137,8 @@ class Identity:
         """
         repaired = {key: files for key in self.files if (files := self._repaired(saved, key, repairable))}
         warnings = [
-            f"{key}: {', '.join(files)} changed, which ended this run by a bad row: taken as repaired, and read on "
-            "from the same row"
+            f"{key}: {', '.join(files)} changed after bad rows in it ended this run: taken as repaired, so reading "
+            "continues at the same row"
             for key, files in repaired.items()
         ]
         changed = _differences(

@@ -125,11 +125,26 @@ def test_each_source_has_its_share_whatever_the_number_of_its_files(tmp_path: Pa
     sample = draw(setting, [3, 7], 5000)
     assert [source.tokens for source in sample.sources] == [1500, 3500]
     assert (len(sample.tokens), int(sample.lengths.sum())) == (500, 5000)
+    # A document that is cut between others ends with a separator as well.
+    separators = (sample.tokens[:, 1:] == load_tokenizer(tokenizer).token_to_id(EOS)).sum()
+    assert separators >= sum(source.documents for source in sample.sources) - 1
     # Where a source gives less than its share although it has more, the other one does not make up for it.
     little = draw(setting, [3, 7], 10**6, max_bytes=120_000)
     many, one = (source.tokens for source in little.sources)
     assert many / (many + one) == pytest.approx(0.3, abs=0.01)
     assert not np.array_equal(little.tokens, sample.tokens)
+
+
+def test_a_source_is_read_until_it_has_its_share(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
+    """And no further than that."""
+    for index, name in enumerate(("small", "large")):
+        (tmp_path / name).mkdir()
+        for number in range(60):
+            write_jsonl(tmp_path / name / f"{number:02}.jsonl", make_texts(100 * index + number, 20))
+    setting = make_setting(tokenizer, tmp_path / "small", tmp_path / "large", validation_fraction=0.3)
+    small, large = draw(setting, [1, 9], 7000).sources
+    assert (small.tokens, large.tokens) == (700, 6300)
+    assert small.units < 15 < large.units < 60
 
 
 def test_a_rare_source_without_documents_does_not_shrink_the_others(tmp_path: Path, tokenizer: TokenizerConfig) -> None:

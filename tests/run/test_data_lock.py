@@ -9,14 +9,18 @@ import pytest
 import yaml
 
 from pretrain.cli import main
-from pretrain.config import load_config
+from pretrain.config import load_config, parse_config
+from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data import TokenStream
 from pretrain.data.lock import load_lock
+from pretrain.data.prepared.prepare import prepare
 from pretrain.data.validation_sample import ValidationSample, sample_validation
+from pretrain.launch import train
 from pretrain.run.json_lines import JsonLines
 from tests.conftest import TINY, merged
 from tests.data.corpus import make_texts, write_jsonl, write_parquet
 from tests.data.store import COMMIT, LINES, PARQUET, Store, fill
+from tests.distributed.ranks import run_ranks
 
 CHANGES = {
     "data": {"sources": [{"path": PARQUET}, {"path": LINES}], "lanes": 2, "validation_fraction": 0.1},
@@ -255,3 +259,38 @@ def test_local_text_is_validated_on_in_full(tmp_path: Path, drawn: list[Validati
     assert drawn == []
     assert not (tmp_path / "runs/tiny/validation.npz").exists()
     assert "validation" not in manifest_of(tmp_path / "runs/tiny")
+
+
+def _train(config: dict[str, Any]) -> int:
+    return train(parse_config(config))
+
+
+def test_ranks_validate_on_one_set_that_rank_0_draws(tmp_path: Path, drawn: list[ValidationSample]) -> None:
+    """Prepared data on two ranks: the same set, and nearly the same loss, as on one."""
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(1, 400))
+    tokenizer = TokenizerConfig(path=TINY["tokenizer"]["path"])
+    prepare(DataConfig(sources=[{"path": str(path)}], lanes=1), tokenizer, tmp_path / "out")
+    changes = {**CHANGES, "run.root": str(tmp_path / "runs"), "train.total_tokens": 2304}
+    changes["data"] = {"sources": [{"path": str(tmp_path / "out")}], "lanes": 1, "validation_fraction": 0.1}
+    one, two = (merged(TINY, {**changes, "run.name": name}) for name in ("one", "two"))
+    assert _train(one) == 0
+    assert len(drawn) == 1
+    assert run_ranks(2, _train, two) == [0, 0]
+    first, second = (manifest_of(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert first["validation"] == second["validation"]
+    assert first["validation"]["sha256"] == drawn[0].sha256
+    records = [JsonLines(tmp_path / "runs" / name / "metrics.jsonl").read()[-1] for name in ("one", "two")]
+    assert records[0]["validation_loss"] == pytest.approx(records[1]["validation_loss"], rel=1e-3)
+
+
+def test_the_set_of_another_run_in_the_same_folder_is_not_used(
+    store: Store, config: Path, tmp_path: Path, drawn: list[ValidationSample]
+) -> None:
+    assert main(["train", str(config), "--stop-at", "1"]) == 75
+    shutil.move(tmp_path / "runs/tiny/validation.npz", tmp_path / "kept.npz")
+    shutil.rmtree(tmp_path / "runs/tiny")
+    (tmp_path / "runs/tiny").mkdir()
+    shutil.move(tmp_path / "kept.npz", tmp_path / "runs/tiny/validation.npz")
+    assert main(["train", str(config), "--stop-at", "1", "data.validation_fraction=0.3"]) == 75
+    assert len(drawn) == 2
+    assert drawn[0].sha256 != drawn[1].sha256

@@ -89,7 +89,7 @@ def _as_text(estimate: SourceEstimate, budget: SourceBudget) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    """The beginning of a document on one line, without anything that a terminal would obey."""
+    """The beginning of a document on one line, with control characters escaped."""
     cut = text[:_EXAMPLE_CHARACTERS]
     plain = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in cut)
     return plain + (" ..." if len(text) > len(cut) else "")

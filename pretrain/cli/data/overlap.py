@@ -115,7 +115,7 @@ def _as_text(found: Overlap) -> list[str]:
         lines.append(
             f"{name}: {len(task.overlapping):,} of {long_enough:,} items ({share:.2%}) share a {found.ngram}-gram with "
             f"the text; {task.found:,} of their {task.ngrams:,} n-grams ({task.found / max(1, task.ngrams):.3%}); "
-            f"{task.too_short:,} items are too short to tell"
+            f"{task.too_short:,} items are too short to judge"
         )
         worst = sorted(task.overlapping, key=lambda one: (-one.found / one.ngrams, one.item))
         for one in worst[:_SHOWN]:
