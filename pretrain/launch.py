@@ -25,13 +25,13 @@ from pretrain.config import Config
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.data import (
     BadRowsError,
-    DocumentEncoder,
     TokenStream,
     hub_tokenizer,
     load_tokenizer,
     separator_id,
 )
 from pretrain.data.budget import describe_data
+from pretrain.data.prefetch import Prefetcher
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
 from pretrain.files import replacing
@@ -134,8 +134,9 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     for warning in inputs.warnings:
         display.warn(warning)
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
-    encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, config.tokenizer), config.tokenizer.path)
-    validation = validation_set(config, inputs, encoder, folder.validation, identity.result, engine.ranks, display.say)
+    validation = validation_set(
+        config, inputs, tokenizer, folder.validation, identity.result, engine.ranks, display.say
+    )
     if validation is not None:
         identity = replace(identity, validation=validation.sample.sha256)
     return Setup(config, engine, folder, display, tokenizer, found, inputs, identity, validation)
@@ -200,18 +201,22 @@ def _build(
     outline = build_model(config.model, config.run.seed, device="meta")
     routing, summary = routing_table(config, outline), describe(config, outline, engine.world_size)
     optimizer = engine.build(_loader(setup, reader) if reader else None)
+    stream_ranks = engine.new_ranks()
     stream = TokenStream(
         config.data,
         setup.tokenizer_config,
         config.sequence_length,
-        group=engine.ranks.group,
+        group=stream_ranks.group,
         state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
         catalog=setup.inputs.catalog,
     )
     opened.callback(stream.close)
-    notices = EpochNotices(stream)
+    notices = EpochNotices(stream.position)
     hooks = _make_hooks(setup, optimizer)
     state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
+    steps = config.total_steps - state.step
+    batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
+    opened.callback(batches.close)
     run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, reader, routing))
     tracker = _on_every_rank(engine, lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn))
     opened.callback(tracker.close)
@@ -223,14 +228,14 @@ def _build(
             setup.folder.metrics.append(record)
         tracker.log(record)
         display.step(record)
-        for line in notices.lines(record["step"]):
+        for line in notices.lines(record["step"], batches.position):
             display.say(line)
 
     return Trainer(
         config,
         engine,
         optimizer,
-        stream,
+        batches,
         eos_id=setup.eos_id,
         state=state,
         hooks=hooks,
@@ -258,12 +263,15 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
             config.sequence_length,
             split="validation",
             epochs=1,
-            group=engine.ranks.group,
             catalog=setup.inputs.catalog,
         )
 
     hooks: list[Hook] = []
-    validator = Validator(config, open_validation, setup.validation) if config.data.validation_fraction > 0 else None
+    validator = (
+        Validator(config, open_validation, engine.ranks, setup.validation)
+        if config.data.validation_fraction > 0
+        else None
+    )
     if validator:
         hooks.append(validator)
     if config.telemetry.every_steps is not None:
@@ -341,9 +349,8 @@ def _open_run_folder(
         "data": setup.inputs.data,
         "provenance": {"step": step, "sources": sources},
         "routing": routing,
+        **({"validation": setup.validation.record()} if setup.validation else {}),
     }
-    if setup.validation is not None:
-        facts["validation"] = setup.validation.record()
     before = (folder.manifest() or {}).get("identity", {})
     launch = {
         "from_step": step,
@@ -363,7 +370,7 @@ def _open_run_folder(
 def _save(setup: Setup, trainer: Trainer) -> None:
     """Save a checkpoint, then delete those that are no longer kept."""
     engine, optimizer = setup.engine, trainer.optimizer
-    data_state = dict(trainer.stream.state())
+    data_state = dict(trainer.batches.state())
     sources = source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets)
     snapshot = Snapshot(
         step=trainer.state.step,

@@ -11,6 +11,7 @@ import torch
 from pretrain.config import Config
 from pretrain.config.validation import ValidationConfig
 from pretrain.data import TokenBatch, TokenStream
+from pretrain.engine.ranks import Ranks
 from pretrain.training.hooks import Hook, StepContext, is_due
 from pretrain.training.validation_store import ValidationSet
 
@@ -20,17 +21,22 @@ class Validator(Hook):
 
     Args:
         config: the run's config.
-        open_stream: opens the validation stream; a collective.
+        open_stream: opens the validation stream, which rank 0 reads alone.
+        ranks: the processes of the run.
         given: the validation set of remote or prepared sources; None: the split is read from the stream.
     """
 
     def __init__(
-        self, config: Config, open_stream: Callable[[], TokenStream], given: ValidationSet | None = None
+        self,
+        config: Config,
+        open_stream: Callable[[], TokenStream],
+        ranks: Ranks,
+        given: ValidationSet | None = None,
     ) -> None:
         self.settings: ValidationConfig = config.validation
         self.rows = self.settings.batch_sequences or config.train.micro_batch_sequences
         self.max_sequences = max(1, self.settings.max_tokens // config.sequence_length)
-        self._open_stream, self._given = open_stream, given
+        self._open_stream, self._ranks, self._given = open_stream, ranks, given
         self._batches: list[TokenBatch] | None = None
         self.text_bytes = 0
 
@@ -44,17 +50,15 @@ class Validator(Hook):
             if self._given is not None:
                 self._batches, self.text_bytes = self._given.batches(self.rows), self._given.sample.text_bytes
             else:
-                self._batches = self._read()
+                self._batches, self.text_bytes = self._ranks.on_rank_0(self._read)
         return self._batches
 
-    def _read(self) -> list[TokenBatch]:
+    def _read(self) -> tuple[list[TokenBatch], int]:
         stream = self._open_stream()
         try:
-            batches = list(_drain(stream, self.rows, self.max_sequences))
-            self.text_bytes = stream.text_bytes
+            return list(_drain(stream, self.rows, self.max_sequences)), stream.text_bytes
         finally:
             stream.close()
-        return batches
 
     @torch.no_grad()
     def run(self, context: StepContext) -> dict[str, Any]:
@@ -84,4 +88,4 @@ def _drain(stream: TokenStream, rows: int, max_sequences: int) -> Iterator[Token
         except StopIteration:
             return
         left -= len(batch.lengths)
-        yield batch
+        yield batch.slice(slice(None))

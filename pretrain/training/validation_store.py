@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from pretrain.config import Config, identity_hash
-from pretrain.data import DocumentEncoder, TokenBatch
+from pretrain.data import DocumentEncoder, TokenBatch, separator_id
 from pretrain.data.validation_sample import SampledSource, ValidationSample, is_sampled, sample_validation
 from pretrain.engine.ranks import Ranks
 from pretrain.files import replacing
@@ -91,7 +92,7 @@ class ValidationSet:
 def validation_set(
     config: Config,
     inputs: Inputs,
-    encoder: DocumentEncoder,
+    tokenizer: Tokenizer,
     path: Path,
     identity: dict[str, Any],
     ranks: Ranks,
@@ -104,7 +105,7 @@ def validation_set(
     Args:
         config: the run.
         inputs: its sources.
-        encoder: its tokenizer.
+        tokenizer: its tokenizer.
         path: the file in the run folder that keeps the set; `ValidationSet.keep` writes it.
         identity: what the run computes: decides whether the file is that of this run.
         ranks: all ranks of the run.
@@ -123,7 +124,7 @@ def validation_set(
         {"version": _VERSION, "identity": identity, "sequence_length": config.sequence_length, **limits}
     )
     store = ValidationStore(path, key)
-    # Not the mixture but the shares that come of it: of the whole run, over all its stages.
+    # Averaged over the whole run: all stages, and the ends of sources.
     shares = [budget.share for budget in inputs.budgets]
     found: list[ValidationSample] = []
 
@@ -131,7 +132,7 @@ def validation_set(
         stored = store.load()
         if stored is None:
             say("drawing the validation set")
-            stored = _draw(config, inputs, encoder, shares)
+            stored = _draw(config, inputs, tokenizer, shares)
             for source in stored.sources:
                 say(f"validation {source}")
         found.append(stored)
@@ -141,7 +142,8 @@ def validation_set(
     return ValidationSet(ranks.broadcast(found[0] if found else None), store)
 
 
-def _draw(config: Config, inputs: Inputs, encoder: DocumentEncoder, shares: Sequence[float]) -> ValidationSample:
+def _draw(config: Config, inputs: Inputs, tokenizer: Tokenizer, shares: Sequence[float]) -> ValidationSample:
+    encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, config.tokenizer), config.tokenizer.path)
     return sample_validation(
         config.data,
         inputs.catalog,
