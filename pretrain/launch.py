@@ -134,9 +134,7 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     for warning in inputs.warnings:
         display.warn(warning)
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
-    validation = validation_set(
-        config, inputs, tokenizer, folder.validation, identity.result, engine.ranks, display.say
-    )
+    validation = validation_set(config, inputs, tokenizer, folder.validation, identity.result, engine)
     if validation is not None:
         identity = replace(identity, validation=validation.sample.sha256)
     return Setup(config, engine, folder, display, tokenizer, found, inputs, identity, validation)

@@ -118,7 +118,8 @@ def sample_validation(
         catalog: their files.
         encoder: the tokenizer of the run.
         sequence_length: T, targets per sequence.
-        shares: of each source, in any unit; one of 0 is left out.
+        shares: of each source, in any unit; one of 0 is left out. If all are 0, because no sample of the sources found
+            any text, they count as equal.
         max_tokens: targets at most, but at least one sequence.
         max_bytes: bytes to read at most, of files or of their text; what each place gives is rounded up to a document.
 
@@ -127,7 +128,8 @@ def sample_validation(
 
     """
     targets = max(1, max_tokens // sequence_length) * sequence_length
-    parts = [share / sum(shares) for share in shares]
+    whole = sum(shares)
+    parts = [share / whole if whole else 1 / len(shares) for share in shares]
     units: list[list[tuple[int, Unit]]] = [[] for _ in parts]
     numbered = {
         source: [(source, unit) for unit in of_source] for source, of_source in enumerate(catalog.units(config))

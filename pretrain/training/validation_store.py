@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from pretrain.config import Config, identity_hash
 from pretrain.data import DocumentEncoder, TokenBatch, separator_id
 from pretrain.data.validation_sample import SampledSource, ValidationSample, is_sampled, sample_validation
-from pretrain.engine.ranks import Ranks
+from pretrain.engine.base import Engine
 from pretrain.files import replacing
 from pretrain.run.inputs import Inputs
 
@@ -95,8 +95,7 @@ def validation_set(
     tokenizer: Tokenizer,
     path: Path,
     identity: dict[str, Any],
-    ranks: Ranks,
-    say: Callable[[str], None],
+    engine: Engine,
 ) -> ValidationSet | None:
     """Load the validation set of a run, or draw it on rank 0; None if all sources are local text, or there is none.
 
@@ -108,8 +107,7 @@ def validation_set(
         tokenizer: its tokenizer.
         path: the file in the run folder that keeps the set; `ValidationSet.keep` writes it.
         identity: what the run computes: decides whether the file is that of this run.
-        ranks: all ranks of the run.
-        say: prints a line for each source if the set is drawn now.
+        engine: knows all ranks of the run; says what a set consists of that is drawn now.
 
     Raises:
         DataError: see `sample_validation`.
@@ -131,15 +129,15 @@ def validation_set(
     def find() -> None:
         stored = store.load()
         if stored is None:
-            say("drawing the validation set")
+            engine.say("drawing the validation set")
             stored = _draw(config, inputs, tokenizer, shares)
             for source in stored.sources:
-                say(f"validation {source}")
+                engine.say(f"validation {source}")
         found.append(stored)
 
-    ranks.on_rank_0(find)
+    engine.ranks.on_rank_0(find)
     # Not as its result, of which every rank would receive a copy from each rank.
-    return ValidationSet(ranks.broadcast(found[0] if found else None), store)
+    return ValidationSet(engine.ranks.broadcast(found[0] if found else None), store)
 
 
 def _draw(config: Config, inputs: Inputs, tokenizer: Tokenizer, shares: Sequence[float]) -> ValidationSample:

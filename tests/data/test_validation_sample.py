@@ -162,6 +162,9 @@ def test_a_source_that_the_run_does_not_read_is_left_out(tmp_path: Path, tokeniz
     sample = draw(make_setting(tokenizer, *paths, validation_fraction=0.3), [1, 0])
     assert [source.units for source in sample.sources] == [1, 0]
     assert sample.sources[1].tokens == 0
+    # All are read if the run does not know what it reads: no text was found when they were estimated.
+    unknown = draw(make_setting(tokenizer, *paths, validation_fraction=0.3), [0, 0])
+    assert all(source.documents for source in unknown.sources)
 
 
 def large(folder: Path, files: int, suffix: str, documents: int = 40) -> None:
