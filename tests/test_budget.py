@@ -144,7 +144,7 @@ def test_a_source_that_ends_early_is_no_error(tiny_config: MakeConfig) -> None:
     assert whale.tokens + austen.tokens == pytest.approx(768_000)
     assert any(line.startswith("whale: ends after 2 epochs") for line in inputs.warnings)
     alone = config.model_copy(update={"train": config.train.model_copy(update={"total_tokens": 768 * 10_000})})
-    with pytest.raises(ConfigError, match=r"train\.total_tokens: if each source ends"):
+    with pytest.raises(ConfigError, match=r"train\.total_tokens: the sources give at most"):
         check_inputs(alone, load_tokenizer(config.tokenizer))
 
 
