@@ -12,7 +12,7 @@ from pretrain.data.check import check_sources, survey
 from pretrain.data.documents import validation_text
 from pretrain.data.errors import BadRowsError, DataError
 from pretrain.data.masks import attention_inputs
-from pretrain.data.state import LaneState, StreamState
+from pretrain.data.state import LaneState, StreamState, without_bytes
 from pretrain.data.stream import SourceProgress, TokenStream
 from pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id, vocabulary_rows
 
@@ -36,4 +36,5 @@ __all__ = [
     "tokenizer_problems",
     "validation_text",
     "vocabulary_rows",
+    "without_bytes",
 ]

@@ -161,7 +161,8 @@ def _refill(lanes: "Sequence[_Lane]", encoder: DocumentEncoder) -> None:
             continue
         tokens = next(texts)
         if len(tokens) > 1:
-            lane.push(document.position, TokenRun.of_document(tokens, document.text_bytes), document.skipped)
+            run = TokenRun.of_document(tokens, document.text_bytes)
+            lane.push(document.position, document.end, run, document.skipped)
         else:  # a text without tokens, of which only the separator remains, is left out
             lane.skip(document.skipped)
 
@@ -174,7 +175,7 @@ class _Lane:
         self._lane = lane
         self._encoder = encoder
         self._cursor = self._read_from = cursor
-        self._waiting: deque[tuple[Cursor, TokenRun, tuple[BadRow, ...]]] = deque()
+        self._waiting: deque[tuple[Cursor, Cursor, TokenRun, tuple[BadRow, ...]]] = deque()
         self._used = self._cursor.token  # tokens of the first waiting run that have been packed
         # A separator precedes every document and the lane itself; `push` corrects this within a document.
         self._last_token = encoder.eos_id
@@ -222,11 +223,11 @@ class _Lane:
         """Leave a document out; the bad rows before it are told of with the next one."""
         self._unattached += bad_rows
 
-    def push(self, position: Cursor, run: TokenRun, skipped: tuple[BadRow, ...] = ()) -> None:
-        """Append a document, or a run of them, that begins at a position and follows the skipped bad rows."""
+    def push(self, position: Cursor, end: Cursor, run: TokenRun, skipped: tuple[BadRow, ...] = ()) -> None:
+        """Append a document, or a run of them, that begins and ends at positions and follows the skipped bad rows."""
         tokens = run.tokens
         if self._used and not self._waiting:  # after a resume: the cursor is within this run
-            if position != self._cursor._replace(token=0) or self._used >= len(tokens):
+            if position[:3] != self._cursor[:3] or self._used >= len(tokens):
                 plan = self._task.plan
                 name = plan.rings[plan.ring_of(self._lane)].name
                 raise DataError(
@@ -235,7 +236,7 @@ class _Lane:
                 )
             self._last_token = int(tokens[self._used - 1])
             self.pending -= self._used
-        self._waiting.append((position, run, self._unattached + skipped))
+        self._waiting.append((position, end, run, self._unattached + skipped))
         self._unattached = ()
         self._documents_read += len(run.ends)
         self.pending += len(tokens)
@@ -248,7 +249,7 @@ class _Lane:
         return EpochEnd(self._lane, self._documents_read)
 
     def _take(self, length: int) -> PackedSequence:
-        position, run, _ = self._waiting[0]
+        position, _, run, _ = self._waiting[0]
         begin, end = self._used, self._used + length
         if length == self._task.sequence_length and begin > 0 and end < len(run.tokens):
             # Within one run, which prepared data makes the usual case: a single copy.
@@ -256,7 +257,7 @@ class _Lane:
             documents, text_bytes = self._count(run, begin, end)
             bad_rows: tuple[BadRow, ...] = ()
             self._used = end
-            self._cursor = Cursor(position.epoch, position.unit, position.row, end)
+            self._cursor = Cursor(position.epoch, position.unit, position.row, end, position.byte)
         else:
             sequence, documents, text_bytes, bad_rows = self._join(length)
         self.pending -= length
@@ -271,7 +272,7 @@ class _Lane:
         filled, documents, text_bytes = 1, 0, 0
         bad_rows: tuple[BadRow, ...] = ()
         while filled <= length:
-            position, run, skipped = self._waiting[0]
+            position, next_position, run, skipped = self._waiting[0]
             begin = self._used
             if begin == 0:
                 bad_rows += skipped
@@ -284,7 +285,7 @@ class _Lane:
             if end == len(run.tokens):
                 self._waiting.popleft()
                 self._used = 0
-                self._cursor = position._replace(row=position.row + len(run.ends))
+                self._cursor = next_position
             else:
                 self._used = end
                 self._cursor = position._replace(token=end)

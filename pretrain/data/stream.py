@@ -35,7 +35,7 @@ from pretrain.data.order import make_plan
 from pretrain.data.packing import ReaderTask, RingTask
 from pretrain.data.rings import RingPosition, RingQueues, take_turns
 from pretrain.data.sources.retries import set_retry_minutes
-from pretrain.data.state import STATE_VERSION, LaneState, StreamState, cursors_of, initial_state, read_state
+from pretrain.data.state import STATE_VERSION, StreamState, cursors_of, initial_state, lane_state, read_state
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.workers import InlineReader, Reader, WorkerReader
 from pretrain.engine.ranks import Ranks
@@ -227,7 +227,7 @@ class TokenStream:
         for lane, cursor in self._cursors.items():
             cursors[lane] = torch.tensor(cursor)
         self._all_reduce(cursors)
-        lanes = [LaneState(epoch=e, unit=u, row=r, token=t) for e, u, r, t in cursors.tolist()]
+        lanes = [lane_state(Cursor(*cursor)) for cursor in cursors.tolist()]
         return StreamState(
             version=STATE_VERSION,
             mixture=self._schedule.state(),
