@@ -13,6 +13,7 @@ import yaml
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data import DataError, check_sources, fingerprint, make_catalog, survey
+from pretrain.data.units import TextRecipe
 from pretrain.processes.exit_codes import STOPPED
 from tests.conftest import REPOSITORY
 from tests.data.corpus import Setting, drain, make_setting, make_texts, rows, write_jsonl, write_parquet
@@ -208,3 +209,4 @@ def test_units_are_counted_without_making_them_and_share_one_recipe(setting: Set
     assert catalog.count_units(config)[:2] == [18, 2]
     for of_source in units:  # pickled once with all units of a lock with 100,000 files
         assert len({id(unit.recipe) for unit in of_source}) == 1
+        assert of_source[0].recipe == TextRecipe()

@@ -144,6 +144,25 @@ def test_a_resume_does_not_read_what_comes_before_it(
     assert counted > 5 * late
 
 
+@pytest.mark.parametrize("split_units", [1, 3])
+def test_a_resume_between_two_documents_finds_the_next_one(
+    tmp_path: Path, tokenizer: TokenizerConfig, split_units: int
+) -> None:
+    """Every token is a sequence here, so states also lie where a document has just ended."""
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(5, 24, longest=5))
+    setting = make_setting(tokenizer, path, lanes=1, sequence_length=1, epochs=1, split_units=split_units)
+    expected = rows(drain(setting.open(), 1))
+    stream, borders = setting.open(), 0
+    for done in range(1, min(len(expected), 60)):
+        stream.next_batch(1)
+        state = stream.state()
+        [lane] = state["sources"][0]["lanes"]
+        if lane["token"] == 0 and "byte" in lane:
+            borders += 1
+            assert rows(drain(setting.open(state=state), 1)) == expected[done:]
+    assert borders > 3
+
+
 def test_a_state_without_places_gives_the_same_batches_and_the_same_places_again(setting: Setting) -> None:
     stream = setting.open()
     stream.next_batch(40)

@@ -164,6 +164,7 @@ def test_a_file_without_a_known_version_is_not_cached(tmp_path: Path) -> None:
     ("url", "place"),
     [
         ("hf://datasets/o/n@abc/data/a.parquet", "hf/datasets/o/n@abc/data/a.parquet"),
+        ("HTTPS://host/a.parquet", "https/host/a.parquet"),
         ("HTTPS://host/.hidden/a.parquet", "https/host/.hidden/a.parquet"),
         ("s3://bucket/a b/ü..parquet", "s3/bucket/a b/ü..parquet"),
     ],
