@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import resource
 import shutil
 import statistics
 import time
@@ -87,7 +86,9 @@ def _watch(setting: Setting, folders: tuple[Path, ...], text_bytes: int | None) 
             most_files = max(most_files, len(os.listdir("/proc/self/fd")))
             if text_bytes is not None and stream.text_bytes >= text_bytes:
                 break
-    return samples, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, most_files
+    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return samples, int(status["VmHWM"].split()[0]) << 10, most_files
 
 
 def _start(setting: Setting) -> Row:

@@ -13,21 +13,22 @@ _HEAD = """\
 
 <!-- Written by `python scripts/bench_data.py --page`; do not edit. -->
 
-`scripts/bench_data.py` on {date}: {cores} cores of {machine}, {threads} threads of the tokenizer, {gib:.0f} GiB of
-memory; {versions}. Medians of {rounds} rounds, in which both sides of a ratio alternate in the same process or start
-one after the other. Ratios above 1 favour this pipeline in numbers 1, 2 and 5.
+`scripts/bench_data.py` on {date}: {cores} cores of {machine}, {threads} threads of the tokenizer, {gib:.0f} GiB;
+{versions}.
+Medians of {rounds} rounds, in which both sides of a ratio alternate in the same process or start one after the other.
+Ratios above 1 favour this pipeline in numbers 1, 2 and 5.
 
 The text is put together from paragraphs of the vendored books, in documents of the lengths of web pages (log-normal,
 median 2,000 characters, mean about 3,700, at most 100,000): {megabytes:g} MB of it for numbers 1, 2 and 5,
-{large_megabytes:g} MB for 4 and 6. Sequences have {sequence_length:,} tokens and batches {batch_sequences} sequences
-where the table says nothing else. The tokenizer is {tokenizer}.
+{large_megabytes:g} MB for 4 and 6. Sequences have {sequence_length:,} tokens, and batches {batch_sequences} sequences,
+where the table does not say otherwise. The tokenizer is `{tokenizer}`.
 
 | | what | measured | target | absolute |
 |---|---|---|---|---|
 """
 
 _FOOT = """
-1. Bare encoding calls `encode_batch` on texts that are in memory already. The two processes read half of the files
+1. Bare encoding calls `encode_batch_fast` on texts that are in memory already. The two processes read half of the files
    each; two workers feed one process.
 2. The bare loop slices a memory map and stacks the same rows.
 3. `scripts/bench_data_exchange.py`; see there.
@@ -35,10 +36,11 @@ _FOOT = """
    byte that the state holds; parquet skips row groups, but decodes its way through the one that it stands in, so the
    figure is that of row groups of the stated size; compressed lines are decompressed from their beginning.
 5. `datasets` reads the same files, with the same tokenizer and packing. mosaicml-streaming and litdata read the same
-   tokens in their own formats, in order, in a Python of their own, and stack them into the same batches; both divide
-   no document among lanes and have nothing to count.
-6. Memory is that of a process without workers that reads all of the text. A start is everything between the config
-   and the first batch that depends on the number of files.
+   tokens in their own formats, in order, in a Python of their own, and stack them into batches of the same shape. They
+   neither count documents and bytes nor take turns among lanes.
+6. Memory is that of a process without workers that reads all of the text. A start is what happens between the config
+   and the first batch: the lock is read, the mirror checked, the sources surveyed and their epochs estimated, the
+   catalog pickled and unpickled as for another rank, the order of an epoch computed, a batch read.
 """
 
 
