@@ -267,7 +267,7 @@ class _Lane:
     def _join(self, length: int) -> tuple[Tokens, int, int, tuple[BadRow, ...]]:
         """Put a sequence together from the runs that it reaches into; also return its documents, bytes and bad rows."""
         sequence = np.empty(self._length + 1, dtype=np.int32)
-        sequence[0] = self._waiting[0][1].tokens[self._used - 1] if self._used else self._last_token
+        sequence[0] = self._waiting[0][2].tokens[self._used - 1] if self._used else self._last_token
         sequence[length + 1 :] = self._encoder.eos_id
         filled, documents, text_bytes = 1, 0, 0
         bad_rows: tuple[BadRow, ...] = ()
