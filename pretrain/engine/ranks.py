@@ -71,7 +71,16 @@ class Ranks:
             Exception: on rank 0, what `work` raised.
             PeerError: on the others, if it raised anything.
         """
-        return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        values: list[T] = []
+
+        def keep() -> None:
+            if self.rank == 0:
+                values.append(work())
+
+        # Only errors are gathered: that would give every rank a copy of the value for each of the ranks.
+        self.together(keep)
+        value: T = self.broadcast(values[0] if values else None)
+        return value
 
 
 def _describe(rank: int, error: Exception) -> tuple[int, str, str, int]:
