@@ -33,6 +33,7 @@ from pretrain.data import (
     separator_id,
 )
 from pretrain.data.budget import describe_data
+from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
 from pretrain.files import replacing
@@ -168,7 +169,10 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
             display.say(f"resuming from {reader.folder} (step {state.step})")
         display.start(state.step, config.total_steps)
         opened.callback(display.close)
-        with stop_requests(requests, notice, first_only=True, warn=display.warn):
+        with (
+            stop_requests(requests, notice, first_only=True, warn=display.warn),
+            stopping(trainer.stop_requested),
+        ):
             try:
                 outcome = trainer.fit(stop_at)
             except BadRowsError as error:
