@@ -124,11 +124,12 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     config.accumulation(engine.world_size)
     folder = RunFolder(config.run_folder)
     kept = folder.tokenizer_of(config.tokenizer.path)
-    fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, kept))
+    fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, kept), long=True)
     found = hub_tokenizer.stored(config.tokenizer, fetched, scratch)
     tokenizer = _on_every_rank(engine, lambda: load_tokenizer(found))
     inputs = engine.ranks.on_rank_0(
-        lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found)
+        lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found),
+        long=True,  # listing a large source takes longer than a collective waits
     )
     for warning in inputs.warnings:
         display.warn(warning)

@@ -110,7 +110,7 @@ def test_a_signal_that_interrupts_a_wait_stops_it(monkeypatch: pytest.MonkeyPatc
 def test_a_stream_whose_server_is_dead_stops_and_continues_later(
     workers: int, tmp_path: Path, tokenizer: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of a small file, much is still to be read after two batches. A worker would have read it: it begins without server.
+    # Of a small file, much is still to be read after two batches. A worker reads far ahead: it begins without a server.
     for part in ("_FIRST_PART", "_LARGEST_PART", "BUFFER_BYTES"):
         monkeypatch.setattr(http, part, 2048)
     monkeypatch.setattr(compression, "_BUFFER_BYTES", 2048)
