@@ -83,10 +83,13 @@ class Ranks:
         """
 
         def here() -> T | None:
-            if long and self.world_size > 1:
-                with self._beating() if self.rank == 0 else contextlib.nullcontext():
-                    return work() if self.rank == 0 else self._await_rank_0()
-            return work() if self.rank == 0 else None
+            waited_for = long and self.world_size > 1
+            if self.rank == 0:
+                with self._beating() if waited_for else contextlib.nullcontext():
+                    return work()
+            if waited_for:
+                self._await_rank_0()
+            return None
 
         return self.together(here)[0]  # type: ignore[return-value]
 
