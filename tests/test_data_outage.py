@@ -157,6 +157,45 @@ def test_a_signal_while_the_server_is_dead_saves_and_stops(ranks: int, files: di
         assert record(stopped) == record(parse_config(whole))
 
 
+def outage(config: dict[str, Any], endpoint: str, stop_at: int) -> int:
+    """Train with the waits of a real run; after step 3, rank 0 asks the server to be dead for 30 seconds."""
+    os.environ["HF_ENDPOINT"] = endpoint
+    reported = Trainer.report
+
+    def and_command(self: Trainer, record: dict[str, Any], context: Any) -> None:
+        reported(self, record, context)
+        if self.state.step == FAILS_AT and self.engine.rank == 0:
+            urllib.request.urlopen(f"{endpoint}/control/dead?seconds=30").read()
+
+    Trainer.report = and_command  # type: ignore[method-assign]
+    try:
+        return train(parse_config(config), stop_at=stop_at)
+    finally:
+        Trainer.report = reported  # type: ignore[method-assign]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (2, 0), (3, 2)])
+def test_a_server_that_is_dead_for_30_seconds_is_waited_for(ranks: int, workers: int, tmp_path: Path) -> None:
+    texts = make_texts(8, 4000, longest=60)
+    files = {
+        f"d/{index:02}.jsonl": write_jsonl(tmp_path / "x.jsonl", texts[40 * index : 40 * index + 40]).read_bytes()
+        for index in range(100)
+    }
+    steps = 110  # more than the workers read ahead
+    with hub_server(files, page=7) as hub:
+        more = {"lanes": 6, "sources": [{"path": hub.path("d/*.jsonl")}], "retry_minutes": 5}
+        longer = {"train.total_tokens": 768 * (steps + 1)}
+        config = merged(make(tmp_path, hub, "outage", **more), longer)
+        codes = run_ranks(ranks, outage, merged(config, {"data.workers": workers}), hub.endpoint, steps)
+        assert codes == [STOPPED] * ranks
+        assert not hub.dead
+        assert hub.refused >= ranks
+        whole = merged(make(tmp_path, hub, "whole", **more), longer)
+        assert run_ranks(1, attempt, whole, hub.endpoint, None, steps)[0][0] == STOPPED
+        assert record(parse_config(config)) == record(parse_config(whole))
+
+
 def test_validation_data_that_fails_is_saved_before_as_well(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
