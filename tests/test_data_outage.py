@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -157,9 +158,14 @@ def test_a_signal_while_the_server_is_dead_saves_and_stops(ranks: int, files: di
         assert record(stopped) == record(parse_config(whole))
 
 
-def outage(config: dict[str, Any], endpoint: str, stop_at: int) -> int:
+READ_LITTLE_AHEAD = "from pretrain.data import packing\npacking.REFILL_BYTES = 1 << 13\n"
+
+
+def outage(config: dict[str, Any], endpoint: str, stop_at: int, scripts: str) -> int:
     """Train with the waits of a real run; after step 3, rank 0 asks the server to be dead for 30 seconds."""
     os.environ["HF_ENDPOINT"] = endpoint
+    sys.path.insert(0, scripts)  # which workers inherit
+    exec(READ_LITTLE_AHEAD)
     reported = Trainer.report
 
     def and_command(self: Trainer, record: dict[str, Any], context: Any) -> None:
@@ -182,12 +188,13 @@ def test_a_server_that_is_dead_for_30_seconds_is_waited_for(ranks: int, workers:
         f"d/{index:02}.jsonl": write_jsonl(tmp_path / "x.jsonl", texts[40 * index : 40 * index + 40]).read_bytes()
         for index in range(100)
     }
-    steps = 110  # more than the workers read ahead
+    (tmp_path / "sitecustomize.py").write_text(READ_LITTLE_AHEAD)
+    steps, scripts = 110, str(tmp_path)
     with hub_server(files, page=7) as hub:
         more = {"lanes": 6, "sources": [{"path": hub.path("d/*.jsonl")}], "retry_minutes": 5}
         longer = {"train.total_tokens": 768 * (steps + 1)}
         config = merged(make(tmp_path, hub, "outage", **more), longer)
-        codes = run_ranks(ranks, outage, merged(config, {"data.workers": workers}), hub.endpoint, steps)
+        codes = run_ranks(ranks, outage, merged(config, {"data.workers": workers}), hub.endpoint, steps, scripts)
         assert codes == [STOPPED] * ranks
         assert not hub.dead
         assert hub.refused >= ranks
