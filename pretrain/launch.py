@@ -33,6 +33,7 @@ from pretrain.data import (
 )
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
+from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
 from pretrain.files import replacing
@@ -126,11 +127,12 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     config.accumulation(engine.world_size)
     folder = RunFolder(config.run_folder)
     kept = folder.tokenizer_of(config.tokenizer.path)
-    fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, kept))
+    fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, kept), long=True)
     found = hub_tokenizer.stored(config.tokenizer, fetched, scratch)
     tokenizer = _on_every_rank(engine, lambda: load_tokenizer(found))
     inputs = engine.ranks.on_rank_0(
-        lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found)
+        lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found),
+        long=True,  # it may list a large source
     )
     for warning in inputs.warnings:
         display.warn(warning)
@@ -174,6 +176,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
             display.say(f"resuming from {reader.folder} (step {state.step})")
         display.start(state.step, config.total_steps)
         opened.callback(display.close)
+        opened.enter_context(stopping(trainer.stop_requested))
         with stop_requests(requests, notice, first_only=True, warn=display.warn):
             try:
                 outcome = trainer.fit(stop_at)

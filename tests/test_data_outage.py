@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,10 @@ import pytest
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.config import Config, parse_config
 from pretrain.data import DataError, TokenStream, compression, packing
-from pretrain.data.sources import http
+from pretrain.data.sources import http, retries
 from pretrain.data.sources.retries import patience, set_patience
 from pretrain.launch import train
-from pretrain.processes.exit_codes import BAD_INPUT, UNAVAILABLE
+from pretrain.processes.exit_codes import BAD_INPUT, STOPPED, UNAVAILABLE
 from pretrain.processes.failures import report
 from pretrain.run.folder import RunFolder
 from pretrain.training.trainer import Trainer
@@ -29,8 +32,19 @@ from tests.distributed.ranks import run_ranks
 FAILS_AT = 3
 
 
-def attempt(config: dict[str, Any], endpoint: str, command: str | None, stop_at: int) -> tuple[int, str]:
-    """Train; after step 3, rank 0 sends the server a command. Returns the exit code and the error."""
+def attempt(
+    config: dict[str, Any], endpoint: str, command: str | None, stop_at: int, signalled: bool = False
+) -> tuple[int, str]:
+    """Train; after step 3, rank 0 sends the server a command. Returns the exit code and the error.
+
+    Args:
+        config: of the run.
+        endpoint: of the server.
+        command: for the server.
+        stop_at: the last step.
+        signalled: a rank whose wait for the server would take hours gets a SIGTERM when it begins.
+
+    """
     os.environ["HF_ENDPOINT"] = endpoint
     # Of a small file, much is still to be read after three steps.
     http._FIRST_PART = http._LARGEST_PART = http.BUFFER_BYTES = 2048
@@ -45,12 +59,22 @@ def attempt(config: dict[str, Any], endpoint: str, command: str | None, stop_at:
             urllib.request.urlopen(f"{endpoint}/control/{command}").read()
 
     Trainer.report = and_command  # type: ignore[method-assign]
+    sleep = retries._sleep
+    if signalled:
+        set_patience(replace(patience(), first_wait_seconds=1e5, longest_wait_seconds=1e5))
+
+        def and_signal(seconds: float) -> None:
+            if not retries.stop_requested():  # a second signal ends the process
+                os.kill(os.getpid(), signal.SIGTERM)
+            sleep(seconds)
+
+        retries._sleep = and_signal
     try:
         return train(parse_config(config), stop_at=stop_at), ""
     except Exception as error:
         return report(error), f"{type(error).__name__}: {error}"
     finally:
-        Trainer.report = reported  # type: ignore[method-assign]
+        Trainer.report, retries._sleep = reported, sleep  # type: ignore[method-assign]
 
 
 @pytest.fixture
@@ -114,6 +138,69 @@ def test_a_run_whose_data_fails_saves_its_last_step_and_continues_later(
         assert run_ranks(1, attempt, whole, hub.endpoint, None, 10)[0][0] == 75
         assert record(broken) == record(parse_config(whole))
         assert [step for step, _ in record(broken)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long)])
+def test_a_signal_while_the_server_is_dead_saves_and_stops(ranks: int, files: dict[str, bytes], tmp_path: Path) -> None:
+    """The rank that waits, and the one that waits for it."""
+    with hub_server(files, page=1) as hub:
+        config = make(tmp_path, hub, "signalled", retry_minutes=10_000)
+        assert {code for code, _ in run_ranks(ranks, attempt, config, hub.endpoint, "dead", 10, True)} == {STOPPED}
+        stopped = parse_config(config)
+        steps = record(stopped)
+        assert FAILS_AT <= len(steps) < 10
+        assert saved(stopped) == [len(steps)]
+
+        hub.dead = False
+        assert run_ranks(1, attempt, config, hub.endpoint, None, 10)[0][0] == STOPPED
+        whole = make(tmp_path, hub, "whole")
+        run_ranks(1, attempt, whole, hub.endpoint, None, 10)
+        assert record(stopped) == record(parse_config(whole))
+
+
+READ_LITTLE_AHEAD = "from pretrain.data import packing\npacking.REFILL_BYTES = 1 << 13\n"
+
+
+def outage(config: dict[str, Any], endpoint: str, stop_at: int, scripts: str) -> int:
+    """Train with the waits of a real run; after step 3, rank 0 asks the server to be dead for 30 seconds."""
+    os.environ["HF_ENDPOINT"] = endpoint
+    sys.path.insert(0, scripts)  # which workers inherit
+    exec(READ_LITTLE_AHEAD)
+    reported = Trainer.report
+
+    def and_command(self: Trainer, record: dict[str, Any], context: Any) -> None:
+        reported(self, record, context)
+        if self.state.step == FAILS_AT and self.engine.rank == 0:
+            urllib.request.urlopen(f"{endpoint}/control/dead?seconds=30").read()
+
+    Trainer.report = and_command  # type: ignore[method-assign]
+    try:
+        return train(parse_config(config), stop_at=stop_at)
+    finally:
+        Trainer.report = reported  # type: ignore[method-assign]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (2, 0), (3, 2)])
+def test_a_server_that_is_dead_for_30_seconds_is_waited_for(ranks: int, workers: int, tmp_path: Path) -> None:
+    texts = make_texts(8, 4000, longest=60)
+    files = {
+        f"d/{index:02}.jsonl": write_jsonl(tmp_path / "x.jsonl", texts[40 * index : 40 * index + 40]).read_bytes()
+        for index in range(100)
+    }
+    (tmp_path / "sitecustomize.py").write_text(READ_LITTLE_AHEAD)
+    steps, scripts = 110, str(tmp_path)
+    with hub_server(files, page=7) as hub:
+        more = {"lanes": 6, "sources": [{"path": hub.path("d/*.jsonl")}], "retry_minutes": 5}
+        longer = {"train.total_tokens": 768 * (steps + 1)}
+        config = merged(make(tmp_path, hub, "outage", **more), longer)
+        codes = run_ranks(ranks, outage, merged(config, {"data.workers": workers}), hub.endpoint, steps, scripts)
+        assert codes == [STOPPED] * ranks
+        assert not hub.dead
+        assert hub.refused >= ranks
+        whole = merged(make(tmp_path, hub, "whole", **more), longer)
+        assert run_ranks(1, attempt, whole, hub.endpoint, None, steps)[0][0] == STOPPED
+        assert record(parse_config(config)) == record(parse_config(whole))
 
 
 def test_validation_data_that_fails_is_saved_before_as_well(

@@ -1,7 +1,7 @@
 """The errors for all faults of the data."""
 
 from pretrain.processes.errors import UserError
-from pretrain.processes.exit_codes import UNAVAILABLE
+from pretrain.processes.exit_codes import STOPPED, UNAVAILABLE
 
 
 class DataError(UserError):
@@ -28,3 +28,9 @@ class DataUnavailableError(DataError):
     """A server of data did not answer for longer than `data.retry_minutes`; a later start may succeed."""
 
     exit_code = UNAVAILABLE
+
+
+class ReadingStoppedError(DataUnavailableError):
+    """A server of data did not answer, and a stop was requested before `data.retry_minutes` had passed."""
+
+    exit_code = STOPPED

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from pretrain.data.described import CatalogFile, remote_file
 from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.sources import open_bytes
+from pretrain.data.sources.retries import stopping
 from pretrain.data.units import DataFile
 from pretrain.files import sync
 
@@ -107,7 +108,8 @@ def fetch(files: Sequence[CatalogFile], folder: Path, progress: Callable[[int], 
                     problems.append(str(error))
         except BaseException:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            with stopping():  # an interrupt must not wait as long as a server may
+                pool.shutdown(cancel_futures=True)
             raise
     if len(problems) > _MOST_PROBLEMS:
         problems[_MOST_PROBLEMS:] = [f"{folder}: and {len(problems) - _MOST_PROBLEMS} more files could not be copied"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pretrain.data.batch import BatchShare
 from pretrain.data.position import StreamPosition
+from pretrain.data.sources.retries import stopping
 from pretrain.data.state import StreamState
 from pretrain.data.stream import TokenStream
 from pretrain.engine.ranks import Ranks
@@ -84,9 +85,10 @@ class Prefetcher:
         self._wanted.release()
         # A batch that all ranks are preparing is soon complete. Otherwise the thread waits for a worker or a server,
         # and fails when that is closed, or for a rank that is gone, and is left behind.
-        self._thread.join(_COMPLETE_SECONDS)
-        self._stream.close()
-        self._thread.join(_FAIL_SECONDS)
+        with stopping():
+            self._thread.join(_COMPLETE_SECONDS)
+            self._stream.close()
+            self._thread.join(_FAIL_SECONDS)
 
     def _prepare(self) -> None:
         for _ in range(self._batches):

@@ -21,6 +21,7 @@ from pretrain.data.formats import SUFFIXES, text_file
 from pretrain.data.lock import locked_source
 from pretrain.data.sources import list_files, open_bytes
 from pretrain.data.sources.hub import HubPath, licences_of
+from pretrain.data.sources.retries import stopping
 from pretrain.data.units import DataFile, TextRecipe, Unit
 
 CONCURRENT = 16
@@ -130,6 +131,8 @@ def _bounded(
     finally:
         for future in waiting:
             future.cancel()
+        with stopping():  # an interrupt must not wait as long as a server may
+            wait(waiting)
 
 
 def _describe(file: DataFile, recipe: TextRecipe, journal: Journal) -> CatalogFile | str:

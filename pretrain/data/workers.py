@@ -16,6 +16,7 @@ import contextlib
 import os
 import pickle
 import queue
+import select
 import signal
 import struct
 import subprocess
@@ -27,15 +28,17 @@ from typing import IO, Protocol
 
 from pretrain.data.errors import DataError
 from pretrain.data.packing import Item, ReaderTask, read_rings
-from pretrain.data.sources.retries import patience, set_patience
+from pretrain.data.sources.retries import patience, set_patience, stop_requested, stopping
 
 # Items are sent in blocks. A worker prepares at most this many blocks ahead of the trainer: in all rings together, but
 # two of every ring that is read.
 _BLOCK_ITEMS = 32
 _BLOCKS_AHEAD = 16
 
-_REQUEST = struct.Struct("<I")  # the index of a ring
-_SIZE = struct.Struct("<Q")  # bytes of the task
+_REQUEST = struct.Struct("<I")  # the index of a ring, or
+_STOP = 0xFFFFFFFF  # a stop is requested: do not wait for servers any longer
+_SIZE = struct.Struct("<Q")  # bytes of the task or the block that follows
+_LOOK_MILLISECONDS = 100  # how often a wait for a worker looks whether a stop is requested
 
 Block = tuple[int, list[Item] | DataError]
 """The index of a ring, and its next items or the error that comes instead of them."""
@@ -88,6 +91,7 @@ class WorkerReader:
         self._items: dict[int, Iterator[Item]] = {ring: iter(()) for ring in task.rings}
         self._used: set[int] = set()
         """The rings of which blocks have been requested."""
+        self._told_to_stop = False
         for ring in task.plan.used_rings(task.rings):
             self._request(ring, self._ahead)
 
@@ -123,18 +127,38 @@ class WorkerReader:
     def _request(self, ring: int, blocks: int) -> None:
         """Ask for further blocks of a ring. A worker that has died is noticed when it is to be read from."""
         self._used.add(ring)
+        self._send(_REQUEST.pack(ring) * blocks)
+
+    def _send(self, requests: bytes) -> None:
         with contextlib.suppress(BrokenPipeError):
             # Not through the buffer of the file, which would keep what cannot be written.
-            os.write(self._requests.fileno(), _REQUEST.pack(ring) * blocks)
+            os.write(self._requests.fileno(), requests)
 
     def _receive(self) -> Block:
         try:
-            block: Block = pickle.load(self._pipe)
-        except (EOFError, pickle.UnpicklingError) as error:
+            [size] = _SIZE.unpack(self._read(_SIZE.size))
+            block: Block = pickle.loads(self._read(size))
+        except EOFError as error:
             code = self._process.wait()
             cause = f"signal {-code}, possibly out of memory" if code < 0 else f"exit code {code}, see its output above"
             raise RuntimeError(f"a data worker (process {self._process.pid}) ended unexpectedly: {cause}") from error
         return block
+
+    def _read(self, size: int) -> bytearray:
+        """Read from the worker, which is told if a stop is requested meanwhile: it may be waiting for a server."""
+        readable = select.poll()
+        readable.register(self._pipe, select.POLLIN)
+        found = bytearray()
+        while len(found) < size:
+            while not readable.poll(_LOOK_MILLISECONDS):
+                if not self._told_to_stop and stop_requested():
+                    self._told_to_stop = True
+                    self._send(_REQUEST.pack(_STOP))
+            received = os.read(self._pipe.fileno(), min(size - len(found), 1 << 20))
+            if not received:
+                raise EOFError
+            found += received
+        return found
 
 
 def main() -> None:
@@ -150,11 +174,13 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not end up among the items
     requests: queue.Queue[int] = queue.Queue()
     blocks: queue.Queue[Block | None] = queue.Queue()  # bounded by the requests
-    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    stop = threading.Event()
+    threading.Thread(target=_listen, args=(requests, stop), daemon=True).start()
     sender = threading.Thread(target=_send, args=(blocks, pipe))
     sender.start()
     try:
-        _serve(task, requests, blocks)
+        with stopping(stop.is_set):
+            _serve(task, requests, blocks)
     finally:
         blocks.put(None)
     sender.join()
@@ -193,10 +219,13 @@ def _next_items(items: Iterator[Item]) -> tuple[list[Item], DataError | None]:
     return found, None
 
 
-def _listen(requests: "queue.Queue[int]") -> None:
+def _listen(requests: "queue.Queue[int]", stop: threading.Event) -> None:
     while True:
         [ring] = _REQUEST.unpack(_read(_REQUEST.size))
-        requests.put(ring)
+        if ring == _STOP:
+            stop.set()
+        else:
+            requests.put(ring)
 
 
 def _read(size: int) -> bytes:
@@ -214,7 +243,9 @@ def _send(blocks: "queue.Queue[Block | None]", pipe: IO[bytes]) -> None:
     try:
         with pipe:
             while (block := blocks.get()) is not None:
-                pickle.dump(block, pipe, protocol=pickle.HIGHEST_PROTOCOL)
+                pickled = pickle.dumps(block, protocol=pickle.HIGHEST_PROTOCOL)
+                pipe.write(_SIZE.pack(len(pickled)))
+                pipe.write(pickled)
                 pipe.flush()
     except BrokenPipeError:
         os._exit(1)  # the trainer is gone

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from optimizers import Aurora, has_fast_bf16
 from optimizers.sharded import Held
@@ -32,6 +33,16 @@ from pretrain.model.loss import LossModel
 def patience(config: Config) -> timedelta:
     """How long a collective waits for the other ranks, one of which may itself be waiting for a server of data."""
     return timedelta(minutes=30 + config.data.retry_minutes)
+
+
+def extend_timeouts(timeout: timedelta) -> None:
+    """Set the timeout of every process group of this process.
+
+    Libraries make groups of their own, with torch's default of 30 minutes (10 under NCCL): less than a rank may wait
+    for a server of data before it takes part in the next step.
+    """
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class Engine:
@@ -115,6 +126,8 @@ class Engine:
             load(model)
         optimizer = Aurora(self.config.optimizer.param_groups(model))
         self.prepare(LossModel(model, self.config.train), optimizer)
+        if self.world_size > 1:
+            extend_timeouts(patience(self.config))
         return optimizer
 
     def prepare(self, module: LossModel, optimizer: Aurora) -> None:

@@ -6,17 +6,23 @@ others waiting in their next collective until the launcher stops them.
 
 from __future__ import annotations
 
+import contextlib
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from pretrain.processes.errors import PeerError, UserError
 from pretrain.processes.exit_codes import FAILED
 
 T = TypeVar("T")
+
+BEAT_SECONDS = 30.0
+"""How often the other ranks hear from rank 0 during long work; must be far less than the timeout of a collective."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,12 @@ class Ranks:
             raise PeerError(*failures[0])
         return [value for value, _ in outcomes]
 
-    def on_rank_0(self, work: Callable[[], T]) -> T:
+    def on_rank_0(self, work: Callable[[], T], *, long: bool = False) -> T:
         """Do `work` on rank 0 alone; its picklable result, on every rank.
+
+        Args:
+            work: must not communicate.
+            long: it may take longer than a collective waits for the other ranks.
 
         Raises:
             Exception: on rank 0, what `work` raised.
@@ -73,14 +83,51 @@ class Ranks:
         """
         values: list[T] = []
 
-        def keep() -> None:
+        def here() -> None:
+            waited_for = long and self.world_size > 1
             if self.rank == 0:
-                values.append(work())
+                with self._beating() if waited_for else contextlib.nullcontext():
+                    values.append(work())
+            elif waited_for:
+                self._await_rank_0()
 
-        # Only errors are gathered: that would give every rank a copy of the value for each of the ranks.
-        self.together(keep)
+        self.together(here)  # gathers errors alone: every rank would get a copy of the value for each of the ranks
         value: T = self.broadcast(values[0] if values else None)
         return value
+
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Take part in a collective every `BEAT_SECONDS`, so that the ranks in `_await_rank_0` do not give up."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):  # another rank is gone: the next collective of this thread fails
+                while not ended.wait(BEAT_SECONDS):
+                    self._beat(0)
+
+        def end() -> None:
+            ended.set()
+            thread.join()
+            self._beat(1)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        except Exception:  # an interrupted process tells nobody
+            end()
+            raise
+        end()
+
+    def _await_rank_0(self) -> None:
+        while not self._beat(0):
+            pass
+
+    def _beat(self, ended: int) -> bool:
+        """Whether the work of rank 0 has ended; a collective."""
+        flag = torch.tensor([ended])
+        dist.all_reduce(flag, group=self.group)
+        return bool(flag)
 
 
 def _describe(rank: int, error: Exception) -> tuple[int, str, str, int]:

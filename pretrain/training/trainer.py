@@ -23,7 +23,7 @@ from pretrain.model.cost import flops_per_token
 from pretrain.model.loss import IGNORED
 from pretrain.planning.devices import peak_flops
 from pretrain.processes.errors import PeerError
-from pretrain.processes.exit_codes import BAD_INPUT, UNAVAILABLE
+from pretrain.processes.exit_codes import BAD_INPUT, STOPPED, UNAVAILABLE
 from pretrain.training.hooks import Hook, StepContext
 from pretrain.training.schedule import lr_factor
 from pretrain.training.timing import PhaseClock
@@ -151,7 +151,7 @@ class Trainer:
         try:
             yield
         except (DataError, PeerError) as error:
-            of_data = isinstance(error, DataError) or error.exit_code in (BAD_INPUT, UNAVAILABLE)
+            of_data = isinstance(error, DataError) or error.exit_code in (BAD_INPUT, STOPPED, UNAVAILABLE)
             if of_data and self.state.step > self._saved_step:
                 self._saved_step = self.state.step
                 self.save(self)

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 FAULTS = (
     "408",
@@ -57,6 +57,8 @@ class Hub:
         self.endpoint = self.cdn = ""
         self.dead = False
         """Every connection is reset."""
+        self.refused = 0
+        """Requests while it was dead."""
         self.fault_share, self.faults = 0.0, FAULTS
         self.stall_seconds = 3.0
         self.link_uses: int | None = None
@@ -114,7 +116,7 @@ class Hub:
         with self._lock:
             signature = f"s{len(self._links)}secret"
             self._links[signature] = 0
-        return f"{self.cdn}/cdn/{target}?X-Amz-Signature={signature}&Expires=3600"
+        return f"{self.cdn}/cdn/{quote(target)}?X-Amz-Signature={signature}&Expires=3600"
 
     def uses(self, signature: str) -> bool:
         """Count a use of a signed link; whether it is still valid."""
@@ -192,6 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.path, {key.lower(): value for key, value in self.headers.items()}))
         hub.connections.add(self.client_address)
         if hub.dead:
+            hub.refused += 1
             return self._reset()
         if self.path.startswith("/control/"):
             return self._control(self.path.removeprefix("/control/"))
@@ -217,9 +220,17 @@ class _Handler(BaseHTTPRequestHandler):
         return self._error(401, "RepoNotFound")
 
     def _control(self, command: str) -> None:
-        """What a process of a test may ask for: `dead`, or `rewrite`, after which all files differ in a byte."""
+        """What a process of a test may ask for.
+
+        `dead`, `dead?seconds=30`, or `rewrite`, after which all files differ in a byte.
+        """
+        command, _, query = command.partition("?")
         if command == "dead":
             self.hub.dead = True
+            if query:
+                timer = threading.Timer(float(query.removeprefix("seconds=")), setattr, (self.hub, "dead", False))
+                timer.daemon = True
+                timer.start()
         elif command == "rewrite":
             for files in self.hub.commits.values():
                 files |= {name: data[:-1] + b" " for name, data in files.items()}

@@ -1,7 +1,12 @@
 """Copies of remote files: a mirror, and the cache that the processes of a node share."""
 
+import contextlib
+import multiprocessing
 import os
+import random
+import signal
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,14 +14,14 @@ from typing import Any
 import pytest
 
 from pretrain.config.data import DataConfig, TokenizerConfig
-from pretrain.data import DataError, TokenStream, make_catalog
+from pretrain.data import DataError, TokenStream, make_catalog, mirror
 from pretrain.data.cache import DiskCache, open_file
 from pretrain.data.catalog import resolve_sources
 from pretrain.data.described import remote_file
 from pretrain.data.lock import Lock, locked_sources
 from pretrain.data.mirror import check_mirror, fetch, mirror_path, missing_files
 from tests.data.corpus import drain, rows
-from tests.data.store import COMMIT, LINES, PARQUET, Store, remote_config
+from tests.data.store import COMMIT, LINES, PARQUET, Counting, Store, remote_config
 
 
 def batches(data: DataConfig, tokenizer: TokenizerConfig, lock: Lock) -> list[Any]:
@@ -171,3 +176,113 @@ def test_a_file_without_a_known_version_is_not_cached(tmp_path: Path) -> None:
 )
 def test_a_file_lies_below_its_scheme_and_host(url: str, place: str, tmp_path: Path) -> None:
     assert mirror_path(tmp_path, url) == tmp_path / place
+
+
+def held_by(folder: Path) -> int:
+    """What the copies and parts of a cache take, in bytes."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".lock")
+
+
+def test_a_copy_in_progress_has_its_room(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one file is copied, another one that does not fit beside it is read from the store."""
+    first, second = (remote_file(file) for file in resolve_sources(remote_config(PARQUET)).files[:2])
+    folder = tmp_path / "cache"
+    cache = DiskCache(str(folder), (first.bytes or 0) + (second.bytes or 0) - 1)
+    copies: list[str] = []
+
+    def fetch_file(file: Any, target: Path) -> None:
+        copies.append(file.path)
+        with cache.open(second) as other:
+            assert other.read() == store.path(second.path).read_bytes()
+        real(file, target)
+
+    real = mirror.fetch_file
+    monkeypatch.setattr("pretrain.data.cache.fetch_file", fetch_file)
+    with cache.open(first) as opened:
+        assert opened.read() == store.path(first.path).read_bytes()
+    assert copies == [first.path]
+    assert held_by(folder) == first.bytes
+
+
+def test_what_a_dead_process_has_reserved_is_free(store: Store, tmp_path: Path) -> None:
+    """Its part counts by its size, and goes when the room is needed."""
+    first, second = (remote_file(file) for file in resolve_sources(remote_config(PARQUET)).files[:2])
+    folder = tmp_path / "cache"
+    cache = DiskCache(str(folder), max(first.bytes or 0, second.bytes or 0))
+
+    def die(*_: object) -> None:
+        raise OSError("no power")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.data.cache.fetch_file", die)
+        with pytest.raises(DataError, match="no power"), cache.open(first):
+            pass
+    [lock] = (path for path in folder.glob("*.lock") if path.name != "room.lock")
+    assert lock.read_text() == str(first.bytes)
+    lock.with_suffix(".part").write_bytes(b"x" * 500)
+    with cache.open(second):
+        assert held_by(folder) == second.bytes
+    assert not lock.with_suffix(".part").exists()
+
+
+def test_a_file_that_is_open_stays_in_the_cache(store: Store, tmp_path: Path) -> None:
+    files = [remote_file(file) for file in resolve_sources(remote_config(PARQUET)).files]
+    folder = tmp_path / "cache"
+    cache = DiskCache(str(folder), max(file.bytes or 0 for file in files))
+    with cache.open(files[0]) as opened, cache.open(files[1]) as other:
+        assert other.read() == store.path(files[1].path).read_bytes()
+        assert held_by(folder) == files[0].bytes
+        assert opened.read() == store.path(files[0].path).read_bytes()
+    with cache.open(files[1]):
+        assert held_by(folder) == files[1].bytes
+
+
+def use_cache(folder: str, limit: int, hub: str, files: list[Any], seed: int, results: Any) -> None:
+    """Open files at random, several at a time; with an odd seed, die in some copy."""
+    patch = pytest.MonkeyPatch()
+    store = Store(Path(hub), patch)
+    draw = random.Random(seed)
+    cache = DiskCache(folder, limit)
+
+    def read(self: Counting, size: int = -1) -> bytes:
+        time.sleep(0.002)
+        if seed % 2 and draw.random() < 0.01:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._file.read(min(size, 200) if size > 0 else size)
+
+    patch.setattr(Counting, "read", read)
+    for _ in range(40):
+        with contextlib.ExitStack() as opened:
+            for file in draw.sample(files, draw.choice((1, 1, 2, 3))):
+                stream = opened.enter_context(cache.open(file))
+                size = stream.seek(0, 2)
+                stream.seek(0)
+                found = b"".join(iter(lambda stream=stream: stream.read(1 << 20), b""))
+                assert found == store.path(file.path).read_bytes(), size
+    results.put(seed)
+
+
+@pytest.mark.parametrize("processes", [3, pytest.param(8, marks=pytest.mark.long)])
+def test_processes_never_pass_the_size_of_the_cache(store: Store, tmp_path: Path, processes: int) -> None:
+    """Some of them die on the way."""
+    files = [remote_file(file) for file in resolve_sources(remote_config(PARQUET, LINES)).files]
+    sizes = sorted(file.bytes or 0 for file in files)
+    folder, limit = tmp_path / "cache", sizes[-1] + sizes[-2]
+    folder.mkdir()
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    arguments = [(str(folder), limit, str(store.folder), files, seed, results) for seed in range(processes)]
+    started = [context.Process(target=use_cache, args=some) for some in arguments]
+    for process in started:
+        process.start()
+    most = 0
+    while any(process.is_alive() for process in started):
+        with contextlib.suppress(FileNotFoundError):  # a part became a copy
+            most = max(most, held_by(folder))
+        time.sleep(0.001)
+    assert {process.exitcode for process in started[::2]} == {0}
+    assert {process.exitcode for process in started[1::2]} <= {0, -signal.SIGKILL}
+    assert 0 < most <= limit
+    with DiskCache(str(folder), limit).open(files[0]) as opened:  # nothing is reserved any more
+        assert opened.read() == store.path(files[0].path).read_bytes()
+        assert (files[0].bytes or 0) <= held_by(folder) <= limit

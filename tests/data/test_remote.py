@@ -363,7 +363,8 @@ def test_the_requests_are_bounded_and_connections_are_reused(monkeypatch: pytest
         ("('https://cdn/x?sig=1#f', 3)", "('https://cdn/x', 3)"),
         (f"token {TOKEN}.", "token [secret]."),
         ("Authorization: Bearer abcdefghijkl", "Authorization: [secret]"),
-        ("hf://datasets/org/set@main/a?.jsonl", "hf://datasets/org/set@main/a"),
+        ("hf://datasets/org/set@main/a?.jsonl: x", "hf://datasets/org/set@main/a?.jsonl: x"),
+        ("s3://bucket/a?X-Amz-Signature=1", "s3://bucket/a"),
     ],
 )
 def test_secrets_are_redacted(text: str, redacted: str) -> None:

@@ -6,7 +6,9 @@ version of the file.
 
 import functools
 import io
+import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,11 +29,16 @@ _LARGEST_PART = 1 << 20
 _CONNECTIONS = 16
 _REDIRECTS = 10
 _TRANSIENT = {408, 409, 421, 423, 425, 429}
+_SLOWEST = 256
+"""Bytes a second over `silence_seconds`; a slower response counts as stalled."""
 _LINK_REFUSED = {400, 401, 403, 404, 410}
 
 
 @functools.cache
 def _client(process: int) -> httpx2.Client:
+    # These log addresses and headers, which hold signatures, when the root logger is set to INFO or DEBUG.
+    for name in ("httpx2", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # Redirects are followed here, for their headers say which version of the file they lead to.
     limits = httpx2.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS)
     return httpx2.Client(follow_redirects=False, limits=limits, trust_env=True)
@@ -119,7 +126,9 @@ def open_url(data: DataFile, address: Address) -> BinaryIO:
     """Open a file for reading; the stream can seek and holds no connection."""
     if data.bytes is None:
         data = describe(data.path, address)
-    return io.BufferedReader(RemoteStream(RangeReader(data, address), data.bytes or 0), BUFFER_BYTES)
+    if data.bytes is None:
+        raise DataError(f"{data.path}: the server does not state the size of the file, so it cannot be read")
+    return io.BufferedReader(RemoteStream(RangeReader(data, address), data.bytes), BUFFER_BYTES)
 
 
 class RemoteStream(io.RawIOBase):
@@ -238,16 +247,20 @@ class RangeReader(PartReader):
         vouched = self._link is not None and self._link_is_vouched_for
         for _ in range(_REDIRECTS):
             headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}"}
-            if _origin(url) == _origin(self._address.url):
+            if origin(url) == origin(self._address.url):
                 headers |= self._address.headers()
             if self._body_tag:
                 headers["If-Range"] = f'"{self._body_tag}"'
             with client().stream("GET", url, headers=headers, timeout=request_timeout()) as response:
                 if not response.has_redirect_location:
+                    if _is_empty(response) and start == 0 and not self.size:
+                        self.size = 0
+                        self._check_version(_version(response))
+                        return
                     self._refuse(response, url)
                     if not vouched:
-                        self._check_version(_tag(response.headers, "etag") or _tag(response.headers, "last-modified"))
-                    self._check_extent(response, start)
+                        self._check_served(_version(response))
+                    self._check_extent(response, start, vouched)
                     self._append(response, start, end, received)
                     if url != self._address.url:
                         self._link, self._link_is_vouched_for = url, vouched
@@ -266,7 +279,7 @@ class RangeReader(PartReader):
             self._link = self._body_tag = None
         if problem := transient(response):
             raise problem
-        if code in _LINK_REFUSED and (_origin(url) != _origin(self._address.url) or urlsplit(url).query):
+        if code in _LINK_REFUSED and (origin(url) != origin(self._address.url) or urlsplit(url).query):
             # A link that worked before has expired, and a new one is asked for at once.
             raise TransientError(f"the link to the file was refused ({code})", 0 if link else None)
         if code in (412, 416):
@@ -275,19 +288,31 @@ class RangeReader(PartReader):
             advice = self._address.refused(response) or "check the path"
             raise DataError(f"{self._path}: the server answered {code} {response.reason_phrase}: {advice}")
 
+    def _check_served(self, found: str | None) -> None:
+        """Check the version of a response with contents; one without a version may be a page of a proxy."""
+        if found is None and self.version is not None:
+            raise TransientError("the response does not say which version of the file it holds")
+        self._check_version(found)
+
     def _check_version(self, found: str | None) -> None:
         if found is not None and self.version is None:
             self.version = found
         elif found not in (None, self.version):
             raise self._changed(f"its version is {found!r:.80}, expected {self.version!r:.80}")
 
-    def _check_extent(self, response: httpx2.Response, start: int) -> None:
+    def _check_extent(self, response: httpx2.Response, start: int, vouched: bool) -> None:
         """Check which bytes a response holds, of how many."""
+        coding = response.headers.get("content-encoding", "identity").lower()
+        if coding != "identity":
+            raise DataError(f"{self._path}: the server sends it compressed ({coding}) though it was asked not to")
         first, total = _range_of(response)
         if response.status_code == 206 and first != start:
             raise TransientError(f"the server sent bytes from {first} on instead of {start}")
         strong = _strong_tag(response)
         if self._body_tag and strong != self._body_tag and (strong or response.status_code == 200):
+            if vouched:  # the same contents may have another tag elsewhere: ask again which version they are
+                self._link = self._body_tag = None
+                raise TransientError("the link serves another version", 0)
             raise self._changed(f"its version is {strong!r:.80}, expected {self._body_tag!r:.80}")
         self._body_tag = strong
         if total is not None and self.size is not None and total != self.size:
@@ -300,7 +325,13 @@ class RangeReader(PartReader):
         # A server without ranges sends everything.
         skip = start if response.status_code == 200 else 0
         wanted = end - start
+        window, arrived, seconds = time.monotonic(), 0, patience().silence_seconds
         for piece in response.iter_raw():
+            arrived += len(piece)
+            if (now := time.monotonic()) - window > seconds:
+                if arrived < _SLOWEST * seconds:
+                    raise TransientError(f"only {arrived} bytes arrived in {now - window:.0f} seconds")
+                window, arrived = now, 0
             dropped = min(skip, len(piece))
             skip -= dropped
             piece = piece[dropped : dropped + wanted]
@@ -320,7 +351,8 @@ def reason(error: httpx2.TransportError) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _origin(url: str) -> tuple[str, str, int | None]:
+def origin(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port: what an authorization is for."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname or "", parts.port
 
@@ -333,6 +365,15 @@ def _tag(headers: Mapping[str, str], name: str) -> str | None:
 def _strong_tag(response: httpx2.Response) -> str | None:
     tag = response.headers.get("etag", "")
     return tag.strip('"') if tag and not tag.startswith("W/") else None
+
+
+def _version(response: httpx2.Response) -> str | None:
+    return _tag(response.headers, "etag") or _tag(response.headers, "last-modified")
+
+
+def _is_empty(response: httpx2.Response) -> bool:
+    """Whether a file has no bytes, of which a range can be sent."""
+    return response.status_code == 416 and response.headers.get("content-range", "").strip() == "bytes */0"
 
 
 def _range_of(response: httpx2.Response) -> tuple[int, int | None]:

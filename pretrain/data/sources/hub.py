@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urljoin
 
 import httpx2
 from huggingface_hub import constants, hf_hub_url
@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
 from pretrain.data.errors import DataError
-from pretrain.data.sources.http import Address, client, open_url, reason, request_timeout, transient
+from pretrain.data.sources.http import Address, client, open_url, origin, reason, request_timeout, transient
 from pretrain.data.sources.names import Pattern, choose
 from pretrain.data.sources.retries import TransientError, retrying
 from pretrain.data.sources.secrets import redact
@@ -146,19 +146,27 @@ def _tree(pinned: HubPath, folder: str, recursive: bool) -> Iterator[RepoFile]:
     below = f"/{quote(folder, safe='')}" if folder else ""
     url = f"{_endpoint()}/api/datasets/{pinned.repository}/tree/{pinned.revision}{below}"
     query: dict[str, Any] | None = {"recursive": recursive, "expand": False}
+    seen: set[str] = set()
     while url:
         entries, following = _get(pinned, url, query, missing_is_empty=bool(folder))
-        yield from (RepoFile(**entry) for entry in entries if entry.get("type") == "file")
+        files = (RepoFile(**entry) for entry in entries if entry.get("type") == "file")
+        yield from (file for file in files if not folder or file.path.startswith(f"{folder}/"))
+        if following in seen:
+            raise DataError(f"{pinned}: the pages of the Hub's listing do not end: one leads back to an earlier one")
+        seen.add(following)
         url, query = following, None
 
 
 def _get(path: HubPath, url: str, query: dict[str, Any] | None = None, *, missing_is_empty: bool = False) -> Any:
     """Request JSON from the Hub; return it, and the address of the next page or an empty string."""
 
+    # A page may lead to another host, which must not get the token.
+    headers = build_hf_headers() if origin(url) == origin(_endpoint()) else build_hf_headers(token=False)
+
     def attempt() -> tuple[Any, str]:
         try:
             response = client().get(
-                url, params=query, headers=build_hf_headers(), timeout=request_timeout(), follow_redirects=True
+                url, params=query, headers=headers, timeout=request_timeout(), follow_redirects=True
             )
         except httpx2.TransportError as error:
             raise TransientError(reason(error)) from None
@@ -169,11 +177,16 @@ def _get(path: HubPath, url: str, query: dict[str, Any] | None = None, *, missin
         if response.status_code != 200:
             raise DataError(f"{path}: the Hub answered {response.status_code}: {_advice(response)}")
         try:
-            return response.json(), response.links.get("next", {}).get("url", "")
+            return response.json(), _next_page(response)
         except ValueError:
             raise TransientError("the Hub's answer is not whole") from None
 
     return retrying(str(path), attempt)
+
+
+def _next_page(response: httpx2.Response) -> str:
+    following = response.links.get("next", {}).get("url", "")
+    return urljoin(str(response.url), following) if following else ""
 
 
 def _error_code(response: httpx2.Response) -> str:

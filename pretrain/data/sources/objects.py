@@ -7,6 +7,7 @@ GOOGLE_APPLICATION_CREDENTIALS and so on).
 import functools
 import glob
 import io
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 # Libraries whose errors, other than those told apart below, are about the network.
 _NETWORK = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3"}
+_CHANGED = "the file has changed since it was recorded; restore it, or start a new run"
+# They log addresses and headers, which hold signatures, when the root logger is set to DEBUG.
+_LOGGERS = ("aiobotocore", "botocore", "fsspec", "gcsfs", "google", "s3fs", "urllib3")
 _EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 
 
@@ -57,22 +61,29 @@ def open_object(data: DataFile) -> BinaryIO:
     """Open an object in its recorded version; the stream can seek and holds no connection."""
     scheme, _, path = data.path.partition("://")
     system = _system(scheme, os.getpid())
-    about = _data_file(data.path, _call(data.path, lambda: system.info(path, refresh=True)))
+    found = _call(data.path, lambda: system.info(path, refresh=True))
+    about = _data_file(data.path, found)
     if (data.bytes, data.etag) != (None, None) and (about.bytes, about.etag) != (data.bytes, data.etag or about.etag):
         raise DataError(
-            f"{data.path}: has {about.bytes} bytes in version {about.etag}, expected {data.bytes} in {data.etag}: the "
-            "file has changed since it was recorded; restore it, or start a new run"
+            f"{data.path}: has {about.bytes} bytes in version {about.etag}, expected {data.bytes} in {data.etag}: "
+            f"{_CHANGED}"
         )
-    return io.BufferedReader(RemoteStream(_ObjectReader(system, about), about.bytes or 0), BUFFER_BYTES)
+    return io.BufferedReader(
+        RemoteStream(_ObjectReader(system, about, found.get("generation")), about.bytes or 0), BUFFER_BYTES
+    )
 
 
 class _ObjectReader(PartReader):
     """Reads parts of an object."""
 
-    def __init__(self, system: Any, data: DataFile) -> None:
+    def __init__(self, system: Any, data: DataFile, generation: str | None) -> None:
         self._system, self._data = system, data
-        # S3 refuses with 412 what is not this version.
-        self._condition = {"IfMatch": f'"{data.etag}"'} if data.path.startswith("s3://") and data.etag else {}
+        # S3 refuses with 412 what is not this version, and GCS with 404.
+        self._condition: dict[str, str] = {}
+        if data.path.startswith("s3://"):
+            self._condition = {"IfMatch": f'"{data.etag}"'} if data.etag else {}
+        elif generation:
+            self._condition = {"generation": generation}
 
     def part(self, start: int, length: int) -> bytes:
         """See `PartReader`."""
@@ -91,8 +102,11 @@ class _ObjectReader(PartReader):
 
 
 def _cat(system: Any, path: str, start: int, end: int, condition: dict[str, str]) -> bytes:
-    if not condition:
-        return bytes(system.cat_file(path, start=start, end=end))
+    if "IfMatch" not in condition:
+        try:
+            return bytes(system.cat_file(path, start=start, end=end, **condition))
+        except FileNotFoundError:
+            raise DataError(f"gs://{path}: {_CHANGED}") from None
     bucket, _, key = path.partition("/")
     response = system.call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **condition)
     from fsspec.asyn import sync
@@ -105,15 +119,23 @@ def _system(scheme: str, process: int) -> Any:
     """The file system of a kind of store, for this process: its threads do not survive a fork."""
     import fsspec
 
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     package, extra = _EXTRAS[scheme]
     try:
         # Retries are ours alone, and listings are never taken from a cache.
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        seconds = patience().silence_seconds
         if scheme == "s3":
-            seconds = patience().silence_seconds
             config = {"retries": {"total_max_attempts": 1}, "read_timeout": seconds, "connect_timeout": seconds}
             options |= {"config_kwargs": config}
         system = fsspec.filesystem(scheme, **options)
+        if scheme == "gs":
+            from aiohttp import ClientTimeout
+
+            system.requests_timeout = ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+            # The undecorated method: the decorator retries.
+            system._request = type(system)._request.__wrapped__.__get__(system)
     except ImportError as error:
         raise DataError(
             f"{scheme}:// needs the package {package}: pip install 'aurora-pretrain[{extra}]' ({error})"
@@ -133,19 +155,17 @@ def _call(url: str, work: Callable[[], T]) -> T:
             raise
         except FileNotFoundError:
             raise DataError(f"{url}: no such object or bucket") from None
-        except PermissionError as error:
-            raise DataError(
-                f"{url}: access is refused: set the credentials in the environment ({redact(error)[:200]})"
-            ) from None
         except Exception as error:
-            code = _status(error)
-            if code == 412:
+            if isinstance(error, PermissionError) or str(error).startswith("Forbidden"):  # gcsfs has no type for it
                 raise DataError(
-                    f"{url}: the file has changed since it was recorded; restore it, or start a new run"
+                    f"{url}: access is refused: set the credentials in the environment ({redact(error)[:200]})"
                 ) from None
+            code = 412 if isinstance(error, FileExistsError) else _status(error)
+            if code == 412:
+                raise DataError(f"{url}: {_CHANGED}") from None
             if code is not None and 400 <= code < 500 and code not in (408, 409, 425, 429):
                 raise DataError(f"{url}: the server answered {code}: {redact(error)[:200]}") from None
-            if type(error).__name__ == "NoCredentialsError":
+            if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
                 raise DataError(f"{url}: no credentials: set them in the environment") from None
             if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _NETWORK:
                 raise
@@ -169,5 +189,6 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _data_file(path: str, about: dict[str, Any]) -> DataFile:
-    tag = about.get("ETag") or about.get("etag")
+    # The etag of GCS changes with the metadata.
+    tag = about.get("md5Hash") or about.get("ETag") or about.get("etag")
     return DataFile(path, about.get("size"), tag.strip('"') if isinstance(tag, str) else None)

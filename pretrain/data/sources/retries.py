@@ -1,4 +1,8 @@
-"""Waiting for servers: the one place that retries. What is called here must not retry by itself."""
+"""Waiting for servers: the one place that retries. What is called here must not retry by itself.
+
+A wait ends early once a stop is requested (`stopping`), so that a run whose server is down can still save and end
+within the time that a scheduler gives it.
+"""
 
 import logging
 import random
@@ -8,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from pretrain.data.errors import DataUnavailableError
+from pretrain.data.errors import DataUnavailableError, ReadingStoppedError
 from pretrain.data.sources.secrets import redact
 from pretrain.processes.environment import world
 
@@ -60,6 +64,35 @@ def patient(**changes: float) -> Iterator[None]:
         set_patience(before)
 
 
+_stops: tuple[Callable[[], bool], ...] = ()
+
+
+@contextmanager
+def stopping(requested: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """End the waits of all threads of this process once a stop is requested, those that have begun included.
+
+    Reading continues as long as the servers answer: after a stop was requested, the second failure in a row raises
+    `ReadingStoppedError`. A request that is under way ends by itself, at the latest after the `silence_seconds` of the
+    patience.
+
+    Args:
+        requested: whether a stop is requested; called several times a second while a thread waits, from that thread.
+            By default, it is requested by entering the context.
+
+    """
+    global _stops
+    _stops = (*_stops, requested)
+    try:
+        yield
+    finally:
+        _stops = tuple(stop for stop in _stops if stop is not requested)
+
+
+def stop_requested() -> bool:
+    """Whether a stop of this process is requested, see `stopping`."""
+    return any(stop() for stop in _stops)
+
+
 class TransientError(Exception):
     """A failure that may pass.
 
@@ -84,6 +117,7 @@ def retrying(what: str, attempt: Callable[[], T]) -> T:
 
     Raises:
         DataUnavailableError: there was no progress for longer than the patience of this process.
+        ReadingStoppedError: a stop was requested, see `stopping`.
 
     """
     limits = patience()
@@ -109,13 +143,26 @@ def retrying(what: str, attempt: Callable[[], T]) -> T:
                 if failures > 1 or _is_news(now):
                     _report("%s: %s; waiting %.1f seconds before try %d", redact(what), error, wait, failures + 1)
             _sleep(min(wait, left))
+            if failures > 1 and stop_requested():  # single failures are common while a server is well
+                raise ReadingStoppedError(
+                    f"{redact(what)}: not read, because a stop was requested while the server did not answer, last: "
+                    f"{error}; start the same command again to continue"
+                ) from None
         else:
             if failures >= 4:
                 _report("%s: answers again after %d failed tries", redact(what), failures)
             return result
 
 
-_sleep = time.sleep
+_LOOK_SECONDS = 0.1
+"""How often a wait looks whether a stop is requested. Not an event: a signal handler must not take locks."""
+
+
+def _sleep(seconds: float) -> None:
+    """Wait, at most until a stop is requested."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not stop_requested():
+        time.sleep(min(left, _LOOK_SECONDS))
 
 
 def _wait_seconds(limits: Patience, failures: int, asked: float | None) -> float:
