@@ -17,11 +17,13 @@ from pretrain.data.errors import DataError
 from pretrain.data.json_fields import fill_template, named
 from pretrain.data.parquet_pages import PageError, rows_at_once
 from pretrain.data.row_filter import mask
+from pretrain.data.sources import size_of
 from pretrain.data.units import TextRecipe, Unit
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE_ROWS = 1024
+_LEAST_BYTES = 12  # of a parquet file: two magic numbers and the size of the footer
 _VALUES_BYTES = 4 << 20
 # A page that is larger than so many of the largest documents, and compressed as no text is, is refused.
 _DOCUMENTS_PER_PAGE = 4
@@ -45,6 +47,8 @@ class ParquetText:
         self._bytes, self._path, self._limits = file, path, recipe
         self._field = parse_text_field(recipe.text_field)
         self._condition = parse_condition(recipe.where) if recipe.where else None
+        if (size := size_of(file)) < _LEAST_BYTES:
+            raise DataError(f"{path}: cannot be read as parquet: has only {size} bytes: fetch or write it again")
         try:
             self._file = _open(file)
             self._schema = self._file.schema_arrow
