@@ -47,8 +47,8 @@ class JsonText:
         """Return the keys of the first row that is an object; see `TextFile`."""
         for _, content in self._rows(0, 1):
             try:
-                row = json.loads(content or b"")
-            except ValueError:
+                row = _parse(content or b"")
+            except RowError:
                 continue
             if isinstance(row, dict):
                 return list(row)
@@ -128,31 +128,43 @@ class JsonText:
 
 def _parse(content: bytes) -> object:
     try:
-        return json.loads(content.decode())
+        text = content.decode()
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer of more digits than Python converts, which JSON allows
+            return json.loads(text, parse_int=_number)
     except UnicodeDecodeError as error:
         raise RowError(f" is not valid UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:
         raise RowError(f" is not valid JSON: {error}") from error
 
 
-def _first_character(stream: IO[bytes]) -> bytes:
-    """Return the first byte that is neither blank nor of a byte order mark, leaving the stream behind it."""
-    head = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8).lstrip(_BLANKS)
-    while not head and (head := stream.read(4096)):
-        head = head.lstrip(_BLANKS)
-    return head[:1]
+def _number(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)  # infinity, which is larger than any number that a condition can name
+
+
+def _first_character(stream: io.BufferedReader) -> bytes:
+    """Return the first byte that is neither blank nor of a byte order mark, leaving the stream before it."""
+    if stream.peek()[: len(codecs.BOM_UTF8)] == codecs.BOM_UTF8:
+        stream.read(len(codecs.BOM_UTF8))
+    while block := stream.peek():
+        rest = block.lstrip(_BLANKS)
+        stream.read(len(block) - len(rest))
+        if rest:
+            return rest[:1]
+    return b""
 
 
 def _array_elements(stream: io.BufferedReader, first: int, step: int, most: int) -> Iterator[tuple[int, bytes | None]]:
-    for number, content in enumerate(elements(_at_the_bracket(stream), most)):
+    _first_character(stream)
+    for number, content in enumerate(elements(stream, most)):
         if number >= first and (number - first) % step == 0:
             yield number, content
-
-
-def _at_the_bracket(stream: io.BufferedReader) -> IO[bytes]:
-    while (byte := stream.peek(1)[:1]) != b"[" and byte:
-        stream.read(1)
-    return stream
 
 
 def _lines(stream: io.BufferedReader, first: int, step: int, most: int) -> Iterator[tuple[int, bytes | None]]:
@@ -165,6 +177,8 @@ def _lines(stream: io.BufferedReader, first: int, step: int, most: int) -> Itera
             line = line.removeprefix(codecs.BOM_UTF8)
         yield number, None if long else line
         number += 1 + _skip_lines(stream, step - 1)
+        if step == 1 and line.isspace():
+            number += _skip_blank_lines(stream)
 
 
 def _skip_lines(stream: io.BufferedReader, count: int) -> int:
@@ -181,6 +195,19 @@ def _skip_lines(stream: io.BufferedReader, count: int) -> int:
         skipped += ends
     while skipped < count and _skip_line(stream):
         skipped += 1
+    return skipped
+
+
+def _skip_blank_lines(stream: io.BufferedReader) -> int:
+    """Move past blank lines, of which a compressed file can hold any number; return how many there were."""
+    skipped = 0
+    while block := stream.peek():
+        blanks = block[: len(block) - len(block.lstrip(_BLANKS))]
+        end = blanks.rfind(b"\n") + 1
+        stream.read(end)
+        skipped += blanks.count(b"\n")
+        if end < len(block):
+            break
     return skipped
 
 
