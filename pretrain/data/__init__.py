@@ -10,15 +10,15 @@ from pretrain.data.batch import TokenBatch
 from pretrain.data.catalog import Catalog, fingerprint, make_catalog, tokenizer_problems
 from pretrain.data.check import check_sources, survey
 from pretrain.data.documents import validation_text
-from pretrain.data.errors import BadRowsError, DataError
+from pretrain.data.errors import DamagedFileError, DataError
 from pretrain.data.masks import attention_inputs
 from pretrain.data.state import LaneState, StreamState
 from pretrain.data.stream import SourceProgress, TokenStream
 from pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id, vocabulary_rows
 
 __all__ = [
-    "BadRowsError",
     "Catalog",
+    "DamagedFileError",
     "DataError",
     "DocumentEncoder",
     "LaneState",

@@ -9,7 +9,7 @@ from typing import IO, BinaryIO
 
 from pretrain.data.bad_rows import BadRow
 from pretrain.data.compression import DAMAGE, compression_of, open_contents, plain_suffix
-from pretrain.data.errors import DataError
+from pretrain.data.errors import DamagedFileError, DataError
 from pretrain.data.json_array import ArrayError, elements
 from pretrain.data.json_fields import JsonRecipe, RowError
 from pretrain.data.units import TextRecipe, Unit
@@ -107,9 +107,13 @@ class JsonText:
         except DAMAGE as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise DataError(f"{self._path}: cannot be read: {error}") from error
-            raise DataError(f"{self._path}: damaged after {kind} {number}: {error}") from error
+            raise DamagedFileError(
+                f"{self._path}: damaged after {kind} {number}: {error}; fetch or write it again", self._path
+            ) from error
         except ArrayError as error:
-            raise DataError(f"{self._path}: damaged after {kind} {number}: {error}") from error
+            raise DamagedFileError(
+                f"{self._path}: damaged after {kind} {number}: {error}; fetch or write it again", self._path
+            ) from error
 
     def _text(self, content: bytes | None, place: str) -> str | BadRow | None:
         """Return the text of a row; None for a blank line."""

@@ -132,8 +132,8 @@ class Identity:
         """
         repaired = {key: files for key in self.files if (files := self._repaired(saved, key, repairable))}
         warnings = [
-            f"{key}: {', '.join(files)} changed, which ended this run by a bad row: taken as repaired, and read on "
-            "from the same row"
+            f"{key}: {', '.join(files)} changed, which was damaged and ended this run: taken as repaired, and read "
+            "on from the same row"
             for key, files in repaired.items()
         ]
         changed = _differences(
