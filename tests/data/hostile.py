@@ -238,7 +238,7 @@ def read_plainly(path: Path) -> Found:
 
 def _value(line: bytes) -> Any:
     try:
-        return json.loads(line.decode(), parse_int=lambda digits: digits)
+        return json.loads(line.decode(), parse_int=lambda digits: 0)
     except (ValueError, RecursionError):
         return None
 
@@ -263,15 +263,18 @@ def _unpacked(path: Path, name: str) -> bytes:
 
 
 def _read_parquet(path: Path) -> Found:
-    file = pq.ParquetFile(path, page_checksum_verification=True)
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+    except pa.ArrowInvalid:  # the file may be good without the Arrow schema in its footer
+        content = path.read_bytes().replace(b"ARROW:schema", b"ARROW:ignore")
+        file = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True)
     if file.schema_arrow.names.count("text") != 1:
         return Found(damaged=True)
     found = Found()
-    position = file.schema_arrow.names.index("text")
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         try:
-            column = file.read_row_group(group).column(position)
+            column = file.read_row_group(group, columns=["text"]).column(0)
         except Exception:
             found.bad += rows
             continue
