@@ -45,6 +45,10 @@ def cut(pack: Callable[[bytes], bytes], share: float = 0.6, array: bool = False)
     return build
 
 
+def frames(content: bytes) -> bytes:
+    return b"".join(zstandard.compress(content[at : at + 500]) for at in range(0, len(content), 500))
+
+
 def parquet(at: int, remove: bool = False) -> Build:
     def build(path: Path, repaired: bool) -> None:
         texts: list[str | None] = list(TEXTS)
@@ -63,7 +67,7 @@ KINDS: dict[str, tuple[str, Build]] = {
     "cut gz": ("a.jsonl.gz", cut(gzip.compress)),
     "last row": ("a.jsonl", jsonl(b'{"text": "\xff"}', at=59)),
     "removed": ("a.jsonl.zst", jsonl(b"{", zstandard.compress, remove=True)),
-    "cut zst": ("a.ndjson.zst", cut(zstandard.compress, 0.9)),
+    "cut zst": ("a.ndjson.zst", cut(frames, 0.6)),
     "cut array": ("a.json", cut(bytes, 0.7, array=True)),
     "parquet": ("a.parquet", parquet(30)),
     "last of parquet": ("a.parquet", parquet(59)),
@@ -73,7 +77,8 @@ FAST = ("cut gz",)
 
 
 def losses(config: Any) -> list[float]:
-    lines = (RunFolder(config.run_folder).path / "metrics.jsonl").read_text().splitlines()
+    path = RunFolder(config.run_folder).path / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []  # it may end before its first step
     return [row["loss"] for line in lines if "loss" in (row := json.loads(line))]
 
 
@@ -115,7 +120,7 @@ def test_a_repaired_file_is_read_on(
         assert train(config("mended"), stop_at=before + 1) == 75
     assert train(config("mended")) == 0
     assert train(config("clean")) == 0
-    assert 0 < before < len(losses(config("clean")))
+    assert before < len(losses(config("clean")))
     assert losses(config("mended")) == losses(config("clean"))
 
 
