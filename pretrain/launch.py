@@ -24,7 +24,7 @@ from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.config import Config
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.data import (
-    BadRowsError,
+    DamagedFileError,
     TokenStream,
     hub_tokenizer,
     load_tokenizer,
@@ -180,7 +180,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         with stop_requests(requests, notice, first_only=True, warn=display.warn):
             try:
                 outcome = trainer.fit(stop_at)
-            except BadRowsError as error:
+            except DamagedFileError as error:
                 setup.folder.allow_repair(error.path)
                 raise
     if outcome == "stopped":

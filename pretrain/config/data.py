@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pretrain.config.base import CONTENTS, EXECUTION, NOTE, RESULT, STORED, Section
 from pretrain.config.fields import InputPath, PositiveFloat, PositiveInt
 from pretrain.config.row_filter import parse_condition
+from pretrain.config.source_path import is_remote, path_problem
 from pretrain.config.text_field import parse_text_field
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.processes.errors import did_you_mean
@@ -16,11 +17,8 @@ from pretrain.processes.errors import did_you_mean
 __all__ = ["DataConfig", "SourceConfig", "StageConfig", "TokenizerConfig", "is_remote"]
 
 _MAX_EPOCHS = 4
-
-
-def is_remote(path: str) -> bool:
-    """Return whether the path of a source is a URL such as ``hf://...``, whose files a lock lists."""
-    return re.match("[a-z][a-z0-9+.-]*://", path, re.IGNORECASE) is not None
+# A smaller part of the tokens is less than a sequence of any run.
+_LEAST_SHARE = 1e-12
 
 
 class SourceConfig(Section):
@@ -51,7 +49,7 @@ class SourceConfig(Section):
     Where a field is null or missing, every test of it but `is null` is false, `!=` and `not in` included; a value of
     another kind than the literal is different from it, and neither smaller nor larger. None reads every row."""
 
-    split_units: int = Field(default=1, ge=1)
+    split_units: int = Field(default=1, ge=1, le=65_536)
     """The number of read units into which each file (JSON lines) or row group (parquet) is divided, by taking every
     n-th row. For small sources with fewer units than `data.lanes`. Every unit reads the file again, so keep it low."""
 
@@ -158,7 +156,7 @@ class DataConfig(Section):
     With one more, the run saves and ends with an error that names file and row; it can be resumed with a higher
     number."""
 
-    max_document_mib: Annotated[int, EXECUTION] = Field(default=128, ge=1)
+    max_document_mib: Annotated[int, EXECUTION] = Field(default=128, ge=1, le=2048)
     """The largest row, in MiB, that is read; a larger one counts as a bad row. Bounds the memory that a broken or
     malicious file can take."""
 
@@ -243,10 +241,15 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_mixtures(self) -> Self:
-        problems = [*self._name_problems(), *self._mixture_problems(), *self._stage_problems()]
+        problems = [*self._path_problems(), *self._name_problems(), *self._mixture_problems(), *self._stage_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _path_problems(self) -> Iterator[str]:
+        for index, source in enumerate(self.sources):
+            if problem := path_problem(source.path):
+                yield f"sources.{index}.path: {problem}"
 
     def _name_problems(self) -> Iterator[str]:
         given = [source.name for source in self.sources]
@@ -290,9 +293,11 @@ class DataConfig(Section):
                 yield f"stages: the source {name} has no share in any stage: give it one, or leave the source out"
 
     def _unknown_names(self, key: str, mixture: Mapping[str, float]) -> Iterator[str]:
-        for name in mixture:
+        for name, share in mixture.items():
             if name not in self.names:
                 yield f"{key}.{name}: no source has this name{did_you_mean(name, self.names)}"
+            elif 0 < share < _LEAST_SHARE * max(mixture.values()):
+                yield f"{key}.{name}: {share} is so small a share that the source is never read: leave it out"
 
 
 def _name_of(path: str) -> str:

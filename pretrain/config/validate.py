@@ -112,7 +112,7 @@ def validate_section(model: Any, value: Any, name: str, stored: bool = False) ->
     if value is None:
         value = {}
     if not isinstance(value, dict):
-        return None, [f"{name}: expected a section with keys, got {value!r}"]
+        return None, [f"{name}: expected a section with keys, got {_shown(value)}"]
     try:
         return model.model_validate(value, context=STORED if stored else None), []
     except ValidationError as error:
@@ -177,8 +177,14 @@ def _messages(model: type[BaseModel], error: Any, section: str) -> list[str]:
         lines = str(error["ctx"]["error"]).split("\n")
         # A section's own validator names the key itself; a field's validator states only the expectation.
         own = isinstance(value, (dict, BaseModel))
-        return [f"{path}.{line}" if own else f"{path}: {line}, got {value!r}" for line in lines]
-    return [f"{path}: {_lower_first(error['msg'])}, got {value!r}"]
+        return [f"{path}.{line}" if own else f"{path}: {line}, got {_shown(value)}" for line in lines]
+    return [f"{path}: {_lower_first(error['msg'])}, got {_shown(value)}"]
+
+
+def _shown(value: object) -> str:
+    """A value for a message; not one that holds a URL, in which there may be a password."""
+    text = repr(value)
+    return text if "://" not in text else f"a {type(value).__name__} with a URL"
 
 
 def _lower_first(text: str) -> str:

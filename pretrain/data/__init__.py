@@ -10,7 +10,7 @@ from pretrain.data.batch import BatchShare, TokenBatch
 from pretrain.data.catalog import Catalog, fingerprint, make_catalog, tokenizer_problems
 from pretrain.data.check import check_sources, survey
 from pretrain.data.documents import validation_text
-from pretrain.data.errors import BadRowsError, DataError
+from pretrain.data.errors import DamagedFileError, DataError
 from pretrain.data.masks import attention_inputs
 from pretrain.data.position import SourceProgress, StreamPosition
 from pretrain.data.state import LaneState, StreamState, without_bytes
@@ -18,9 +18,9 @@ from pretrain.data.stream import TokenStream
 from pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id, vocabulary_rows
 
 __all__ = [
-    "BadRowsError",
     "BatchShare",
     "Catalog",
+    "DamagedFileError",
     "DataError",
     "DocumentEncoder",
     "LaneState",

@@ -1,6 +1,7 @@
 """Find every fault of the sources before training."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
@@ -96,6 +97,7 @@ def survey(
             len(scan.sampled),
             scan.sampled[0],
         )
+    _warn_of_shared_files(config, sources)
     if scan.bad.rows and not problems:
         logger.warning(
             "%d bad rows were found, of the %d of data.max_bad_rows; they are skipped:\n%s",
@@ -112,6 +114,20 @@ def _empty(source: SourceConfig, fields: Collection[str]) -> str:
     unknown = [field for field in condition_fields(parse_condition(source.where)) if field.split(".")[0] not in fields]
     hint = f"; {unknown[0]!r} is none of its fields: {named_fields(fields, unknown[0], 'fields')}" if unknown else ""
     return f"{source.path}: no row that meets where {source.where!r} holds any text{hint}"
+
+
+def _warn_of_shared_files(config: DataConfig, sources: Iterable[CatalogSource]) -> None:
+    """Say which sources read the same files: each of their documents comes once for each of them."""
+    readers: dict[tuple[str, str | None], str] = {}
+    shared: Counter[tuple[str, str]] = Counter()
+    for name, source, found in zip(config.names, config.sources, sources, strict=True):
+        for file in found.files:
+            place = file.path if found.pinned is not None else os.path.realpath(file.path)
+            first = readers.setdefault((place, source.where), name)
+            if first != name:
+                shared[first, name] += 1
+    for (first, name), files in shared.items():
+        logger.warning("the sources %s and %s both read %d files, whose documents come twice", first, name, files)
 
 
 def _unencodable(texts: list[str], encoder: DocumentEncoder) -> list[str]:

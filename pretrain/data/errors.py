@@ -8,8 +8,8 @@ class DataError(UserError):
     """The data cannot be used as configured. The message names the file, the row where there is one, and the remedy."""
 
 
-class BadRowsError(DataError):
-    """A file has more bad rows than `data.max_bad_rows` allows. Can be pickled.
+class DamagedFileError(DataError):
+    """A file of a source is damaged, beyond what `data.max_bad_rows` allows. Can be pickled.
 
     Attributes:
         path: the file, which may be repaired before the run is resumed.
@@ -20,8 +20,12 @@ class BadRowsError(DataError):
         super().__init__(message)
         self.path = path
 
-    def __reduce__(self) -> tuple[type["BadRowsError"], tuple[str, str]]:
-        return BadRowsError, (str(self), self.path)
+    def __reduce__(self) -> tuple[type["DamagedFileError"], tuple[str, str]]:
+        return type(self), (str(self), self.path)
+
+
+class BadRowsError(DamagedFileError):
+    """A file has more bad rows than `data.max_bad_rows` allows."""
 
 
 class DataUnavailableError(DataError):

@@ -6,6 +6,7 @@ from typing import IO
 
 _CHUNK_BYTES = 1 << 18
 _BACKSLASH = ord("\\")
+_MAX_DEPTH = 100_000  # no parser reads this, and each level takes time
 _TOP = re.compile(rb'["\[\]{},]')
 _NESTED = re.compile(rb'["\[\]{}]')
 
@@ -25,7 +26,7 @@ def elements(stream: IO[bytes], max_bytes: int) -> Iterator[bytes | None]:
         max_bytes: bounds what is held in memory.
 
     Raises:
-        ArrayError: the array does not end, or something other than blanks follows its end.
+        ArrayError: the array does not end, something other than blanks follows its end, or it is nested without end.
 
     """
     if stream.read(1) != b"[":
@@ -65,6 +66,8 @@ def _tokens(stream: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
                 inside = True
             elif found[0] in (b"[", b"{"):
                 depth += 1
+                if depth > _MAX_DEPTH:
+                    raise ArrayError(f"an element is nested more than {_MAX_DEPTH:,} deep")
             elif found[0] == b",":
                 yield b"", chunk[begin : place - 1]
                 yield b",", b""

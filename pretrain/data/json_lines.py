@@ -5,11 +5,11 @@ import io
 import json
 from collections.abc import Iterator
 from functools import cached_property
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 from pretrain.data.bad_rows import BadRow
 from pretrain.data.compression import DAMAGE, compression_of, open_contents, plain_suffix
-from pretrain.data.errors import DataError
+from pretrain.data.errors import DamagedFileError, DataError
 from pretrain.data.json_array import ArrayError, elements
 from pretrain.data.json_fields import JsonRecipe, RowError
 from pretrain.data.units import TextRecipe, Unit
@@ -53,8 +53,8 @@ class JsonText:
         """Return the keys of the first row that is an object; see `TextFile`."""
         for _, content, *_ in self._rows(0, 1):
             try:
-                row = json.loads(content or b"")
-            except ValueError:
+                row = _parse(content or b"")
+            except RowError:
                 continue
             if isinstance(row, dict):
                 return list(row)
@@ -145,9 +145,13 @@ class JsonText:
         except DAMAGE as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise DataError(f"{self._path}: cannot be read: {error}") from error
-            raise DataError(f"{self._path}: damaged after {kind} {number}: {error}") from error
+            raise DamagedFileError(
+                f"{self._path}: damaged after {kind} {number}: {error}; fetch or write it again", self._path
+            ) from error
         except ArrayError as error:
-            raise DataError(f"{self._path}: damaged after {kind} {number}: {error}") from error
+            raise DamagedFileError(
+                f"{self._path}: damaged after {kind} {number}: {error}; fetch or write it again", self._path
+            ) from error
 
     def _text(self, content: bytes | None, place: str) -> str | BadRow | None:
         """Return the text of a row; None for a blank line."""
@@ -166,31 +170,43 @@ class JsonText:
 
 def _parse(content: bytes) -> object:
     try:
-        return json.loads(content.decode())
+        text = content.decode()
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer of more digits than Python converts, which JSON allows
+            return json.loads(text, parse_int=_number)
     except UnicodeDecodeError as error:
         raise RowError(f" is not valid UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:
         raise RowError(f" is not valid JSON: {error}") from error
 
 
-def _first_character(stream: IO[bytes]) -> bytes:
-    """Return the first byte that is neither blank nor of a byte order mark, leaving the stream behind it."""
-    head = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8).lstrip(_BLANKS)
-    while not head and (head := stream.read(4096)):
-        head = head.lstrip(_BLANKS)
-    return head[:1]
+def _number(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)  # infinity, which is larger than any number that a condition can name
+
+
+def _first_character(stream: io.BufferedReader) -> bytes:
+    """Return the first byte that is neither blank nor of a byte order mark, leaving the stream before it."""
+    if stream.peek()[: len(codecs.BOM_UTF8)] == codecs.BOM_UTF8:
+        stream.read(len(codecs.BOM_UTF8))
+    while block := stream.peek():
+        rest = block.lstrip(_BLANKS)
+        stream.read(len(block) - len(rest))
+        if rest:
+            return rest[:1]
+    return b""
 
 
 def _array_elements(stream: io.BufferedReader, first: int, step: int, most: int) -> Iterator[_Row]:
-    for number, content in enumerate(elements(_at_the_bracket(stream), most)):
+    _first_character(stream)
+    for number, content in enumerate(elements(stream, most)):
         if number >= first and (number - first) % step == 0:
             yield number, content, 0, 0
-
-
-def _at_the_bracket(stream: io.BufferedReader) -> IO[bytes]:
-    while (byte := stream.peek(1)[:1]) != b"[" and byte:
-        stream.read(1)
-    return stream
 
 
 class _Lines:
@@ -218,6 +234,8 @@ class _Lines:
                 line = line.removeprefix(codecs.BOM_UTF8)
             yield first, None if long else line, begin, self._byte
             self._number = first + 1
+            if step == 1 and line.isspace():
+                first += self._skip_blank_lines()
             first += step
 
     def _skip(self, count: int) -> None:
@@ -243,3 +261,17 @@ class _Lines:
             line = self._stream.readline(1 << 20)
             self._byte += len(line)
         return bool(found)
+
+    def _skip_blank_lines(self) -> int:
+        """Move past blank lines, of which a compressed file can hold any number; return how many there were."""
+        skipped = 0
+        while block := self._stream.peek():
+            blanks = block[: len(block) - len(block.lstrip(_BLANKS))]
+            end = blanks.rfind(b"\n") + 1
+            self._stream.read(end)
+            self._byte += end
+            skipped += blanks.count(b"\n")
+            if end < len(block):
+                break
+        self._number += skipped
+        return skipped

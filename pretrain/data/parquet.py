@@ -1,6 +1,7 @@
 """Parquet files: a row group is a read unit, and one column or more hold the text."""
 
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -14,12 +15,18 @@ from pretrain.data.bad_rows import BadRow
 from pretrain.data.columns import Column, DoubledError, count_columns, find_column, pick
 from pretrain.data.errors import DataError
 from pretrain.data.json_fields import fill_template, named
+from pretrain.data.parquet_pages import PageError, rows_at_once
 from pretrain.data.row_filter import mask
+from pretrain.data.sources import size_of
 from pretrain.data.units import TextRecipe, Unit
 
-_MAX_BATCH_ROWS = 4096
+logger = logging.getLogger(__name__)
+
 _SAMPLE_ROWS = 1024
-_MAX_BATCH_BYTES = 256 << 20
+_LEAST_BYTES = 12  # of a parquet file: two magic numbers and the size of the footer
+_VALUES_BYTES = 4 << 20
+# A page that is larger than so many of the largest documents, and compressed as no text is, is refused.
+_DOCUMENTS_PER_PAGE = 4
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
@@ -41,6 +48,8 @@ class ParquetText:
         self.row_bytes = (0, 0)
         self._field = parse_text_field(recipe.text_field)
         self._condition = parse_condition(recipe.where) if recipe.where else None
+        if (size := size_of(file)) < _LEAST_BYTES:
+            raise DataError(f"{path}: cannot be read as parquet: has only {size} bytes: fetch or write it again")
         try:
             self._file = _open(file)
             self._schema = self._file.schema_arrow
@@ -68,16 +77,18 @@ class ParquetText:
         found: set[Any] = set()
         try:
             for group in range(self._file.num_row_groups):
-                for batch in self._file.reader.iter_batches(
-                    _MAX_BATCH_ROWS, row_groups=[group], column_indices=list(place.leaves), use_threads=False
-                ):
-                    values = pick(batch, [place], place)
-                    found.update(pc.unique(pc.list_flatten(values) if _is_list(values.type) else values).to_pylist())
+                for batch in self._decoded(group, place.leaves, _VALUES_BYTES):
+                    found |= _distinct(pick(batch, [place], place))
                     if len(found) > limit:
-                        return {value for value in found if isinstance(value, str)}
-        except _DAMAGE as error:
-            raise DataError(f"{self._path}: column {column!r} is damaged: {error}") from error
-        return {value for value in found if isinstance(value, str)}
+                        return found
+        except (*_DAMAGE, PageError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise DataError(f"{self._path}: cannot be read: {error}") from error
+            # The texts do not depend on it.
+            logger.warning(
+                "%s: the values of column %r are not known, it cannot be read: %s", self._path, column, error
+            )
+        return found
 
     def field_names(self) -> list[str]:
         """Return the names of the columns; see `TextFile`."""
@@ -137,37 +148,22 @@ class ParquetText:
 
     def _batches(self, unit: Unit, batch_bytes: int) -> Iterator[Any]:
         leaves = sorted({leaf for column in self._columns for leaf in column.leaves})
-        group = self._file.metadata.row_group(unit.row_group)
-        size = sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
-        rows = min(_MAX_BATCH_ROWS, batch_bytes // max(1, size // max(1, group.num_rows)))
-        # A value of a dictionary may come back in every row, at a few bits each in the file.
-        largest = max(self._dictionary_bytes(group.column(leaf)) for leaf in leaves)
-        rows = max(1, min(rows, _MAX_BATCH_BYTES // max(1, largest)))
-        batches: Iterator[Any] = self._file.reader.iter_batches(
-            rows, row_groups=[unit.row_group], column_indices=leaves, use_threads=False
-        )
-        return batches
+        yield from self._decoded(unit.row_group or 0, leaves, batch_bytes)
 
-    def _dictionary_bytes(self, chunk: Any) -> int:
-        """Return the size of the dictionary of a column chunk, as its page header states it; 0 if it has none."""
-        if not chunk.has_dictionary_page or chunk.physical_type != "BYTE_ARRAY" or not chunk.dictionary_page_offset:
-            return 0
-        self._bytes.seek(chunk.dictionary_page_offset)
-        header = self._bytes.read(16)
-        # Thrift's compact protocol: field 1, the kind of page (a dictionary), and field 2, its size, as zigzag varints.
-        if header[:3] != b"\x15\x04\x15":
-            return 0
-        size = 0
-        for index, byte in enumerate(header[3:8]):
-            size |= (byte & 127) << 7 * index
-            if byte < 128:
-                break
-        return size >> 1
+    def _decoded(self, group: int, leaves: Sequence[int], batch_bytes: int) -> Iterator[Any]:
+        """Yield the batches of a row group; raises `PageError` if they take too much memory."""
+        described, most = self._file.metadata.row_group(group), _DOCUMENTS_PER_PAGE * self._limits.max_document_bytes
+        rows = rows_at_once(self._bytes, described, leaves, batch_bytes, most)
+        yield from self._file.reader.iter_batches(
+            rows, row_groups=[group], column_indices=list(leaves), use_threads=False
+        )
 
     def _next_batch(self, batches: Iterator[Any], unit: Unit) -> Any:
         """Return the next batch, None at the end, or what is wrong with it."""
         try:
             return next(batches, None)
+        except PageError as error:
+            return str(error)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise DataError(f"{self._path}: cannot be read: {error}") from error
@@ -283,3 +279,16 @@ def _is_list(kind: Any) -> bool:
 
 def _holds_strings(kind: Any) -> bool:
     return _is_text(kind.value_type if _is_list(kind) else kind)
+
+
+def _distinct(values: Any) -> set[str]:
+    """Return the strings of an array of strings or of lists of strings; those that are not valid UTF-8 are left out."""
+    found = set()
+    for value in pc.unique(pc.list_flatten(values) if _is_list(values.type) else values):
+        try:
+            text = value.as_py()
+        except UnicodeDecodeError:
+            continue
+        if text is not None:
+            found.add(text)
+    return found

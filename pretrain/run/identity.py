@@ -137,7 +137,7 @@ class Identity:
         """
         repaired = {key: files for key in self.files if (files := self._repaired(saved, key, repairable))}
         warnings = [
-            f"{key}: {', '.join(files)} changed after bad rows in it ended this run: taken as repaired, so reading "
+            f"{key}: {', '.join(files)} changed after damage in it ended this run: taken as repaired, so reading "
             "continues at the same row"
             for key, files in repaired.items()
         ]

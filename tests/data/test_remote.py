@@ -119,9 +119,10 @@ def test_a_path_that_cannot_be_read_is_a_problem_at_once(
     with hub_server({"a.jsonl": b'{"text": "a"}\n'}) as hub:
         connect(hub, monkeypatch)
         path = path.format(endpoint=hub.endpoint)
-        [problem] = check_sources(DataConfig(sources=[SourceConfig(path=path)]))
-        assert message in problem
-        assert "passw0rd" not in problem
+        with pytest.raises(DataError) as error:
+            list_files(path, SUFFIXES)
+        assert message in str(error.value)
+        assert "passw0rd" not in str(error.value)
         assert len(hub.requests) <= 3  # none of these is tried again
 
 

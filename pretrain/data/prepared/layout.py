@@ -13,6 +13,7 @@ whole. Its rows are its documents.
 
 import json
 import mmap
+import os
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -102,8 +103,7 @@ class Index:
 
 def is_prepared(path: str) -> bool:
     """Return whether a path is a prepared folder, complete or not."""
-    folder = Path(path)
-    return folder.is_dir() and ((folder / INDEX_FILE).is_file() or (folder / PLAN_FILE).is_file())
+    return any(os.path.isfile(os.path.join(path, name)) for name in (INDEX_FILE, PLAN_FILE))
 
 
 def load_index(folder: str) -> Index:

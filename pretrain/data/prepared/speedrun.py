@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pretrain.data.errors import DataError
 from pretrain.data.prepared.layout import DocumentTable, map_array
+from pretrain.data.sources.local import regular_file
 from pretrain.data.split import Hashes, text_hash
 
 SUFFIX = ".bin"
@@ -33,10 +34,10 @@ def count_tokens(path: str) -> int:
         DataError: it cannot be read, or is not such a file.
 
     """
+    size = regular_file(path).bytes
     try:
         with open(path, "rb") as file:
             header = np.frombuffer(file.read(12), "<i4")
-        size = Path(path).stat().st_size
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if len(header) < 3 or header[0] != _MAGIC:

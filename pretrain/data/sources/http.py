@@ -18,6 +18,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import httpx2
 
+from pretrain.config.source_path import path_problem
 from pretrain.data.errors import DataError
 from pretrain.data.sources.retries import TransientError, patience, retrying
 from pretrain.data.sources.secrets import redact
@@ -93,17 +94,8 @@ def parse_url(url: str) -> str:
         DataError: it holds a secret or a query, which would be stored with the run, or it is not a file's.
 
     """
-    parts = urlsplit(url)
-    shown = redact(url)
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise DataError(
-            f"{shown}: a URL with a password, a query or a fragment cannot be used, since it would be stored with the "
-            "run: give a plain URL, or fetch the file and name the copy"
-        )
-    if not parts.hostname or not parts.path.strip("/"):
-        raise DataError(f"{shown}: expected https://HOST/PATH of a file")
-    if "*" in parts.path or parts.path.endswith("/"):
-        raise DataError(f"{shown}: folders and patterns cannot be listed over HTTP: name each file as a source")
+    if problem := path_problem(url):
+        raise DataError(f"{redact(url)}: {problem}")
     return url
 
 

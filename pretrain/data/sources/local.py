@@ -1,9 +1,11 @@
 """Files of this machine: a file, a folder or a glob."""
 
+import errno
 import glob
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +17,8 @@ from pretrain.data.units import DataFile
 logger = logging.getLogger(__name__)
 
 _NO_DATA = ("/dev", "/proc", "/sys")
+# A folder may be linked to from several others, but folders full of links to one another have no end in practice.
+_MOST_VISITS = 100
 
 
 def list_local(path: str, suffixes: tuple[str, ...]) -> list[DataFile]:
@@ -27,14 +31,21 @@ def list_local(path: str, suffixes: tuple[str, ...]) -> list[DataFile]:
         chosen = [os.path.join(os.path.dirname(path), name) for name in _named(path, suffixes)]
     elif glob.has_magic(path):
         pattern = Pattern(path)
-        matching = [name for name in _walk(pattern.folder, pattern.enters_hidden, pattern.depth) if name in pattern]
+        walked = _walk(pattern.folder, pattern.enters_hidden, pattern.depth)
+        matching = [name for name in walked if name.rstrip("/") in pattern]
+        if folders := [name for name in matching if name.lower().endswith(tuple(f"{end}/" for end in suffixes))]:
+            raise DataError(
+                f"{path}: {some(sorted(folders))}: is a folder, whose files the pattern does not match: write "
+                f"{path}/* to read those, or name the folder as a source"
+            )
+        matching = [name for name in matching if not name.endswith("/")]
         if not matching:
             raise DataError(f"{path}: no such file or folder, and no file matches it as a pattern")
         names = choose(path, sorted(matching), suffixes, hidden=pattern.enters_hidden)
         chosen = [pattern.folder + name for name in names]
     else:
         raise DataError(f"{path}: no such file or folder, and no file matches it as a pattern")
-    files = [_checked(name) for name in chosen]
+    files = [regular_file(name) for name in chosen]
     _warn_of_doubles(path, chosen)
     return files
 
@@ -46,7 +57,7 @@ def open_local(path: str) -> BinaryIO:
         DataError: it cannot be opened, or it is not a regular file.
 
     """
-    _checked(path)
+    regular_file(path)
     try:
         return open(path, "rb")
     except OSError as error:
@@ -55,36 +66,79 @@ def open_local(path: str) -> BinaryIO:
 
 def _named(path: str, suffixes: tuple[str, ...]) -> list[str]:
     """The base name of a file that the config names itself, which may be hidden, if it can be read."""
-    _checked(path)
+    regular_file(path)
     base = os.path.basename(path)
     if not base.lower().endswith(suffixes):
         raise DataError(f"{path}: unknown kind of file, expected one of {', '.join(suffixes)}")
     return [base]
 
 
-def _walk(folder: str, enters_hidden: bool, depth: int | None = None, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the names below a folder, relative to it, of everything that is not a folder.
+def _walk(folder: str, enters_hidden: bool, depth: int | None = None) -> Iterator[str]:
+    """Yield the names below a folder, relative to it, of everything that is not a folder; in any order.
 
-    Linked folders are followed, except into a folder that they are in. Hidden folders are yielded, not entered.
+    Linked folders are followed, except into a folder that they are in. Hidden folders are yielded, not entered. Folders
+    `depth` parts below are not entered either, and yielded with a `/` behind the name.
     """
-    here = os.path.realpath(folder or ".")
+    visits: Counter[tuple[int, int]] = Counter()
+    todo: list[tuple[str, int | None, frozenset[tuple[int, int]]]] = [("", depth, frozenset())]
+    while todo:
+        below, levels, above = todo.pop()
+        place = os.path.join(folder, below)
+        here = _identity(place)
+        if here is None or here in above:
+            continue
+        visits[here] += 1
+        if visits[here] > _MOST_VISITS:
+            raise DataError(
+                f"{folder}: links lead into {os.path.realpath(place)} more than {_MOST_VISITS} times: remove them, or "
+                "name the files to be read by a pattern"
+            )
+        for entry in _entries(place):
+            name = below + entry.name
+            if not _is_folder(entry) or (is_hidden(entry.name) and not enters_hidden):
+                yield name
+            elif levels == 1:
+                yield f"{name}/"
+            else:
+                todo.append((f"{name}/", None if levels is None else levels - 1, above | {here}))
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """What tells a folder from all others, under whatever name; None if it is gone."""
     try:
-        entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
+        found = os.stat(folder or ".")
     except FileNotFoundError:
-        return
+        return None
     except OSError as error:
         raise DataError(f"{folder}: the folder cannot be read: {error}") from error
-    for entry in entries:
-        if not entry.is_dir() or (is_hidden(entry.name) and not enters_hidden):
-            yield entry.name
-        elif depth != 1 and os.path.realpath(entry.path) not in (*above, here):
-            below = None if depth is None else depth - 1
-            for name in _walk(entry.path, enters_hidden, below, (*above, here)):
-                yield f"{entry.name}/{name}"
+    return found.st_dev, found.st_ino
 
 
-def _checked(path: str) -> DataFile:
-    """A regular file and its size."""
+def _entries(folder: str) -> "list[os.DirEntry[str]]":
+    try:
+        return list(os.scandir(folder or "."))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{folder}: the folder cannot be read: {error}") from error
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself, which is reported if its name is that of a file of data
+            return False
+        raise DataError(f"{entry.path}: cannot be read: {error}") from error
+
+
+def regular_file(path: str) -> DataFile:
+    """Return a file and its size.
+
+    Raises:
+        DataError: it cannot be read, or is something else: a device or a pipe, which might never end.
+
+    """
     try:
         found = os.stat(path)
     except OSError as error:
