@@ -82,8 +82,8 @@ class Prefetcher:
         self._closed = True
         self._failure = RuntimeError("the stream is closed")
         self._wanted.release()
-        # A batch that all ranks are preparing is soon complete. Otherwise the thread waits for a worker or a server, and
-        # fails when that is closed; or for a rank that is gone, and is left behind.
+        # A batch that all ranks are preparing is soon complete. Otherwise the thread waits for a worker or a server,
+        # and fails when that is closed, or for a rank that is gone, and is left behind.
         self._thread.join(_COMPLETE_SECONDS)
         self._stream.close()
         self._thread.join(_FAIL_SECONDS)
