@@ -23,14 +23,7 @@ from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.config import Config
 from pretrain.config.tokenizer import TokenizerConfig
-from pretrain.data import (
-    DamagedFileError,
-    TokenStream,
-    hub_tokenizer,
-    load_tokenizer,
-    separator_id,
-    without_bytes,
-)
+from pretrain.data import DamagedFileError, TokenStream, hub_tokenizer, load_tokenizer, separator_id, without_bytes
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
 from pretrain.data.sources.retries import stopping

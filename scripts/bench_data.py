@@ -45,7 +45,7 @@ _EXCHANGE = Path(__file__).with_name("bench_data_exchange.py")
 
 
 def exchange(setting: Setting) -> Iterator[Row]:
-    """3: the rows that the script of that number writes, as a list of objects with the fields of `Row`."""
+    """3: the rows that the script of that number writes: a list of objects with the fields of `Row`."""
     path = setting.folder / "exchange.json"
     subprocess.run([sys.executable, str(_EXCHANGE), "--json", str(path)], check=True)
     for row in json.loads(path.read_text()):

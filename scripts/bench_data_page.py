@@ -67,7 +67,7 @@ def _read(path: str) -> list[str]:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Return the columns of a row."""
-    digits = {"x": 2, "s": 2}.get(row["unit"], 0)
+    digits = 0 if row["value"] >= 100 or row["unit"] == "files" else 2
     value = f"{row['value']:,.{digits}f}" + ("" if row["unit"] == "x" else f" {row['unit']}")
     return [str(row["number"]), row["what"], value, row["target"] or "reported", row["detail"]]
 
