@@ -13,7 +13,8 @@ whole. Its rows are its documents.
 
 import json
 import mmap
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,8 +77,10 @@ class Index:
     duplicates_removed: int | None
     """None: duplicates were not looked for."""
     source: dict[str, Any]
-    """The source that was prepared, as the manifest of a run would describe it."""
+    """The source that was prepared, as the manifest of a run would describe it, with its `text_field` and `where`."""
     shards: tuple[Shard, ...]
+    bad_rows: Mapping[str, int] = field(default_factory=dict)
+    """How many rows of each file were skipped because they could not be used; files without any are absent."""
 
     @property
     def documents(self) -> int:
@@ -94,10 +97,54 @@ class Index:
         """UTF-8 bytes of all documents."""
         return sum(shard.text_bytes for shard in self.shards)
 
+    @property
+    def origin(self) -> "Origin":
+        """Where the text came from."""
+        source = self.source
+        locked, files = source.get("locked") or {}, source.get("files") or ()
+        return Origin(
+            path=source["path"],
+            pinned=locked.get("pinned"),
+            revision=locked.get("revision"),
+            licences=tuple(source.get("licences", ())),
+            files=int(locked.get("files", len(files))),
+            bytes=source["bytes"],
+            sha256=locked.get("sha256"),
+            text_field=source.get("text_field"),
+            where=source.get("where"),
+            bad_rows=sum(self.bad_rows.values()),
+            duplicates_removed=self.duplicates_removed,
+        )
+
     def to_json(self) -> str:
         """Return the contents of `index.json`."""
         totals = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
         return json.dumps({"format": _FORMAT, "version": VERSION, "totals": totals, **asdict(self)}, indent=1) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The source of text that a prepared folder was made from: its provenance, for the manifest of a run over it."""
+
+    path: str
+    """As in the config that was prepared."""
+    pinned: str | None
+    """Of a remote source: its path with the revision that was found."""
+    revision: str | None
+    """Of a remote source: its commit, if its store has such a thing."""
+    licences: tuple[str, ...]
+    files: int
+    bytes: int
+    """Of the files."""
+    sha256: str | None
+    """Of a remote source: `CatalogSource.contents`."""
+    text_field: str | None
+    """None: not recorded."""
+    where: str | None
+    bad_rows: int
+    """How many were skipped."""
+    duplicates_removed: int | None
+    """None: duplicates were not looked for."""
 
 
 def is_prepared(path: str) -> bool:
@@ -139,7 +186,9 @@ def _load_index(path: str, _mtime: int, _size: int) -> Index:
             Shard(**{**{key.name: shard[key.name] for key in fields(Shard)}, "units": tuple(shard["units"])})
             for shard in contents["shards"]
         )
-        index = Index(**{**{key.name: contents[key.name] for key in fields(Index)}, "shards": shards})
+        known = [key.name for key in fields(Index) if key.name in contents or key.default_factory is MISSING]
+        index = Index(**{**{name: contents[name] for name in known}, "shards": shards})
+        index.origin  # noqa: B018 - damaged, it raises here
         if index.dtype not in ("uint16", "uint32"):
             raise DataError(f"{path}: dtype is {index.dtype!r}, expected uint16 or uint32")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config.data import DataConfig, TokenizerConfig
+from pretrain.data.bad_rows import BadRow, BadRowBudget
+from pretrain.data.catalog import Locked
 from pretrain.data.errors import DataError
 from pretrain.data.hub_tokenizer import fetch
 from pretrain.data.prepared.assembly import Assembly
@@ -30,6 +33,7 @@ from pretrain.data.prepared.duplicates import find_duplicates
 from pretrain.data.prepared.layout import INDEX_FILE, TOKENIZER_FILE, Index, load_index
 from pretrain.data.prepared.parts import Encoding, Part, write_part
 from pretrain.data.prepared.plan import Plan, PrepareOptions, begin, make_plan
+from pretrain.data.sources.retries import patience
 from pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id, vocabulary_rows
 from pretrain.files import replace_text, replacing
 
@@ -44,6 +48,8 @@ class Prepared:
     """As in the config."""
     folder: Path
     index: Index
+    skipped: tuple[BadRow, ...] = ()
+    """The bad rows that this call or an interrupted one before it skipped; empty if the folder was complete."""
 
 
 Say = Callable[[str], None]
@@ -56,6 +62,7 @@ def prepare(
     *,
     workers: int = 1,
     options: PrepareOptions = PrepareOptions(),  # noqa: B008
+    locked: Locked | None = None,
     say: Say = lambda line: None,
 ) -> list[Prepared]:
     """Prepare every source of a config, or continue to.
@@ -66,16 +73,18 @@ def prepare(
         folder: the prepared folder of a single source; several get one each below it.
         workers: processes that read and tokenize.
         options: what decides the contents.
+        locked: the remote sources; those that are absent are resolved here.
         say: called with lines of progress.
 
     Raises:
-        DataError: a source or the tokenizer cannot be used, the folder holds something else or is in use, or the disk
-            is too small.
+        DataError: a source or the tokenizer cannot be used, the sources hold too many bad rows, the folder holds
+            something else or is in use, or the disk is too small.
 
     """
     tokenizer = fetch(tokenizer)
     loaded = load_tokenizer(tokenizer)
-    plan = make_plan(config, tokenizer, folder, options)
+    plan = make_plan(config, tokenizer, folder, options, locked)
+    skipped: dict[int, list[BadRow]] = {}
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         begin(plan, folder)
@@ -84,13 +93,16 @@ def prepare(
             encoding = Encoding(folder / _PARTS, tokenizer, dtype, config.max_bad_rows)
             _delete_leftovers(folder, plan)
             _write_parts(plan, encoding, workers, say)
-            _assemble(plan, encoding, options, separator_id(loaded, tokenizer), say)
+            skipped = _skipped(plan, encoding)
+            _assemble(plan, encoding, options, separator_id(loaded, tokenizer), skipped, say)
         shutil.rmtree(folder / _PARTS, ignore_errors=True)
         for source in plan.folders:
             for record in source.glob("shard-*.json"):
                 record.unlink()
-    pairs = zip(config.sources, plan.folders, strict=True)
-    return [Prepared(source.path, path, load_index(str(path))) for source, path in pairs]
+    return [
+        Prepared(source.path, path, load_index(str(path)), tuple(skipped.get(number, ())))
+        for number, (source, path) in enumerate(zip(config.sources, plan.folders, strict=True))
+    ]
 
 
 @contextlib.contextmanager
@@ -122,7 +134,7 @@ def _write_parts(plan: Plan, encoding: Encoding, workers: int, say: Say) -> None
     if workers == 1 or len(missing) <= 1:
         encoder = DocumentEncoder.load(encoding.tokenizer)
         for part in missing:
-            for _ in write_part(part, encoding, encoder):
+            for _ in write_part(part, encoding, encoder, progress.bad.rows):
                 pass
             progress.done(part)
         return
@@ -133,7 +145,7 @@ def _write_parts(plan: Plan, encoding: Encoding, workers: int, say: Say) -> None
     processes = [_start_worker() for _ in range(min(workers, len(missing)))]
     try:
         for process in processes:
-            threading.Thread(target=_drive, args=(process, encoding, waiting, answers), daemon=True).start()
+            threading.Thread(target=_drive, args=(process, encoding, progress, waiting, answers), daemon=True).start()
         for _ in missing:
             answer = answers.get()
             if isinstance(answer, Exception):
@@ -156,13 +168,15 @@ def _start_worker() -> "subprocess.Popen[bytes]":
     )
 
 
-def _drive(process: Any, encoding: Encoding, waiting: "queue.SimpleQueue[Part]", answers: Any) -> None:
+def _drive(
+    process: Any, encoding: Encoding, progress: "_Progress", waiting: "queue.SimpleQueue[Part]", answers: Any
+) -> None:
     """Give a worker one part after the other; runs in a thread."""
     try:
-        pickle.dump(encoding, process.stdin)
+        pickle.dump((encoding, patience()), process.stdin)
         while True:
             part = waiting.get_nowait()
-            pickle.dump(part, process.stdin)
+            pickle.dump((part, progress.bad.rows), process.stdin)
             process.stdin.flush()
             while (answer := pickle.load(process.stdout)) is True:
                 pass
@@ -178,13 +192,19 @@ def _drive(process: Any, encoding: Encoding, waiting: "queue.SimpleQueue[Part]",
 
 
 class _Progress:
-    """Reports the parts that are complete, and notices early that the disk is too small."""
+    """Reports the parts that are complete, counts their bad rows, and notices early that the disk is too small."""
 
     def __init__(self, plan: Plan, encoding: Encoding, missing: Sequence[Part], say: Say) -> None:
         self._encoding, self._say = encoding, say
         self._bytes = sum(part.bytes for part in plan.parts)
         self._left = sum(part.bytes for part in missing)
         self._read = self._written = 0
+        self.bad = BadRowBudget(encoding.max_bad_rows)
+        """Counts the bad rows of all complete parts."""
+        unread = {part.number for part in missing}
+        for part in plan.parts:
+            if part.number not in unread:
+                self._spend(part)
         if len(missing) < len(plan.parts):
             say(f"continuing: {len(plan.parts) - len(missing)} of {len(plan.parts)} parts are complete")
 
@@ -192,9 +212,11 @@ class _Progress:
         """Count a part.
 
         Raises:
-            DataError: the disk is too small for the rest, judged by the parts so far.
+            DataError: the complete parts hold too many bad rows, or the disk is too small for the rest, judged by
+                the parts so far.
 
         """
+        self._spend(part)
         self._left -= part.bytes
         self._read += part.bytes
         self._written += self._encoding.tokens_file(part.number).stat().st_size
@@ -207,8 +229,28 @@ class _Progress:
                 "GB are free on this disk: make room and repeat the command, which continues"
             )
 
+    def _spend(self, part: Part) -> None:
+        for row in self._encoding.bad_rows(part.number):
+            self.bad.spend(row)
 
-def _assemble(plan: Plan, encoding: Encoding, options: PrepareOptions, eos_id: int, say: Say) -> None:
+
+def _skipped(plan: Plan, encoding: Encoding) -> dict[int, list[BadRow]]:
+    """Return the bad rows of each source, whose files are called as in the lock."""
+    found: dict[int, list[BadRow]] = {}
+    for part in plan.parts:
+        rows = encoding.bad_rows(part.number)
+        found.setdefault(part.source, []).extend(replace(row, path=plan.names.get(row.path, row.path)) for row in rows)
+    return found
+
+
+def _assemble(
+    plan: Plan,
+    encoding: Encoding,
+    options: PrepareOptions,
+    eos_id: int,
+    skipped: Mapping[int, Sequence[BadRow]],
+    say: Say,
+) -> None:
     """Make shards and the index of every source."""
     numbers = [part.number for part in plan.parts]
     keep: dict[int, npt.NDArray[np.bool_]] = {}
@@ -218,7 +260,8 @@ def _assemble(plan: Plan, encoding: Encoding, options: PrepareOptions, eos_id: i
     for source, folder in enumerate(plan.folders):
         own = [part.number for part in plan.parts if part.source == source]
         kept = [keep[number] for number in own] if options.remove_duplicates else None
-        seen = plan.record["sources"][source]["seen"]
+        recipe = plan.record["sources"][source]
+        seen = recipe["seen"]
         if not sum(len(encoding.table(number).tokens) for number in own):
             raise DataError(f"{seen['path']}: no row holds any text")
         characters = (encoding.table(number).characters for number in own)
@@ -239,9 +282,18 @@ def _assemble(plan: Plan, encoding: Encoding, options: PrepareOptions, eos_id: i
                 )
             ),
             duplicates_removed=None if kept is None else int(sum((~one).sum() for one in kept)),
-            source=seen,
+            source={**seen, "text_field": recipe["text_field"], "where": recipe["where"]},
             shards=tuple(shards),
+            bad_rows=_by_file(skipped[source]),
         )
         with replacing(folder / TOKENIZER_FILE) as partial:
             shutil.copyfile(encoding.tokenizer.path, partial)
         replace_text(folder / INDEX_FILE, index.to_json())
+
+
+def _by_file(rows: Sequence[BadRow]) -> dict[str, int]:
+    """Count the rows of each file, in the order of the files."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts[row.path] += row.rows
+    return dict(counts)
