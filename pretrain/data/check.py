@@ -68,9 +68,10 @@ def survey(
         scan.begin_source()
         found, faults = catalog_source(source, config, locked, partial(scan.file, source))
         remote += found.pinned is not None
-        if encoder and not faults and (online or found.pinned is None):
+        readable = found.pinned is None or (online and found.tokenizer is None)
+        if encoder and not faults and readable:
             faults += _unencodable(scan.first_texts or _remote_texts(source, found, config), encoder)
-        if found.tokenizer:
+        if found.tokenizer and found.pinned is None:  # copies of remote shards were checked when they were made
             faults += scan.shards(found.files)
         if not faults and found.pinned is None and before == (scan.documents.total(), len(scan.sampled)):
             faults = [_empty(source, scan.fields)]

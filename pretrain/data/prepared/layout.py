@@ -13,11 +13,12 @@ whole. Its rows are its documents.
 
 import json
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,17 @@ VERSION = 1
 _FORMAT = "aurora-prepared"
 
 Offsets = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerNeeds:
+    """The tokenizer that the tokens of a source were made with."""
+
+    sha256: str | None
+    """Of the `tokenizer.json`; None: not recorded."""
+    eos_id: int
+    rows: int | None
+    """Rows of its vocabulary; None: that of the tokenizer with the digest."""
 
 
 class DocumentTable(NamedTuple):
@@ -162,7 +174,7 @@ def load_index(folder: str) -> Index:
     """
     path = Path(folder) / INDEX_FILE
     try:
-        stat = path.stat()
+        contents = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{folder}: has no {INDEX_FILE}: either it was not prepared completely, then repeat the command `aurora "
@@ -170,14 +182,23 @@ def load_index(folder: str) -> Index:
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    return _load_index(str(path), stat.st_mtime_ns, stat.st_size)
+    return parse_index(str(path), contents)
 
 
 @lru_cache(maxsize=64)
-def _load_index(path: str, _mtime: int, _size: int) -> Index:
-    """Read an index once per version of it: every unit that a lane opens asks for it."""
+def parse_index(path: str, data: bytes) -> Index:
+    """Return what an index says, parsed once: every unit that a lane opens asks for it.
+
+    Args:
+        path: of the index, for messages.
+        data: the contents of the file.
+
+    Raises:
+        DataError: it is damaged or of another version.
+
+    """
     try:
-        contents = json.loads(Path(path).read_bytes())
+        contents = json.loads(data)
         if contents["format"] != _FORMAT:
             raise DataError(f"{path}: is not the index of prepared data: its format is {contents['format']!r}")
         if contents["version"] != VERSION:
@@ -191,7 +212,7 @@ def _load_index(path: str, _mtime: int, _size: int) -> Index:
         index.origin  # noqa: B018 - damaged, it raises here
         if index.dtype not in ("uint16", "uint32"):
             raise DataError(f"{path}: dtype is {index.dtype!r}, expected uint16 or uint32")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read as the index of prepared data: {error!r}") from error
     for shard in index.shards:
         if sum(shard.units) != shard.documents:
@@ -206,14 +227,35 @@ def map_table(path: Path, documents: int) -> DocumentTable:
         DataError: the file is missing or has another size.
 
     """
-    return DocumentTable(*map_array(path, "<u8", 3 * documents).reshape(3, documents))
+    return _table(map_array(path, "<u8", 3 * documents))
+
+
+def map_open_table(file: BinaryIO, path: str, documents: int) -> DocumentTable:
+    """Map the documents of a shard from an open file; see `map_table`."""
+    return _table(map_open(file, path, "<u8", 3 * documents))
+
+
+def _table(numbers: Offsets) -> DocumentTable:
+    return DocumentTable(*numbers.reshape(3, -1)) if len(numbers) else DocumentTable(numbers, numbers, numbers)
 
 
 def map_array(path: Path, dtype: str, count: int, first: int = 0, total: int | None = None) -> npt.NDArray[Any]:
-    """Map `count` numbers of a file, from number `first` on, read-only.
+    """Map numbers of a file by its path; see `map_open`."""
+    try:
+        with path.open("rb") as file:
+            return map_open(file, str(path), dtype, count, first, total)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def map_open(
+    file: BinaryIO, path: str, dtype: str, count: int, first: int = 0, total: int | None = None
+) -> npt.NDArray[Any]:
+    """Map `count` numbers of an open file, from number `first` on, read-only. The map outlives the open file.
 
     Args:
-        path: the file.
+        file: the file, which must be on this machine.
+        path: its path, for messages.
         dtype: of the numbers.
         count: how many.
         first: the number to begin with.
@@ -226,7 +268,7 @@ def map_array(path: Path, dtype: str, count: int, first: int = 0, total: int | N
     width = np.dtype(dtype).itemsize
     expected = (first + count if total is None else total) * width
     try:
-        size = path.stat().st_size
+        size = os.fstat(file.fileno()).st_size
         if size != expected:
             raise DataError(f"{path}: has {size} bytes, expected {expected}: the file has changed; restore it")
         if not count:
@@ -234,8 +276,7 @@ def map_array(path: Path, dtype: str, count: int, first: int = 0, total: int | N
         # Not np.memmap: creating and slicing its objects is several times slower.
         begin = first * width // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         skipped = first * width - begin
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), skipped + count * width, access=mmap.ACCESS_READ, offset=begin)
+        mapped = mmap.mmap(file.fileno(), skipped + count * width, access=mmap.ACCESS_READ, offset=begin)
         return np.frombuffer(mapped, dtype, count, skipped)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
