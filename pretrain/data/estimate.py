@@ -20,7 +20,9 @@ from tokenizers import Tokenizer
 
 from pretrain.config.data import DataConfig
 from pretrain.data.catalog import Catalog, CatalogSource
+from pretrain.data.prepared.counts import token_counts
 from pretrain.data.sampling import Stratum, sample_source, undivided_units
+from pretrain.data.tokenizer import token_bytes
 from pretrain.data.units import Unit
 
 _PIECE = 4096
@@ -176,6 +178,8 @@ class _Seen:
 def _estimate(
     found: CatalogSource, units: Sequence[Unit], tokenizer: Tokenizer, effort: Effort, seed: str
 ) -> SourceEstimate:
+    if found.tokenizer is not None and units:
+        return _counted(found, units, tokenizer, found.tokenizer.eos_id)
     chooser = random.Random(seed)
     strata, problems = sample_source(units, effort.read_bytes, effort.windows, chooser.getrandbits(64))
     seen = _Seen()
@@ -200,6 +204,35 @@ def _estimate(
         repeated=seen.repeated / max(1, filled),
         examples=tuple(chooser.sample(seen.firsts, min(effort.examples, len(seen.firsts)))),
         problems=tuple(problems),
+    )
+
+
+def _counted(found: CatalogSource, units: Sequence[Unit], tokenizer: Tokenizer, eos_id: int) -> SourceEstimate:
+    """Describe a source of prepared data, whose tokens are known. There is no text to show."""
+    counts = token_counts(units, lambda: token_bytes(tokenizer, eos_id))
+    words = max(1.0, counts.tokens - counts.documents)
+    how = "prepared data: its index says what it holds"
+    if counts.sampled:
+        how = (
+            f"the tokens are those of the headers; documents and text are estimated from {counts.sampled:,} of them, "
+            "and characters are taken for as many as bytes"
+        )
+    return SourceEstimate(
+        path=found.path,
+        files=len(found.files),
+        bytes=found.bytes,
+        licences=found.licences,
+        how=(how,),
+        documents=Quantity(counts.documents, counts.documents_error),
+        text_bytes=Quantity(counts.text_bytes, counts.text_bytes_error),
+        tokens=Quantity(float(counts.tokens)),
+        bytes_per_token=counts.text_bytes / words,
+        characters_per_token=(counts.text_bytes if counts.characters is None else counts.characters) / words,
+        sampled_documents=0,
+        empty=0.0,
+        repeated=0.0,
+        examples=(),
+        problems=(),
     )
 
 

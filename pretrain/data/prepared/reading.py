@@ -160,9 +160,8 @@ def read_runs(unit: Unit, first_row: int, fraction: float, split: Split, token_b
 def _unit_of_shard(unit: Unit) -> tuple[npt.NDArray[Any], DocumentTable]:
     """Map the tokens and the documents of a unit."""
     name, number = Path(unit.file.path).stem, unit.row_group or 0
-    documents, index_file = _companions(unit.file)
-    with open_file(index_file) as file:
-        index = parse_index(index_file.path, file.read())
+    documents, _ = _companions(unit.file)
+    index = index_of(unit.file)
     shard = next((shard for shard in index.shards if shard.name == name), None)
     if shard is None or number >= len(shard.units) or shard.units[number] != unit.rows:
         raise DataError(
@@ -182,6 +181,18 @@ def _unit_of_shard(unit: Unit) -> tuple[npt.NDArray[Any], DocumentTable]:
     return tokens, DocumentTable(
         table.ends[rows] - np.uint64(first), table.text_bytes[rows] - np.uint64(size), table.hashes[rows]
     )
+
+
+def index_of(tokens: DataFile) -> Index:
+    """Return the index that lists a shard.
+
+    Raises:
+        DataError: it is missing or damaged.
+
+    """
+    _, found = _companions(tokens)
+    with open_file(found) as file:
+        return parse_index(found.path, file.read())
 
 
 def _companions(tokens: DataFile) -> tuple[DataFile, DataFile]:
