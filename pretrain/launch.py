@@ -123,7 +123,7 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     config.accumulation(engine.world_size)
     folder = RunFolder(config.run_folder)
     kept = folder.tokenizer_of(config.tokenizer.path)
-    fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, kept))
+    fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, config.data, kept))
     found = hub_tokenizer.stored(config.tokenizer, fetched, scratch)
     tokenizer = _on_every_rank(engine, lambda: load_tokenizer(found))
     inputs = engine.ranks.on_rank_0(
@@ -340,7 +340,9 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
         shutil.copyfile(setup.tokenizer_config.path, partial)
     run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
     facts = {"id": run_id, "identity": setup.identity.record(), "data": setup.inputs.data, "routing": routing}
-    before = (folder.manifest() or {}).get("identity", {})
+    earlier = folder.manifest() or {}
+    facts["tokenizer"] = hub_tokenizer.record(setup.config.tokenizer, setup.config.data, earlier.get("tokenizer"))
+    before = earlier.get("identity", {})
     launch = {
         "from_step": step,
         "changed_data": {

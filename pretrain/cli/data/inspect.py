@@ -40,9 +40,10 @@ def run(options: argparse.Namespace) -> int:
     from pretrain.data import load_tokenizer, make_catalog
     from pretrain.data.budget import source_budgets
     from pretrain.data.estimate import TO_INSPECT, estimate_sources
+    from pretrain.data.hub_tokenizer import fetch
 
     config = load_config(options.config, options.overrides)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(fetch(config.tokenizer, config.data))
     catalog = make_catalog(config.data)
     estimates = estimate_sources(config.data, catalog, tokenizer, TO_INSPECT, options.seed)
     budgets = source_budgets(config, estimates)

@@ -81,7 +81,7 @@ def prepare(
             something else or is in use, or the disk is too small.
 
     """
-    tokenizer = fetch(tokenizer)
+    tokenizer = fetch(tokenizer, config)
     loaded = load_tokenizer(tokenizer)
     plan = make_plan(config, tokenizer, folder, options, locked)
     skipped: dict[int, list[BadRow]] = {}
