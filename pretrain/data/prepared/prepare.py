@@ -6,6 +6,7 @@ continues where it was, and ends in the same bytes, whatever the number of worke
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import pickle
@@ -38,6 +39,8 @@ from pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, separator_i
 from pretrain.files import replace_text, replacing
 
 _PARTS = "parts"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,15 @@ def prepare(
 
     Raises:
         DataError: a source or the tokenizer cannot be used, the sources hold too many bad rows, the folder holds
-            something else or is in use, or the disk is too small.
+            something else, is in use or cannot be written, or the disk is too small.
+        RuntimeError: a worker died.
 
     """
     tokenizer = fetch(tokenizer, config)
     loaded = load_tokenizer(tokenizer)
     plan = make_plan(config, tokenizer, folder, options, locked)
     skipped: dict[int, list[BadRow]] = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _writable(folder), _locked(folder):
         begin(plan, folder)
         if not all((source / INDEX_FILE).is_file() for source in plan.folders):
             dtype = "uint16" if vocabulary_rows(loaded) <= 1 << 16 else "uint32"
@@ -103,6 +106,22 @@ def prepare(
         Prepared(source.path, path, load_index(str(path)), tuple(skipped.get(number, ())))
         for number, (source, path) in enumerate(zip(config.sources, plan.folders, strict=True))
     ]
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Make a folder, and say what to do if it cannot be written or is full."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DataError(
+                f"{error.filename or folder}: {error.strerror}: make room and repeat the command, which continues"
+            ) from error
+        if error.errno in _FORBIDDEN:
+            raise DataError(f"{error.filename or folder}: {error.strerror}: choose another folder for --to") from error
+        raise
 
 
 @contextlib.contextmanager
@@ -225,8 +244,8 @@ class _Progress:
         free = shutil.disk_usage(self._encoding.folder).free
         if needed > free:
             raise DataError(
-                f"{self._encoding.folder.parent}: about {needed / 1e9:,.1f} GB more are needed, and {free / 1e9:,.1f} "
-                "GB are free on this disk: make room and repeat the command, which continues"
+                f"{self._encoding.folder.parent}: about {needed / 1e6:,.1f} MB more are needed, and {free / 1e6:,.1f} "
+                "MB are free on this disk: make room and repeat the command, which continues"
             )
 
     def _spend(self, part: Part) -> None:
@@ -258,6 +277,8 @@ def _assemble(
         say("looking for duplicates")
         keep = dict(zip(numbers, find_duplicates(numbers, encoding.table), strict=True))
     for source, folder in enumerate(plan.folders):
+        if (folder / INDEX_FILE).is_file():
+            continue
         own = [part.number for part in plan.parts if part.source == source]
         kept = [keep[number] for number in own] if options.remove_duplicates else None
         recipe = plan.record["sources"][source]
