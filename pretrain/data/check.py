@@ -116,9 +116,14 @@ def _unencodable(texts: list[str], encoder: DocumentEncoder) -> list[str]:
     A warning in the log names characters that the tokenizer would leave out.
     """
     try:
-        encoder.encode(texts)
+        encoded = encoder.encode(texts)
     except DataError as error:
         return [str(error)]
+    if any(text.strip() for text in texts) and all(len(tokens) == 1 for tokens in encoded):
+        return [
+            f"tokenizer.path {encoder.path}: gives no token for any of the first texts of a source, for example for "
+            f"{next(text for text in texts if text.strip())[:80]!r}: it was made for other text"
+        ]
     if lost := lost_characters(encoder.tokenizer, texts):
         logger.warning(
             "tokenizer.path %s has no token for %d characters of the sources, not even one for unknown characters, and "

@@ -284,7 +284,7 @@ def _assemble(
         recipe = plan.record["sources"][source]
         seen = recipe["seen"]
         if not sum(len(encoding.table(number).tokens) for number in own):
-            raise DataError(f"{seen['path']}: no row holds any text")
+            raise DataError(f"{seen['path']}: no row holds any text that has tokens")
         characters = (encoding.table(number).characters for number in own)
         assembly = Assembly(folder, encoding, own, kept, options.shard_tokens)
         shards = []

@@ -24,6 +24,7 @@ VOCABULARY = 50257
 NEEDS = TokenizerNeeds(None, SEPARATOR, VOCABULARY)
 UNIT_TOKENS = 1 << 20
 _MAGIC, _VERSION = 20240520, 1
+_LLAMA3_MAGIC = 20240801  # https://github.com/karpathy/llm.c, dev/data/data_common.py
 _HEADER_BYTES = 1024
 
 
@@ -45,6 +46,8 @@ def count_tokens(file: BinaryIO, path: str) -> int:
         header = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
+    if header[0] == _LLAMA3_MAGIC:
+        raise DataError(f"{path}: holds tokens of 32 bits (Llama 3's): only shards with GPT-2's tokens can be read")
     if header[0] != _MAGIC:
         raise DataError(f"{path}: is not a token shard of the speedrun: it does not begin with {_MAGIC}")
     if header[1] != _VERSION:
