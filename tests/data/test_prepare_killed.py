@@ -212,6 +212,20 @@ def test_a_worker_that_dies_is_one_error_and_the_work_continues(
     assert contents(tmp_path / "to") == contents(tmp_path / "undisturbed")
 
 
+def test_parts_that_were_divided_differently_are_not_used(
+    tmp_path: Path, tokenizer: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of parts would stand for other rows."""
+    setting = make_setting(tokenizer, write_parquet(tmp_path / "a.parquet", make_texts(1, 60), 10), lanes=1)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(plan, "_PART_BYTES", 1)
+        interrupted.setattr(module, "_assemble", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(setting.config, setting.tokenizer, tmp_path / "to")
+    with pytest.raises(DataError, match="was begun by a version of this program that divides the work differently"):
+        prepare(setting.config, setting.tokenizer, tmp_path / "to")
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     setting = make_setting(tokenizer, write_jsonl(tmp_path / "a.jsonl", make_texts(1, 20)), lanes=1)
     for folder in (tmp_path / "a.jsonl", tmp_path / "a.jsonl" / "to"):

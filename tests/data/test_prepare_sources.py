@@ -111,7 +111,7 @@ def test_bad_rows_are_counted_over_all_sources_and_listed_per_file(
         with pytest.raises(DataError, match=rf"bad rows? so far, more than the {limit} of data\.max_bad_rows"):
             prepare(setting.changed(max_bad_rows=limit).config, tokenizer, tmp_path / "to", workers=workers)
         assert not (tmp_path / "to" / "a" / "index.json").exists()
-    done = prepare(setting.changed(max_bad_rows=5).config, tokenizer, tmp_path / "to", workers=workers)
+    done = prepare(setting.changed(max_bad_rows=5).config, tokenizer, tmp_path / "to")
     assert [dict(one.index.bad_rows) for one in done] == [{str(paths[0]): 2}, {}, {str(paths[2]): 3}]
     assert [one.index.origin.bad_rows for one in done] == [2, 0, 3]
     assert ["line 4" in str(row) for row in done[0].skipped] == [True, False]
@@ -153,6 +153,6 @@ def test_workers_read_from_servers_and_wait_as_long_as_the_config_says(
         with pytest.raises(DataUnavailableError, match=r"unavailable for 0\.002 minutes"):
             prepare(config, tokenizer, tmp_path / "to", locked=locked, workers=2)
         hub.dead = False
-        [remote] = prepare(config, tokenizer, tmp_path / "to", locked=locked, workers=2)
+        [remote] = prepare(config, tokenizer, tmp_path / "to", locked=locked)
     [local] = prepare(make_setting(tokenizer, tmp_path / "*.jsonl").config, tokenizer, tmp_path / "local")
     assert remote.index.shards == local.index.shards

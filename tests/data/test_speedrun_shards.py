@@ -157,6 +157,9 @@ def test_damaged_shards_and_other_tokenizers_are_refused(
     (tmp_path / "folder.bin").mkdir()
     [problem] = survey(DataConfig(sources=[{"path": str(tmp_path / "folder.bin")}], lanes=1))[1]
     assert "folder.bin" in problem
+    foreign = make_setting(gpt2, write_bin(tmp_path / "m.bin", [SEPARATOR, 1, 60_000, 2]), lanes=1)
+    with pytest.raises(DataError, match=r"m\.bin: holds the token 60000, but GPT-2's last one is 50256"):
+        foreign.open().next_batch(1)
     good = write_bin(tmp_path / "good.bin", [SEPARATOR, 1])
     with pytest.raises(DataError, match=r"good\.bin: its documents are separated by the token 50256"):
         make_setting(tokenizer, good, lanes=1).open()

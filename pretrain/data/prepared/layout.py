@@ -7,8 +7,8 @@
     shard-00000.documents      uint64 [3, documents], little-endian: see `DocumentTable`
     shard-00001.tokens         ...
 
-A *unit* is a range of consecutive documents of a shard; like a row group of parquet, it is what a lane reads as a
-whole. Its rows are its documents.
+A *unit* is a range of consecutive documents of a shard. Like a row group of a parquet file, a lane reads it as a whole.
+Its rows are its documents.
 """
 
 import json
@@ -64,7 +64,7 @@ class Shard:
     """One shard, as the index lists it."""
 
     name: str
-    """Of its files, without a suffix."""
+    """Name of its files without their suffix."""
     tokens: int
     """Including separators."""
     documents: int
@@ -72,7 +72,7 @@ class Shard:
     tokens_sha256: str
     documents_sha256: str
     units: tuple[int, ...]
-    """Number of documents in each unit, in order; may be 0."""
+    """Documents in each unit, in order; a unit may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Index:
     dtype: str
     """`uint16` or `uint32`."""
     characters: int
-    """Of all documents."""
+    """Characters of all documents."""
     duplicates_removed: int | None
     """None: duplicates were not looked for."""
     source: dict[str, Any]

@@ -1,10 +1,10 @@
-"""Parts: the tokens of consecutive read units, written by one worker in one go.
+"""Parts: the tokens of consecutive read units, each written by a single worker.
 
     00000.tokens               token ids of all documents, each followed by the separator
     00000.bad.json             the rows that were skipped, if there are any
     00000.npz                  written last: `PartTable`, and the number of documents of each read unit
 
-A part that exists is complete. Parts are an intermediate form: `assembly` makes shards of them and deletes them.
+A part whose table exists is complete. Parts are an intermediate form, from which `assembly` makes the shards.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class Part:
     source: int
     units: tuple[Unit, ...]
     bytes: int
-    """Of the files, as far as the units cover them; an estimate."""
+    """Size of what the units cover of their files; an estimate."""
 
 
 class PartTable(NamedTuple):
@@ -58,7 +58,7 @@ class PartTable(NamedTuple):
     hashes: Hashes
     """`text_hash`."""
     keys: Hashes
-    """A second hash: texts whose two hashes are equal count as equal."""
+    """A second hash of the text; texts with the same two hashes count as equal."""
     units: npt.NDArray[np.uint64]
     """[read units], the number of documents of each."""
 

@@ -18,9 +18,10 @@ from pretrain.data.prepared.parts import Part
 from pretrain.data.units import Unit
 from pretrain.files import file_sha256, replace_text
 
-# Read units are joined to parts of at least this many bytes of their files. Part of the format of an unfinished folder.
+# Consecutive read units form a part once they cover this many bytes of their files.
 _PART_BYTES = 16 << 20
 
+_DIVISION_FILE = "division.json"
 LOCK_FILE = "data.lock.json"
 """The lock of the remote sources that a folder is prepared from, from which an interrupted preparation continues."""
 
@@ -100,7 +101,7 @@ def _names(config: DataConfig, catalog: Catalog) -> dict[str, str]:
 
 
 def _parts(sources: tuple[tuple[Unit, ...], ...]) -> Iterator[Part]:
-    """Join the read units of each source to parts."""
+    """Group the read units of each source into parts."""
     numbers = count()
     for index, units in enumerate(sources):
         units_of_file = Counter(unit.file.path for unit in units)
@@ -114,6 +115,30 @@ def _parts(sources: tuple[tuple[Unit, ...], ...]) -> Iterator[Part]:
                 waiting, size = [], 0
         if waiting:
             yield Part(next(numbers), index, tuple(waiting), size)
+
+
+def check_division(plan: Plan, folder: Path) -> None:
+    """Note how the work is divided into parts, and refuse the parts of a version that divided it differently.
+
+    Args:
+        plan: the plan.
+        folder: of the parts.
+
+    Raises:
+        DataError: the parts that are there are others.
+
+    """
+    division, path = [len(part.units) for part in plan.parts], folder / _DIVISION_FILE
+    if path.is_file():
+        same = json.loads(path.read_bytes()) == division
+    else:
+        same = not any(folder.iterdir())
+        replace_text(path, json.dumps(division))
+    if not same:
+        raise DataError(
+            f"{folder.parent}: was begun by a version of this program that divides the work differently: delete the "
+            "folder, or choose another for --to"
+        )
 
 
 def begin(plan: Plan, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Prepare data: tokenize the sources of a config once, into folders that runs read.
 
 The work has three steps: parts are written in parallel, duplicates are found in their tables, and shards are assembled
-in order. Each file is complete or absent, and each step skips what is there already. A preparation that was killed
-continues where it was, and ends in the same bytes, whatever the number of workers.
+in order. Each file is either complete or absent, and each step skips the files that exist. So a preparation that was
+killed continues where it stopped and produces the same bytes, whatever the number of workers.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from pretrain.data.prepared.assembly import Assembly
 from pretrain.data.prepared.duplicates import find_duplicates
 from pretrain.data.prepared.layout import INDEX_FILE, TOKENIZER_FILE, Index, load_index
 from pretrain.data.prepared.parts import Encoding, Part, write_part
-from pretrain.data.prepared.plan import Plan, PrepareOptions, begin, make_plan
+from pretrain.data.prepared.plan import Plan, PrepareOptions, begin, check_division, make_plan
 from pretrain.data.sources.retries import patience
 from pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id, vocabulary_rows
 from pretrain.files import replace_text, replacing
@@ -95,6 +95,7 @@ def prepare(
             dtype = "uint16" if vocabulary_rows(loaded) <= 1 << 16 else "uint32"
             encoding = Encoding(folder / _PARTS, tokenizer, dtype, config.max_bad_rows)
             _delete_leftovers(folder, plan)
+            check_division(plan, encoding.folder)
             _write_parts(plan, encoding, workers, say)
             skipped = _skipped(plan, encoding)
             _assemble(plan, encoding, options, separator_id(loaded, tokenizer), skipped, say)
@@ -126,7 +127,7 @@ def _writable(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Refuse to work in a folder in which another process does."""
+    """Lock a folder; refuse one in which another process is working."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,7 +191,7 @@ def _start_worker() -> "subprocess.Popen[bytes]":
 def _drive(
     process: Any, encoding: Encoding, progress: "_Progress", waiting: "queue.SimpleQueue[Part]", answers: Any
 ) -> None:
-    """Give a worker one part after the other; runs in a thread."""
+    """Hand one part after another to a worker; runs in a thread."""
     try:
         pickle.dump((encoding, patience()), process.stdin)
         while True:

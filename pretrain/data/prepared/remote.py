@@ -54,7 +54,7 @@ def prepared_source(path: str, listed: Sequence[DataFile]) -> tuple[list[Catalog
             return None
         if (index := _read_index(listed[0])) is None:
             return None  # a file of text that happens to have this name
-        return _files(path, listed[0], index, _siblings(path, listed[0], index)), index
+        return _files(path, listed[0], index, _siblings(listed[0], index)), index
     indices = [file for file in listed if file.path.endswith(f"/{INDEX_FILE}")]
     if len(indices) != 1:
         problem = "several prepared folders: name one of them" if indices else f"prepared data without {INDEX_FILE}"
@@ -81,18 +81,18 @@ def _sizes(index: Index) -> dict[str, tuple[int, str]]:
     return found
 
 
-def _siblings(path: str, index_file: DataFile, index: Index) -> list[DataFile]:
+def _siblings(index_file: DataFile, index: Index) -> list[DataFile]:
     """Describe the files next to an index that the config names."""
     base = index_file.path.removesuffix(INDEX_FILE)
     if not index_file.path.startswith(("http://", "https://")):
-        return list_files(path.removesuffix(f"/{INDEX_FILE}"), (".json", *_LISTED))
+        return list_files(base.rstrip("/"), (".json", *_LISTED))  # in the same revision as the index
     with ThreadPoolExecutor(_CONCURRENT) as pool:
         found = pool.map(lambda name: list_files(base + name, (".json", *_LISTED)), [TOKENIZER_FILE, *_sizes(index)])
         return [file for files in found for file in files]
 
 
 def _files(path: str, index_file: DataFile, index: Index, listed: Sequence[DataFile]) -> list[CatalogFile]:
-    """Describe the files of a folder; those that are not read by units have none."""
+    """Describe the files of a folder; only those of tokens have units."""
     base = index_file.path.removesuffix(INDEX_FILE)
     by_name = {file.path.removeprefix(base): file for file in listed}
     units = {shard.name + TOKENS_SUFFIX: shard.units for shard in index.shards}

@@ -69,7 +69,7 @@ def read_window(file: BinaryIO, path: str, window: int) -> tuple[npt.NDArray[Any
         window: the number of the unit.
 
     Raises:
-        DataError: see `count_tokens`.
+        DataError: see `count_tokens`; or a token is not GPT-2's.
 
     """
     total = count_tokens(file, path)
@@ -82,6 +82,11 @@ def read_window(file: BinaryIO, path: str, window: int) -> tuple[npt.NDArray[Any
     last = first + (int(ends[-1]) if len(ends) else 0)  # where the last document begins
     end = _next_separator(tokens, last) + 1
     own = tokens[first : min(end, total)]
+    if (largest := int(own.max())) >= VOCABULARY:
+        raise DataError(
+            f"{path}: holds the token {largest}, but GPT-2's last one is {VOCABULARY - 1}: the file is damaged, or was "
+            "made with another tokenizer"
+        )
     if end > total:  # the last document of a file has no separator behind it
         own = np.append(own, tokens.dtype.type(SEPARATOR))
     return own, np.append(ends, end - first).astype(np.uint64)
