@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from pretrain.data import TokenStream
+from pretrain.data import StreamPosition
 
 
 class EpochNotices:
-    """Compares the progress of a stream with what it was at the last call.
+    """Compares the position of a stream with what it was at the last call.
 
     Args:
-        stream: at the position where training begins or continues.
+        position: where training begins or continues.
     """
 
-    def __init__(self, stream: TokenStream) -> None:
-        self._stream = stream
-        self._epochs, self._stage = self._read()
+    def __init__(self, position: StreamPosition) -> None:
+        self._before = position
 
-    def lines(self, step: int) -> list[str]:
-        """Return what has begun or ended with the batch of a step."""
-        before, stage_before = self._epochs, self._stage
-        self._epochs, self._stage = self._read()
+    def lines(self, step: int, position: StreamPosition) -> list[str]:
+        """Return what has begun or ended with the batch of a step, after which the stream is at `position`."""
+        before, self._before = self._before, position
+        epochs_before = {name: source.epochs for name, source in before.progress().items()}
         found = []
-        for name, source in self._stream.progress().items():
-            if (epochs := source.epochs) == before[name]:
+        for name, source in position.progress().items():
+            if (epochs := source.epochs) == epochs_before[name]:
                 continue
             if epochs == source.max_epochs:
                 found.append(f"source {name}: has ended after {epochs} epochs (max_epochs), at step {step}")
             else:
                 found.append(f"source {name}: epoch {epochs + 1} begins at step {step}")
-        if self._stage != stage_before:
-            found.append(f"stage {self._stage + 1} of the mixture has been reached at step {step}")
+        if position.stage != before.stage:
+            found.append(f"stage {position.stage + 1} of the mixture has been reached at step {step}")
         return found
-
-    def _read(self) -> tuple[dict[str, int], int]:
-        return {name: source.epochs for name, source in self._stream.progress().items()}, self._stream.stage
