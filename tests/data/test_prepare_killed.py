@@ -15,7 +15,7 @@ import pytest
 
 from pretrain.config.data import TokenizerConfig
 from pretrain.data import DataError
-from pretrain.data.prepared import plan
+from pretrain.data.prepared import parts, plan
 from pretrain.data.prepared import prepare as module
 from pretrain.data.prepared.layout import is_prepared, load_index
 from pretrain.data.prepared.plan import PrepareOptions
@@ -210,6 +210,29 @@ def test_a_worker_that_dies_is_one_error_and_the_work_continues(
     prepare(setting.config, setting.tokenizer, tmp_path / "to")
     prepare(setting.config, setting.tokenizer, tmp_path / "undisturbed")
     assert contents(tmp_path / "to") == contents(tmp_path / "undisturbed")
+
+
+def test_a_worker_that_waits_ends_with_the_process_that_started_it() -> None:
+    """Here it waits for its first part, on a pipe that stays open, as it might for a server."""
+    work, answers = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        worker = os.fork()
+        if not worker:
+            sys.stdin = os.fdopen(work[0])
+            parts.main()
+        os.write(answers[1], f"{worker}\n".encode())
+        time.sleep(600)
+        os._exit(1)
+    worker = int(os.read(answers[0], 20))
+    time.sleep(1)
+    assert Path(f"/proc/{worker}").exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while Path(f"/proc/{worker}").exists() and "zombie" not in Path(f"/proc/{worker}/status").read_text():
+        time.sleep(0.05)  # for ever, if it does not end
+    for pipe in (*work, *answers):
+        os.close(pipe)
 
 
 def test_parts_that_were_divided_differently_are_not_used(

@@ -13,7 +13,9 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Generator, Iterator
+import threading
+import time
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +36,8 @@ from pretrain.data.units import Unit
 from pretrain.files import replace_text, replacing
 
 _READ_AHEAD_BYTES = 4 << 20
+_PARENT_SECONDS = 0.2
+"""How often a worker looks for its parent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +100,8 @@ class Encoding:
             return PartTable(**{name: arrays[name] for name in PartTable._fields})
 
 
-def write_part(part: Part, encoding: Encoding, encoder: DocumentEncoder, spent: int = 0) -> Iterator[None]:
-    """Write a part; yields from time to time.
+def write_part(part: Part, encoding: Encoding, encoder: DocumentEncoder, spent: int = 0) -> None:
+    """Write a part.
 
     Args:
         part: what to read.
@@ -119,7 +123,6 @@ def write_part(part: Part, encoding: Encoding, encoder: DocumentEncoder, spent: 
             with closing(_batches(unit, budget, skipped)) as batches:
                 for texts in batches:
                     _append(file, texts, columns, encoding.dtype, encoder)
-                    yield
             units.append(len(columns[0]) - before)
         file.flush()
     if skipped:
@@ -166,8 +169,9 @@ def main() -> None:
 
     Each part is answered with None, or with its error.
 
-    While a part is written, True is sent from time to time: if nobody reads it any more, the worker ends.
+    The worker ends when its parent does, even while it waits for a server.
     """
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the main process decides when to stop
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
@@ -186,8 +190,7 @@ def main() -> None:
             part: Part
             part, spent = pickle.load(sys.stdin.buffer)
             try:
-                for _ in write_part(part, encoding, encoder, spent):
-                    send(True)
+                write_part(part, encoding, encoder, spent)
                 send(None)
             except (DataError, OSError) as error:
                 if isinstance(error, BrokenPipeError):
@@ -195,3 +198,10 @@ def main() -> None:
                 send(error)
     except (EOFError, BrokenPipeError):
         os._exit(0)  # there is no more work, or nobody who wants it
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_SECONDS)
+    os._exit(0)

@@ -154,8 +154,7 @@ def _write_parts(plan: Plan, encoding: Encoding, workers: int, say: Say) -> None
     if workers == 1 or len(missing) <= 1:
         encoder = DocumentEncoder.load(encoding.tokenizer)
         for part in missing:
-            for _ in write_part(part, encoding, encoder, progress.bad.rows):
-                pass
+            write_part(part, encoding, encoder, progress.bad.rows)
             progress.done(part)
         return
     waiting: queue.SimpleQueue[Part] = queue.SimpleQueue()
@@ -198,8 +197,7 @@ def _drive(
             part = waiting.get_nowait()
             pickle.dump((part, progress.bad.rows), process.stdin)
             process.stdin.flush()
-            while (answer := pickle.load(process.stdout)) is True:
-                pass
+            answer = pickle.load(process.stdout)
             answers.put(part if answer is None else answer)
     except queue.Empty:
         pass
