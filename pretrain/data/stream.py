@@ -264,7 +264,7 @@ class TokenStream:
         """
         rank, size = self._ranks.rank, self._ranks.world_size
         owners = [lane % size for lane in lanes]
-        own = [row for row, owner in enumerate(owners) if owner == rank]
+        own = range(len(lanes)) if size == 1 else [row for row, owner in enumerate(owners) if owner == rank]
         tokens = np.empty((len(own), self._sequence_length + 1), dtype=np.int32)
         found: list[tuple[int, int, int, int]] = []
         cursors: dict[int, Cursor] = {}
@@ -289,12 +289,12 @@ class TokenStream:
             ring.count(len(of_ring), *of_ring.sum(axis=0).tolist())
         self._check_bad_rows(bad, sum(ring.bad_rows for ring in rings))
         trainers = assign(owners, size)
-        share = tuple(row for row, trainer in enumerate(trainers) if trainer == rank)
+        share = [row for row, trainer in enumerate(trainers) if trainer == rank]
         lengths = counts[:, 0]
         batch = BatchShare(
             torch.from_numpy(exchange(tokens, owners, trainers, self._ranks)),
-            torch.from_numpy(lengths[list(share)].astype(np.int32)),
-            rows=share,
+            torch.from_numpy(lengths[share].astype(np.int32)),
+            rows=tuple(share),
             global_rows=len(lanes),
             global_targets=int(lengths.sum()),
         )

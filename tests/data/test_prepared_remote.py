@@ -10,13 +10,15 @@ import pytest
 from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data import DataError, TokenStream, make_catalog, survey
 from pretrain.data.catalog import resolve_sources
+from pretrain.data.estimate import AT_START, estimate_sources
 from pretrain.data.lock import Lock, load_lock, locked_sources, save_lock
 from pretrain.data.mirror import fetch, mirror_path
 from pretrain.data.prepared import speedrun
+from pretrain.data.prepared.layout import load_index
 from pretrain.data.prepared.plan import PrepareOptions
 from pretrain.data.prepared.prepare import prepare
 from pretrain.data.sources.retries import patient
-from pretrain.data.tokenizer import DocumentEncoder
+from pretrain.data.tokenizer import DocumentEncoder, load_tokenizer
 from tests.data.corpus import Setting, drain, make_setting, make_texts, write_parquet
 from tests.data.hub_server import Hub, hub_server
 from tests.data.store import remote_config
@@ -84,6 +86,9 @@ def test_a_mirror_and_a_cache_give_the_stream_of_the_folder(
         assert load_lock(tmp_path / "x.lock") == lock
         assert survey(cached, locked_sources(lock, cached, "lock"), DocumentEncoder.load(local.tokenizer))[1] == []
         assert batches(local, cached, lock) == expected
+        catalog = make_catalog(cached, locked_sources(lock, cached, "lock"))
+        [found] = estimate_sources(cached, catalog, load_tokenizer(local.tokenizer), AT_START)
+        assert found.tokens.value == load_index(str(tmp_path / "served" / "deep")).tokens
         assert sum(hub.injected.values()) > 1
         fetch(lock.files, tmp_path / "mirror")
         hub.dead = True

@@ -8,8 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pretrain.config.data import DataConfig, TokenizerConfig
-from pretrain.data import DataError, make_catalog, survey
-from pretrain.data.estimate import AT_START, Quantity, estimate_sources
+from pretrain.data import DataError, survey
 from pretrain.data.prepared import speedrun
 from tests.data.corpus import EOS, Setting, drain, make_setting, make_texts, rows, write_jsonl
 
@@ -100,26 +99,6 @@ def test_the_bytes_of_the_text_are_those_of_the_tokens(tmp_path: Path, gpt2: Tok
     shard = make_setting(gpt2, write_bin(tmp_path / "a.bin", tokens), lanes=1, epochs=1).open()
     assert rows(drain(shard, 3)) == rows(drain(text, 3))
     assert shard.text_bytes == text.text_bytes == sum(len(one.encode()) for one in texts)
-
-
-def test_documents_and_text_are_estimated_and_tokens_counted(
-    tmp_path: Path, gpt2: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts = sample(7, 900)
-    for number in range(3):
-        path = tmp_path / f"{number}.bin"
-        write_bin(path, [token for part in parts[300 * number : 300 * number + 300] for token in (SEPARATOR, *part)])
-    config = make_setting(gpt2, tmp_path / "*.bin", lanes=1).config
-    tokenizer = Tokenizer.from_file(gpt2.path)
-    [exact] = estimate_sources(config, make_catalog(config), tokenizer, AT_START)
-    assert (exact.documents, exact.tokens) == (Quantity(900.0), Quantity(float(sum(map(len, parts)) + 900)))
-    monkeypatch.setattr(speedrun, "UNIT_TOKENS", 1000)
-    [found] = estimate_sources(config, make_catalog(config), tokenizer, AT_START)
-    assert found.tokens == exact.tokens
-    for name in ("documents", "text_bytes"):
-        estimate, truth = getattr(found, name), getattr(exact, name).value
-        assert 0 < estimate.error < 0.1 * truth
-        assert abs(estimate.value - truth) < 4 * estimate.error
 
 
 def test_a_resumed_stream_continues(tmp_path: Path, gpt2: TokenizerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
