@@ -131,8 +131,7 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     inputs = engine.ranks.on_rank_0(
         lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found)
     )
-    for warning in inputs.warnings:
-        display.warn(warning)
+    list(map(display.warn, inputs.warnings))
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
     validation = validation_set(config, inputs, tokenizer, folder.validation, identity.result, engine)
     if validation is not None:
@@ -340,7 +339,7 @@ def _open_run_folder(
         setup.validation.keep()
     with replacing(folder.path / TOKENIZER_FILE) as partial:
         shutil.copyfile(setup.tokenizer_config.path, partial)
-    earlier = folder.manifest() or {}
+    before = (earlier := folder.manifest() or {}).get("identity", {})
     run_id = earlier.get("id") or uuid.uuid4().hex[:16]
     facts = {
         "id": run_id,
@@ -351,7 +350,6 @@ def _open_run_folder(
         "tokenizer": hub_tokenizer.record(setup.config.tokenizer, setup.config.data, earlier.get("tokenizer")),
         **({"validation": setup.validation.record()} if setup.validation else {}),
     }
-    before = earlier.get("identity", {})
     launch = {
         "from_step": step,
         "changed_data": {
