@@ -120,15 +120,14 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     config.accumulation(engine.world_size)
     folder = RunFolder(config.run_folder)
     kept = folder.tokenizer_of(config.tokenizer.path)
-    fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, kept), long=True)
+    fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, config.data, kept), long=True)
     found = hub_tokenizer.stored(config.tokenizer, fetched, scratch)
     tokenizer = _on_every_rank(engine, lambda: load_tokenizer(found))
     inputs = engine.ranks.on_rank_0(
         lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found),
         long=True,  # it may list a large source
     )
-    for warning in inputs.warnings:
-        display.warn(warning)
+    list(map(display.warn, inputs.warnings))
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
     validation = validation_set(config, inputs, tokenizer, folder.validation, identity.result, engine)
     if validation is not None:
@@ -340,16 +339,17 @@ def _open_run_folder(
         setup.validation.keep()
     with replacing(folder.path / TOKENIZER_FILE) as partial:
         shutil.copyfile(setup.tokenizer_config.path, partial)
-    run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
+    before = (earlier := folder.manifest() or {}).get("identity", {})
+    run_id = earlier.get("id") or uuid.uuid4().hex[:16]
     facts = {
         "id": run_id,
         "identity": setup.identity.record(),
         "data": setup.inputs.data,
         "provenance": {"step": step, "sources": sources},
         "routing": routing,
+        "tokenizer": hub_tokenizer.record(setup.config.tokenizer, setup.config.data, earlier.get("tokenizer")),
         **({"validation": setup.validation.record()} if setup.validation else {}),
     }
-    before = (folder.manifest() or {}).get("identity", {})
     launch = {
         "from_step": step,
         "changed_data": {

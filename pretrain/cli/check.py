@@ -65,11 +65,11 @@ def _check_inputs(config: Config, online: bool) -> Inputs:
     named = config.tokenizer
     if parse(named.path) and not online:
         try:
-            tokenizer = load_tokenizer(named.model_copy(update={"path": str(local_file(named.path))}))
+            tokenizer = load_tokenizer(named.model_copy(update={"path": str(local_file(named.path, config.data))}))
         except DataError:
             tokenizer = None  # not on this machine
     else:
-        tokenizer = load_tokenizer(fetch(named))
+        tokenizer = load_tokenizer(fetch(named, config.data))
     locked = lock_of_check(config.data, RunFolder(config.run_folder), online)
     return check_inputs(config, tokenizer, locked, online=online)
 

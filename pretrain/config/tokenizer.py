@@ -15,8 +15,9 @@ class TokenizerConfig(Section):
 
     path: Annotated[InputPath, CONTENTS]
     """The `tokenizer.json` file, relative to the working directory, or one on the Hugging Face Hub:
-    `hf://ORG/NAME@REVISION`, where a file other than its `tokenizer.json` may follow (`/FILE.json`). The revision
-    should be a commit. The run folder keeps a copy, with which a run resumes without network."""
+    `hf://ORG/NAME@REVISION`, where a file other than its `tokenizer.json` may follow (`/FILE.json`). A branch, or no
+    revision, is pinned to its commit by the lock (`aurora data resolve`) or else at the first start; the manifest says
+    which. The run folder keeps a copy, with which a run resumes without network."""
 
     eos_token: str = Field(default="<|endoftext|>", min_length=1)
     """The special token that separates documents. The tokenizer must have it and mark it as special. The same

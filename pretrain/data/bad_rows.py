@@ -25,11 +25,17 @@ class BadRow:
 
 
 class BadRowBudget:
-    """Counts bad rows until there are too many."""
+    """Counts bad rows until there are too many.
 
-    def __init__(self, limit: int) -> None:
+    Args:
+        limit: how many may be skipped.
+        rows: how many have been counted elsewhere.
+
+    """
+
+    def __init__(self, limit: int, rows: int = 0) -> None:
         self.limit = limit
-        self.rows = 0
+        self.rows = rows
         self.first: list[BadRow] = []
         """The first of them, for messages."""
 

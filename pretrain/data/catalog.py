@@ -22,7 +22,7 @@ from pretrain.data.formats import SUFFIXES, TextFile, text_file
 from pretrain.data.lock import Lock, lock_of
 from pretrain.data.mirror import mirror_name
 from pretrain.data.prepared.check import tokenizer_problem
-from pretrain.data.prepared.reading import TokenSource, token_source
+from pretrain.data.prepared.reading import TokenSource, cached_shards, token_source
 from pretrain.data.resolve import Journal, resolve_source
 from pretrain.data.sources import list_files, open_bytes, size_of
 from pretrain.data.sources.retries import set_retry_minutes
@@ -156,7 +156,7 @@ def catalog_source(
         return _remote_source(source, config, locked or {})
     try:
         if tokens := token_source(source.path):
-            return _prepared(source, tokens)
+            return _prepared(source, config, tokens)
     except DataError as error:
         return CatalogSource(source.path, (), (), ()), [str(error)]
     files: list[CatalogFile] = []
@@ -196,7 +196,20 @@ def _remote_source(source: SourceConfig, config: DataConfig, locked: Locked) -> 
         return CatalogSource(source.path, (), (), ()), str(error).splitlines()
     if not found.licences and source.licence:
         found = replace(found, licences=(source.licence,))
-    return found, []
+    return found, _token_problems(source, config, found) if found.tokenizer else []
+
+
+def _token_problems(source: SourceConfig, config: DataConfig, found: CatalogSource) -> list[str]:
+    """What keeps a source from being read as prepared data."""
+    problems = []
+    if source.text_field != SourceConfig.model_fields["text_field"].default:
+        problems.append(f"{source.path}: holds tokens, not text: text_field has no effect, remove it")
+    if found.pinned is not None and config.mirror is None and config.cache_dir is None:
+        problems.append(
+            f"{redact(source.path)}: prepared data is mapped into memory, so it has to be on this machine: set "
+            "data.cache_dir to a folder on a local disk, or copy it with `aurora data fetch` and set data.mirror"
+        )
+    return problems
 
 
 def _places(source: CatalogSource, config: DataConfig) -> Callable[[CatalogFile], DataFile]:
@@ -210,21 +223,22 @@ def _places(source: CatalogSource, config: DataConfig) -> Callable[[CatalogFile]
         return remote_file
     cache = DiskCache(config.cache_dir, int(config.cache_gib * (1 << 30)))
 
-    def cached(file: CatalogFile) -> DataFile:
+    def cached(file: CatalogFile) -> CachedFile:
         remote = remote_file(file)
         return CachedFile(remote.path, remote.bytes, remote.etag, remote.sha256, cache)
 
-    return cached
+    if source.tokenizer is None:
+        return cached
+    shards = {file.path: file for file in cached_shards([cached(file) for file in source.files])}
+    return lambda file: shards[file.path]
 
 
-def _prepared(source: SourceConfig, found: TokenSource) -> tuple[CatalogSource, list[str]]:
+def _prepared(source: SourceConfig, config: DataConfig, found: TokenSource) -> tuple[CatalogSource, list[str]]:
     """Describe a source of prepared data."""
     files = tuple(CatalogFile(file.path, file.bytes, file.units, file.sha256) for file in found.files)
     licences = found.licences or ((source.licence,) if source.licence else ())
-    problems = []
-    if source.text_field != SourceConfig.model_fields["text_field"].default:
-        problems.append(f"{source.path}: holds tokens, not text: text_field has no effect, remove it")
-    return CatalogSource(source.path, files, found.names, licences, tokenizer=found.tokenizer), problems
+    described = CatalogSource(source.path, files, found.names, licences, tokenizer=found.tokenizer)
+    return described, _token_problems(source, config, described)
 
 
 def _few(values: set[str]) -> set[str]:

@@ -72,9 +72,10 @@ def survey(
         scan.begin_source()
         found, faults = catalog_source(source, config, locked, partial(scan.file, source))
         remote += found.pinned is not None
-        if encoder and not faults and (online or found.pinned is None):
+        readable = found.pinned is None or (online and found.tokenizer is None)
+        if encoder and not faults and readable:
             faults += _unencodable(scan.first_texts or _remote_texts(source, found, config), encoder)
-        if found.tokenizer:
+        if found.tokenizer and found.pinned is None:  # copies of remote shards were checked when they were made
             faults += scan.shards(found.files)
         if not faults and found.pinned is None and before == (scan.documents.total(), len(scan.sampled)):
             faults = [_empty(source, scan.fields)]
@@ -136,9 +137,14 @@ def _unencodable(texts: list[str], encoder: DocumentEncoder) -> list[str]:
     A warning in the log names characters that the tokenizer would leave out.
     """
     try:
-        encoder.encode(texts)
+        encoded = encoder.encode(texts)
     except DataError as error:
         return [str(error)]
+    if any(text.strip() for text in texts) and all(len(tokens) == 1 for tokens in encoded):
+        return [
+            f"tokenizer.path {encoder.path}: gives no token for any of the first texts of a source, for example for "
+            f"{next(text for text in texts if text.strip())[:80]!r}: it was made for other text"
+        ]
     if lost := lost_characters(encoder.tokenizer, texts):
         logger.warning(
             "tokenizer.path %s has no token for %d characters of the sources, not even one for unknown characters, and "

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 
-from pretrain.data.prepared.reading import TokenizerNeeds
+from pretrain.data.prepared.layout import TokenizerNeeds
 from pretrain.data.units import Compact, DataFile, TextRecipe, Unit
 
 

@@ -11,12 +11,13 @@ reads that file, so no rank lists anything or opens a file that it does not read
        ["b.jsonl.zst", 524288, "etag:..."]]}]}
 
 A file has its path after `base`, its size, its version as the store states it (`CatalogFile.digest`), and for parquet
-the rows of each row group.
+the rows of each row group. A source of prepared data also has a `tokenizer` (`TokenizerNeeds`), and its files the sizes
+of their units.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 from pretrain.config.data import DataConfig, is_remote
 from pretrain.data.described import CatalogFile, CatalogSource
 from pretrain.data.errors import DataError
+from pretrain.data.prepared.layout import TokenizerNeeds
 from pretrain.data.sources.secrets import redact
 from pretrain.files import replacing
 
@@ -160,16 +162,17 @@ def _source_records(lock: Lock) -> list[dict[str, Any]]:
     for path, source in lock.sources.items():
         base = _base([file.path for file in source.files])
         files = [_file_record(file, len(base)) for file in source.files]
-        records.append(
-            {
-                "path": path,
-                "pinned": source.pinned,
-                "revision": source.revision,
-                "licences": list(source.licences),
-                "base": base,
-                "files": files,
-            }
-        )
+        record: dict[str, Any] = {
+            "path": path,
+            "pinned": source.pinned,
+            "revision": source.revision,
+            "licences": list(source.licences),
+            "base": base,
+            "files": files,
+        }
+        if source.tokenizer:
+            record["tokenizer"] = asdict(source.tokenizer)
+        records.append(record)
     return records
 
 
@@ -186,7 +189,8 @@ def _source(record: Mapping[str, Any]) -> CatalogSource:
         files.append(CatalogFile(base + name, _expect(size, int), rows, _expect(digest, str)))
     licences = [_expect(licence, str) for licence in record["licences"]]
     path, pinned = _expect(record["path"], str), _expect(record["pinned"], str)
-    return locked_source(path, pinned, files, record["revision"], licences)
+    source = locked_source(path, pinned, files, record["revision"], licences)
+    return replace(source, tokenizer=TokenizerNeeds(**record["tokenizer"])) if "tokenizer" in record else source
 
 
 def _expect(value: Any, kind: type) -> Any:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from pretrain.data.described import CatalogSource
-from pretrain.data.prepared.layout import load_index
-from pretrain.data.prepared.reading import read_runs
+from pretrain.data.prepared.reading import index_of, read_runs
 from pretrain.data.prepared.speedrun import SUFFIX
 from pretrain.data.quantity import Quantity, SourceEstimate, spread
 from pretrain.data.tokenizer import token_bytes
@@ -55,7 +54,7 @@ def estimate_prepared(
         characters = sum(map(len, texts)) / max(1, sum(map(len, sample.decoded)))
         how = f"tokens: counted, in the headers; sampled: the rest, from {len(sample.units)} of {len(units)} units"
     else:
-        index = load_index(found.path)
+        index = index_of(units[0].file)  # of a remote source, in the mirror or the cache
         tokens = index.tokens
         documents, text_bytes = Quantity(float(index.documents)), Quantity(float(index.text_bytes))
         characters = index.characters / max(1, index.tokens - index.documents)

@@ -12,13 +12,15 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, BinaryIO, Self
 
 from pretrain.data.bad_rows import BadRow
 from pretrain.data.described import CatalogFile, CatalogSource, remote_digest
 from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.formats import SUFFIXES, text_file
 from pretrain.data.lock import locked_source
+from pretrain.data.prepared import speedrun
+from pretrain.data.prepared.remote import described_source, listed_suffixes, prepared_source
 from pretrain.data.sources import list_files, open_bytes
 from pretrain.data.sources.hub import HubPath, licences_of
 from pretrain.data.sources.retries import stopping
@@ -95,7 +97,10 @@ def resolve_source(path: str, recipe: TextRecipe, journal: Journal | None = None
 
     """
     journal = journal or Journal(None)
-    listed = list_files(path, SUFFIXES)
+    listed = list_files(path, listed_suffixes(path, SUFFIXES))
+    pinned, revision = _pinned(path, listed)
+    if prepared := prepared_source(path, listed):
+        return described_source(path, pinned, revision, _licences(pinned), *prepared)
     _look_at_first(listed, recipe)
     files: list[CatalogFile] = []
     problems: list[str] = []
@@ -109,8 +114,12 @@ def resolve_source(path: str, recipe: TextRecipe, journal: Journal | None = None
         problems[_MOST_PROBLEMS:] = [f"{path}: and {len(problems) - _MOST_PROBLEMS} more files that cannot be read"]
     if problems:
         raise DataError("\n".join(problems))
-    pinned, revision = _pinned(path, listed)
-    return locked_source(path, pinned, files, revision, licences_of(pinned) if pinned.startswith("hf://") else ())
+    source = locked_source(path, pinned, files, revision, _licences(pinned))
+    return replace(source, tokenizer=speedrun.NEEDS) if files[0].path.endswith(speedrun.SUFFIX) else source
+
+
+def _licences(pinned: str) -> tuple[str, ...]:
+    return licences_of(pinned) if pinned.startswith("hf://") else ()
 
 
 def _bounded(
@@ -145,7 +154,7 @@ def _describe(file: DataFile, recipe: TextRecipe, journal: Journal) -> CatalogFi
         if groups is None:
             try:
                 with open_bytes(file) as opened:
-                    groups = text_file(opened, file.path, recipe).row_groups()
+                    groups = _read_row_groups(opened, file.path, recipe)
             except DataUnavailableError:
                 raise
             except DataError as error:
@@ -155,7 +164,13 @@ def _describe(file: DataFile, recipe: TextRecipe, journal: Journal) -> CatalogFi
 
 
 def _has_row_groups(path: str) -> bool:
-    return path.lower().endswith(".parquet")
+    return path.lower().endswith((".parquet", speedrun.SUFFIX))
+
+
+def _read_row_groups(opened: BinaryIO, path: str, recipe: TextRecipe) -> tuple[int, ...] | None:
+    if path.lower().endswith(speedrun.SUFFIX):
+        return speedrun.unit_tokens(opened, path)
+    return text_file(opened, path, recipe).row_groups()
 
 
 def _look_at_first(listed: Sequence[DataFile], recipe: TextRecipe) -> None:

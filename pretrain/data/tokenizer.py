@@ -77,14 +77,13 @@ def _check_separator(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
         return
     added = tokenizer.get_added_tokens_decoder().get(separator)
     if added is None or not added.special:
-        reason = f"is not marked special in {config.path}"
+        reason, cure = f"is not marked special in {config.path}", "mark it there, or choose another eos_token"
     else:
-        reason = (
-            f"is marked special in {config.path}, but its model also produces this token from ordinary text: "
-            "choose another eos_token, or remove it from the vocabulary of the model part"
-        )
+        reason = f"is marked special in {config.path}, but its model also produces this token from ordinary text"
+        cure = "choose another eos_token, or remove it from the vocabulary of the model part"
     raise DataError(
-        f"tokenizer.eos_token {config.eos_token!r} {reason}: a text that contains it would end its own document"
+        f"tokenizer.eos_token {config.eos_token!r} {reason}, so a text that contains it would end its own document: "
+        f"{cure}"
     )
 
 

@@ -1,15 +1,15 @@
 """Train a byte-level BPE tokenizer on a sample of the sources."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pretrain.config.data import DataConfig
-from pretrain.data.bad_rows import BadRow
-from pretrain.data.catalog import make_catalog
+from pretrain.data.bad_rows import BadRow, BadRowBudget
+from pretrain.data.catalog import Locked, make_catalog
 from pretrain.data.errors import DataError
 from pretrain.data.formats import read_unit
 from pretrain.data.units import Unit
@@ -20,37 +20,57 @@ SMALLEST_VOCABULARY = 257
 _READ_AHEAD_BYTES = 1 << 20
 
 
-def sample_texts(config: DataConfig, sample_bytes: int, seed: int) -> Iterator[str]:
-    """Yield texts of about `sample_bytes` in all: the beginnings of read units of all sources, in a seeded order.
+def sample_texts(config: DataConfig, sample_bytes: int, seed: int, locked: Locked | None = None) -> Iterator[str]:
+    """Yield texts of about `sample_bytes` in all: the beginnings of read units, in a seeded order.
 
-    The sample is the same on every machine. Every unit gives an equal share, or more if others are shorter.
+    The sample is the same on every machine. Each source gives its share of the mixture, of the first stage if there are
+    stages. Within a source, every unit gives an equal part, or more if others are shorter; so do the units of all
+    sources together if there is no mixture.
+
+    Args:
+        config: the sources.
+        sample_bytes: UTF-8 bytes of text.
+        seed: of the order of the units.
+        locked: the remote sources; those that are absent are resolved here.
 
     Raises:
-        DataError: a source cannot be read, or holds tokens instead of text.
+        DataError: a source cannot be read, holds tokens instead of text, or too many bad rows.
 
     """
-    catalog = make_catalog(config)
+    catalog = make_catalog(config, locked)
     if done := [source.path for source in catalog.sources if source.tokenizer]:
         raise DataError("\n".join(f"{path}: holds tokens, not text" for path in done))
     units = [
         (source, number, unit) for source, of in enumerate(catalog.units(config)) for number, unit in enumerate(of)
     ]
     units.sort(key=lambda entry: hashlib.blake2b(repr((seed, *entry[:2])).encode(), digest_size=16).digest())
-    left = sample_bytes
-    for index, (_, _, unit) in enumerate(units):
+    mixture = config.stages[0].mixture if config.stages else config.mixture
+    budget = BadRowBudget(config.max_bad_rows)
+    if mixture is None:
+        yield from _spread([unit for _, _, unit in units], sample_bytes, budget)
+        return
+    for index, name in enumerate(config.names):
+        share = mixture.get(name, 0) / sum(mixture.values())
+        yield from _spread([unit for source, _, unit in units if source == index], int(share * sample_bytes), budget)
+
+
+def _spread(units: Sequence[Unit], left: int, budget: BadRowBudget) -> Iterator[str]:
+    """Yield texts of `left` bytes from the beginnings of the units, in order."""
+    for index, unit in enumerate(units):
         share = -(-left // (len(units) - index))
-        for text in _beginning(unit, share):
+        for text in _beginning(unit, share, budget):
             left -= len(text.encode())
             yield text
 
 
-def _beginning(unit: Unit, size: int) -> Iterator[str]:
+def _beginning(unit: Unit, size: int, budget: BadRowBudget) -> Iterator[str]:
     """Yield the first texts of a unit, `size` bytes in all; the last one is cut short."""
     with closing(read_unit(unit, 0, _READ_AHEAD_BYTES)) as rows:  # type: ignore[type-var]
         for _, text in rows:
             if size <= 0:
                 return
             if isinstance(text, BadRow):
+                budget.spend(text)
                 continue
             encoded = text.encode()
             yield text if len(encoded) <= size else encoded[:size].decode(errors="ignore")

@@ -26,12 +26,22 @@ def lock_of_run(config: DataConfig, folder: RunFolder, say: Callable[[str], None
             mirror lacks files.
 
     """
+    return lock_of_folder(config, folder.data_lock, say)
+
+
+def lock_of_folder(config: DataConfig, kept: Path, say: Callable[[str], None]) -> Locked:
+    """Return the remote sources of a config: from `data.lock`, else from the lock `kept`, else resolved now.
+
+    Raises:
+        DataError: see `lock_of_run`.
+
+    """
     if not remote_paths(config):
         return {}
-    found = _saved(config, folder.data_lock)
+    found = _saved(config, kept)
     if found is None:
         say("the remote sources have no lock yet: resolving them")
-        found = locked_sources(resolve_sources(config, _journal(folder), say), config, "the resolved lock")
+        found = locked_sources(resolve_sources(config, _journal(kept), say), config, "the resolved lock")
     if config.mirror is not None:
         check_mirror(Lock(found).files, Path(config.mirror))
     return found
@@ -65,7 +75,7 @@ def keep_lock(catalog: Catalog, folder: RunFolder) -> None:
     remote = [source for source in catalog.sources if source.pinned is not None]
     if remote:
         save_lock(lock_of(remote), folder.data_lock)
-        _journal(folder).unlink(missing_ok=True)
+        _journal(folder.data_lock).unlink(missing_ok=True)
 
 
 def _saved(config: DataConfig, kept: Path) -> dict[str, CatalogSource] | None:
@@ -75,5 +85,5 @@ def _saved(config: DataConfig, kept: Path) -> dict[str, CatalogSource] | None:
     return locked_sources(load_lock(path), config, path)
 
 
-def _journal(folder: RunFolder) -> Path:
-    return folder.data_lock.with_name(folder.data_lock.name + ".partial")
+def _journal(kept: Path) -> Path:
+    return kept.with_name(kept.name + ".partial")

@@ -80,7 +80,9 @@ def check_inputs(
                 f"model.vocab_size: expected at least {rows}, the largest token id in {config.tokenizer.path} plus 1, "
                 f"got {config.model.vocab_size}"
             )
-        located = located or config.tokenizer.model_copy(update={"path": str(local_file(config.tokenizer.path))})
+        located = located or config.tokenizer.model_copy(
+            update={"path": str(local_file(config.tokenizer.path, config.data))}
+        )
         problems += tokenizer_problems(catalog, tokenizer, located)
         sha256 = file_sha256(Path(located.path))
         warnings += vocabulary_warning(config, rows)

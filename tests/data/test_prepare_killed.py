@@ -2,17 +2,21 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain.config.data import TokenizerConfig
 from pretrain.data import DataError
-from pretrain.data.prepared import plan
+from pretrain.data.prepared import parts, plan
+from pretrain.data.prepared import prepare as module
 from pretrain.data.prepared.layout import is_prepared, load_index
 from pretrain.data.prepared.plan import PrepareOptions
 from pretrain.data.prepared.prepare import prepare
@@ -100,10 +104,156 @@ def test_a_disk_that_is_too_small_is_noticed_early(
 
     with monkeypatch.context() as small:
         small.setattr("pretrain.data.prepared.prepare.shutil.disk_usage", lambda path: Usage)
-        with pytest.raises(DataError, match=r"about .* GB more are needed, and 0\.0 GB are free"):
+        with pytest.raises(DataError, match=r"about .* MB more are needed, and 0\.0 MB are free"):
             prepare(setting.config, setting.tokenizer, tmp_path / "to")
     assert len(list((tmp_path / "to" / "parts").glob("*.npz"))) == 1  # after the first of ten parts
     prepare(setting.config, setting.tokenizer, tmp_path / "to")
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Do something in a forked process; return its exit status, negative for a signal."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("dies_after", [False, True], ids=["before", "after"])
+def test_killed_around_renames_it_ends_in_the_same_bytes(
+    tmp_path: Path, tokenizer: TokenizerConfig, monkeypatch: pytest.MonkeyPatch, dies_after: bool
+) -> None:
+    """Attempts die in turn around their second to fifth rename: a part takes up to three of them, a shard three."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr(plan, "_PART_BYTES", 1)
+    texts = make_texts(1, 120)
+    paths = [write_parquet(tmp_path / "a.parquet", texts, 30), write_jsonl(tmp_path / "b.jsonl", [*texts[::7], "x"])]
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "b.jsonl").read_bytes() + b"[]\n")
+    setting = make_setting(tokenizer, *paths, max_bad_rows=1)
+    prepare(setting.config, setting.tokenizer, tmp_path / "undisturbed", options=OPTIONS)
+    attempts = renames = 0
+
+    def work() -> None:
+        rename = Path.replace
+
+        def dying(path: Path, target: Path) -> None:
+            nonlocal renames
+            renames += 1
+            last = renames == 2 + attempts % 4
+            if last and not dies_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(path, target)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Path.replace = dying  # type: ignore[assignment, method-assign]
+        prepare(setting.config, setting.tokenizer, tmp_path / "killed", options=OPTIONS)
+
+    while (code := forked(work)) != 0:
+        assert code == -signal.SIGKILL
+        attempts += 1
+        assert attempts < 100
+    expected = contents(tmp_path / "undisturbed")
+    assert attempts > 6
+    assert contents(tmp_path / "killed") == expected
+    assert load_index(str(tmp_path / "killed" / "b")).bad_rows == {str(tmp_path / "b.jsonl"): 1}
+
+
+def test_a_full_disk_ends_with_the_cure_and_what_was_written_is_used(
+    tmp_path: Path, tokenizer: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are limited in size, which fails in the same places as a disk without space."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr(plan, "_PART_BYTES", 1)
+    setting = make_setting(tokenizer, write_parquet(tmp_path / "a.parquet", make_texts(1, 400), 50), lanes=1)
+    options = PrepareOptions(shard_tokens=100_000)
+    prepare(setting.config, setting.tokenizer, tmp_path / "undisturbed", options=options)
+    expected = contents(tmp_path / "undisturbed")
+    largest = len(expected["shard-00000.tokens"])
+
+    def limited(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        with pytest.raises(DataError, match="File too large: make room and repeat the command, which continues"):
+            prepare(setting.config, setting.tokenizer, tmp_path / "to", options=options)
+
+    for size in (100, 2_000, largest // 4, largest - 1):  # in the plan, in parts, and twice in the shard
+        assert forked(lambda size=size: limited(size)) == 0  # type: ignore[misc]
+    assert sorted(path.name for path in (tmp_path / "to" / "parts").glob("*.npz"))[-1] == "00007.npz"
+    prepare(setting.config, setting.tokenizer, tmp_path / "to", options=options)
+    assert contents(tmp_path / "to") == expected
+
+
+def test_a_worker_that_dies_is_one_error_and_the_work_continues(
+    tmp_path: Path, tokenizer: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_PART_BYTES", 1)
+    setting = make_setting(tokenizer, write_parquet(tmp_path / "a.parquet", make_texts(1, 200), 20), lanes=1)
+    started: list[Any] = []
+    start = module._start_worker
+
+    def and_kill() -> Any:
+        process = start()
+        started.append(process)
+        if len(started) == 2:
+            process.kill()
+        return process
+
+    with monkeypatch.context() as deadly:
+        deadly.setattr(module, "_start_worker", and_kill)
+        with pytest.raises(RuntimeError, match=r"a worker \(process \d+\) ended unexpectedly: signal 9"):
+            prepare(setting.config, setting.tokenizer, tmp_path / "to", workers=2)
+    assert [process.poll() is None for process in started] == [False, False]
+    prepare(setting.config, setting.tokenizer, tmp_path / "to")
+    prepare(setting.config, setting.tokenizer, tmp_path / "undisturbed")
+    assert contents(tmp_path / "to") == contents(tmp_path / "undisturbed")
+
+
+def test_a_worker_that_waits_ends_with_the_process_that_started_it() -> None:
+    """Here it waits for its first part, on a pipe that stays open, as it might for a server."""
+    work, answers = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        worker = os.fork()
+        if not worker:
+            sys.stdin = os.fdopen(work[0])
+            parts.main()
+        os.write(answers[1], f"{worker}\n".encode())
+        time.sleep(600)
+        os._exit(1)
+    worker = int(os.read(answers[0], 20))
+    time.sleep(1)
+    assert Path(f"/proc/{worker}").exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while Path(f"/proc/{worker}").exists() and "zombie" not in Path(f"/proc/{worker}/status").read_text():
+        time.sleep(0.05)  # for ever, if it does not end
+    for pipe in (*work, *answers):
+        os.close(pipe)
+
+
+def test_parts_that_were_divided_differently_are_not_used(
+    tmp_path: Path, tokenizer: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of parts would stand for other rows."""
+    setting = make_setting(tokenizer, write_parquet(tmp_path / "a.parquet", make_texts(1, 60), 10), lanes=1)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(plan, "_PART_BYTES", 1)
+        interrupted.setattr(module, "_assemble", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(setting.config, setting.tokenizer, tmp_path / "to")
+    with pytest.raises(DataError, match="was begun by a version of this program that divides the work differently"):
+        prepare(setting.config, setting.tokenizer, tmp_path / "to")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
+    setting = make_setting(tokenizer, write_jsonl(tmp_path / "a.jsonl", make_texts(1, 20)), lanes=1)
+    for folder in (tmp_path / "a.jsonl", tmp_path / "a.jsonl" / "to"):
+        with pytest.raises(DataError, match=r"a\.jsonl.*: choose another folder for --to"):
+            prepare(setting.config, setting.tokenizer, folder)
 
 
 @pytest.mark.long

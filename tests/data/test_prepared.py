@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pretrain.config import ConfigError, parse_config
 from pretrain.config.data import DataConfig, TokenizerConfig
-from pretrain.data import DataError, TokenStream, make_catalog, survey, validation_text
+from pretrain.data import DataError, TokenStream, load_tokenizer, make_catalog, survey, validation_text
 from pretrain.data.prepared import assembly, plan
 from pretrain.data.prepared.layout import load_index, map_array, map_table
 from pretrain.data.prepared.plan import PrepareOptions
 from pretrain.data.prepared.prepare import Prepared, prepare
 from pretrain.data.split import text_hash
+from pretrain.run.inputs import check_inputs
+from tests.conftest import TINY, merged
 from tests.data.corpus import (
     Setting,
     drain,
@@ -167,6 +170,29 @@ def test_the_index_and_its_arrays_describe_the_documents(tmp_path: Path, tokeniz
         assert (tokens[table.ends.astype(int) - 1] == index.eos_id).all()
         assert (tokens == index.eos_id).sum() == shard.documents
     assert one.index == index
+
+
+def test_a_run_over_prepared_sources_knows_how_much_they_hold(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
+    """So that `max_epochs` holds for them, and a mixture of them is not taken for one of nothing."""
+    paths = [write_jsonl(tmp_path / "a.jsonl", make_texts(5, 90)), write_jsonl(tmp_path / "b.jsonl", make_texts(6, 40))]
+    text = make_setting(tokenizer, *paths, mixture={"a": 1, "b": 1}, lanes=1)
+    _, done = prepared(text, tmp_path / "to")
+    small = {
+        "tokenizer": tokenizer.model_dump(),
+        "schedule.warmup_tokens": 0,
+        "data.sources": [{"path": str(one.folder)} for one in done],
+        "data.lanes": 1,
+        "data.mixture": {"a": 1, "b": 1},
+        "data.validation_fraction": 0.1,
+        "run.root": str(tmp_path / "runs"),
+    }
+    loaded = load_tokenizer(tokenizer)
+    inputs = check_inputs(parse_config(merged(TINY, {**small, "train.total_tokens": 3 * 768})), loaded)
+    expected = [one.index.tokens * 0.9 for one in done]
+    assert [budget.available.value for budget in inputs.budgets] == pytest.approx(expected)
+    assert [budget.available.error for budget in inputs.budgets] == [0, 0]
+    with pytest.raises(ConfigError, match=r"data\.sources\.1\.max_epochs: b holds"):
+        check_inputs(parse_config(merged(TINY, {**small, "train.total_tokens": 20 * 768})), loaded)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

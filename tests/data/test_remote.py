@@ -99,7 +99,7 @@ def test_revisions_with_slashes_and_the_default_branch(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("hf://datasets/org/other", "no such data set, or it is private: check the name, and set HF_TOKEN"),
+        ("hf://datasets/org/other", "no such repository, or it is private: check the name, and set HF_TOKEN"),
         ("hf://datasets/org/set@gone/a.jsonl", "no such revision"),
         ("hf://datasets/org/set/b.jsonl", "no such file or folder"),
         ("hf://datasets/org/set/none/*.jsonl", "no such file or folder"),

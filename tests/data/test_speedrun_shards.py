@@ -38,6 +38,12 @@ def write_bin(path: Path, tokens: list[int], magic: int = 20240520, version: int
     return path
 
 
+def cut(path: Path, count: int) -> Path:
+    """Remove the last bytes of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - count])
+    return path
+
+
 def documents(setting: Setting) -> list[list[int]]:
     """The documents of a stream of one lane, without separators."""
     tokens = [token for row, length in rows(drain(setting.open(), 4)) for token in row[1 : 1 + length]]
@@ -113,13 +119,26 @@ def test_damaged_shards_and_other_tokenizers_are_refused(
         (write_bin(tmp_path / "a.bin", [1], magic=7), "is not a token shard of the speedrun"),
         (write_bin(tmp_path / "b.bin", [1], version=2), "is a token shard of version 2, expected 1"),
         (write_bin(tmp_path / "c.bin", [1], count=9), "its header announces 9 tokens: the file is damaged"),
+        (write_bin(tmp_path / "d.bin", [1], count=0), "has 1026 bytes, but its header announces 0 tokens"),
+        (write_bin(tmp_path / "e.bin", [1], count=-1), "its header announces -1 tokens: the file is damaged"),
+        (write_bin(tmp_path / "f.bin", [1], count=2**31 - 1), "its header announces 2147483647 tokens"),
+        (write_bin(tmp_path / "g.bin", [1], magic=20240801), "holds tokens of 32 bits"),
+        (cut(write_bin(tmp_path / "h.bin", [1, 2]), 1), "has 1027 bytes, but its header announces 2 tokens"),
+        (cut(write_bin(tmp_path / "i.bin", [1, 2]), 4 + 1000), "has 24 bytes, but its header announces 2 tokens"),
+        (cut(write_bin(tmp_path / "j.bin", []), 1016), "has 8 bytes, but its header announces 0 tokens"),
+        (cut(write_bin(tmp_path / "k.bin", []), 1024), "is not a token shard of the speedrun"),
+        (write_bin(tmp_path / "l.bin", [1], magic=int.from_bytes(b"PAR1", "little")), "is not a token shard"),
         (tmp_path / "gone-*.bin", "no such file, and no file matches it as a pattern"),
     ]
     for path, message in cases:
         [problem] = survey(DataConfig(sources=[{"path": str(path)}], lanes=1))[1]
         assert message in problem
-    (tmp_path / "d.bin").write_bytes(b"short")
-    assert survey(DataConfig(sources=[{"path": str(tmp_path / "d.bin")}], lanes=1))[1]
+    (tmp_path / "folder.bin").mkdir()
+    [problem] = survey(DataConfig(sources=[{"path": str(tmp_path / "folder.bin")}], lanes=1))[1]
+    assert "folder.bin" in problem
+    foreign = make_setting(gpt2, write_bin(tmp_path / "m.bin", [SEPARATOR, 1, 60_000, 2]), lanes=1)
+    with pytest.raises(DataError, match=r"m\.bin: holds the token 60000, but GPT-2's last one is 50256"):
+        foreign.open().next_batch(1)
     good = write_bin(tmp_path / "good.bin", [SEPARATOR, 1])
     with pytest.raises(DataError, match=r"good\.bin: its documents are separated by the token 50256"):
         make_setting(tokenizer, good, lanes=1).open()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from pretrain.config.data import TokenizerConfig
 from pretrain.data import DataError, DocumentEncoder, load_tokenizer, survey, vocabulary_rows
@@ -148,6 +148,75 @@ def test_a_separator_that_stands_for_unknown_characters_is_refused(tokenizer: To
     contents["model"]["unk_token"] = EOS
     (tmp_path / "bytes.json").write_text(json.dumps(contents), encoding="utf-8")
     load_tokenizer(TokenizerConfig(path=str(tmp_path / "bytes.json")))
+
+
+def test_no_setting_of_the_file_changes_the_tokens_of_a_document(tokenizer: TokenizerConfig, tmp_path: Path) -> None:
+    """Truncation, padding, tokens at begin and end, and how special tokens treat the blanks around them."""
+    texts = ["the whale", f"a {EOS} b{EOS}", "<s>the</s>", "naïve 鯨 🐋", "", "  "]
+    marked = Tokenizer.from_file(tokenizer.path)
+    marked.add_special_tokens(["<s>", "</s>"])
+    plain = DocumentEncoder.load(saved(marked, tmp_path))
+    expected = [tokens.tolist() for tokens in plain.encode(texts)]
+    assert all(tokens.index(plain.eos_id) == len(tokens) - 1 for tokens in expected)
+    assert [plain.tokenizer.decode(tokens[:-1]) for tokens in expected] == texts
+    begin, end = (marked.token_to_id(name) for name in ("<s>", "</s>"))
+    marked.enable_truncation(2)
+    marked.enable_padding(length=64, pad_token="<s>", pad_id=begin)
+    marked.post_processor = processors.TemplateProcessing(
+        single=f"<s> $A </s> {EOS}", special_tokens=[("<s>", begin), ("</s>", end), (EOS, plain.eos_id)]
+    )
+    contents = json.loads(marked.to_str())
+    for added in contents["added_tokens"]:
+        added |= {"lstrip": True, "rstrip": True, "normalized": True}
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(contents), encoding="utf-8")
+    odd = DocumentEncoder.load(TokenizerConfig(path=str(path)))
+    assert [tokens.tolist() for tokens in odd.encode(texts)] == expected
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [normalizers.Lowercase(), normalizers.Replace("END", EOS), normalizers.NFKC()],
+    ids=["lowercase", "replace", "nfkc"],
+)
+def test_a_normalizer_that_spells_the_separator_makes_none(
+    tokenizer: TokenizerConfig, tmp_path: Path, normalizer: normalizers.Normalizer
+) -> None:
+    normalizing = Tokenizer.from_file(tokenizer.path)
+    normalizing.normalizer = normalizer
+    encoder = DocumentEncoder.load(saved(normalizing, tmp_path))
+    for tokens in encoder.encode([EOS.upper(), "aENDb", "＜|endoftext|＞", f"{EOS} {EOS}"]):
+        assert encoder.eos_id not in tokens[:-1]
+        assert len(tokens) > 4
+
+
+def test_word_pieces_and_bytes_of_unknown_characters(tmp_path: Path) -> None:
+    pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "sea": 2, "##s": 3, "[SEP]": 4, "[CLS]": 5}))
+    pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    pieces.add_special_tokens(["[UNK]", "[SEP]", "[CLS]"])
+    pieces.post_processor = processors.BertProcessing(("[SEP]", 4), ("[CLS]", 5))
+    encoder = DocumentEncoder.load(saved(pieces, tmp_path, "[SEP]"))
+    found = [tokens.tolist() for tokens in encoder.encode(["The seas", "a[SEP]the", 200 * "x"])]
+    assert found == [[1, 2, 3, 4], [0, 0, 0, 0, 1, 4], [0, 4]]
+    vocabulary = {"<unk>": 0, "</s>": 1, "a": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    for gap, expected in ((None, [2, *(3 + byte for byte in "鯨".encode()), 1]), ("<0xE9>", [2, 0, 1])):
+        known = {name: number for name, number in vocabulary.items() if name != gap}
+        fallback = Tokenizer(models.BPE(known, [], byte_fallback=True, unk_token="<unk>"))
+        fallback.add_special_tokens(["<unk>", "</s>"])
+        encoder = DocumentEncoder.load(saved(fallback, tmp_path, "</s>"))
+        assert encoder.encode(["a鯨"])[0].tolist() == expected
+        assert 1 not in encoder.encode(["</s>"])[0][:-1]
+
+
+def test_a_tokenizer_that_leaves_out_everything_is_found_before_a_run(
+    tokenizer: TokenizerConfig, tmp_path: Path
+) -> None:
+    silent = Tokenizer.from_file(tokenizer.path)
+    silent.normalizer = normalizers.Replace(Regex(r"[\s\S]"), "")
+    named = saved(silent, tmp_path)
+    config = make_setting(named, write_jsonl(tmp_path / "a.jsonl", ["", "the sea"]), lanes=1).config
+    [problem] = survey(config, encoder=DocumentEncoder.load(named))[1]
+    assert "gives no token for any of the first texts of a source, for example for 'the sea'" in problem
 
 
 def test_texts_that_cannot_be_encoded_are_found_before_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

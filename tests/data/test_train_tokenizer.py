@@ -1,16 +1,23 @@
 """A tokenizer of one's own: the same for the same text, usable, and made of a bounded sample."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from pretrain.cli import main
 from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data import DataError, load_tokenizer, separator_id, vocabulary_rows
+from pretrain.data.catalog import resolve_sources
+from pretrain.data.lock import save_lock
 from pretrain.data.train_tokenizer import sample_texts
+from tests.conftest import TINY, merged
 from tests.data.corpus import EOS, make_texts, write_jsonl, write_parquet
+from tests.data.store import LINES, Store, remote_config
 
 
 def config_of(*paths: Path) -> DataConfig:
@@ -69,6 +76,45 @@ def test_the_sample_is_bounded_seeded_and_of_all_units(paths: list[Path]) -> Non
     of_b = set(make_texts(2, 100))
     share = sum(len(text.encode()) for text in sample if text in of_b) / size
     assert 0.1 < share < 0.3  # one unit of five
+
+
+@pytest.mark.parametrize("kind", ["mixture", "stages"])
+def test_each_source_gives_its_share_of_the_mixture(paths: list[Path], kind: str) -> None:
+    shares = {"a": 1, "b": 3}
+    mixed: dict[str, Any] = {"mixture": shares}
+    if kind == "stages":
+        mixed = {"stages": [{"mixture": shares, "until_tokens": 10}, {"mixture": {"a": 1}}]}
+    config = DataConfig(sources=[{"path": str(path)} for path in paths], lanes=1, **mixed)
+    of_b, sample = set(make_texts(2, 100)), list(sample_texts(config, 8000, seed=0))
+    sizes = [sum(len(text.encode()) for text in sample if (text in of_b) is one) for one in (False, True)]
+    assert sizes[0] == pytest.approx(2000, abs=100)
+    assert sizes[1] == pytest.approx(6000, abs=100)
+
+
+def test_conditions_and_templates_decide_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"n": n, "m": str(n), "a": {"b": f"text {n}"}}) + "\n" for n in range(9)))
+    source = {"path": str(path), "where": "n >= 7", "text_field": "{m}: {a.b}"}
+    sample = sample_texts(DataConfig(sources=[source], lanes=1), 1000, 0)
+    assert [text for text in sample if text] == ["7: text 7", "8: text 8"]
+    source["text_field"] = "n"  # a number
+    config = DataConfig(sources=[source], lanes=1, max_bad_rows=1)
+    with pytest.raises(DataError, match=r"2 bad rows so far, more than the 1 of data\.max_bad_rows"):
+        list(sample_texts(config, 1000, 0))
+    assert not any(sample_texts(config.model_copy(update={"max_bad_rows": 2}), 1000, 0))
+
+
+def test_remote_sources_are_read_as_the_lock_says(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_lock(resolve_sources(remote_config(LINES)), tmp_path / "run.lock.json")
+    store.listed.clear()
+    changes = {"data.sources": [{"path": LINES}], "run.root": str(tmp_path / "runs")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(merged(TINY, changes)))
+    command = ["data", "tokenizer", str(tmp_path / "run.yaml"), "--vocab-size", "300", "--to", str(tmp_path / "t.json")]
+    assert main(command) == 0
+    assert store.listed == {}
+    assert "300 entries" in capsys.readouterr().out
 
 
 def test_prepared_data_holds_no_text(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     from pretrain.data.hub_tokenizer import fetch
 
     config, catalog = open_sources(options)
-    located = fetch(config.tokenizer)
+    located = fetch(config.tokenizer, config.data)
     tokenizer = load_tokenizer(located)
     if problems := tokenizer_problems(catalog, tokenizer, located):
         raise DataError("\n".join(problems))

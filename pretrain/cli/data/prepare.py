@@ -50,20 +50,26 @@ def run(options: argparse.Namespace) -> int:
     """Prepare, and print how to use the result."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.config import load_config
-    from pretrain.data.prepared.plan import PrepareOptions
+    from pretrain.data.prepared.plan import LOCK_FILE, PrepareOptions
     from pretrain.data.prepared.prepare import prepare
+    from pretrain.run.data_lock import lock_of_folder
 
     config = load_config(options.config, options.overrides)
+    folder = Path(options.to)
     prepared = prepare(
         config.data,
         config.tokenizer,
-        Path(options.to),
+        folder,
         workers=options.workers,
         options=PrepareOptions(options.shard_tokens, options.remove_duplicates),
+        locked=lock_of_folder(config.data, folder / LOCK_FILE, print),
         say=_Occasionally(5.0),
     )
     for one in prepared:
         _print_totals(one.path, one.index)
+        for file, rows in one.index.bad_rows.items():
+            first = next((f", the first: {row}" for row in one.skipped if row.path == file), "")
+            print(f"  {file}: {rows:,} bad {'row' if rows == 1 else 'rows'} skipped{first}")
     print("\nTo use it:\n")
     print("tokenizer:")
     print(f"  path: {prepared[0].folder / 'tokenizer.json'}")

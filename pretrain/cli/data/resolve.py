@@ -19,8 +19,8 @@ def add(verbs: Verbs) -> None:
         help="list remote sources and write their lock file",
         description="List the files of every remote source of CONFIG, pin the revisions, and write the lock file from "
         "which runs read: the files with their sizes and versions, the row groups of parquet files, the licences. "
-        "A tokenizer on the Hub is fetched as well. An interrupted resolve continues where it stopped when it is "
-        "started again.",
+        "A tokenizer on the Hub is pinned and fetched as well. An interrupted resolve continues where it stopped when "
+        "it is started again.",
     )
     add_config(parser)
     parser.add_argument(
@@ -38,18 +38,22 @@ def run(options: argparse.Namespace) -> int:
     from pretrain.config import load_config
     from pretrain.config.validate import lock_beside
     from pretrain.data.catalog import resolve_sources
-    from pretrain.data.hub_tokenizer import fetch
-    from pretrain.data.lock import remote_paths, save_lock
+    from pretrain.data.hub_tokenizer import resolve
+    from pretrain.data.lock import lock_of, remote_paths, save_lock
 
     whole = load_config(options.config, options.overrides)
     config = whole.data
-    fetch(whole.tokenizer)  # so that a check needs no network
+    tokenizer = resolve(whole.tokenizer, config)
+    if tokenizer:
+        print(f"{tokenizer.pinned}: {tokenizer.bytes:,} bytes, fetched")
     if not remote_paths(config):
         print("nothing to resolve: all sources are local, and local sources need no lock")
         return 0
     path = options.out or Path(config.lock or lock_beside(Path(options.config)))
     journal = path.with_name(path.name + ".partial")
     lock = resolve_sources(config, journal, say=print)
+    if tokenizer:
+        lock = lock_of([*lock.sources.values(), tokenizer])
     save_lock(lock, path)
     journal.unlink(missing_ok=True)
     print(f"{path}: {len(lock.files):,} files, digest {lock.digest[:16]}")

@@ -11,6 +11,7 @@ from pretrain.cli.arguments import positive
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
     from pretrain.config.data import DataConfig
+    from pretrain.data.catalog import Locked
 
 
 def add(verbs: Verbs) -> None:
@@ -37,8 +38,8 @@ def add(verbs: Verbs) -> None:
         type=positive,
         default=256,
         metavar="N",
-        help="train on this many MB of text, from all read units (default: %(default)s). Takes several times as much "
-        "memory",
+        help="train on this many MB of text, of each source by its share of the mixture (default: %(default)s). Takes "
+        "several times as much memory",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the sample's order (default: %(default)s)"
@@ -55,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
 
     path = Path(options.to)
     refuse_existing(path)
-    data, eos_token = _inputs(options)
-    texts = sample_texts(data, options.sample_mb * 1_000_000, options.seed)
+    data, eos_token, locked = _inputs(options)
+    texts = sample_texts(data, options.sample_mb * 1_000_000, options.seed, locked)
     tokenizer = train_tokenizer(texts, options.vocab_size, eos_token)
     save_tokenizer(tokenizer, path)
     rows = vocabulary_rows(load_tokenizer(TokenizerConfig(path=str(path), eos_token=eos_token)))
@@ -68,15 +69,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _inputs(options: argparse.Namespace) -> tuple[DataConfig, str]:
-    """The sources and the separator."""
+def _inputs(options: argparse.Namespace) -> tuple[DataConfig, str, Locked]:
+    """The sources, the separator, and the lock of the remote ones."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.config import load_config
     from pretrain.config.data import DataConfig, SourceConfig
+    from pretrain.run.data_lock import lock_of_check
+    from pretrain.run.folder import RunFolder
 
     first, *rest = options.inputs
     if first.endswith((".yaml", ".yml")):
         config = load_config(first, rest)
-        return config.data, options.eos_token or config.tokenizer.eos_token
+        locked = lock_of_check(config.data, RunFolder(config.run_folder), online=True)
+        return config.data, options.eos_token or config.tokenizer.eos_token, locked
     sources = tuple(SourceConfig(path=path, text_field=options.text_field) for path in options.inputs)
-    return DataConfig(sources=sources, lanes=1), options.eos_token or "<|endoftext|>"
+    return DataConfig(sources=sources, lanes=1), options.eos_token or "<|endoftext|>", {}

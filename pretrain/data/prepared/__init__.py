@@ -1,6 +1,7 @@
-"""Prepared data: tokens that were made once and are read as they are, from memory-mapped shards.
+"""Prepared data: text that was tokenized once, and is read from memory-mapped shards.
 
-`layout` is the format of a prepared folder, `speedrun` that of the speedrun's `.bin` shards, `runs` what a lane reads
-from either, and `catalog` how both look to the rest of this room. `plan`, `parts`, `duplicates`, `assembly` and
-`prepare` write a folder, in this order.
+Formats: `layout` describes a prepared folder, `speedrun` the `.bin` shards of the speedruns.
+Reading: `reading` lists the files of a source and reads their units, `runs` is what a lane gets; `remote` describes
+folders on servers, `check` compares checksums and tokenizers.
+Writing: `plan`, `parts`, `duplicates`, `assembly` and `prepare`, in the order of the work.
 """

@@ -6,8 +6,7 @@ import numpy as np
 
 from pretrain.data.errors import DataError
 from pretrain.data.prepared import speedrun
-from pretrain.data.prepared.layout import DOCUMENTS_SUFFIX, load_index, map_table
-from pretrain.data.prepared.reading import TokenizerNeeds
+from pretrain.data.prepared.layout import DOCUMENTS_SUFFIX, TokenizerNeeds, load_index, map_table
 from pretrain.data.split import Hashes
 from pretrain.files import file_sha256
 

@@ -1,4 +1,4 @@
-"""Exact duplicates: every document whose text occurs earlier in the sources."""
+"""Exact duplicates: documents whose text occurs earlier in the sources."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,15 +7,15 @@ import numpy.typing as npt
 
 from pretrain.data.prepared.parts import PartTable
 
-# Documents are compared in buckets of about this many, by their hash. A bucket takes about 48 bytes per document while
-# it is sorted, all documents together one byte each.
+# Documents are compared in buckets of about this many, chosen by hash. Sorting a bucket takes about 48 bytes for each
+# of its documents; besides, every document takes one byte.
 BUCKET_DOCUMENTS = 1 << 24
 
 
 def find_duplicates(parts: Sequence[int], load: Callable[[int], PartTable]) -> list[npt.NDArray[np.bool_]]:
-    """Return for each part which of its documents to keep, [documents]: the first of every text.
+    """Return for each part which of its documents to keep, [documents]: the first one with each text.
 
-    Two texts count as equal if two hashes of 64 bits are equal.
+    Two texts count as equal if both of their 64-bit hashes are equal.
 
     Args:
         parts: in the order in which their documents count as earlier.

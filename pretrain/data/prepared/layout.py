@@ -7,17 +7,18 @@
     shard-00000.documents      uint64 [3, documents], little-endian: see `DocumentTable`
     shard-00001.tokens         ...
 
-A *unit* is a range of consecutive documents of a shard; like a row group of parquet, it is what a lane reads as a
-whole. Its rows are its documents.
+A *unit* is a range of consecutive documents of a shard. Like a row group of a parquet file, a lane reads it as a whole.
+Its rows are its documents.
 """
 
 import json
 import mmap
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,17 @@ _FORMAT = "aurora-prepared"
 Offsets = npt.NDArray[np.uint64]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizerNeeds:
+    """The tokenizer that the tokens of a source were made with."""
+
+    sha256: str | None
+    """Of the `tokenizer.json`; None: not recorded."""
+    eos_id: int
+    rows: int | None
+    """Rows of its vocabulary; None: that of the tokenizer with the digest."""
+
+
 class DocumentTable(NamedTuple):
     """The documents of a shard or of a part of it; three arrays [documents]."""
 
@@ -52,7 +64,7 @@ class Shard:
     """One shard, as the index lists it."""
 
     name: str
-    """Of its files, without a suffix."""
+    """Name of its files without their suffix."""
     tokens: int
     """Including separators."""
     documents: int
@@ -60,7 +72,7 @@ class Shard:
     tokens_sha256: str
     documents_sha256: str
     units: tuple[int, ...]
-    """Number of documents in each unit, in order; may be 0."""
+    """Documents in each unit, in order; a unit may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +85,14 @@ class Index:
     dtype: str
     """`uint16` or `uint32`."""
     characters: int
-    """Of all documents."""
+    """Characters of all documents."""
     duplicates_removed: int | None
     """None: duplicates were not looked for."""
     source: dict[str, Any]
-    """The source that was prepared, as the manifest of a run would describe it."""
+    """The source that was prepared, as the manifest of a run would describe it, with its `text_field` and `where`."""
     shards: tuple[Shard, ...]
+    bad_rows: Mapping[str, int] = field(default_factory=dict)
+    """How many rows of each file were skipped because they could not be used; files without any are absent."""
 
     @property
     def documents(self) -> int:
@@ -95,10 +109,54 @@ class Index:
         """UTF-8 bytes of all documents."""
         return sum(shard.text_bytes for shard in self.shards)
 
+    @property
+    def origin(self) -> "Origin":
+        """Where the text came from."""
+        source = self.source
+        locked, files = source.get("locked") or {}, source.get("files") or ()
+        return Origin(
+            path=source["path"],
+            pinned=locked.get("pinned"),
+            revision=locked.get("revision"),
+            licences=tuple(source.get("licences", ())),
+            files=int(locked.get("files", len(files))),
+            bytes=source["bytes"],
+            sha256=locked.get("sha256"),
+            text_field=source.get("text_field"),
+            where=source.get("where"),
+            bad_rows=sum(self.bad_rows.values()),
+            duplicates_removed=self.duplicates_removed,
+        )
+
     def to_json(self) -> str:
         """Return the contents of `index.json`."""
         totals = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
         return json.dumps({"format": _FORMAT, "version": VERSION, "totals": totals, **asdict(self)}, indent=1) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The source of text that a prepared folder was made from: its provenance, for the manifest of a run over it."""
+
+    path: str
+    """As in the config that was prepared."""
+    pinned: str | None
+    """Of a remote source: its path with the revision that was found."""
+    revision: str | None
+    """Of a remote source: its commit, if its store has such a thing."""
+    licences: tuple[str, ...]
+    files: int
+    bytes: int
+    """Of the files."""
+    sha256: str | None
+    """Of a remote source: `CatalogSource.contents`."""
+    text_field: str | None
+    """None: not recorded."""
+    where: str | None
+    bad_rows: int
+    """How many were skipped."""
+    duplicates_removed: int | None
+    """None: duplicates were not looked for."""
 
 
 def is_prepared(path: str) -> bool:
@@ -115,7 +173,7 @@ def load_index(folder: str) -> Index:
     """
     path = Path(folder) / INDEX_FILE
     try:
-        stat = path.stat()
+        contents = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{folder}: has no {INDEX_FILE}: either it was not prepared completely, then repeat the command `aurora "
@@ -123,14 +181,23 @@ def load_index(folder: str) -> Index:
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    return _load_index(str(path), stat.st_mtime_ns, stat.st_size)
+    return parse_index(str(path), contents)
 
 
 @lru_cache(maxsize=64)
-def _load_index(path: str, _mtime: int, _size: int) -> Index:
-    """Read an index once per version of it: every unit that a lane opens asks for it."""
+def parse_index(path: str, data: bytes) -> Index:
+    """Return what an index says, parsed once: every unit that a lane opens asks for it.
+
+    Args:
+        path: of the index, for messages.
+        data: the contents of the file.
+
+    Raises:
+        DataError: it is damaged or of another version.
+
+    """
     try:
-        contents = json.loads(Path(path).read_bytes())
+        contents = json.loads(data)
         if contents["format"] != _FORMAT:
             raise DataError(f"{path}: is not the index of prepared data: its format is {contents['format']!r}")
         if contents["version"] != VERSION:
@@ -139,10 +206,12 @@ def _load_index(path: str, _mtime: int, _size: int) -> Index:
             Shard(**{**{key.name: shard[key.name] for key in fields(Shard)}, "units": tuple(shard["units"])})
             for shard in contents["shards"]
         )
-        index = Index(**{**{key.name: contents[key.name] for key in fields(Index)}, "shards": shards})
+        known = [key.name for key in fields(Index) if key.name in contents or key.default_factory is MISSING]
+        index = Index(**{**{name: contents[name] for name in known}, "shards": shards})
+        index.origin  # noqa: B018 - damaged, it raises here
         if index.dtype not in ("uint16", "uint32"):
             raise DataError(f"{path}: dtype is {index.dtype!r}, expected uint16 or uint32")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read as the index of prepared data: {error!r}") from error
     for shard in index.shards:
         if sum(shard.units) != shard.documents:
@@ -157,14 +226,35 @@ def map_table(path: Path, documents: int) -> DocumentTable:
         DataError: the file is missing or has another size.
 
     """
-    return DocumentTable(*map_array(path, "<u8", 3 * documents).reshape(3, documents))
+    return _table(map_array(path, "<u8", 3 * documents))
+
+
+def map_open_table(file: BinaryIO, path: str, documents: int) -> DocumentTable:
+    """Map the documents of a shard from an open file; see `map_table`."""
+    return _table(map_open(file, path, "<u8", 3 * documents))
+
+
+def _table(numbers: Offsets) -> DocumentTable:
+    return DocumentTable(*numbers.reshape(3, -1)) if len(numbers) else DocumentTable(numbers, numbers, numbers)
 
 
 def map_array(path: Path, dtype: str, count: int, first: int = 0, total: int | None = None) -> npt.NDArray[Any]:
-    """Map `count` numbers of a file, from number `first` on, read-only.
+    """Map numbers of a file by its path; see `map_open`."""
+    try:
+        with path.open("rb") as file:
+            return map_open(file, str(path), dtype, count, first, total)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def map_open(
+    file: BinaryIO, path: str, dtype: str, count: int, first: int = 0, total: int | None = None
+) -> npt.NDArray[Any]:
+    """Map `count` numbers of an open file, from number `first` on, read-only. The map outlives the open file.
 
     Args:
-        path: the file.
+        file: the file, which must be on this machine.
+        path: its path, for messages.
         dtype: of the numbers.
         count: how many.
         first: the number to begin with.
@@ -177,7 +267,7 @@ def map_array(path: Path, dtype: str, count: int, first: int = 0, total: int | N
     width = np.dtype(dtype).itemsize
     expected = (first + count if total is None else total) * width
     try:
-        size = path.stat().st_size
+        size = os.fstat(file.fileno()).st_size
         if size != expected:
             raise DataError(f"{path}: has {size} bytes, expected {expected}: the file has changed; restore it")
         if not count:
@@ -185,8 +275,7 @@ def map_array(path: Path, dtype: str, count: int, first: int = 0, total: int | N
         # Not np.memmap: creating and slicing its objects is several times slower.
         begin = first * width // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         skipped = first * width - begin
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), skipped + count * width, access=mmap.ACCESS_READ, offset=begin)
+        mapped = mmap.mmap(file.fileno(), skipped + count * width, access=mmap.ACCESS_READ, offset=begin)
         return np.frombuffer(mapped, dtype, count, skipped)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error

@@ -1,19 +1,23 @@
-"""Parts: the tokens of consecutive read units, written by one worker in one go.
+"""Parts: the tokens of consecutive read units, each written by a single worker.
 
     00000.tokens               token ids of all documents, each followed by the separator
+    00000.bad.json             the rows that were skipped, if there are any
     00000.npz                  written last: `PartTable`, and the number of documents of each read unit
 
-A part that exists is complete. Parts are an intermediate form: `assembly` makes shards of them and deletes them.
+A part whose table exists is complete. Parts are an intermediate form, from which `assembly` makes the shards.
 """
 
 import hashlib
+import json
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Generator, Iterator
+import threading
+import time
+from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -25,12 +29,15 @@ from pretrain.data.bad_rows import BadRow, BadRowBudget
 from pretrain.data.errors import DataError
 from pretrain.data.formats import read_unit
 from pretrain.data.packing import REFILL_BYTES
+from pretrain.data.sources.retries import set_patience
 from pretrain.data.split import Hashes, text_hash
 from pretrain.data.tokenizer import DocumentEncoder
 from pretrain.data.units import Unit
-from pretrain.files import replacing
+from pretrain.files import replace_text, replacing
 
 _READ_AHEAD_BYTES = 4 << 20
+_PARENT_SECONDS = 0.2
+"""How often a worker looks for its parent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,7 @@ class Part:
     source: int
     units: tuple[Unit, ...]
     bytes: int
-    """Of the files, as far as the units cover them; an estimate."""
+    """Size of what the units cover of their files; an estimate."""
 
 
 class PartTable(NamedTuple):
@@ -55,7 +62,7 @@ class PartTable(NamedTuple):
     hashes: Hashes
     """`text_hash`."""
     keys: Hashes
-    """A second hash: texts whose two hashes are equal count as equal."""
+    """A second hash of the text; texts with the same two hashes count as equal."""
     units: npt.NDArray[np.uint64]
     """[read units], the number of documents of each."""
 
@@ -68,7 +75,7 @@ class Encoding:
     tokenizer: TokenizerConfig
     dtype: str
     max_bad_rows: int = 0
-    """Bad rows that are left out of a part; one more is an error."""
+    """Bad rows that may be skipped in all parts together; one more is an error."""
 
     def tokens_file(self, part: int) -> Path:
         """Path of the tokens of a part."""
@@ -78,43 +85,61 @@ class Encoding:
         """Path of the table of a part, whose existence shows that the part is complete."""
         return self.folder / f"{part:05d}.npz"
 
+    def bad_rows_file(self, part: int) -> Path:
+        """Path of the list of the rows of a part that were skipped; there is no file if there are none."""
+        return self.folder / f"{part:05d}.bad.json"
+
+    def bad_rows(self, part: int) -> list[BadRow]:
+        """Load the rows of a complete part that were skipped."""
+        file = self.bad_rows_file(part)
+        return [BadRow(**row) for row in json.loads(file.read_bytes())] if file.is_file() else []
+
     def table(self, part: int) -> PartTable:
         """Load the table of a part."""
         with np.load(self.table_file(part)) as arrays:
             return PartTable(**{name: arrays[name] for name in PartTable._fields})
 
 
-def write_part(part: Part, encoding: Encoding, encoder: DocumentEncoder) -> Iterator[None]:
-    """Write a part; yields from time to time.
+def write_part(part: Part, encoding: Encoding, encoder: DocumentEncoder, spent: int = 0) -> None:
+    """Write a part.
+
+    Args:
+        part: what to read.
+        encoding: how and where to.
+        encoder: the tokenizer.
+        spent: bad rows that were skipped in other parts.
 
     Raises:
-        DataError: see `read_unit` and `DocumentEncoder.encode`.
+        DataError: see `read_unit` and `DocumentEncoder.encode`; or there are too many bad rows.
 
     """
     columns: tuple[list[int], ...] = ([], [], [], [], [])
     units: list[int] = []
-    budget = BadRowBudget(encoding.max_bad_rows)
+    budget = BadRowBudget(encoding.max_bad_rows, spent)
+    skipped: list[BadRow] = []
     with replacing(encoding.tokens_file(part.number)) as partial, partial.open("wb") as file:
         for unit in part.units:
             before = len(columns[0])
-            with closing(_batches(unit, budget)) as batches:
+            with closing(_batches(unit, budget, skipped)) as batches:
                 for texts in batches:
                     _append(file, texts, columns, encoding.dtype, encoder)
-                    yield
             units.append(len(columns[0]) - before)
         file.flush()
+    if skipped:
+        replace_text(encoding.bad_rows_file(part.number), json.dumps([asdict(row) for row in skipped]))
     table = PartTable(*(np.array(column, np.uint64) for column in (*columns, units)))
     with replacing(encoding.table_file(part.number)) as partial, partial.open("wb") as file:
         np.savez(file, **table._asdict())
 
 
-def _batches(unit: Unit, budget: BadRowBudget) -> Generator[list[str]]:
-    """Yield the texts of a unit, about `REFILL_BYTES` at a time."""
+def _batches(unit: Unit, budget: BadRowBudget, skipped: list[BadRow]) -> Generator[list[str]]:
+    """Yield the texts of a unit, about `REFILL_BYTES` at a time; add its bad rows to `skipped`."""
     texts: list[str] = []
     size = 0
     for _, text in read_unit(unit, 0, _READ_AHEAD_BYTES):
         if isinstance(text, BadRow):
             budget.spend(text)
+            skipped.append(text)
         elif text:
             texts.append(text)
             size += len(text)
@@ -139,10 +164,14 @@ def _append(
 
 
 def main() -> None:
-    """Run a worker: read the encoding and then parts from standard input; answer each with None, or with its error.
+    """Run a worker: read the encoding, how long to wait for servers, and then parts, each with the bad
+    rows of others, from standard input.
 
-    While a part is written, True is sent from time to time: if nobody reads it any more, the worker ends.
+    Each part is answered with None, or with its error.
+
+    The worker ends when its parent does, even while it waits for a server.
     """
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the main process decides when to stop
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
@@ -153,13 +182,15 @@ def main() -> None:
         pipe.flush()
 
     try:
-        encoding: Encoding = pickle.load(sys.stdin.buffer)
+        encoding: Encoding
+        encoding, limits = pickle.load(sys.stdin.buffer)
+        set_patience(limits)
         encoder = DocumentEncoder.load(encoding.tokenizer)
         while True:
-            part: Part = pickle.load(sys.stdin.buffer)
+            part: Part
+            part, spent = pickle.load(sys.stdin.buffer)
             try:
-                for _ in write_part(part, encoding, encoder):
-                    send(True)
+                write_part(part, encoding, encoder, spent)
                 send(None)
             except (DataError, OSError) as error:
                 if isinstance(error, BrokenPipeError):
@@ -167,3 +198,10 @@ def main() -> None:
                 send(error)
     except (EOFError, BrokenPipeError):
         os._exit(0)  # there is no more work, or nobody who wants it
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_SECONDS)
+    os._exit(0)

@@ -2,7 +2,7 @@
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,36 +10,39 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.cache import CachedFile, open_file
 from pretrain.data.errors import DataError
 from pretrain.data.prepared import speedrun
 from pretrain.data.prepared.layout import (
     DOCUMENTS_SUFFIX,
+    INDEX_FILE,
     TOKENS_SUFFIX,
     DocumentTable,
     Index,
     Shard,
+    TokenizerNeeds,
     is_prepared,
     load_index,
     map_array,
-    map_table,
+    map_open,
+    map_open_table,
+    parse_index,
 )
 from pretrain.data.prepared.runs import TokenRun, token_runs
+from pretrain.data.sources import size_of
 from pretrain.data.split import Split, chosen
-from pretrain.data.units import Unit
+from pretrain.data.units import DataFile, Unit
 
 TokenBytes = Callable[[], npt.NDArray[np.uint32]]
 """Returns the UTF-8 bytes of each token of the run's tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerNeeds:
-    """The tokenizer that the tokens of a source were made with."""
+class CachedShard(CachedFile):
+    """The tokens of a remote shard that is read through a cache, where its other files do not lie next to it."""
 
-    sha256: str | None
-    """Of the `tokenizer.json`; None: not recorded."""
-    eos_id: int
-    rows: int | None
-    """Rows of its vocabulary; None: that of the tokenizer with the digest."""
+    documents: DataFile | None = None
+    index: DataFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def token_source(path: str) -> TokenSource | None:
         if not names:
             raise DataError(f"{path}: no such file, and no file matches it as a pattern")
         files = tuple(_speedrun_file(name) for name in names)
-        return TokenSource(files, (), (), TokenizerNeeds(None, speedrun.SEPARATOR, speedrun.VOCABULARY))
+        return TokenSource(files, (), (), speedrun.NEEDS)
     if path.endswith(TOKENS_SUFFIX):
         raise DataError(f"{path}: name the prepared folder that holds this shard, not the shard")
     return None
@@ -109,15 +112,14 @@ def _check_sizes(path: str, shard: Shard, dtype: str) -> None:
 
 
 def _speedrun_file(path: str) -> TokenFile:
-    tokens = speedrun.count_tokens(path)
-    starts = range(0, tokens, speedrun.UNIT_TOKENS)
-    size = Path(path).stat().st_size
-    with open(path, "rb") as file:
+    with open_file(DataFile(path)) as file:
+        size = size_of(file)
+        units = speedrun.unit_tokens(file, path)
+        file.seek(0)
         digest = hashlib.sha256(file.read(1 << 20))
         file.seek(max(0, size - (1 << 20)))
         digest.update(file.read(1 << 20))
     digest.update(str(size).encode())
-    units = tuple(min(speedrun.UNIT_TOKENS, tokens - start) for start in starts)
     return TokenFile(path, size, units, digest.hexdigest())
 
 
@@ -138,7 +140,8 @@ def read_runs(unit: Unit, first_row: int, fraction: float, split: Split, token_b
 
     """
     if unit.file.path.endswith(speedrun.SUFFIX):
-        tokens, ends = speedrun.read_window(unit.file.path, unit.row_group or 0)
+        with open_file(unit.file) as file:
+            tokens, ends = speedrun.read_window(file, unit.file.path, unit.row_group or 0)
         if not len(ends):
             return
         table = speedrun.document_table(tokens, ends, token_bytes())
@@ -156,21 +159,59 @@ def read_runs(unit: Unit, first_row: int, fraction: float, split: Split, token_b
 
 def _unit_of_shard(unit: Unit) -> tuple[npt.NDArray[Any], DocumentTable]:
     """Map the tokens and the documents of a unit."""
-    path = Path(unit.file.path)
-    index = load_index(str(path.parent))
-    shard = next((shard for shard in index.shards if shard.name == path.stem), None)
-    number = unit.row_group or 0
+    name, number = Path(unit.file.path).stem, unit.row_group or 0
+    documents, _ = _companions(unit.file)
+    index = index_of(unit.file)
+    shard = next((shard for shard in index.shards if shard.name == name), None)
     if shard is None or number >= len(shard.units) or shard.units[number] != unit.rows:
-        raise DataError(f"{path}: is not the shard that the run was started with: restore it, or start a new run")
+        raise DataError(
+            f"{unit.file.path}: is not the shard that the run was started with: restore it, or start a new run"
+        )
     begin = sum(shard.units[:number])
     rows = slice(begin, begin + shard.units[number])
-    table = map_table(path.with_suffix(DOCUMENTS_SUFFIX), shard.documents)
+    with open_file(documents) as file:
+        table = map_open_table(file, documents.path, shard.documents)
     first = int(table.ends[begin - 1]) if begin else 0
     size = int(table.text_bytes[begin - 1]) if begin else 0
     end = int(table.ends[rows.stop - 1]) if rows.stop > begin else first
     if not first <= end <= shard.tokens:
-        raise DataError(f"{path.with_suffix(DOCUMENTS_SUFFIX)}: is damaged: the borders of its documents do not fit")
-    tokens = map_array(path, index.dtype, end - first, first, shard.tokens)
+        raise DataError(f"{documents.path}: is damaged: the borders of its documents do not fit")
+    with open_file(unit.file) as file:
+        tokens = map_open(file, unit.file.path, index.dtype, end - first, first, shard.tokens)
     return tokens, DocumentTable(
         table.ends[rows] - np.uint64(first), table.text_bytes[rows] - np.uint64(size), table.hashes[rows]
     )
+
+
+def index_of(tokens: DataFile) -> Index:
+    """Return the index that lists a shard.
+
+    Raises:
+        DataError: it is missing or damaged.
+
+    """
+    _, found = _companions(tokens)
+    with open_file(found) as file:
+        return parse_index(found.path, file.read())
+
+
+def _companions(tokens: DataFile) -> tuple[DataFile, DataFile]:
+    """The documents of a shard, and the index that lists it."""
+    if isinstance(tokens, CachedShard) and tokens.documents and tokens.index:
+        return tokens.documents, tokens.index
+    path = Path(tokens.path)
+    return DataFile(str(path.with_suffix(DOCUMENTS_SUFFIX))), DataFile(str(path.with_name(INDEX_FILE)))
+
+
+def cached_shards(files: Sequence[CachedFile]) -> list[CachedFile]:
+    """Tell each shard of a source that is read through a cache where its other files are."""
+    by_path = {file.path: file for file in files}
+
+    def complete(file: CachedFile) -> CachedFile:
+        if not file.path.endswith(TOKENS_SUFFIX):
+            return file
+        documents = by_path.get(file.path.removesuffix(TOKENS_SUFFIX) + DOCUMENTS_SUFFIX)
+        index = by_path.get(f"{file.path.rpartition('/')[0]}/{INDEX_FILE}")
+        return CachedShard(file.path, file.bytes, file.etag, file.sha256, file.cache, documents, index)
+
+    return [complete(file) for file in files]

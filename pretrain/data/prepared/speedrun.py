@@ -8,39 +8,47 @@ A unit is a window of 2^20 tokens: its documents are those that begin in the win
 """
 
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.errors import DataError
-from pretrain.data.prepared.layout import DocumentTable, map_array
-from pretrain.data.sources.local import regular_file
+from pretrain.data.prepared.layout import DocumentTable, TokenizerNeeds, map_open
+from pretrain.data.sources import size_of
 from pretrain.data.split import Hashes, text_hash
 
 SUFFIX = ".bin"
 SEPARATOR = 50256
 VOCABULARY = 50257
+NEEDS = TokenizerNeeds(None, SEPARATOR, VOCABULARY)
 UNIT_TOKENS = 1 << 20
 _MAGIC, _VERSION = 20240520, 1
+_LLAMA3_MAGIC = 20240801  # https://github.com/karpathy/llm.c, dev/data/data_common.py
 _HEADER_BYTES = 1024
 
 
-def count_tokens(path: str) -> int:
-    """Return the number of tokens of a file, from its header.
+def unit_tokens(file: BinaryIO, path: str) -> tuple[int, ...]:
+    """Return the number of tokens of each unit of an open file; see `count_tokens`."""
+    tokens = count_tokens(file, path)
+    return tuple(min(UNIT_TOKENS, tokens - start) for start in range(0, tokens, UNIT_TOKENS))
+
+
+def count_tokens(file: BinaryIO, path: str) -> int:
+    """Return the number of tokens of an open file, from its header.
 
     Raises:
         DataError: it cannot be read, or is not such a file.
 
     """
-    size = regular_file(path).bytes
     try:
-        with open(path, "rb") as file:
-            header = np.frombuffer(file.read(12), "<i4")
-    except (OSError, ValueError) as error:
+        size = size_of(file)
+        header = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4")
+    except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    if len(header) < 3 or header[0] != _MAGIC:
+    if header[0] == _LLAMA3_MAGIC:
+        raise DataError(f"{path}: holds tokens of 32 bits (Llama 3's): only shards with GPT-2's tokens can be read")
+    if header[0] != _MAGIC:
         raise DataError(f"{path}: is not a token shard of the speedrun: it does not begin with {_MAGIC}")
     if header[1] != _VERSION:
         raise DataError(f"{path}: is a token shard of version {header[1]}, expected {_VERSION}")
@@ -50,17 +58,22 @@ def count_tokens(path: str) -> int:
     return tokens
 
 
-def read_window(path: str, window: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64]]:
+def read_window(file: BinaryIO, path: str, window: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64]]:
     """Return the tokens of a unit, and the index of the first token after each of its documents and its separator.
 
     Documents may be empty: of those there is only the separator.
 
+    Args:
+        file: open, on this machine.
+        path: its path, for messages.
+        window: the number of the unit.
+
     Raises:
-        DataError: see `count_tokens`.
+        DataError: see `count_tokens`; or a token is not GPT-2's.
 
     """
-    total = count_tokens(path)
-    tokens = map_array(Path(path), "<u2", total, _HEADER_BYTES // 2)
+    total = count_tokens(file, path)
+    tokens = map_open(file, path, "<u2", total, _HEADER_BYTES // 2)
     low, high = window * UNIT_TOKENS, min((window + 1) * UNIT_TOKENS, total)
     first = low and _next_separator(tokens, low - 1) + 1  # where the first document of the window begins
     if first >= high:
@@ -69,6 +82,11 @@ def read_window(path: str, window: int) -> tuple[npt.NDArray[Any], npt.NDArray[n
     last = first + (int(ends[-1]) if len(ends) else 0)  # where the last document begins
     end = _next_separator(tokens, last) + 1
     own = tokens[first : min(end, total)]
+    if (largest := int(own.max())) >= VOCABULARY:
+        raise DataError(
+            f"{path}: holds the token {largest}, but GPT-2's last one is {VOCABULARY - 1}: the file is damaged, or was "
+            "made with another tokenizer"
+        )
     if end > total:  # the last document of a file has no separator behind it
         own = np.append(own, tokens.dtype.type(SEPARATOR))
     return own, np.append(ends, end - first).astype(np.uint64)

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub: `hf://datasets/ORG/NAME@REVISION/PATH`.
+"""Data sets of the Hugging Face Hub, `hf://datasets/ORG/NAME@REVISION/PATH`, and files of models, `hf://ORG/NAME@...`.
 
 The server is that of HF_ENDPOINT and the token that of HF_TOKEN, as for every program of the Hub. Requests, headers
 and errors are those of huggingface_hub, but not its retries: they give up after a minute, and its listing would begin
@@ -19,7 +19,16 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
 from pretrain.data.errors import DataError
-from pretrain.data.sources.http import Address, client, open_url, origin, reason, request_timeout, transient
+from pretrain.data.sources.http import (
+    Address,
+    client,
+    describe,
+    open_url,
+    origin,
+    reason,
+    request_timeout,
+    transient,
+)
 from pretrain.data.sources.names import Pattern, choose
 from pretrain.data.sources.retries import TransientError, retrying
 from pretrain.data.sources.secrets import redact
@@ -28,7 +37,7 @@ from pretrain.data.units import DataFile
 T = TypeVar("T")
 
 _PATH = re.compile(
-    r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
+    r"hf://(?P<kind>datasets/)?(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -42,6 +51,8 @@ class HubPath:
     """None: the default branch."""
     path: str
     """A file, a folder or a glob in the repository; empty: all of it."""
+    kind: str = "datasets"
+    """`datasets` or `models`, as the Hub's API calls them."""
 
     @classmethod
     def parse(cls, url: str) -> "HubPath":
@@ -53,20 +64,34 @@ class HubPath:
         """
         found = _PATH.fullmatch(url)
         if not found:
-            raise DataError(
-                f"{redact(url)}: expected hf://datasets/ORG/NAME@REVISION/PATH, PATH being a file, a folder or a glob"
-            )
+            raise _unexpected(url)
         revision = found["revision"]
-        return cls(found["repository"], unquote(revision) if revision else None, (found["path"] or "").strip("/"))
+        path = (found["path"] or "").strip("/")
+        kind = "datasets" if found["kind"] else "models"
+        return cls(found["repository"], unquote(revision) if revision else None, path, kind)
 
     def __str__(self) -> str:
         revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
-        return f"hf://datasets/{self.repository}{revision}" + (f"/{self.path}" if self.path else "")
+        kind = "datasets/" if self.kind == "datasets" else ""
+        return f"hf://{kind}{self.repository}{revision}" + (f"/{self.path}" if self.path else "")
+
+
+def _unexpected(url: str) -> DataError:
+    return DataError(
+        f"{redact(url)}: expected hf://datasets/ORG/NAME@REVISION/PATH, PATH being a file, a folder or a glob"
+    )
+
+
+def is_commit(revision: str) -> bool:
+    """Return whether a revision is a commit, which cannot move."""
+    return _COMMIT.fullmatch(revision) is not None
 
 
 def list_hub(url: str, suffixes: tuple[str, ...]) -> list[DataFile]:
     """List the files of a path on the Hub; their paths name the commit that the revision stands for now."""
     asked = HubPath.parse(url)
+    if asked.kind != "datasets":
+        raise _unexpected(url)
     pinned = HubPath(asked.repository, commit_of(asked), asked.path)
     found = {file.path: file for file in _files(pinned)}
     if not found:
@@ -84,10 +109,10 @@ def list_hub(url: str, suffixes: tuple[str, ...]) -> list[DataFile]:
 
 def commit_of(path: HubPath) -> str:
     """The commit that a revision stands for; a commit stands for itself."""
-    if path.revision and _COMMIT.fullmatch(path.revision):
+    if path.revision and is_commit(path.revision):
         return path.revision
     revision = f"/revision/{quote(path.revision, safe='')}" if path.revision else ""
-    commit = _get(path, f"{_endpoint()}/api/datasets/{path.repository}{revision}")[0].get("sha")
+    commit = _get(path, f"{_endpoint()}/api/{path.kind}/{path.repository}{revision}")[0].get("sha")
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise DataError(f"{path}: the Hub does not say which commit this revision is")
     return commit
@@ -104,11 +129,20 @@ def licences_of(url: str) -> tuple[str, ...]:
 
 def open_hub(data: DataFile) -> BinaryIO:
     """Open a file of the Hub by its pinned path."""
-    path = HubPath.parse(data.path)
-    url = hf_hub_url(
-        path.repository, path.path, repo_type="dataset", revision=path.revision or "main", endpoint=_endpoint()
-    )
-    return open_url(data, Address(url, build_hf_headers, lambda response: _advice(response)))
+    return open_url(data, _address(HubPath.parse(data.path)))
+
+
+def describe_hub(path: HubPath) -> DataFile:
+    """Ask the Hub for the size and the version of a file, without listing its folder."""
+    found = describe(str(path), _address(path))
+    is_sha256 = found.etag is not None and re.fullmatch(r"[0-9a-f]{64}", found.etag)
+    return DataFile(found.path, found.bytes, found.etag, found.etag if is_sha256 else None)
+
+
+def _address(path: HubPath) -> Address:
+    kind = path.kind.removesuffix("s")
+    url = hf_hub_url(path.repository, path.path, repo_type=kind, revision=path.revision or "main", endpoint=_endpoint())
+    return Address(url, build_hf_headers, _advice)
 
 
 def _endpoint() -> str:
@@ -197,9 +231,9 @@ def _advice(response: httpx2.Response) -> str:
     """What to do about a refusal of the Hub."""
     code, status = _error_code(response), response.status_code
     if code == "GatedRepo" or status == 403:
-        return "access is restricted: accept the terms on the page of the data set, and set HF_TOKEN"
+        return "access is restricted: accept the terms on its page on the Hub, and set HF_TOKEN"
     if status == 401 or code == "RepoNotFound":
-        return "no such data set, or it is private: check the name, and set HF_TOKEN to a token that may read it"
+        return "no such repository, or it is private: check the name, and set HF_TOKEN to a token that may read it"
     if code == "RevisionNotFound":
         return "no such revision: it may have been removed; choose another one"
     return "no such file at this revision" if status == 404 else "check the path"
