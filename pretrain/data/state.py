@@ -20,7 +20,8 @@ class LaneState(TypedDict):
     row: int
     """Row of the unit, counted from 0; may be one past the last."""
     token: int
-    """Index of the token in the document of that row."""
+    """Index of the token in the document of that row. With best-fit packing, the position is the beginning of a window
+    of documents, and this the number of its sequences that have been batched."""
 
 
 class SourceState(TypedDict):

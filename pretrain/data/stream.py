@@ -27,12 +27,13 @@ import torch.distributed as dist
 from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data.bad_rows import BadRow, too_many
 from pretrain.data.batch import TokenBatch
+from pretrain.data.best_fit import BestFitLane
 from pretrain.data.catalog import Catalog, make_catalog, tokenizer_problems
 from pretrain.data.documents import Cursor
 from pretrain.data.errors import DataError
 from pretrain.data.mixture import Schedule
 from pretrain.data.order import make_plan
-from pretrain.data.packing import ReaderTask, RingTask
+from pretrain.data.packing import Lane, ReaderTask, RingTask
 from pretrain.data.rings import RingPosition, RingQueues, take_turns
 from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.state import STATE_VERSION, LaneState, StreamState, cursors_of, initial_state, read_state
@@ -114,6 +115,9 @@ class TokenStream:
         if problems := tokenizer_problems(catalog, loaded, tokenizer):
             raise DataError("\n".join(problems))
         self._sequence_length = sequence_length
+        # The validation split is packed in one way for all runs, so that their losses can be compared.
+        best_fit = config.packing == "best_fit" and split == "train"
+        self._lane_class: type[Lane] = BestFitLane if best_fit else Lane
         self._ranks = Ranks(group.rank(), group.size(), group) if group else Ranks()
         self._failure: BaseException | None = None
 
@@ -150,7 +154,7 @@ class TokenStream:
                     tasks[index] = RingTask(position.epoch, ring, {lane: cursors[lane] for lane in lanes})
             if not tasks:
                 continue
-            task = ReaderTask(self._plan, tokenizer, self._sequence_length, tasks)
+            task = ReaderTask(self._plan, tokenizer, self._sequence_length, tasks, self._lane_class)
             reader = WorkerReader(task) if workers else InlineReader(task)
             self._readers.append(reader)
             for index, ring_task in tasks.items():
