@@ -178,8 +178,9 @@ class DataConfig(Section):
     Language Modeling" (2024)."""
 
     document_mask: bool = False
-    """Whether a token attends to its own document only, instead of everything before it in the sequence. This passes
-    an explicit mask, so the fused causal attention kernel cannot be used."""
+    """Whether a token attends to its own document only, instead of everything before it in the sequence. Needs
+    less time and memory than attention over the whole sequence, since the attention between documents is not computed;
+    see `train.document_attention`."""
 
     reset_positions: bool = False
     """Whether rotary positions start at 0 in each document, instead of once per sequence."""
