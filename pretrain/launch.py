@@ -53,7 +53,7 @@ from pretrain.run.inputs import Inputs, check_inputs
 from pretrain.run.manifest import git_commit, write_manifest
 from pretrain.run.resume import choose_checkpoint, rewind
 from pretrain.run.wandb import make_tracker
-from pretrain.training.epochs import EpochNotices
+from pretrain.training.epochs import EpochNotices, packing_lines
 from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
 from pretrain.training.trainer import Trainer, TrainState
@@ -174,6 +174,8 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
             except BadRowsError as error:
                 setup.folder.allow_repair(error.path)
                 raise
+    for line in packing_lines(trainer.stream.progress()):
+        display.say(line)
     if outcome == "stopped":
         display.say(f"stopped after step {state.step}; start the same command again to continue")
         return STOPPED

@@ -221,13 +221,14 @@ class BestFitLane(Lane):
     def _build(self, pieces: list[Piece]) -> PackedSequence:
         """Put a sequence together."""
         tokens: Tokens = np.full(self._task.sequence_length + 1, self._encoder.eos_id, dtype=np.int32)
-        length, documents, text_bytes = 0, 0, 0
+        length, documents, text_bytes, cut = 0, 0, 0, 0
         bad_rows: tuple[BadRow, ...] = ()
         for piece in pieces:
             document = self._documents_of_window[piece.document]
             run, begin, end = document.run, document.begin + piece.begin, document.begin + piece.end
             if not piece.begin:
                 bad_rows += document.skipped
+                cut += end < document.end
             elif not length:
                 tokens[0] = run.tokens[begin - 1]
             tokens[length + 1 : length + 1 + end - begin] = run.tokens[begin:end]
@@ -235,4 +236,4 @@ class BestFitLane(Lane):
             before, after = run.before(begin), run.before(end)
             documents += after[0] - before[0]
             text_bytes += after[1] - before[1]
-        return PackedSequence(self._lane, tokens, length, text_bytes, documents, bad_rows, self._cursor)
+        return PackedSequence(self._lane, tokens, length, text_bytes, documents, bad_rows, self._cursor, cut)

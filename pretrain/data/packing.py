@@ -53,6 +53,8 @@ class PackedSequence(NamedTuple):
     """Rows that were skipped before the documents that begin here, in the first epoch."""
     cursor: Cursor
     """The first token that is not yet a target."""
+    cut: int = 0
+    """Documents that begin here and are longer than a sequence; counted by best-fit packing only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class RingPosition:
     documents: int
     text_bytes: int
     bad_rows: int
+    cut_documents: int
     whole_epoch: bool
     """Whether this epoch is read from its beginning; not after a resume."""
     epoch_sequences: int = 0
@@ -46,13 +47,14 @@ class RingPosition:
             documents=saved["documents"],
             text_bytes=saved["text_bytes"],
             bad_rows=saved["bad_rows"],
+            cut_documents=saved.get("cut_documents", 0),
             whole_epoch=not resumed,
         )
 
     def state(self, lanes: list[LaneState]) -> SourceState:
         """Return what is saved, with the positions of its lanes."""
         first = self.ring.lanes.start
-        return SourceState(
+        state = SourceState(
             epoch=self.epoch,
             next_lane=self.turns[0] - first if self.turns else 0,
             left=[lane - first for lane in self.ring.lanes if lane not in set(self.turns)],
@@ -63,6 +65,9 @@ class RingPosition:
             text_bytes=self.text_bytes,
             bad_rows=self.bad_rows,
         )
+        if self.cut_documents:
+            state["cut_documents"] = self.cut_documents
+        return state
 
     def copy(self) -> Self:
         """Return an independent position."""
@@ -79,8 +84,9 @@ class RingPosition:
         self.whole_epoch, self.epoch_sequences = True, 0
         self.turns.extend(() if self.ended else self.ring.lanes)
 
-    def count(self, length: int, text_bytes: int, documents: int, bad_rows: int) -> None:
+    def count(self, length: int, text_bytes: int, documents: int, bad_rows: int, cut: int) -> None:
         """Count a sequence."""
+        self.cut_documents += cut
         self.sequences += 1
         self.tokens += length
         self.text_bytes += text_bytes

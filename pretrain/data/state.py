@@ -1,6 +1,6 @@
 """The saved position of a stream."""
 
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from pretrain.data.documents import Cursor
 from pretrain.data.errors import DataError
@@ -44,6 +44,8 @@ class SourceState(TypedDict):
     """UTF-8 bytes of the text in those sequences."""
     bad_rows: int
     """Rows that were skipped before those documents, in the first epoch."""
+    cut_documents: NotRequired[int]
+    """Documents that best-fit packing had to cut, counted in each epoch; absent if there are none."""
 
 
 class StreamState(TypedDict):

@@ -64,6 +64,10 @@ class SourceProgress:
     """UTF-8 bytes."""
     bad_rows: int
     """Rows that were skipped, in the first epoch."""
+    padding: int
+    """Positions of those sequences that are not targets. Except in a finite stream, only best-fit packing pads."""
+    cut_documents: int
+    """Documents longer than a sequence, which best-fit packing had to cut, counted in each epoch; else 0."""
 
 
 class TokenStream:
@@ -186,6 +190,8 @@ class TokenStream:
                 ring.documents,
                 ring.text_bytes,
                 ring.bad_rows,
+                ring.sequences * self._sequence_length - ring.tokens,
+                ring.cut_documents,
             )
             for ring in self._rings
         }
@@ -315,8 +321,8 @@ class TokenStream:
         """
         width = self._sequence_length + 1
         table = torch.zeros(
-            len(rows), width + 4, dtype=torch.int32
-        )  # tokens, length, bytes of text, documents, bad rows
+            len(rows), width + 5, dtype=torch.int32
+        )  # tokens, length, bytes of text, documents, bad rows, cut documents
         view = table.numpy()
         cursors: dict[int, Cursor] = {}
         bad: list[BadRow] = []
@@ -325,7 +331,7 @@ class TokenStream:
                 sequence = self._queues[lane].take(lane)
                 view[row, :width] = sequence.tokens
                 bad_rows = sum(bad.rows for bad in sequence.bad_rows)
-                view[row, width:] = sequence.length, sequence.text_bytes, sequence.documents, bad_rows
+                view[row, width:] = sequence.length, sequence.text_bytes, sequence.documents, bad_rows, sequence.cut
                 bad += sequence.bad_rows
                 cursors[lane] = sequence.cursor
         self._all_reduce(table)

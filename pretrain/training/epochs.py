@@ -1,8 +1,10 @@
-"""Lines for the display when a source begins an epoch or ends, or the mixture changes."""
+"""Lines for the display when a source begins an epoch or ends, or the mixture changes, and about packing."""
 
 from __future__ import annotations
 
-from pretrain.data import TokenStream
+from collections.abc import Mapping
+
+from pretrain.data import SourceProgress, TokenStream
 
 
 class EpochNotices:
@@ -28,9 +30,21 @@ class EpochNotices:
                 found.append(f"source {name}: has ended after {epochs} epochs (max_epochs), at step {step}")
             else:
                 found.append(f"source {name}: epoch {epochs + 1} begins at step {step}")
+            found += packing_lines({name: source})
         if self._stage != stage_before:
             found.append(f"stage {self._stage + 1} of the mixture has been reached at step {step}")
         return found
 
     def _read(self) -> tuple[dict[str, int], int]:
         return {name: source.epochs for name, source in self._stream.progress().items()}, self._stream.stage
+
+
+def packing_lines(sources: Mapping[str, SourceProgress]) -> list[str]:
+    """Return what best-fit packing has padded and cut so far, one line for each source that has been read."""
+    return [
+        f"source {name}: best-fit packing has padded {source.padding / (source.padding + source.tokens):.2%} of "
+        f"{source.sequences:,} sequences, and cut {source.cut_documents:,} of {source.documents:,} documents, which "
+        "are longer than a sequence"
+        for name, source in sources.items()
+        if source.padding or source.cut_documents
+    ]

@@ -232,7 +232,7 @@ def _leg(
 
 
 def test_a_real_worker_reads_the_same(setting: Setting) -> None:
-    stream = setting.open(workers=2)
+    stream = setting.open(workers=1)
     try:
         assert rows(drain(stream, 9, limit=4)) == expected_rows(setting)[:36]
     finally:
