@@ -174,7 +174,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
             except BadRowsError as error:
                 setup.folder.allow_repair(error.path)
                 raise
-    for line in packing_lines(trainer.stream.progress()):
+    for line in packing_lines(trainer.stream):
         display.say(line)
     if outcome == "stopped":
         display.say(f"stopped after step {state.step}; start the same command again to continue")

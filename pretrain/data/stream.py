@@ -120,8 +120,9 @@ class TokenStream:
             raise DataError("\n".join(problems))
         self._sequence_length = sequence_length
         # The validation split is packed in one way for all runs, so that their losses can be compared.
-        best_fit = config.packing == "best_fit" and split == "train"
-        self._lane_class: type[Lane] = BestFitLane if best_fit else Lane
+        self.packing = config.packing if split == "train" else "concatenate"
+        lane_classes: dict[str, type[Lane]] = {"concatenate": Lane, "best_fit": BestFitLane}
+        self._lane_class = lane_classes[self.packing]
         self._ranks = Ranks(group.rank(), group.size(), group) if group else Ranks()
         self._failure: BaseException | None = None
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from pretrain.data import SourceProgress, TokenStream
+from pretrain.data import TokenStream
 
 
 class EpochNotices:
@@ -30,7 +28,7 @@ class EpochNotices:
                 found.append(f"source {name}: has ended after {epochs} epochs (max_epochs), at step {step}")
             else:
                 found.append(f"source {name}: epoch {epochs + 1} begins at step {step}")
-            found += packing_lines({name: source})
+            found += packing_lines(self._stream, name)
         if self._stage != stage_before:
             found.append(f"stage {self._stage + 1} of the mixture has been reached at step {step}")
         return found
@@ -39,12 +37,19 @@ class EpochNotices:
         return {name: source.epochs for name, source in self._stream.progress().items()}, self._stream.stage
 
 
-def packing_lines(sources: Mapping[str, SourceProgress]) -> list[str]:
-    """Return what best-fit packing has padded and cut so far, one line for each source that has been read."""
+def packing_lines(stream: TokenStream, *names: str) -> list[str]:
+    """Return what best-fit packing has padded and cut so far, one line for each source that has been read.
+
+    Args:
+        stream: the stream.
+        names: the sources to report; none: all.
+    """
+    if stream.packing != "best_fit":
+        return []
     return [
         f"source {name}: best-fit packing has padded {source.padding / (source.padding + source.tokens):.2%} of "
         f"{source.sequences:,} sequences, and cut {source.cut_documents:,} of {source.documents:,} documents, which "
         "are longer than a sequence"
-        for name, source in sources.items()
-        if source.padding or source.cut_documents
+        for name, source in stream.progress().items()
+        if source.sequences and (not names or name in names)
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.config import parse_config
+from pretrain.config import parse_config, parse_stored_config
 from pretrain.launch import train
 from pretrain.run.folder import RunError
 from tests.conftest import SPEEDRUN, TINY, merged
@@ -96,9 +96,20 @@ def test_a_run_cannot_change_its_packing(tmp_path: Path) -> None:
 
 
 def test_dense_masks_give_the_same_training(tmp_path: Path) -> None:
-    """And a run that goes on with others is warned of the rounding."""
     found = {}
     for kind in ("auto", "dense"):
         assert run(str(tmp_path / kind), changed(tmp_path, **{"train.document_attention": kind})) == 0
         found[kind] = [loss for [loss] in metrics(tmp_path / kind, "loss")]
     assert found["auto"] == pytest.approx(found["dense"], rel=1e-4)
+
+
+def test_a_run_of_an_older_version_had_dense_masks(tmp_path: Path) -> None:
+    """Its config does not say so; on resume, a change of the rounding is announced, and nothing without masks."""
+    for changes, expected in (
+        ({}, None),
+        ({"data.document_mask": True}, "dense"),
+        ({"data.reset_positions": True}, "dense"),
+    ):
+        stored = parse_config(merged(TINY, changes)).resolved()
+        assert stored["train"].pop("document_attention", None) == ("auto" if changes else None)
+        assert parse_stored_config(stored).keys_of("numerics").get("train.document_attention") == expected
