@@ -33,6 +33,7 @@ from pretrain.data import (
     separator_id,
 )
 from pretrain.data.budget import describe_data
+from pretrain.data.prefetch import Prefetcher
 from pretrain.engine import make_engine
 from pretrain.engine.base import Engine
 from pretrain.files import replacing
@@ -174,7 +175,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
             except BadRowsError as error:
                 setup.folder.allow_repair(error.path)
                 raise
-    for line in packing_lines(trainer.stream):
+    for line in packing_lines(trainer.batches.position, _padded_length(config)):
         display.say(line)
     if outcome == "stopped":
         display.say(f"stopped after step {state.step}; start the same command again to continue")
@@ -196,18 +197,22 @@ def _build(
     outline = build_model(config.model, config.run.seed, device="meta")
     routing, summary = routing_table(config, outline), describe(config, outline, engine.world_size)
     optimizer = engine.build(_loader(setup, reader) if reader else None)
+    stream_ranks = engine.new_ranks()
     stream = TokenStream(
         config.data,
         setup.tokenizer_config,
         config.sequence_length,
-        group=engine.ranks.group,
+        group=stream_ranks.group,
         state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
         catalog=setup.inputs.catalog,
     )
     opened.callback(stream.close)
-    notices = EpochNotices(stream)
+    notices = EpochNotices(stream.position, _padded_length(config))
     hooks = _make_hooks(setup, optimizer)
     state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
+    steps = config.total_steps - state.step
+    batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
+    opened.callback(batches.close)
     run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, state.step, routing))
     tracker = _on_every_rank(engine, lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn))
     opened.callback(tracker.close)
@@ -219,14 +224,14 @@ def _build(
             setup.folder.metrics.append(record)
         tracker.log(record)
         display.step(record)
-        for line in notices.lines(record["step"]):
+        for line in notices.lines(record["step"], batches.position):
             display.say(line)
 
     return Trainer(
         config,
         engine,
         optimizer,
-        stream,
+        batches,
         eos_id=setup.eos_id,
         state=state,
         hooks=hooks,
@@ -234,6 +239,11 @@ def _build(
         save=lambda trainer: _save(setup, trainer),
         stop_requested=lambda: bool(requests) or is_orphaned(),
     )
+
+
+def _padded_length(config: Config) -> int | None:
+    """Tokens of a sequence if the packing pads sequences, else None."""
+    return config.sequence_length if config.data.packing == "best_fit" else None
 
 
 def _on_every_rank(engine: Engine, work: Callable[[], T]) -> T:
@@ -254,13 +264,14 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
             config.sequence_length,
             split="validation",
             epochs=1,
-            group=engine.ranks.group,
             catalog=setup.inputs.catalog,
         )
 
     hooks: list[Hook] = []
     validator = (
-        Validator(config, open_validation, _validation_store(setup)) if config.data.validation_fraction > 0 else None
+        Validator(config, open_validation, engine.ranks, _validation_store(setup))
+        if config.data.validation_fraction > 0
+        else None
     )
     if validator:
         hooks.append(validator)
@@ -366,7 +377,7 @@ def _save(setup: Setup, trainer: Trainer) -> None:
         counters=asdict(trainer.state),
         config=setup.config.resolved(),
         identity=setup.identity.record(),
-        data_state=dict(trainer.stream.state()),
+        data_state=dict(trainer.batches.state()),
         optimizer_groups=group_settings(optimizer),
         provenance={
             "git_commit": git_commit() if engine.rank == 0 else None,  # rank 0 writes the index

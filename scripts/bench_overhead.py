@@ -59,7 +59,7 @@ def measure(configs: dict[str, Config], rounds: int, steps: int) -> dict[str, di
                     found[name]["step"].append(took / steps)
                     found[name]["optimizer"].append(sum(r["optimizer_seconds"] for r in records) / steps)
         for trainer in trainers.values():
-            trainer.stream.close()
+            trainer.batches.close()
     return found
 
 

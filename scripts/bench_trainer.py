@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from optimizers import Aurora, param_groups
 from pretrain.config import Config, load_config
 from pretrain.data import TokenBatch, TokenStream, load_tokenizer
+from pretrain.data.prefetch import Prefetcher
 from pretrain.engine.plain import PlainEngine
 from pretrain.model.build import build_model
 from pretrain.processes.errors import UserError
@@ -33,9 +34,10 @@ def make_trainer(config: Config, engine: PlainEngine, log: Path) -> Trainer:
     """Build a trainer as `aurora train` does, without checkpoints."""
     optimizer = engine.build()
     stream = TokenStream(config.data, config.tokenizer, config.sequence_length)
+    batches = Prefetcher(stream, config.global_batch_sequences, config.total_steps, engine.ranks, engine.ranks)
     eos_id = load_tokenizer(config.tokenizer).token_to_id(config.tokenizer.eos_token)
     assert eos_id is not None
-    return Trainer(config, engine, optimizer, stream, eos_id=eos_id, log=JsonLines(log).append)
+    return Trainer(config, engine, optimizer, batches, eos_id=eos_id, log=JsonLines(log).append)
 
 
 class BareLoop:
@@ -103,7 +105,7 @@ def main() -> int:
             if index:  # the first round warms up
                 ratios.append(took["bare"] / took["trainer"])
                 rates.append(options.steps * config.train.global_batch_tokens / took["trainer"])
-        trainer.stream.close()
+        trainer.batches.close()
         twin.close()
     result = {
         "benchmark": "trainer / bare loop, tokens per second",

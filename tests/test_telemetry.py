@@ -17,6 +17,7 @@ from pretrain.config import Config
 from pretrain.data import TokenStream
 from pretrain.data.batch import TokenBatch
 from pretrain.engine.plain import PlainEngine
+from pretrain.engine.ranks import Ranks
 from pretrain.launch import train
 from pretrain.model.build import build_model
 from pretrain.neurons import telemetry
@@ -170,7 +171,7 @@ def test_activations_are_those_of_the_fixed_validation_batch(tiny_config: MakeCo
     model.load_state_dict(newest(config).weights(), strict=False)
     model.tie_weights()
     stream = TokenStream(config.data, config.tokenizer, 32, split="validation", epochs=1)
-    batch: TokenBatch = Validator(config, lambda: stream).batches()[0]
+    batch: TokenBatch = Validator(config, lambda: stream, Ranks()).batches()[0]
     seen: list[Tensor] = []
     layer = model.model.layers[1].mlp.down_proj
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))

@@ -6,23 +6,26 @@ fills sequences, `workers` does all that in other processes, `mixture` says whic
 the lanes of all ranks and workers into one sequence of batches with one small state.
 """
 
-from pretrain.data.batch import TokenBatch
+from pretrain.data.batch import BatchShare, TokenBatch
 from pretrain.data.catalog import Catalog, fingerprint, make_catalog, tokenizer_problems
 from pretrain.data.check import check_sources, survey
 from pretrain.data.documents import validation_text
 from pretrain.data.errors import BadRowsError, DataError
 from pretrain.data.masks import attention_inputs
+from pretrain.data.position import SourceProgress, StreamPosition
 from pretrain.data.state import LaneState, StreamState
-from pretrain.data.stream import SourceProgress, TokenStream
+from pretrain.data.stream import TokenStream
 from pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id, vocabulary_rows
 
 __all__ = [
     "BadRowsError",
+    "BatchShare",
     "Catalog",
     "DataError",
     "DocumentEncoder",
     "LaneState",
     "SourceProgress",
+    "StreamPosition",
     "StreamState",
     "TokenBatch",
     "TokenStream",

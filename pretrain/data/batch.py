@@ -1,9 +1,12 @@
-"""A batch of packed sequences."""
+"""Batches of packed sequences."""
 
 import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+
+from pretrain.engine.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,35 @@ class TokenBatch:
         """Return some of the rows, without copying them."""
         return TokenBatch(self.tokens[rows], self.lengths[rows])
 
-    def sha256(self) -> str:
-        """Return a hex hash of shape and contents; equal batches have equal hashes on every machine."""
-        digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
-        for tensor in (self.tokens, self.lengths):
-            digest.update(tensor.to(torch.int32).contiguous().numpy().astype("<i4", copy=False).tobytes())
-        return digest.hexdigest()
+    def row_hashes(self) -> list[bytes]:
+        """Return the sha256 of each row's tokens and length; equal rows have equal hashes on every machine."""
+        tokens = self.tokens.to(torch.int32).contiguous().numpy().astype("<i4", copy=False)
+        lengths = self.lengths.to(torch.int32).contiguous().numpy().astype("<i4", copy=False)
+        return [
+            hashlib.sha256(length.tobytes() + row.tobytes()).digest()
+            for row, length in zip(tokens, lengths, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class BatchShare(TokenBatch):
+    """The rows of a global batch that one rank trains on. Every row belongs to exactly one rank."""
+
+    rows: tuple[int, ...]
+    """The position of each of these rows in the global batch, ascending."""
+    global_rows: int
+    """Rows of the global batch."""
+    global_targets: int
+    """Valid targets of the global batch."""
+
+    def sha256(self, ranks: Ranks | None = None) -> str:
+        """Return the hex hash of the global batch: over the hashes of its rows, in order; a collective.
+
+        It does not depend on how the rows are divided.
+        """
+        hashes = torch.zeros(self.global_rows, hashlib.sha256().digest_size, dtype=torch.uint8)
+        for row, digest in zip(self.rows, self.row_hashes(), strict=True):
+            hashes[row] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        if ranks is not None and ranks.group is not None:
+            dist.all_reduce(hashes, group=ranks.group)  # a row is zero on all ranks but one
+        return hashlib.sha256(hashes.numpy().tobytes()).hexdigest()

@@ -88,11 +88,26 @@ class Schedule:
                 chosen, earliest = source, deadline
         return chosen
 
-    def take(self, source: int) -> None:
-        """Record that the next sequence came from `source`, which `next` returned."""
-        self._taken[source] += 1
-        self._step += 1
-        self._sequence += 1
+    def next_run(self, limit: int) -> tuple[int, int] | None:
+        """Return the source of the next sequences and how many of them in a row it gives, at most `limit`.
+
+        None if every source of this stage has ended. A source that shares a stage is asked again after each sequence.
+        """
+        source = self.next()
+        if source is None:
+            return None
+        if len(self._live) > 1:
+            return source, 1
+        border = self._borders[self._stage]
+        return source, limit if border is None else min(limit, border - self._sequence)
+
+    def take(self, source: int, sequences: int = 1) -> None:
+        """Record that the next sequences came from `source`, as `next` or `next_run` said."""
+        if not sequences:
+            return
+        self._taken[source] += sequences
+        self._step += sequences
+        self._sequence += sequences
         self._windows[source] = self._window(source)
         self._pass_borders()
 
@@ -113,9 +128,12 @@ class Schedule:
         """Return how many of the next sequences each source has to give if none of them ends."""
         ahead = self.copy()
         found: Counter[int] = Counter()
-        while found.total() < sequences and (source := ahead.next()) is not None:
-            found[source] += 1
-            ahead.take(source)
+        missing = sequences
+        while missing and (run := ahead.next_run(missing)) is not None:
+            source, count = run
+            found[source] += count
+            missing -= count
+            ahead.take(source, count)
         return found
 
     def copy(self) -> Self:

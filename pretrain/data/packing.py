@@ -15,9 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pretrain.config.data import TokenizerConfig
 from pretrain.data.bad_rows import BadRow
@@ -40,8 +41,8 @@ class PackedSequence(NamedTuple):
     """One training sequence and the position where its lane continues."""
 
     lane: int
-    tokens: Tokens
-    """int32 [T+1]."""
+    tokens: npt.NDArray[Any]
+    """Integers [T+1]; int32, or a view of prepared tokens."""
     length: int
     """Number of valid targets, `tokens[1 : 1 + length]`; T except in the last sequence of a lane."""
     text_bytes: int
@@ -177,11 +178,11 @@ class Lane:
         self._task = task
         self._lane = lane
         self._encoder = encoder
+        self._length = task.sequence_length
         self._cursor = self._read_from = cursor
         self._waiting: deque[tuple[Cursor, TokenRun, tuple[BadRow, ...]]] = deque()
         self._used = self._cursor.token  # tokens of the first waiting run that have been packed
-        # A separator precedes every document and the lane itself; `push` corrects this within a document.
-        self._last_token = encoder.eos_id
+        self._last_token = encoder.eos_id  # before the first waiting run; a separator precedes the lane itself
         self._counted = (0, 0, 0)  # tokens of the first waiting run, and the documents and bytes before the last one
         self._documents: Iterator[Document | Tokenized] = iter(())
         self._documents_read = 0
@@ -214,7 +215,7 @@ class Lane:
     @property
     def lacks_tokens(self) -> bool:
         """Whether more must be read before the next item is known."""
-        return self.pending < self._task.sequence_length and not self.exhausted
+        return self.pending < self._length and not self.exhausted
 
     def next_document(self) -> Document | Tokenized | None:
         """Return the next document of the epoch; the caller hands it back to `push` with its tokens."""
@@ -232,7 +233,6 @@ class Lane:
         if self._used and not self._waiting:  # after a resume: the cursor is within this run
             if position != self._cursor._replace(token=0) or self._used >= len(tokens):
                 raise self._wrong_data(self._cursor)
-            self._last_token = int(tokens[self._used - 1])
             self.pending -= self._used
         self._waiting.append((position, run, self._unattached + skipped))
         self._unattached = ()
@@ -241,9 +241,10 @@ class Lane:
 
     def pack(self, *, pad: bool) -> Item:
         """Return the next sequence, or the lane's `EpochEnd`; if `pad` is true, a last shorter sequence is padded."""
-        length = min(self.pending, self._task.sequence_length)
-        if length == self._task.sequence_length or (pad and length):
-            return self._take(length)
+        if self.pending >= self._length:
+            return self._take(self._length)
+        if pad and self.pending:
+            return self._take(self.pending)
         return EpochEnd(self._lane, self._documents_read)
 
     def _wrong_data(self, cursor: Cursor) -> DataError:
@@ -257,9 +258,9 @@ class Lane:
     def _take(self, length: int) -> PackedSequence:
         position, run, _ = self._waiting[0]
         begin, end = self._used, self._used + length
-        if length == self._task.sequence_length and begin > 0 and end < len(run.tokens):
-            # Within one run, which prepared data makes the usual case: a single copy.
-            sequence = run.tokens[begin - 1 : end].astype(np.int32)
+        if length == self._length and begin > 0 and end < len(run.tokens):
+            # Within one run, which prepared data makes the usual case: nothing is copied here.
+            sequence = run.tokens[begin - 1 : end]
             documents, text_bytes = self._count(run, begin, end)
             bad_rows: tuple[BadRow, ...] = ()
             self._used = end
@@ -267,13 +268,12 @@ class Lane:
         else:
             sequence, documents, text_bytes, bad_rows = self._join(length)
         self.pending -= length
-        self._last_token = int(sequence[length])
         return PackedSequence(self._lane, sequence, length, text_bytes, documents, bad_rows, self._cursor)
 
     def _join(self, length: int) -> tuple[Tokens, int, int, tuple[BadRow, ...]]:
         """Put a sequence together from the runs that it reaches into; also return its documents, bytes and bad rows."""
-        sequence = np.empty(self._task.sequence_length + 1, dtype=np.int32)
-        sequence[0] = self._last_token
+        sequence = np.empty(self._length + 1, dtype=np.int32)
+        sequence[0] = self._waiting[0][1].tokens[self._used - 1] if self._used else self._last_token
         sequence[length + 1 :] = self._encoder.eos_id
         filled, documents, text_bytes = 1, 0, 0
         bad_rows: tuple[BadRow, ...] = ()
@@ -295,6 +295,7 @@ class Lane:
             else:
                 self._used = end
                 self._cursor = position._replace(token=end)
+        self._last_token = int(sequence[length])
         return sequence, documents, text_bytes, bad_rows
 
     def _count(self, run: TokenRun, begin: int, end: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The rings of a stream: where each source is, and the items of its lanes that no batch has taken yet."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -84,14 +84,39 @@ class RingPosition:
         self.whole_epoch, self.epoch_sequences = True, 0
         self.turns.extend(() if self.ended else self.ring.lanes)
 
-    def count(self, length: int, text_bytes: int, documents: int, bad_rows: int, cut: int) -> None:
-        """Count a sequence."""
-        self.cut_documents += cut
-        self.sequences += 1
-        self.tokens += length
+    def count(
+        self, sequences: int, tokens: int, text_bytes: int, documents: int, bad_rows: int, cut_documents: int
+    ) -> None:
+        """Count the sequences of a batch."""
+        self.sequences += sequences
+        self.tokens += tokens
         self.text_bytes += text_bytes
         self.documents += documents
         self.bad_rows += bad_rows
+        self.cut_documents += cut_documents
+
+    def deal(self, count: int, ready: Sequence[int], wanted: Mapping[int, int], dealt: list[int]) -> list[int]:
+        """Deal at most `count` rows to the lanes whose turn it is; see `take_turns`."""
+        rows: list[int] = []
+        while len(rows) < count and self.turns:
+            if count - len(rows) >= len(self.turns):
+                rounds = min(ready[lane] - dealt[lane] for lane in self.turns)
+                if rounds := min(rounds, (count - len(rows)) // len(self.turns)):
+                    rows += [*self.turns] * rounds
+                    for lane in self.turns:
+                        dealt[lane] += rounds
+                    continue
+            lane = self.turns[0]
+            if dealt[lane] < ready[lane]:
+                rows.append(lane)
+                dealt[lane] += 1
+                self.turns.rotate(-1)
+            elif ready[lane] < wanted.get(lane, 0):
+                self.turns.popleft()  # its epoch is over
+            else:
+                break
+        self.epoch_sequences += len(rows)
+        return rows
 
 
 class RingQueues:
@@ -129,7 +154,7 @@ def take_turns(
     schedule: Schedule,
     rings: Sequence[RingPosition],
     ready: Sequence[int],
-    wanted: dict[int, int],
+    wanted: Mapping[int, int],
     dealt: list[int],
     missing: int,
 ) -> list[int]:
@@ -148,16 +173,11 @@ def take_turns(
 
     """
     rows: list[int] = []
-    while len(rows) < missing and (source := schedule.next()) is not None:
-        ring = rings[source]
-        while ring.turns and dealt[ring.turns[0]] == ready[ring.turns[0]] < wanted.get(ring.turns[0], 0):
-            ring.turns.popleft()  # its epoch is over
-        if not ring.turns or dealt[ring.turns[0]] >= ready[ring.turns[0]]:
+    while len(rows) < missing and (run := schedule.next_run(missing - len(rows))) is not None:
+        source, count = run
+        given = rings[source].deal(count, ready, wanted, dealt)
+        schedule.take(source, len(given))
+        rows += given
+        if len(given) < count:
             break
-        lane = ring.turns[0]
-        rows.append(lane)
-        dealt[lane] += 1
-        ring.epoch_sequences += 1
-        ring.turns.rotate(-1)
-        schedule.take(source)
     return rows

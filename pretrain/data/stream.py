@@ -8,66 +8,45 @@ of which lane 1 has only one sequence in this epoch, batches of four are
     sequence  0 1 2 3 | 4 5 6 7
     lane      0 1 2 0 | 2 0 2 0      lane 1 leaves when its second turn comes, after sequence 3
 
-The lanes of all sources are numbered through and divided among the readers: with R ranks of W workers each, lane l is
-read by reader l mod RW, which belongs to rank (l mod RW) // W. A reader yields, for each source, the sequences of its
-own lanes in the order of the ring. To know how the lanes of other ranks interleave, a rank only needs to know *how
-many* sequences each lane still has in this epoch, up to the few that the batch can take: one small all-reduce. Every
-rank then writes its own sequences into their rows, and a second all-reduce gives all rows to all ranks.
+The lanes of all sources are numbered through: lane l belongs to rank l mod R, and there to its worker (l div R) mod W.
+Each reader yields, for each source, the sequences of its own lanes in the order of the ring. To know how the lanes of
+other ranks interleave, a rank only needs to know *how many* sequences each lane still has in this epoch, up to the few
+that the batch can take: one small all-reduce. A second one tells every rank the length and the counts of each row.
+
+The tokens stay where they were read. All ranks know which rank trains on which row (`pretrain.data.exchange`), and only
+the rows of ranks that read more than their part are sent. The set and the order of the rows of a global batch depend on
+neither ranks nor workers.
 """
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data.bad_rows import BadRow, too_many
-from pretrain.data.batch import TokenBatch
+from pretrain.data.batch import BatchShare
 from pretrain.data.best_fit import BestFitLane
 from pretrain.data.catalog import Catalog, make_catalog, tokenizer_problems
 from pretrain.data.documents import Cursor
 from pretrain.data.errors import DataError
+from pretrain.data.exchange import assign, exchange
 from pretrain.data.mixture import Schedule
 from pretrain.data.order import make_plan
 from pretrain.data.packing import Lane, ReaderTask, RingTask
+from pretrain.data.position import SourceProgress, StreamPosition
 from pretrain.data.rings import RingPosition, RingQueues, take_turns
 from pretrain.data.sources.retries import set_retry_minutes
-from pretrain.data.state import STATE_VERSION, LaneState, StreamState, cursors_of, initial_state, read_state
+from pretrain.data.state import StreamState, cursors_of, initial_state, read_state
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.workers import InlineReader, Reader, WorkerReader
 from pretrain.engine.ranks import Ranks
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SourceProgress:
-    """How much of a source the batches so far contained, or of all sources together if there is no mixture.
-
-    Counts all ranks, and what was read before a resume.
-    """
-
-    epochs: int
-    """Completed epochs."""
-    max_epochs: int | None
-    """The epochs after which it ends; None if it never does."""
-    sequences: int
-    tokens: int
-    """Targets."""
-    documents: int
-    """Documents whose last token was a target, counted in each epoch."""
-    text_bytes: int
-    """UTF-8 bytes."""
-    bad_rows: int
-    """Rows that were skipped, in the first epoch."""
-    padding: int
-    """Positions of those sequences that are not targets. Except in a finite stream, only best-fit packing pads."""
-    cut_documents: int
-    """Documents longer than a sequence, which best-fit packing had to cut, counted in each epoch; else 0."""
 
 
 class TokenStream:
@@ -120,40 +99,43 @@ class TokenStream:
             raise DataError("\n".join(problems))
         self._sequence_length = sequence_length
         # The validation split is packed in one way for all runs, so that their losses can be compared.
-        self.packing = config.packing if split == "train" else "concatenate"
-        lane_classes: dict[str, type[Lane]] = {"concatenate": Lane, "best_fit": BestFitLane}
-        self._lane_class = lane_classes[self.packing]
+        best_fit = config.packing == "best_fit" and split == "train"
+        self._lane_class: type[Lane] = BestFitLane if best_fit else Lane
         self._ranks = Ranks(group.rank(), group.size(), group) if group else Ranks()
         self._failure: BaseException | None = None
 
         start = read_state(state, self._plan, sequence_length) if state else initial_state(self._plan)
-        self._rings = [
+        rings = [
             RingPosition.of(ring, saved, resumed=state is not None)
             for ring, saved in zip(self._plan.rings, start["sources"], strict=True)
         ]
-        self._sequences = start["sequences_emitted"]
-        self._text_bytes = start["text_bytes"]
-        self._schedule = Schedule(
+        schedule = Schedule(
             self._plan.stages,
             sequence_length,
-            sequence=self._sequences,
-            ended=[index for index, ring in enumerate(self._rings) if ring.ended],
+            sequence=start["sequences_emitted"],
+            ended=[index for index, ring in enumerate(rings) if ring.ended],
             state=start["mixture"] if state else None,
         )
+        self._ring_of = np.repeat(np.arange(len(rings)), [len(ring.ring.lanes) for ring in rings])
         self._readers: list[Reader] = []
         self._queues: dict[int, RingQueues] = {}
-        self._cursors: dict[int, Cursor] = {}
         # The validation split is small: a process of its own would take longer to start than to read it.
-        self._open_readers(cursors_of(start), tokenizer, config.workers if split == "train" else 0)
+        cursors = cursors_of(start)
+        self._open_readers(rings, cursors, tokenizer, config.workers if split == "train" else 0)
+        own = {lane: cursors[lane] for lane in self._queues}
+        self.position = StreamPosition(schedule, rings, own, start["sequences_emitted"])
+        """After the last returned batch, regardless of what was read ahead. Each batch replaces it by a new one."""
 
-    def _open_readers(self, cursors: list[Cursor], tokenizer: TokenizerConfig, workers: int) -> None:
+    def _open_readers(
+        self, rings: Sequence[RingPosition], cursors: Sequence[Cursor], tokenizer: TokenizerConfig, workers: int
+    ) -> None:
         """Start the readers of this rank, with the queues of their lanes."""
         rank, size = self._ranks.rank, self._ranks.world_size
         per_rank = max(workers, 1)
-        for number in range(rank * per_rank, (rank + 1) * per_rank):
-            own = range(number, self._plan.lanes, size * per_rank)
+        for worker in range(per_rank):
+            own = range(rank + worker * size, self._plan.lanes, size * per_rank)
             tasks = {}
-            for index, position in enumerate(self._rings):
+            for index, position in enumerate(rings):
                 if lanes := [lane for lane in own if lane in position.ring.lanes]:
                     ring = tuple(lane for lane in position.turns if lane in own)
                     tasks[index] = RingTask(position.epoch, ring, {lane: cursors[lane] for lane in lanes})
@@ -164,41 +146,18 @@ class TokenStream:
             self._readers.append(reader)
             for index, ring_task in tasks.items():
                 self._queues |= dict.fromkeys(ring_task.cursors, RingQueues(reader, index, list(ring_task.cursors)))
-        self._cursors = {lane: cursors[lane] for lane in self._queues}
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the text in the batches returned so far, on all ranks and including those before a resume.
-
-        Once the stream has ended, this is the size of all its documents. A document of which only some tokens have
-        been targets counts in proportion.
-        """
-        return self._text_bytes
-
-    @property
-    def stage(self) -> int:
-        """Index of the current stage of the mixture."""
-        return self._schedule.stage
+        """See `StreamPosition.text_bytes`."""
+        return self.position.text_bytes
 
     def progress(self) -> dict[str, SourceProgress]:
-        """Return how far each source has been read, by its name; not a collective call."""
-        return {
-            ring.ring.name: SourceProgress(
-                ring.epoch,
-                ring.ring.epochs,
-                ring.sequences,
-                ring.tokens,
-                ring.documents,
-                ring.text_bytes,
-                ring.bad_rows,
-                ring.sequences * self._sequence_length - ring.tokens,
-                ring.cut_documents,
-            )
-            for ring in self._rings
-        }
+        """See `StreamPosition.progress`; not a collective."""
+        return self.position.progress()
 
-    def next_batch(self, num_sequences: int) -> TokenBatch:
-        """Return the next global batch, the same on every rank; a collective call.
+    def next_batch(self, num_sequences: int) -> BatchShare:
+        """Return this rank's share of the next global batch of `num_sequences` rows; a collective call.
 
         A finite stream returns a shorter batch at its end and raises StopIteration afterwards.
 
@@ -217,35 +176,22 @@ class TokenStream:
         if self._failure is not None:
             raise self._failure
         try:
-            rows, schedule, rings = self._deal(num_sequences)
-            if len(rows) < num_sequences and self._plan.epochs is None:
+            lanes, schedule, rings = self._deal(num_sequences)
+            if len(lanes) < num_sequences and self._plan.epochs is None:
                 raise DataError(self._all_ended(schedule, rings))
-            if not rows:
+            if not lanes:
                 raise StopIteration("the stream has ended")
-            batch, cursors = self._fill(rows, rings)
+            batch, cursors = self._fill(lanes, rings)
         except BaseException as error:
             self._failure = error
             raise
-        self._schedule, self._rings = schedule, rings
-        self._cursors |= cursors
-        self._sequences += len(rows)
-        self._text_bytes = sum(ring.text_bytes for ring in rings)
+        before = self.position
+        self.position = StreamPosition(schedule, rings, {**before.cursors, **cursors}, before.sequences + len(lanes))
         return batch
 
     def state(self) -> StreamState:
-        """Return the position after the last returned batch, regardless of what was read ahead; a collective call."""
-        cursors = torch.zeros(self._plan.lanes, len(Cursor._fields), dtype=torch.int64)
-        for lane, cursor in self._cursors.items():
-            cursors[lane] = torch.tensor(cursor)
-        self._all_reduce(cursors)
-        lanes = [LaneState(epoch=e, unit=u, row=r, token=t) for e, u, r, t in cursors.tolist()]
-        return StreamState(
-            version=STATE_VERSION,
-            mixture=self._schedule.state(),
-            sources=[ring.state(lanes[ring.ring.lanes.start : ring.ring.lanes.stop]) for ring in self._rings],
-            sequences_emitted=self._sequences,
-            text_bytes=self._text_bytes,
-        )
+        """Return what a checkpoint of the position holds; a collective call."""
+        return self.position.state(self._ranks.group)
 
     def close(self) -> None:
         """End the workers and close the files. May be called twice; not a collective call."""
@@ -255,7 +201,7 @@ class TokenStream:
 
     def _deal(self, num_sequences: int) -> tuple[list[int], Schedule, list[RingPosition]]:
         """Return the lanes of the next rows, fewer if the stream ends; and the schedule and the rings after them."""
-        schedule, rings = self._schedule.copy(), [ring.copy() for ring in self._rings]
+        schedule, rings = self.position.schedule.copy(), [ring.copy() for ring in self.position.rings]
         rows: list[int] = []
         dealt = [0] * self._plan.lanes
         while len(rows) < num_sequences:
@@ -315,31 +261,47 @@ class TokenStream:
             queues.begin_epoch()
         position.begin_epoch()
 
-    def _fill(self, rows: list[int], rings: list[RingPosition]) -> tuple[TokenBatch, dict[int, Cursor]]:
-        """Write the sequences of this rank into their rows and add up the rows of all ranks.
+    def _fill(self, lanes: list[int], rings: list[RingPosition]) -> tuple[BatchShare, dict[int, Cursor]]:
+        """Take this rank's sequences and exchange those that another rank trains on.
 
-        Counts the rows in `rings`. Returns the batch and the new cursors of the lanes of this rank.
+        Counts the rows of all ranks in `rings`. Returns this rank's share and the new cursors of its lanes.
         """
-        width = self._sequence_length + 1
-        table = torch.zeros(
-            len(rows), width + 5, dtype=torch.int32
-        )  # tokens, length, bytes of text, documents, bad rows, cut documents
-        view = table.numpy()
+        rank, size = self._ranks.rank, self._ranks.world_size
+        owners = [lane % size for lane in lanes]
+        own = range(len(lanes)) if size == 1 else [row for row, owner in enumerate(owners) if owner == rank]
+        tokens = np.empty((len(own), self._sequence_length + 1), dtype=np.int32)
+        found: list[tuple[int, int, int, int, int]] = []
         cursors: dict[int, Cursor] = {}
         bad: list[BadRow] = []
-        for row, lane in enumerate(rows):
-            if lane in self._queues:
-                sequence = self._queues[lane].take(lane)
-                view[row, :width] = sequence.tokens
+        for index, row in enumerate(own):
+            lane = lanes[row]
+            sequence = self._queues[lane].take(lane)
+            tokens[index] = sequence.tokens
+            bad_rows = 0
+            if sequence.bad_rows:
                 bad_rows = sum(bad.rows for bad in sequence.bad_rows)
-                view[row, width:] = sequence.length, sequence.text_bytes, sequence.documents, bad_rows, sequence.cut
                 bad += sequence.bad_rows
-                cursors[lane] = sequence.cursor
-        self._all_reduce(table)
-        for lane, counts in zip(rows, view[:, width:].tolist(), strict=True):
-            rings[self._plan.ring_of(lane)].count(*counts)
+            found.append((sequence.length, sequence.text_bytes, sequence.documents, bad_rows, sequence.cut))
+            cursors[lane] = sequence.cursor
+        counts = np.zeros((len(lanes), 5), dtype=np.int64)
+        if own:
+            counts[own] = found
+        self._all_reduce(torch.from_numpy(counts))
+        ring_of = self._ring_of[lanes]
+        for index, ring in enumerate(rings):
+            of_ring = counts[ring_of == index]
+            ring.count(len(of_ring), *of_ring.sum(axis=0).tolist())
         self._check_bad_rows(bad, sum(ring.bad_rows for ring in rings))
-        batch = TokenBatch(table[:, :width].contiguous(), table[:, width].contiguous())
+        trainers = assign(owners, size)
+        share = [row for row, trainer in enumerate(trainers) if trainer == rank]
+        lengths = counts[:, 0]
+        batch = BatchShare(
+            torch.from_numpy(exchange(tokens, owners, trainers, self._ranks)),
+            torch.from_numpy(lengths[share].astype(np.int32)),
+            rows=tuple(share),
+            global_rows=len(lanes),
+            global_targets=int(lengths.sum()),
+        )
         return batch, cursors
 
     def _check_bad_rows(self, new: list[BadRow], total: int) -> None:
@@ -357,8 +319,8 @@ class TokenStream:
         stage = f" of stage {schedule.stage}" if len(self._plan.stages) > 1 else ""
         return (
             f"every source{stage} has ended by its max_epochs ({', '.join(ended)} epochs), after "
-            f"{self._sequences * self._sequence_length:,} tokens: lower train.total_tokens, add text, raise max_epochs "
-            "or set data.past_max_epochs to error"
+            f"{self.position.sequences * self._sequence_length:,} tokens: lower train.total_tokens, add text, "
+            "raise max_epochs or set data.past_max_epochs to error"
         )
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -89,7 +89,17 @@ class Engine:
     def _make_cpu_group(self) -> dist.ProcessGroup | None:
         if self.world_size == 1:
             return None
-        return dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
+        return dist.group.WORLD if self.device.type == "cpu" else self.new_ranks().group
+
+    def new_ranks(self) -> Ranks:
+        """Return the processes of the run with a new group for CPU tensors; a collective.
+
+        Collectives of one group may run at the same time as those of another.
+        """
+        if self.world_size == 1:
+            return Ranks()
+        group = dist.new_group(backend="gloo", timeout=patience(self.config))
+        return Ranks(self.rank, self.world_size, group)
 
     def build(self, load: Callable[[torch.nn.Module], None] | None = None) -> Aurora:
         """Build the model and its optimizer, and prepare both for training.
@@ -164,7 +174,7 @@ class Engine:
         """Return the elementwise sum of a device tensor over the ranks."""
         return self.accelerator.reduce(values, "sum")
 
-    def check_in_step(self, batch: str, rows: range) -> None:
+    def check_in_step(self, batch: str, rows: Sequence[int]) -> None:
         """Check that after the first step all ranks have equal weights and used different rows of the same batch.
 
         This is a collective.

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from optimizers import Aurora
 from pretrain.config import Config
-from pretrain.data import DataError, TokenBatch, TokenStream
+from pretrain.data import BatchShare, DataError, TokenBatch
 from pretrain.data.masks import attention_inputs
+from pretrain.data.prefetch import Prefetcher, PreparedBatch
 from pretrain.engine.base import Engine
 from pretrain.model.cost import flops_per_token
 from pretrain.model.loss import IGNORED
@@ -65,7 +66,7 @@ class Trainer:
         config: the run's config.
         engine: the engine, prepared with the model.
         optimizer: the optimizer of the engine's parameters.
-        stream: the training batches, positioned according to `state`.
+        batches: this rank's shares of the training batches, positioned according to `state`.
         eos_id: the token that separates documents.
         state: the counters, new or restored.
         hooks: periodic work.
@@ -79,7 +80,7 @@ class Trainer:
         config: Config,
         engine: Engine,
         optimizer: Aurora,
-        stream: TokenStream,
+        batches: Prefetcher,
         *,
         eos_id: int,
         state: TrainState | None = None,
@@ -88,11 +89,10 @@ class Trainer:
         save: Callable[[Trainer], None] = lambda trainer: None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.engine, self.optimizer, self.stream = config, engine, optimizer, stream
+        self.config, self.engine, self.optimizer, self.batches = config, engine, optimizer, batches
         self.eos_id = eos_id
         self.state = state or TrainState()
         self.hooks, self.log, self.save, self.stop_requested = hooks, log, save, stop_requested
-        self.micro_batches = config.accumulation(engine.world_size)
         self.flops_per_token = flops_per_token(config.model, config.sequence_length)
         self.peak_flops = peak_flops(engine.device, engine.precision.is_bf16, config.train.peak_tflops)
         self._checked = False
@@ -115,10 +115,10 @@ class Trainer:
         while state.step < config.total_steps:
             clock = PhaseClock(self.engine.device)
             with self.saved_if_data_fails():
-                batch = self.stream.next_batch(config.global_batch_sequences)
+                batch = self.batches.next_batch()
             clock.mark("data")
             lrs = self.set_learning_rates()
-            loss = self.forward_backward(batch)
+            loss = self.forward_backward(batch.share)
             clock.mark("forward_backward")
             context = self.context(state.step + 1)
             for hook in self.hooks:
@@ -130,8 +130,8 @@ class Trainer:
             state.tokens += config.train.global_batch_tokens
             record, stop = self.measure(loss, grad_norm)  # the one host sync of the step
             record |= lrs | self.throughput(clock)
-            record["batch_sha256"] = batch.sha256()
-            self.check_ranks(record["batch_sha256"])
+            record["batch_sha256"] = batch.sha256
+            self.check_ranks(batch)
 
             stop |= stop_at is not None and state.step >= stop_at
             with self.saved_if_data_fails():
@@ -168,23 +168,21 @@ class Trainer:
             write=self.attempt,
         )
 
-    def forward_backward(self, batch: TokenBatch) -> Tensor:
+    def forward_backward(self, share: BatchShare) -> Tensor:
         """Compute the gradients of the mean loss over the global batch; return this rank's part of that mean."""
-        targets = batch.num_targets
         total = torch.zeros((), device=self.engine.device)
-        own = self.own_rows()
-        for index, rows in enumerate(own):
-            with self.engine.accumulate(last=index == len(own) - 1):
-                loss = self.loss_sum(batch.slice(rows)) / targets
+        micro_batches = self.micro_batches(share)
+        for index, rows in enumerate(micro_batches):
+            with self.engine.accumulate(last=index == len(micro_batches) - 1):
+                loss = self.loss_sum(rows) / share.global_targets
                 self.engine.backward(loss)
             total += loss.detach()
         return total
 
-    def own_rows(self) -> list[slice]:
-        """Return this rank's rows of the global batch, one slice per micro-batch."""
+    def micro_batches(self, share: BatchShare) -> list[TokenBatch]:
+        """Return the rows of this rank in parts of `micro_batch_sequences`."""
         size = self.config.train.micro_batch_sequences
-        first = self.engine.rank * self.micro_batches
-        return [slice((first + i) * size, (first + i + 1) * size) for i in range(self.micro_batches)]
+        return [share.slice(slice(first, first + size)) for first in range(0, len(share.rows), size)]
 
     def loss_sum(self, rows: TokenBatch, module: Callable[..., Tensor] | None = None) -> Tensor:
         """Return the cross-entropy summed over the targets of `rows`, in the engine's precision.
@@ -298,11 +296,10 @@ class Trainer:
             record["mfu"] = round(per_second * self.flops_per_token / peak, 5)
         return record
 
-    def check_ranks(self, batch: str) -> None:
+    def check_ranks(self, batch: PreparedBatch) -> None:
         """Check once per launch that the ranks have equal weights after training on different rows."""
         if not self._checked:
-            rows = self.own_rows()
-            self.engine.check_in_step(batch, range(rows[0].start, rows[-1].stop))
+            self.engine.check_in_step(batch.sha256, batch.share.rows)
             self._checked = True
 
     def check_health(self) -> None:

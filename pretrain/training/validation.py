@@ -11,6 +11,7 @@ import torch
 from pretrain.config import Config
 from pretrain.config.validation import ValidationConfig
 from pretrain.data import TokenBatch, TokenStream
+from pretrain.engine.ranks import Ranks
 from pretrain.training.hooks import Hook, StepContext, is_due
 from pretrain.training.validation_store import ValidationStore
 
@@ -20,17 +21,22 @@ class Validator(Hook):
 
     Args:
         config: the run's config.
-        open_stream: opens the validation stream; a collective.
+        open_stream: opens the validation stream, which rank 0 reads alone.
+        ranks: the processes of the run.
         store: keeps the split between launches; None: it is read at each.
     """
 
     def __init__(
-        self, config: Config, open_stream: Callable[[], TokenStream], store: ValidationStore | None = None
+        self,
+        config: Config,
+        open_stream: Callable[[], TokenStream],
+        ranks: Ranks,
+        store: ValidationStore | None = None,
     ) -> None:
         self.settings: ValidationConfig = config.validation
         self.rows = self.settings.batch_sequences or config.train.micro_batch_sequences
         self.max_sequences = max(1, self.settings.max_tokens // config.sequence_length)
-        self._open_stream, self._store = open_stream, store
+        self._open_stream, self._ranks, self._store = open_stream, ranks, store
         self._batches: list[TokenBatch] | None = None
         self.text_bytes = 0
 
@@ -45,19 +51,17 @@ class Validator(Hook):
             if stored:
                 self._batches, self.text_bytes = stored
             else:
-                self._batches = self._read()
+                self._batches, self.text_bytes = self._ranks.on_rank_0(self._read)
                 if self._store:
                     self._store.save(self._batches, self.text_bytes)
         return self._batches
 
-    def _read(self) -> list[TokenBatch]:
+    def _read(self) -> tuple[list[TokenBatch], int]:
         stream = self._open_stream()
         try:
-            batches = list(_drain(stream, self.rows, self.max_sequences))
-            self.text_bytes = stream.text_bytes
+            return list(_drain(stream, self.rows, self.max_sequences)), stream.text_bytes
         finally:
             stream.close()
-        return batches
 
     @torch.no_grad()
     def run(self, context: StepContext) -> dict[str, Any]:
@@ -87,4 +91,4 @@ def _drain(stream: TokenStream, rows: int, max_sequences: int) -> Iterator[Token
         except StopIteration:
             return
         left -= len(batch.lengths)
-        yield batch
+        yield batch.slice(slice(None))

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import torch.distributed as dist
 import zstandard
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
-from pretrain.data import Catalog, StreamState, TokenBatch, TokenStream, make_catalog
+from pretrain.data import BatchShare, Catalog, StreamState, TokenBatch, TokenStream, make_catalog
 from pretrain.data.units import Unit
+from pretrain.engine.ranks import Ranks
 
 EOS = "<|endoftext|>"
 WORDS = ["the", "whale", "sea", "ship", "crew", "naïve", "鯨", "🐋", "a", "\n", "Ahab", EOS, "and", "harpoon", "..."]
@@ -104,15 +106,29 @@ def make_setting(tokenizer: TokenizerConfig, *paths: Path, **changes: Any) -> Se
     return Setting(DataConfig(sources=sources, **data), tokenizer, **of_setting)
 
 
-def drain(stream: TokenStream, batch: int, limit: int | None = None) -> list[TokenBatch]:
+def drain(stream: TokenStream, batch: int, limit: int | None = None) -> list[BatchShare]:
     """All batches, or the first `limit`."""
-    batches: list[TokenBatch] = []
+    batches: list[BatchShare] = []
     while limit is None or len(batches) < limit:
         try:
             batches.append(stream.next_batch(batch))
         except StopIteration:
             break
     return batches
+
+
+def whole(shares: Sequence[Sequence[BatchShare]]) -> list[TokenBatch]:
+    """The global batches of what each rank got, in which every row is on one rank and ranks have equally many."""
+    found = []
+    for parts in zip(*shares, strict=True):
+        [(total, targets)] = {(part.global_rows, part.global_targets) for part in parts}
+        assert sorted(row for part in parts for row in part.rows) == list(range(total))
+        assert {len(part.rows) for part in parts} <= {total // len(parts), -(-total // len(parts))}
+        order = torch.tensor([row for part in parts for row in part.rows]).argsort()
+        tokens, lengths = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("tokens", "lengths"))
+        found.append(TokenBatch(tokens, lengths))
+        assert found[-1].num_targets == targets
+    return found
 
 
 def rows(batches: Sequence[TokenBatch]) -> list[tuple[list[int], int]]:
@@ -124,6 +140,11 @@ def rows(batches: Sequence[TokenBatch]) -> list[tuple[list[int], int]]:
     ]
 
 
+def ranks_of(group: Any) -> Ranks:
+    """The ranks of a group, or a single one."""
+    return Ranks(group.rank(), group.size(), group) if group else Ranks()
+
+
 def on_ranks(size: int, function: Callable[[Any], Result]) -> list[Result]:
     """Run a function on `size` ranks, each a thread with a gloo group of its own; raises the first error."""
     store = dist.HashStore()
@@ -132,7 +153,10 @@ def on_ranks(size: int, function: Callable[[Any], Result]) -> list[Result]:
 
     def run(rank: int) -> None:
         try:
-            results[rank] = function(dist.ProcessGroupGloo(store, rank, size))
+            group = dist.ProcessGroupGloo(store, rank, size)
+            # Messages between two ranks ask for the ranks of the group, which a group of the process would have.
+            dist.distributed_c10d._world.pg_group_ranks[group] = {number: number for number in range(size)}
+            results[rank] = function(group)
         except BaseException as error:
             errors.append(error)
 

@@ -19,7 +19,17 @@ from pretrain.data import DataError, StreamState, load_tokenizer
 from pretrain.data.mixture import MixtureState, Schedule, Stage, exact
 from pretrain.data.workers import InlineReader
 from pretrain.training.epochs import EpochNotices
-from tests.data.corpus import Setting, drain, make_setting, make_texts, on_ranks, rows, write_jsonl, write_parquet
+from tests.data.corpus import (
+    Setting,
+    drain,
+    make_setting,
+    make_texts,
+    on_ranks,
+    rows,
+    whole,
+    write_jsonl,
+    write_parquet,
+)
 from tests.data.oracle import choose, oracle_dealt, oracle_rows
 
 SHARES = st.lists(st.one_of(st.floats(1e-6, 1e6), st.sampled_from([0.1, 0.3, 0.6, 1.0, 1e-3])), min_size=1, max_size=12)
@@ -160,8 +170,7 @@ def test_batches_are_those_of_the_definition(setting: Setting, mixture: dict[str
     setting = setting.changed(**mixture)
     expected = oracle_rows(setting)
     assert rows(drain(setting.open(), 7)) == expected
-    for batches in on_ranks(3, lambda group: drain(setting.open(group=group), 11)):
-        assert rows(batches) == expected
+    assert rows(whole(on_ranks(3, lambda group: drain(setting.open(group=group), 11)))) == expected
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
@@ -277,11 +286,11 @@ def test_the_beginning_of_an_epoch_and_the_end_of_a_source_are_said(setting: Set
     endless = Setting(setting.config, setting.tokenizer, setting.sequence_length, epochs=None)
     endless = endless.changed(sources=sources, stages=stages, past_max_epochs="end_source")
     stream = endless.open()
-    notices = EpochNotices(stream)
+    notices = EpochNotices(stream.position)
     found = []
     for step in range(1, 101):
         stream.next_batch(6)
-        found += notices.lines(step)
+        found += notices.lines(step, stream.position)
     dealt = [source for source, _ in islice(oracle_dealt(endless), 600)]
     last = max(index for index, source in enumerate(dealt) if source == 1)
     assert [line for line in found if "source code" in line] == [
@@ -347,7 +356,7 @@ def leg(
     setting: Setting, state: StreamState | None, workers: int, limit: int | None, group: Any
 ) -> tuple[Any, StreamState]:
     stream = setting.open(workers, group, state)
-    found = rows(drain(stream, 60, limit)), json.loads(json.dumps(stream.state()))
+    found = drain(stream, 60, limit), json.loads(json.dumps(stream.state()))
     stream.close()
     return found
 
@@ -365,16 +374,17 @@ def check_exactly_once(setting: Setting, texts: list[str], grid: list[tuple[int,
     found = Counter(token for row, length in expected for token in row[1 : 1 + length])
     assert found == Counter({token: setting.epochs * count for token, count in tokens.items()})  # type: ignore[operator]
     for ranks, workers in grid:
-        for result, state in on_ranks(ranks, partial(leg, setting, None, workers, None)):
-            assert result == expected
+        shares, states = zip(*on_ranks(ranks, partial(leg, setting, None, workers, None)), strict=True)
+        assert rows(whole(shares)) == expected
+        for state in states:
             assert sum(source["documents"] for source in state["sources"]) == setting.epochs * len(texts)  # type: ignore[operator]
     state, rest = None, []
     batches = len(expected) // 60
     for (ranks, workers), limit in zip(grid[-4:], [batches // 4, batches // 3, 1, None], strict=True):
-        results = on_ranks(ranks, partial(leg, setting, state, workers, limit))
-        assert all(result == results[0] for result in results)
-        rest += results[0][0]
-        state = results[0][1]
+        shares, states = zip(*on_ranks(ranks, partial(leg, setting, state, workers, limit)), strict=True)
+        assert all(one == states[0] for one in states)
+        rest += rows(whole(shares))
+        state = states[0]
     assert rest == expected
 
 

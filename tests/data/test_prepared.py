@@ -15,7 +15,17 @@ from pretrain.data.prepared.layout import load_index, map_array, map_table
 from pretrain.data.prepared.plan import PrepareOptions
 from pretrain.data.prepared.prepare import Prepared, prepare
 from pretrain.data.split import text_hash
-from tests.data.corpus import Setting, drain, make_setting, make_texts, on_ranks, rows, write_jsonl, write_parquet
+from tests.data.corpus import (
+    Setting,
+    drain,
+    make_setting,
+    make_texts,
+    on_ranks,
+    ranks_of,
+    rows,
+    write_jsonl,
+    write_parquet,
+)
 
 SHARES = {"a": 2, "b": 1, "c": 1.5}
 """Of the tokens: by default, the shares follow from the sizes of the files, which are others for tokens."""
@@ -108,7 +118,7 @@ def test_ranks_and_workers_do_not_change_the_stream(tmp_path: Path, tokenizer: T
     def read(group: Any) -> list[str]:
         stream = setting.open(workers=1, group=group)
         try:
-            return [batch.sha256() for batch in drain(stream, 4)]
+            return [batch.sha256(ranks_of(group)) for batch in drain(stream, 4)]
         finally:
             stream.close()
 

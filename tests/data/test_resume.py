@@ -10,9 +10,19 @@ import pytest
 
 import pretrain.data.stream
 from pretrain.config.data import TokenizerConfig
-from pretrain.data import DataError, StreamState
+from pretrain.data import BatchShare, DataError, StreamState
 from pretrain.data.workers import InlineReader
-from tests.data.corpus import Setting, drain, make_setting, make_texts, on_ranks, rows, write_jsonl, write_parquet
+from tests.data.corpus import (
+    Setting,
+    drain,
+    make_setting,
+    make_texts,
+    on_ranks,
+    rows,
+    whole,
+    write_jsonl,
+    write_parquet,
+)
 from tests.data.oracle import oracle_rows
 
 
@@ -60,17 +70,18 @@ def test_resume_again_and_again_with_other_ranks_and_workers(
         results = on_ranks(
             rng.randint(1, 3), partial(_leg, setting, state, rng.randint(0, 3), rng.randint(1, 12), limit)
         )
-        assert all(result == results[0] for result in results)
-        found += results[0][0]
-        state = results[0][1]
+        shares, states = zip(*results, strict=True)
+        assert all(one == states[0] for one in states)
+        found += rows(whole(shares))
+        state = states[0]
     assert found == oracle_rows(setting)
 
 
 def _leg(
     setting: Setting, state: StreamState | None, workers: int, batch: int, limit: int | None, group: Any
-) -> tuple[list[tuple[list[int], int]], StreamState]:
+) -> tuple[list[BatchShare], StreamState]:
     stream = setting.open(workers, group, state)
-    return rows(drain(stream, batch, limit)), saved(stream.state())
+    return drain(stream, batch, limit), saved(stream.state())
 
 
 def test_reading_ahead_does_not_show_in_the_state(setting: Setting) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.config import parse_config
+from pretrain.data import BatchShare, TokenBatch
 from pretrain.engine.plain import PlainEngine
 from pretrain.launch import train
 from pretrain.training.trainer import Trainer
@@ -28,10 +29,10 @@ def run(root: str, changes: dict[str, Any], stop_at: int | None = None, resume: 
 def run_with_fault(root: str, changes: dict[str, Any], fault: str) -> int:
     """Train with something planted: `reversed` micro-batches (no fault), a `lost` gradient, a `rate` off by 1 %."""
     rank = int(os.environ.get("RANK", "0"))
-    own_rows, backward, rates = Trainer.own_rows, PlainEngine.backward, Trainer.set_learning_rates
+    micro_batches, backward, rates = Trainer.micro_batches, PlainEngine.backward, Trainer.set_learning_rates
 
-    def reversed_rows(self: Trainer) -> list[slice]:
-        return own_rows(self)[::-1]
+    def reversed_rows(self: Trainer, share: BatchShare) -> list[TokenBatch]:
+        return micro_batches(self, share)[::-1]
 
     def lost(self: PlainEngine, loss: torch.Tensor) -> None:
         backward(self, loss * (0.0 if rank == 1 else 1.0))
@@ -43,7 +44,7 @@ def run_with_fault(root: str, changes: dict[str, Any], fault: str) -> int:
         return found
 
     patches = {
-        "reversed": (Trainer, "own_rows", reversed_rows),
+        "reversed": (Trainer, "micro_batches", reversed_rows),
         "lost": (PlainEngine, "backward", lost),
         "rate": (Trainer, "set_learning_rates", off),
     }

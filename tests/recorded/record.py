@@ -1,6 +1,7 @@
 """Train a fixed set of small runs and record what they leave behind, to compare two commits bit by bit.
 
     python tests/recorded/record.py OUT.json [--only RUN ...]    record the code of the working directory
+    python tests/recorded/record.py --as-before OUT.json ...     the same, without the two changes of `before.py`
     python tests/recorded/record.py --compare A.json B.json      print what differs; exit 1 if anything does
 
 A record holds the sha256 of every tensor and random generator in each run's last checkpoint, and every field of
@@ -29,6 +30,9 @@ from safetensors import safe_open
 
 TIMINGS = ("seconds", "tokens_per_second", "mfu")
 """Endings of the metric keys that differ from run to run."""
+
+PYTHONPATH = [str(Path.cwd())]
+"""Of the processes that train."""
 
 CORPUS, TOKENIZERS = Path("assets/corpus").resolve(), Path("assets/tokenizer").resolve()
 
@@ -120,7 +124,7 @@ def aurora(arguments: list[str], folder: Path) -> None:
     Raises:
         SystemExit: with its output, if it ends with another exit code than 0 (done) or 75 (stopped as asked).
     """
-    own = {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    own = {"PYTHONPATH": os.pathsep.join(PYTHONPATH), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "pretrain", *arguments]
     done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 75):
@@ -222,6 +226,7 @@ def main() -> int:
     """Record, or compare two records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", action="store_true", help="compare two records instead")
+    parser.add_argument("--as-before", action="store_true", help="as commits before 26 November 2026 trained")
     parser.add_argument("--only", nargs="*", default=[], metavar="RUN", help=f"any of {', '.join(RUNS)}, sweep")
     parser.add_argument("files", nargs="+", metavar="FILE.json")
     options = parser.parse_args()
@@ -230,6 +235,8 @@ def main() -> int:
         lines = differences(first, second)
         print("\n".join(lines) or f"{len(first)} runs: no difference")
         return 1 if lines else 0
+    if options.as_before:
+        PYTHONPATH.append(str(Path(__file__).resolve().parent / "patched"))
     Path(options.files[0]).write_text(json.dumps(record(options.only), indent=1))
     return 0
 

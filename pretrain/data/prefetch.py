@@ -1,0 +1,99 @@
+"""The next batch is prepared behind the current training step."""
+
+import queue
+import threading
+from dataclasses import dataclass
+
+from pretrain.data.batch import BatchShare
+from pretrain.data.position import StreamPosition
+from pretrain.data.state import StreamState
+from pretrain.data.stream import TokenStream
+from pretrain.engine.ranks import Ranks
+
+_JOIN_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A rank's share of a global batch."""
+
+    share: BatchShare
+    sha256: str
+    """Hash of the global batch; see `BatchShare.sha256`."""
+    position: StreamPosition
+    """Of the stream after this batch."""
+
+
+class Prefetcher:
+    """Calls a stream in a thread of its own, one batch ahead of the training.
+
+    The thread's collectives run beside those of the training step. So the stream needs a process group that nothing
+    else uses, and every rank prepares the same batches in the same order.
+    """
+
+    def __init__(
+        self, stream: TokenStream, num_sequences: int, batches: int, stream_ranks: Ranks, ranks: Ranks
+    ) -> None:
+        """Begin to prepare the first batch.
+
+        Args:
+            stream: at the position where training begins or continues; nothing else may use it from now on.
+            num_sequences: rows of a global batch.
+            batches: how many will be asked for at most; nothing is read for a batch after the last.
+            stream_ranks: the ranks with the group of the stream.
+            ranks: the ranks with another group, for the calls of `state`.
+
+        """
+        self._stream, self._num_sequences, self._batches = stream, num_sequences, batches
+        self._stream_ranks, self._ranks = stream_ranks, ranks
+        self.position = stream.position
+        """After the batch that `next_batch` returned last, whatever has been prepared since."""
+        self._prepared: queue.Queue[PreparedBatch | BaseException] = queue.Queue()
+        self._failure: BaseException | None = None
+        self._wanted = threading.Semaphore(1)
+        self._closed = False
+        # A daemon: a thread that waits for a rank which is gone must not keep the process alive.
+        self._thread = threading.Thread(target=self._prepare, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def next_batch(self) -> PreparedBatch:
+        """Return the next batch, waiting for it if necessary; then begin to prepare the one after it.
+
+        Raises:
+            Exception: see `TokenStream.next_batch`; raised again by every further call.
+
+        """
+        if self._failure is not None:
+            raise self._failure
+        prepared = self._prepared.get()
+        if isinstance(prepared, BaseException):
+            self._failure = prepared
+            raise prepared
+        self.position = prepared.position
+        self._wanted.release()
+        return prepared
+
+    def state(self) -> StreamState:
+        """Return what a checkpoint holds of the position after the last returned batch; a collective call."""
+        return self.position.state(self._ranks.group)
+
+    def close(self) -> None:
+        """End the thread and the stream. May be called twice; not a collective call."""
+        self._closed = True
+        self._failure = RuntimeError("the stream is closed")
+        self._wanted.release()
+        # A batch that all ranks are preparing ends soon; if one of them has failed, it never does.
+        self._thread.join(_JOIN_SECONDS)
+        self._stream.close()
+
+    def _prepare(self) -> None:
+        for _ in range(self._batches):
+            self._wanted.acquire()
+            if self._closed:
+                return
+            try:
+                share = self._stream.next_batch(self._num_sequences)
+                self._prepared.put(PreparedBatch(share, share.sha256(self._stream_ranks), self._stream.position))
+            except BaseException as error:
+                self._prepared.put(error)
+                return
