@@ -175,7 +175,7 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
             except BadRowsError as error:
                 setup.folder.allow_repair(error.path)
                 raise
-    for line in packing_lines(trainer.batches.position, _padded_length(config)):
+    for line in packing_lines(trainer.batches.position, config.padded_length):
         display.say(line)
     if outcome == "stopped":
         display.say(f"stopped after step {state.step}; start the same command again to continue")
@@ -207,7 +207,7 @@ def _build(
         catalog=setup.inputs.catalog,
     )
     opened.callback(stream.close)
-    notices = EpochNotices(stream.position, _padded_length(config))
+    notices = EpochNotices(stream.position, config.padded_length)
     hooks = _make_hooks(setup, optimizer)
     state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
     steps = config.total_steps - state.step
@@ -239,11 +239,6 @@ def _build(
         save=lambda trainer: _save(setup, trainer),
         stop_requested=lambda: bool(requests) or is_orphaned(),
     )
-
-
-def _padded_length(config: Config) -> int | None:
-    """Tokens of a sequence if the packing pads sequences, else None."""
-    return config.sequence_length if config.data.packing == "best_fit" else None
 
 
 def _on_every_rank(engine: Engine, work: Callable[[], T]) -> T:
