@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from optimizers import Aurora
 from pretrain.checkpoint.format import CheckpointError, Fragment
-from pretrain.checkpoint.generators import random_generators, restore_generators
+from pretrain.checkpoint.generators import random_generators, restore_generators, seed_everything
 from pretrain.checkpoint.state import fragments, group_settings, load_state, load_weights
 from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
-from pretrain.config import Config, identity_hash
+from pretrain.config import Config
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.data import (
     BadRowsError,
@@ -52,6 +50,7 @@ from pretrain.run.folder import TOKENIZER_FILE, RunFolder
 from pretrain.run.identity import Identity
 from pretrain.run.inputs import Inputs, check_inputs
 from pretrain.run.manifest import git_commit, write_manifest
+from pretrain.run.provenance import source_records
 from pretrain.run.resume import choose_checkpoint, rewind
 from pretrain.run.wandb import make_tracker
 from pretrain.training.epochs import EpochNotices, packing_lines
@@ -59,7 +58,7 @@ from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
 from pretrain.training.trainer import Trainer, TrainState
 from pretrain.training.validation import Validator
-from pretrain.training.validation_store import ValidationStore
+from pretrain.training.validation_store import ValidationSet, validation_set
 
 T = TypeVar("T")
 
@@ -110,6 +109,8 @@ class Setup:
     inputs: Inputs
     identity: Identity
     """What must match on resume."""
+    validation: ValidationSet | None
+    """That of remote and prepared sources."""
 
     @property
     def eos_id(self) -> int:
@@ -133,7 +134,10 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     for warning in inputs.warnings:
         display.warn(warning)
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
-    return Setup(config, engine, folder, display, tokenizer, found, inputs, identity)
+    validation = validation_set(config, inputs, tokenizer, folder.validation, identity.result, engine)
+    if validation is not None:
+        identity = replace(identity, validation=validation.sample.sha256)
+    return Setup(config, engine, folder, display, tokenizer, found, inputs, identity, validation)
 
 
 def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
@@ -213,7 +217,7 @@ def _build(
     steps = config.total_steps - state.step
     batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
     opened.callback(batches.close)
-    run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, state.step, routing))
+    run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, reader, routing))
     tracker = _on_every_rank(engine, lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn))
     opened.callback(tracker.close)
     for line in [*summary, *describe_data(setup.inputs.budgets), *engine.describe()]:
@@ -264,7 +268,7 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
 
     hooks: list[Hook] = []
     validator = (
-        Validator(config, open_validation, engine.ranks, _validation_store(setup))
+        Validator(config, open_validation, engine.ranks, setup.validation)
         if config.data.validation_fraction > 0
         else None
     )
@@ -279,20 +283,6 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
         seed = config.run.seed
         hooks.append(Sampler(config.samples, setup.tokenizer, setup.eos_id, seed, folder.samples, show))
     return hooks
-
-
-def _validation_store(setup: Setup) -> ValidationStore | None:
-    """Where the validation split of remote sources is kept: reading it again would take minutes."""
-    if not any(source.pinned for source in setup.inputs.catalog.sources):
-        return None
-    key = identity_hash(
-        {
-            "identity": setup.identity.result,
-            "sequence_length": setup.config.sequence_length,
-            "max_tokens": setup.config.validation.max_tokens,
-        }
-    )
-    return ValidationStore(setup.folder.validation, key, setup.engine.ranks)
 
 
 def _loader(setup: Setup, reader: CheckpointReader) -> Callable[[torch.nn.Module], None]:
@@ -335,19 +325,32 @@ def _restore_generators(setup: Setup, reader: CheckpointReader) -> None:
         display.warn(f"precision was {before}, now {engine.precision}: results will differ")
 
 
-def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: list[dict[str, Any]]) -> str:
-    """Move what was written after `step` aside, write config and manifest; return the run's wandb id."""
+def _open_run_folder(
+    setup: Setup, hooks: Iterable[Hook], reader: CheckpointReader | None, routing: list[dict[str, Any]]
+) -> str:
+    """Move what was written after the checkpoint aside, write config and manifest; return the run's wandb id."""
     folder, engine = setup.folder, setup.engine
+    step, data_state = (reader.index["step"], reader.index["data_state"]) if reader else (0, None)
+    sources = source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets)
     discarded = rewind(folder, step)
     for hook in hooks:
         hook.rewind(step)
     if discarded:
         setup.display.say(f"{discarded} metric lines past step {step} moved to metrics.discarded.jsonl")
     keep_lock(setup.inputs.catalog, folder)
+    if setup.validation is not None:
+        setup.validation.keep()
     with replacing(folder.path / TOKENIZER_FILE) as partial:
         shutil.copyfile(setup.tokenizer_config.path, partial)
     run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
-    facts = {"id": run_id, "identity": setup.identity.record(), "data": setup.inputs.data, "routing": routing}
+    facts = {
+        "id": run_id,
+        "identity": setup.identity.record(),
+        "data": setup.inputs.data,
+        "provenance": {"step": step, "sources": sources},
+        "routing": routing,
+        **({"validation": setup.validation.record()} if setup.validation else {}),
+    }
     before = (folder.manifest() or {}).get("identity", {})
     launch = {
         "from_step": step,
@@ -367,17 +370,20 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
 def _save(setup: Setup, trainer: Trainer) -> None:
     """Save a checkpoint, then delete those that are no longer kept."""
     engine, optimizer = setup.engine, trainer.optimizer
+    data_state = dict(trainer.batches.state())
+    sources = source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets)
     snapshot = Snapshot(
         step=trainer.state.step,
         counters=asdict(trainer.state),
         config=setup.config.resolved(),
         identity=setup.identity.record(),
-        data_state=dict(trainer.batches.state()),
+        data_state=data_state,
         optimizer_groups=group_settings(optimizer),
         provenance={
             "git_commit": git_commit() if engine.rank == 0 else None,  # rank 0 writes the index
             "precision": str(engine.precision),
             "data": setup.inputs.data,
+            "sources": sources,
         },
     )
     own: Iterable[Fragment] = itertools.chain(
@@ -387,13 +393,10 @@ def _save(setup: Setup, trainer: Trainer) -> None:
     writes = engine.held is not None or engine.rank == 0
     path = save_checkpoint(setup.folder.checkpoints, snapshot, own if writes else (), random_generators(), engine.ranks)
     keep = setup.config.checkpoint
-    engine.ranks.on_rank_0(lambda: prune(setup.folder.checkpoints, keep.keep_last, keep.keep_every_steps))
+
+    def finish() -> None:
+        prune(setup.folder.checkpoints, keep.keep_last, keep.keep_every_steps)
+        setup.folder.record_sources(trainer.state.step, sources)
+
+    engine.ranks.on_rank_0(finish)
     setup.display.say(f"saved {path}")
-
-
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed every global random generator; ask for deterministic kernels if wanted."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic)

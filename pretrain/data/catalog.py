@@ -242,6 +242,18 @@ def tokenizer_problems(catalog: Catalog, tokenizer: Tokenizer, config: Tokenizer
     return [problem for problem in found if problem]
 
 
+def require_text(catalog: Catalog) -> None:
+    """Refuse prepared data where only text will do.
+
+    Raises:
+        DataError: with a line for each source that holds tokens.
+
+    """
+    if tokens := [source.path for source in catalog.sources if source.tokenizer is not None]:
+        cure = "holds tokens, not text: name the source that it was prepared from"
+        raise DataError("\n".join(f"{path}: {cure}" for path in tokens))
+
+
 class FileFingerprint(TypedDict):
     """One file; the fields are those of `CatalogFile`."""
 

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from pretrain.config.data import DataConfig
 from pretrain.data.bad_rows import BadRow, BadRowBudget
-from pretrain.data.catalog import Catalog
-from pretrain.data.errors import DataError
+from pretrain.data.catalog import Catalog, make_catalog, require_text
 from pretrain.data.formats import read_unit
 from pretrain.data.order import ReadPlan, make_plan
 from pretrain.data.prepared.reading import TokenBytes, holds_tokens, read_runs
@@ -98,9 +97,9 @@ def validation_text(config: DataConfig, catalog: Catalog | None = None) -> str:
         DataError: see `lane_documents`; or a source holds tokens instead of text.
 
     """
+    catalog = catalog or make_catalog(config)
+    require_text(catalog)
     plan = make_plan(config, "validation", 1, catalog)
-    if tokens := next((unit.file.path for unit in plan.lane_units(0, 0) if holds_tokens(unit.file.path)), None):
-        raise DataError(f"{tokens}: holds tokens, not text: name the sources that it was prepared from")
     budget, chosen = BadRowBudget(plan.max_bad_rows), []
     for unit in plan.lane_units(0, 0):
         for _, text in read_unit(unit, 0, batch_bytes=1 << 20):

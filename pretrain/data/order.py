@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
+from typing import TypeVar
 
 from pretrain.config.data import DataConfig
 from pretrain.data.catalog import Catalog, make_catalog
@@ -18,6 +19,7 @@ from pretrain.data.mixture import Stage, exact
 from pretrain.data.split import Split, is_validation
 from pretrain.data.units import Unit
 
+T = TypeVar("T")
 _KEPT_ORDERS = 4  # epochs of a ring whose order is cached: the current one, and those in which carried tails began
 
 
@@ -165,14 +167,14 @@ def lane_problem(config: DataConfig, counts: list[int]) -> str | None:
     )
 
 
-def epoch_order(units: Mapping[int, Sequence[Unit]], seed: int, epoch: int) -> list[Unit]:
+def epoch_order(units: Mapping[int, Sequence[T]], seed: int, epoch: int) -> list[T]:
     """Return all units of an epoch in the order in which they are dealt to the lanes.
 
     Units are sorted by a keyed hash and not shuffled by a library's generator: its sequence may change in a later
     release, and a run could then not be resumed.
 
     Args:
-        units: those of each source, by its index in the config.
+        units: those of each source, by its index in the config, or what stands for them.
         seed: of the order.
         epoch: counted from 0.
 
