@@ -29,6 +29,7 @@ from pretrain.data import (
     hub_tokenizer,
     load_tokenizer,
     separator_id,
+    without_bytes,
 )
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
@@ -201,13 +202,16 @@ def _build(
     outline = build_model(config.model, config.run.seed, device="meta")
     routing, summary = routing_table(config, outline), describe(config, outline, engine.world_size)
     optimizer = engine.build(_loader(setup, reader) if reader else None)
+    position: Any = reader.index["data_state"] if reader else None
+    if position and setup.folder.repairable:  # a repair moves the rows behind it
+        position = without_bytes(position)
     stream_ranks = engine.new_ranks()
     stream = TokenStream(
         config.data,
         setup.tokenizer_config,
         config.sequence_length,
         group=stream_ranks.group,
-        state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
+        state=position,
         catalog=setup.inputs.catalog,
     )
     opened.callback(stream.close)

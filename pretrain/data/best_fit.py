@@ -152,9 +152,9 @@ class BestFitLane(Lane):
         """Whether more must be read before the next item is known."""
         return not self._sequences and self.pending < self._window_tokens and not self.exhausted
 
-    def push(self, position: Cursor, run: TokenRun, skipped: tuple[BadRow, ...] = ()) -> None:
-        """Append a document, or a run of them, that begins at a position and follows the skipped bad rows."""
-        self._waiting.append((position, run, self._unattached + skipped))
+    def push(self, position: Cursor, end: Cursor, run: TokenRun, skipped: tuple[BadRow, ...] = ()) -> None:
+        """Append a document, or a run of them, that begins and ends at positions and follows the skipped bad rows."""
+        self._waiting.append((position, end, run, self._unattached + skipped))
         self._unattached = ()
         self._documents_read += len(run.ends)
         self.pending += len(run.tokens)
@@ -193,11 +193,12 @@ class BestFitLane(Lane):
         """Return the waiting documents, up to the one with which they are enough for a window."""
         documents: list[_Document] = []
         tokens, first = 0, self._packed
-        for position, run, skipped in self._waiting:
+        for position, run_end, run, skipped in self._waiting:
             begin = run.ends[first - 1] if first else 0
             for index in range(first, len(run.ends)):
                 end = run.ends[index]
-                after = position._replace(row=position.row + index + 1)
+                last = index + 1 == len(run.ends)
+                after = run_end if last else position._replace(row=position.row + index + 1)
                 documents.append(_Document(run, begin, end, () if index else skipped, after))
                 tokens += end - begin
                 begin = end
@@ -210,7 +211,7 @@ class BestFitLane(Lane):
         """Remove documents from those that wait."""
         self.pending -= sum(document.end - document.begin for document in self._documents_of_window)
         while count:
-            left = len(self._waiting[0][1].ends) - self._packed
+            left = len(self._waiting[0][2].ends) - self._packed
             if count < left:
                 self._packed += count
                 return

@@ -8,7 +8,7 @@ from functools import partial
 from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.config.row_filter import condition_fields, parse_condition
 from pretrain.data.bad_rows import BadRow, BadRowBudget
-from pretrain.data.catalog import Catalog, Locked, catalog_source, text_recipe
+from pretrain.data.catalog import Catalog, Locked, catalog_source, source_units, text_recipe
 from pretrain.data.described import CatalogFile, CatalogSource
 from pretrain.data.errors import DataError
 from pretrain.data.formats import TextFile, read_unit
@@ -85,7 +85,7 @@ def survey(
     catalog = Catalog(tuple(sources))
     if not problems:
         known = all(source.files for source in sources)
-        if known and (problem := lane_problem(config, [len(units) for units in catalog.units(config)])):
+        if known and (problem := lane_problem(config, catalog.count_units(config))):
             problems.append(problem)
         if not scan.sampled and not remote:
             problems += _empty_splits(config, scan.documents)
@@ -140,7 +140,7 @@ def _remote_texts(source: SourceConfig, found: CatalogSource, config: DataConfig
     if found.pinned is None:
         return texts
     size = 0
-    for unit in Catalog((found,)).units(config.model_copy(update={"sources": (source,)}))[0]:
+    for unit in source_units(source, found, config):
         for _, text in read_unit(unit, 0, _TRIED_BYTES):
             if isinstance(text, BadRow):
                 continue

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pretrain.config.data import DataConfig
 from pretrain.data.bad_rows import BadRow, BadRowBudget
 from pretrain.data.catalog import Catalog, make_catalog, require_text
-from pretrain.data.formats import read_unit
+from pretrain.data.formats import read_places, read_unit
 from pretrain.data.order import ReadPlan, make_plan
 from pretrain.data.prepared.reading import TokenBytes, holds_tokens, read_runs
 from pretrain.data.prepared.runs import TokenRun
@@ -23,6 +23,9 @@ class Cursor(NamedTuple):
     """Row of the unit, counted from 0, including rows of the other split and rows without text."""
     token: int
     """Index among the document's tokens, including its separator."""
+    byte: int = 0
+    """Where in an uncompressed file of lines the row can be looked for: behind the previous row of the unit. 0: not
+    known. Only saves reading what comes before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class Document:
     """A non-empty text of the chosen split and the position of its first token."""
 
     position: Cursor
+    end: Cursor
+    """The beginning of the next row."""
     text: str
     text_bytes: int
     """Length in UTF-8."""
@@ -38,9 +43,10 @@ class Document:
 
 
 class Tokenized(NamedTuple):
-    """Consecutive documents of prepared data and the position of the first token."""
+    """Consecutive documents of prepared data, the position of the first token and of what follows the last."""
 
     position: Cursor
+    end: Cursor
     run: TokenRun
 
 
@@ -73,12 +79,13 @@ def lane_documents(
         for index, unit in enumerate(plan.lane_units(epoch, lane)):
             if (epoch, index) < start[:2]:
                 continue
-            first_row = start.row if (epoch, index) == start[:2] else 0
+            first_row, first_byte = (start.row, start.byte) if (epoch, index) == start[:2] else (0, 0)
             if holds_tokens(unit.file.path):
                 for run in read_runs(unit, first_row, plan.validation_fraction, plan.split, token_bytes):
-                    yield Tokenized(Cursor(epoch, index, run.first_row, 0), run)
+                    begin = Cursor(epoch, index, run.first_row, 0)
+                    yield Tokenized(begin, begin._replace(row=run.first_row + len(run.ends)), run)
                 continue
-            for row, text in read_unit(unit, first_row, batch_bytes):
+            for row, text, begin_byte, end_byte in read_places(unit, first_row, first_byte, batch_bytes):
                 if isinstance(text, BadRow):
                     budget.spend(text)
                     if epoch == 0:  # they come again in every epoch
@@ -86,7 +93,9 @@ def lane_documents(
                     continue
                 encoded = text.encode()
                 if encoded and plan.selects(encoded):
-                    yield Document(Cursor(epoch, index, row, 0), text, len(encoded), tuple(skipped))
+                    begin = Cursor(epoch, index, row, 0, begin_byte)
+                    end = Cursor(epoch, index, row + 1, 0, end_byte)
+                    yield Document(begin, end, text, len(encoded), tuple(skipped))
                     skipped.clear()
 
 

@@ -6,7 +6,7 @@ here: they divide the lanes among themselves.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
@@ -179,14 +179,21 @@ def epoch_order(units: Mapping[int, Sequence[T]], seed: int, epoch: int) -> list
         epoch: counted from 0.
 
     """
-    # The 0 stands for the copy of the unit: a source could once be read several times in an epoch.
     entries = [
-        (_key(seed, epoch, "order", index, number, 0), unit)
+        entry
         for index, source in units.items()
-        for number, unit in enumerate(source)
+        for entry in zip(_keys(seed, epoch, index, len(source)), source, strict=True)
     ]
     return [unit for _, unit in sorted(entries, key=lambda entry: entry[0])]
 
 
-def _key(*parts: object) -> bytes:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+def _keys(seed: int, epoch: int, source: int, units: int) -> Iterator[bytes]:
+    """Yield the key of each unit: the hash of ``(seed, epoch, 'order', source, unit, 0)`` as Python prints it.
+
+    The 0 stands for the copy of the unit: a source could once be read several times in an epoch.
+    """
+    same = hashlib.blake2b(f"({seed}, {epoch}, 'order', {source}, ".encode(), digest_size=16)
+    for number in range(units):
+        key = same.copy()
+        key.update(b"%d, 0)" % number)
+        yield key.digest()

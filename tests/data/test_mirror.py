@@ -158,3 +158,16 @@ def test_a_file_without_a_known_version_is_not_cached(tmp_path: Path) -> None:
     file = CachedFile(f"hf://datasets/a/b@{COMMIT}/x.jsonl", cache=DiskCache(str(tmp_path), 100))
     with pytest.raises(DataError, match="version are not known"), open_file(file):
         pass
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("hf://datasets/o/n@abc/data/a.parquet", "hf/datasets/o/n@abc/data/a.parquet"),
+        ("HTTPS://host/a.parquet", "https/host/a.parquet"),
+        ("HTTPS://host/.hidden/a.parquet", "https/host/.hidden/a.parquet"),
+        ("s3://bucket/a b/ü..parquet", "s3/bucket/a b/ü..parquet"),
+    ],
+)
+def test_a_file_lies_below_its_scheme_and_host(url: str, place: str, tmp_path: Path) -> None:
+    assert mirror_path(tmp_path, url) == tmp_path / place
