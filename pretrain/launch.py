@@ -48,7 +48,7 @@ from pretrain.run.manifest import git_commit, write_manifest
 from pretrain.run.provenance import source_records
 from pretrain.run.resume import choose_checkpoint, rewind
 from pretrain.run.wandb import make_tracker
-from pretrain.training.epochs import EpochNotices
+from pretrain.training.epochs import EpochNotices, packing_lines
 from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
 from pretrain.training.trainer import Trainer, TrainState
@@ -175,6 +175,8 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
             except DamagedFileError as error:
                 setup.folder.allow_repair(error.path)
                 raise
+    for line in packing_lines(trainer.batches.position, config.padded_length):
+        display.say(line)
     if outcome == "stopped":
         display.say(f"stopped after step {state.step}; start the same command again to continue")
         return STOPPED
@@ -208,7 +210,7 @@ def _build(
         catalog=setup.inputs.catalog,
     )
     opened.callback(stream.close)
-    notices = EpochNotices(stream.position)
+    notices = EpochNotices(stream.position, config.padded_length)
     hooks = _make_hooks(setup, optimizer)
     state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
     steps = config.total_steps - state.step

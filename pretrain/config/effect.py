@@ -15,6 +15,7 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
     return {
         **_of_validation(sections),
         **_of_lengths(sections),
+        **_of_documents(sections),
         **_of_optimizer(sections),
         **_past_the_end(sections),
     }
@@ -41,6 +42,13 @@ def _of_lengths(sections: Mapping[str, Any]) -> dict[str, str]:
     if train.loss_chunk_tokens < tokens:
         return {}
     return {"train.loss_chunk_tokens": f"no forward pass has more than {tokens} tokens"}
+
+
+def _of_documents(sections: Mapping[str, Any]) -> dict[str, str]:
+    data = sections.get("data")
+    if data is None or "train" not in sections or data.document_mask or data.reset_positions:
+        return {}
+    return {"train.document_attention": "neither data.document_mask nor data.reset_positions is set"}
 
 
 def _of_optimizer(sections: Mapping[str, Any]) -> dict[str, str]:

@@ -55,6 +55,11 @@ class Config(Section):
         return self.train.sequence_length or self.model.context_length
 
     @property
+    def padded_length(self) -> int | None:
+        """Tokens of a training sequence if the packing pads sequences, else None."""
+        return self.sequence_length if self.data.packing == "best_fit" else None
+
+    @property
     def global_batch_sequences(self) -> int:
         """Sequences of one optimizer step over all ranks."""
         return self.train.global_batch_tokens // self.sequence_length

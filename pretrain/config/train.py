@@ -40,6 +40,15 @@ class TrainConfig(Section):
     compile: Annotated[bool, NUMERICS] = False
     """Compile the forward and backward pass with `torch.compile`, which takes minutes at the start."""
 
+    document_attention: Annotated[Literal["auto", "dense"], NUMERICS] = "auto"
+    """How attention is computed with `data.document_mask` or `data.reset_positions`. `auto` computes each document by
+    itself and never allocates the attention between all tokens of a sequence: on NVIDIA GPUs with PyTorch's
+    variable-length FlashAttention in bf16 and compiled FlexAttention in fp32, on CPUs document by document. `dense`
+    passes a mask of T x T entries for each sequence, as earlier versions did. Attention document by document takes 0.1
+    to 0.4 of the time of dense masks with 2,048 tokens a sequence on a CPU, 0.4 to 1.1 with 512, where short documents
+    gain most (docs/decisions/2026-11-26-packing.md); GPUs have not been measured. The results differ in rounding
+    alone. The run prints the choice, and where it is `dense` for want of another, why."""
+
     loss_chunk_tokens: Annotated[PositiveInt | None, NUMERICS] = None
     """Compute head and cross-entropy over this many tokens at a time, so that the logits of a whole micro-batch never
     exist at the same time. null: all tokens together."""

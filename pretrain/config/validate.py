@@ -73,6 +73,10 @@ def parse_stored_config(data: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: with every problem found.
     """
+    match data:
+        case {"data": {"document_mask": True} | {"reset_positions": True}, "train": {**train}}:
+            # Before there was a choice, every mask was dense; a run that continues with another prints a warning.
+            data = {**data, "train": {"document_attention": "dense", **train}}
     return _parse(data, stored=True)
 
 

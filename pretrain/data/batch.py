@@ -19,7 +19,8 @@ class TokenBatch:
     tokens: torch.Tensor
     """int32 [B, T+1], on the CPU."""
     lengths: torch.Tensor
-    """int32 [B], valid targets per row: T, or less in the last row of a lane of a finite stream."""
+    """int32 [B], valid targets per row: T, or less in the last row of a lane of a finite stream and with
+    best-fit packing."""
 
     @property
     def num_targets(self) -> int:

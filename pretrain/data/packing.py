@@ -54,6 +54,8 @@ class PackedSequence(NamedTuple):
     """Rows that were skipped before the documents that begin here, in the first epoch."""
     cursor: Cursor
     """The first token that is not yet a target."""
+    cut: int = 0
+    """Documents that begin here and are longer than a sequence; counted by best-fit packing only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class ReaderTask:
     sequence_length: int
     rings: dict[int, RingTask]
     """By the index of the ring; those that the reader has lanes of."""
+    lane_class: "type[Lane]"
+    """How documents become sequences."""
 
     @property
     def lane_bytes(self) -> int:
@@ -117,7 +121,7 @@ def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], Document
 
     """
     encoder, own = load_encoder(), task.rings[index]
-    lanes = {lane: _Lane(task, lane, own.cursors[lane], encoder) for lane in sorted(own.cursors)}
+    lanes = {lane: task.lane_class(task, lane, own.cursors[lane], encoder) for lane in sorted(own.cursors)}
     ring = deque(lanes[lane] for lane in own.ring)
     epoch, epochs = own.epoch, task.plan.rings[index].epochs
     while epochs is None or epoch < epochs:
@@ -135,14 +139,14 @@ def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], Document
         ring.extend(lanes.values())
 
 
-def _refill(lanes: "Sequence[_Lane]", encoder: DocumentEncoder) -> None:
+def _refill(lanes: "Sequence[Lane]", encoder: DocumentEncoder) -> None:
     """Tokenize about `REFILL_BYTES` of text in one call; each document goes to the lane with the fewest tokens.
 
     What is tokenized already only takes its turn.
     """
     queue = [(lane.pending, index) for index, lane in enumerate(lanes) if not lane.exhausted]
     heapq.heapify(queue)
-    batch: list[tuple[_Lane, Document | Tokenized]] = []
+    batch: list[tuple[Lane, Document | Tokenized]] = []
     size = 0
     while queue and size < REFILL_BYTES:
         pending, index = queue[0]
@@ -168,7 +172,7 @@ def _refill(lanes: "Sequence[_Lane]", encoder: DocumentEncoder) -> None:
             lane.skip(document.skipped)
 
 
-class _Lane:
+class Lane:
     """The tokens of a lane that have been read but not packed."""
 
     def __init__(self, task: ReaderTask, lane: int, cursor: Cursor, encoder: DocumentEncoder) -> None:
@@ -229,12 +233,7 @@ class _Lane:
         tokens = run.tokens
         if self._used and not self._waiting:  # after a resume: the cursor is within this run
             if position[:3] != self._cursor[:3] or self._used >= len(tokens):
-                plan = self._task.plan
-                name = plan.rings[plan.ring_of(self._lane)].name
-                raise DataError(
-                    f"{name}: lane {self._lane} cannot continue at {self._cursor}: the data or the tokenizer is not "
-                    "the one that the saved state was taken from; restore it, or start a new run"
-                )
+                raise self._wrong_data(self._cursor)
             self.pending -= self._used
         self._waiting.append((position, end, run, self._unattached + skipped))
         self._unattached = ()
@@ -248,6 +247,14 @@ class _Lane:
         if pad and self.pending:
             return self._take(self.pending)
         return EpochEnd(self._lane, self._documents_read)
+
+    def _wrong_data(self, cursor: Cursor) -> DataError:
+        plan = self._task.plan
+        name = plan.rings[plan.ring_of(self._lane)].name
+        return DataError(
+            f"{name}: lane {self._lane} cannot continue at {cursor}: the data or the tokenizer is not the one that the "
+            "saved state was taken from; restore it, or start a new run"
+        )
 
     def _take(self, length: int) -> PackedSequence:
         position, _, run, _ = self._waiting[0]

@@ -32,6 +32,8 @@ class SourceProgress:
     """UTF-8 bytes."""
     bad_rows: int
     """Rows that were skipped, in the first epoch."""
+    cut_documents: int
+    """Documents longer than a sequence, which best-fit packing had to cut, counted in each epoch; else 0."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class StreamPosition:
                 ring.documents,
                 ring.text_bytes,
                 ring.bad_rows,
+                ring.cut_documents,
             )
             for ring in self.rings
         }

@@ -25,6 +25,7 @@ class RingPosition:
     documents: int
     text_bytes: int
     bad_rows: int
+    cut_documents: int
     whole_epoch: bool
     """Whether this epoch is read from its beginning; not after a resume."""
     epoch_sequences: int = 0
@@ -46,13 +47,14 @@ class RingPosition:
             documents=saved["documents"],
             text_bytes=saved["text_bytes"],
             bad_rows=saved["bad_rows"],
+            cut_documents=saved.get("cut_documents", 0),
             whole_epoch=not resumed,
         )
 
     def state(self, lanes: list[LaneState]) -> SourceState:
         """Return what is saved, with the positions of its lanes."""
         first = self.ring.lanes.start
-        return SourceState(
+        state = SourceState(
             epoch=self.epoch,
             next_lane=self.turns[0] - first if self.turns else 0,
             left=[lane - first for lane in self.ring.lanes if lane not in set(self.turns)],
@@ -63,6 +65,9 @@ class RingPosition:
             text_bytes=self.text_bytes,
             bad_rows=self.bad_rows,
         )
+        if self.cut_documents:
+            state["cut_documents"] = self.cut_documents
+        return state
 
     def copy(self) -> Self:
         """Return an independent position."""
@@ -79,13 +84,16 @@ class RingPosition:
         self.whole_epoch, self.epoch_sequences = True, 0
         self.turns.extend(() if self.ended else self.ring.lanes)
 
-    def count(self, sequences: int, tokens: int, text_bytes: int, documents: int, bad_rows: int) -> None:
+    def count(
+        self, sequences: int, tokens: int, text_bytes: int, documents: int, bad_rows: int, cut_documents: int
+    ) -> None:
         """Count the sequences of a batch."""
         self.sequences += sequences
         self.tokens += tokens
         self.text_bytes += text_bytes
         self.documents += documents
         self.bad_rows += bad_rows
+        self.cut_documents += cut_documents
 
     def deal(self, count: int, ready: Sequence[int], wanted: Mapping[int, int], dealt: list[int]) -> list[int]:
         """Deal at most `count` rows to the lanes whose turn it is; see `take_turns`."""

@@ -21,7 +21,8 @@ class LaneState(TypedDict):
     row: int
     """Row of the unit, counted from 0; may be one past the last."""
     token: int
-    """Index of the token in the document of that row."""
+    """Index of the token in the document of that row. With best-fit packing, the position is the beginning of a window
+    of documents, and this the number of its sequences that have been batched."""
     byte: NotRequired[int]
     """Where to look for the row in an uncompressed file of lines; see `Cursor`. Absent if it is not known."""
 
@@ -46,6 +47,8 @@ class SourceState(TypedDict):
     """UTF-8 bytes of the text in those sequences."""
     bad_rows: int
     """Rows that were skipped before those documents, in the first epoch."""
+    cut_documents: NotRequired[int]
+    """Documents that best-fit packing had to cut, counted in each epoch; absent if there are none."""
 
 
 class StreamState(TypedDict):

@@ -30,13 +30,14 @@ import torch.distributed as dist
 from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data.bad_rows import BadRow, too_many
 from pretrain.data.batch import BatchShare
+from pretrain.data.best_fit import BestFitLane
 from pretrain.data.catalog import Catalog, make_catalog, tokenizer_problems
 from pretrain.data.documents import Cursor
 from pretrain.data.errors import DataError
 from pretrain.data.exchange import assign, exchange
 from pretrain.data.mixture import Schedule
 from pretrain.data.order import make_plan
-from pretrain.data.packing import ReaderTask, RingTask
+from pretrain.data.packing import Lane, ReaderTask, RingTask
 from pretrain.data.position import SourceProgress, StreamPosition
 from pretrain.data.rings import RingPosition, RingQueues, take_turns
 from pretrain.data.sources.retries import set_retry_minutes
@@ -97,6 +98,9 @@ class TokenStream:
         if problems := tokenizer_problems(catalog, loaded, tokenizer):
             raise DataError("\n".join(problems))
         self._sequence_length = sequence_length
+        # The validation split is packed in one way for all runs, so that their losses can be compared.
+        best_fit = config.packing == "best_fit" and split == "train"
+        self._lane_class: type[Lane] = BestFitLane if best_fit else Lane
         self._ranks = Ranks(group.rank(), group.size(), group) if group else Ranks()
         self._failure: BaseException | None = None
 
@@ -137,7 +141,7 @@ class TokenStream:
                     tasks[index] = RingTask(position.epoch, ring, {lane: cursors[lane] for lane in lanes})
             if not tasks:
                 continue
-            task = ReaderTask(self._plan, tokenizer, self._sequence_length, tasks)
+            task = ReaderTask(self._plan, tokenizer, self._sequence_length, tasks, self._lane_class)
             reader = WorkerReader(task) if workers else InlineReader(task)
             self._readers.append(reader)
             for index, ring_task in tasks.items():
@@ -266,7 +270,7 @@ class TokenStream:
         owners = [lane % size for lane in lanes]
         own = range(len(lanes)) if size == 1 else [row for row, owner in enumerate(owners) if owner == rank]
         tokens = np.empty((len(own), self._sequence_length + 1), dtype=np.int32)
-        found: list[tuple[int, int, int, int]] = []
+        found: list[tuple[int, int, int, int, int]] = []
         cursors: dict[int, Cursor] = {}
         bad: list[BadRow] = []
         for index, row in enumerate(own):
@@ -277,9 +281,9 @@ class TokenStream:
             if sequence.bad_rows:
                 bad_rows = sum(bad.rows for bad in sequence.bad_rows)
                 bad += sequence.bad_rows
-            found.append((sequence.length, sequence.text_bytes, sequence.documents, bad_rows))
+            found.append((sequence.length, sequence.text_bytes, sequence.documents, bad_rows, sequence.cut))
             cursors[lane] = sequence.cursor
-        counts = np.zeros((len(lanes), 4), dtype=np.int64)
+        counts = np.zeros((len(lanes), 5), dtype=np.int64)
         if own:
             counts[own] = found
         self._all_reduce(torch.from_numpy(counts))

@@ -26,6 +26,7 @@ from optimizers.sharded import Held
 from pretrain.config import Config
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.ranks import Ranks
+from pretrain.model.attention import choose_kernel
 from pretrain.model.build import build_model
 from pretrain.model.loss import LossModel
 
@@ -58,6 +59,7 @@ class Engine:
         rank, world_size: rank of this process and number of processes.
         device: the device of the model.
         precision: dtypes of weights and matrix products.
+        document_kernel: how attention is computed if the config asks for document masks or restarted positions.
         model: the wrapped model, to be called in training; set by `build`.
         module: the model with its loss, inside `model`.
 
@@ -78,6 +80,9 @@ class Engine:
         self.device: torch.device = accelerator.device
         fast_bf16 = has_fast_bf16(self.device)
         self.precision = resolve_precision(config.train.precision, fast_bf16=fast_bf16, deepspeed=self.is_deepspeed)
+        dtype = torch.bfloat16 if self.precision.is_bf16 else torch.float32
+        heads = config.model.hidden_size // config.model.num_heads
+        self.document_kernel = choose_kernel(config.train.document_attention, self.device, dtype, heads)
         self._check_world(expected)
         self.ranks = Ranks(self.rank, self.world_size, self._make_cpu_group())
 
@@ -136,7 +141,10 @@ class Engine:
 
     def describe(self) -> list[str]:
         """Return lines that describe the set-up, to be printed when a run starts."""
-        return [f"device    {self.device}, {self.world_size} ranks, {self.precision}"]
+        lines = [f"device    {self.device}, {self.world_size} ranks, {self.precision}"]
+        if self.config.data.document_mask or self.config.data.reset_positions:
+            lines.append(f"attention {self.document_kernel.kernel}: {self.document_kernel.reason}")
+        return lines
 
     @property
     def held(self) -> Held | None:

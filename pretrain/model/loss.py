@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config.train import TrainConfig
+from pretrain.model.attention import TRANSFORMERS_NAME, AttentionMask
 from pretrain.model.build import LanguageModel
 from pretrain.model.speedrun import SpeedrunModel
 
@@ -19,27 +20,29 @@ class LossModel(nn.Module):
     """A causal language model whose output is its summed loss.
 
     Args:
-        model: the language model; its activation checkpointing is switched on here.
+        model: the language model; its activation checkpointing is switched on here, and the masks that it understands.
         train: sets activation checkpointing and the chunk size of the loss.
     """
 
     def __init__(self, model: LanguageModel, train: TrainConfig) -> None:
         super().__init__()
         self.model = model
+        if not isinstance(model, SpeedrunModel):
+            model.set_attn_implementation(TRANSFORMERS_NAME)  # knows every kind of mask
         self.chunk = train.loss_chunk_tokens
         every = train.activation_checkpointing
         if every != "none":
             model.activation_checkpointing_enable(every_n_layers=1 if every == "full" else every)
 
     def forward(
-        self, inputs: Tensor, labels: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+        self, inputs: Tensor, labels: Tensor, mask: AttentionMask = None, positions: Tensor | None = None
     ) -> Tensor:
         """Return the cross-entropy in nats, summed over the positions whose label is not `IGNORED`; fp32 scalar.
 
         Args:
             inputs: int64 token ids [batch, length].
             labels: int64 next tokens [batch, length].
-            mask: bool attention mask [batch, 1, length, length], or None for plain causal attention.
+            mask: see `AttentionMask`; None for plain causal attention.
             positions: int64 position ids [batch, length], or None for 0, 1, 2, ...
         """
         hidden, labels = self._hidden(inputs, mask, positions).flatten(0, 1), labels.flatten()
@@ -52,7 +55,7 @@ class LossModel(nn.Module):
         ]
         return torch.stack(parts).sum()
 
-    def _hidden(self, inputs: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _hidden(self, inputs: Tensor, mask: AttentionMask, positions: Tensor | None) -> Tensor:
         """Return the input of the head, [batch, length, hidden]."""
         if isinstance(self.model, SpeedrunModel):
             return self.model.hidden(inputs, mask, positions)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config.model import ModelConfig
+from pretrain.model.attention import AttentionMask, attend
 
 ATTENTION_SCALE = 0.12
 """Factor of the attention scores; not the usual 1/sqrt(d), since queries and keys have norm sqrt(d)."""
@@ -90,12 +91,11 @@ class Attention(nn.Module):
         self.num_heads, self.eps = config.num_heads, config.norm_eps
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, T, h] to [B, T, h]; `mask` [B, 1, T, T] is true where a query may attend, None means causal."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask) -> Tensor:
+        """[B, T, h] to [B, T, h]; see `AttentionMask`."""
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (rotate(F.rms_norm(z.float(), z.shape[-1:], eps=self.eps), cos, sin).type_as(v) for z in (q, k))
-        causal = mask is None
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=ATTENTION_SCALE)
+        mixed = attend(q, k, v, mask, ATTENTION_SCALE)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask) -> Tensor:
         """[B, T, h] to [B, T, h]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -145,7 +145,7 @@ class Trunk(nn.Module):
         self.recompute_every = 0  # every n-th layer recomputes its activations in the backward pass; 0: none does
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: AttentionMask = None, positions: Tensor | None = None) -> Tensor:
         """Return the input of the head, [B, T, h]; the arguments are those of `SpeedrunModel.hidden`."""
         if positions is None:
             positions = torch.arange(ids.shape[-1], device=ids.device)
@@ -172,17 +172,17 @@ class SpeedrunModel(nn.Module):
         self.model = Trunk(config)
         self.lm_head = SoftcappedHead(config.hidden_size, config.vocab_size)
 
-    def hidden(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, mask: AttentionMask = None, positions: Tensor | None = None) -> Tensor:
         """Return the input of `lm_head`, [B, T, h].
 
         Args:
             ids: int64 [B, T].
-            mask: bool [B, 1, T, T], true where a query (third dimension) may attend; None for plain causal attention.
+            mask: see `AttentionMask`; None for plain causal attention.
             positions: int64 [B, T]; None for 0, 1, 2, ...
         """
         return self.model(ids, mask, positions)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: AttentionMask = None, positions: Tensor | None = None) -> Tensor:
         """Return logits [B, T, V] in fp32; the arguments are those of `hidden`."""
         return self.lm_head(self.hidden(ids, mask, positions))
 

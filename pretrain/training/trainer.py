@@ -195,7 +195,13 @@ class Trainer:
         valid = torch.arange(labels.shape[1], device=self.engine.device) < lengths[:, None]
         data = self.config.data
         mask, positions = attention_inputs(
-            inputs, self.eos_id, document_mask=data.document_mask, reset_positions=data.reset_positions
+            rows.tokens[:, :-1],
+            self.eos_id,
+            document_mask=data.document_mask,
+            reset_positions=data.reset_positions,
+            kernel=self.engine.document_kernel.kernel,
+            lengths=rows.lengths,
+            device=self.engine.device,
         )
         with self.engine.autocast():
             return (module or self.engine.model)(inputs, labels.where(valid, IGNORED), mask, positions)

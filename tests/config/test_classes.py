@@ -39,6 +39,7 @@ OTHERS = {
     "train.precision": "numerics",
     "train.activation_checkpointing": "execution",
     "train.compile": "numerics",
+    "train.document_attention": "numerics",
     "train.loss_chunk_tokens": "numerics",
     "train.max_skipped_steps": "execution",
     "train.peak_tflops": "execution",

@@ -26,6 +26,10 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
         "train.loss_chunk_tokens",
     ),
     "reference step past the end": (WATCHED | {"telemetry.reference_step": 41}, "telemetry.reference_step"),
+    "attention within documents without masks": (
+        {"train.document_attention": "dense"},
+        "train.document_attention",
+    ),
     "no telemetry": ({"telemetry.reference_step": 4}, "telemetry.reference_step"),
     "no validation split": ({"data.validation_fraction": 0, "validation.every_steps": 5}, "validation.every_steps"),
     "activations without validation text": (
@@ -52,6 +56,8 @@ WITH_EFFECT: dict[str, dict[str, Any]] = {
     "wsd without decay": {"schedule.decay_fraction": 0},
     "smaller chunk": {"train.loss_chunk_tokens": 191},
     "chunk of a larger validation batch": {"train.loss_chunk_tokens": 256, "validation.batch_sequences": 9},
+    "dense masks": {"train.document_attention": "dense", "data.document_mask": True},
+    "dense masks for positions": {"train.document_attention": "dense", "data.reset_positions": True},
     "last step as reference": WATCHED | {"telemetry.reference_step": 40},
     "kept beyond the end": {"checkpoint.keep_every_steps": 15_000, "checkpoint.save_every_steps": 10},
     "validation only at the end": {"validation.every_steps": 1000},

@@ -21,6 +21,8 @@ import torch
 import yaml
 
 from optimizers.polar import polar
+from pretrain.data.masks import attention_inputs
+from pretrain.model.attention import attend, choose_kernel
 from tests.conftest import REPOSITORY
 from tests.counting.counters import Operators
 from tests.counting.where import TINY, configured, merged, metrics, train
@@ -79,6 +81,47 @@ def test_fused_adamw_equals_the_plain_one(dtype: torch.dtype, tmp_path: Path) ->
         fused = losses(tmp_path / "fused", precision | {"optimizer.adamw.fused": True})
     assert len(operators.calls) == 10 * 2
     assert fused == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [(torch.bfloat16, "varlen"), (torch.float32, "flex")])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("length", [256, 300])
+def test_attention_within_documents_equals_the_dense_mask(
+    dtype: torch.dtype, kernel: Any, key_heads: int, length: int
+) -> None:
+    assert choose_kernel("auto", torch.device("cuda"), dtype, 64).kernel == kernel
+    tokens = torch.randint(1, 50, (3, length))
+    tokens[:, 20::60] = 0
+    tokens[1, 100:] = 0
+    lengths = torch.tensor([length, 100, length])
+    valid = (torch.arange(length) < lengths[:, None])[:, None, :, None].cuda()
+    drawn = [torch.randn(3, heads, length, 64, device="cuda") for heads in (4, key_heads, key_heads, 4)]
+    found: dict[str, list[torch.Tensor]] = {}
+    for name in ("dense", kernel):
+        # The dense mask in fp32 is the reference of both.
+        query, key, value, grad = (z.to(torch.float32 if name == "dense" else dtype) for z in drawn)
+        inputs = [z.requires_grad_() for z in (query, key, value)]
+        mask, _ = attention_inputs(
+            tokens, 0, document_mask=True, reset_positions=True, kernel=name, lengths=lengths, device=query.device
+        )
+        mixed = attend(*inputs, mask) * valid
+        mixed.backward(grad)
+        found[name] = [mixed.detach(), *(z.grad for z in inputs if z.grad is not None)]
+    for ours, exact in zip(found[kernel], found["dense"], strict=True):
+        assert float((ours.float() - exact).norm() / exact.norm()) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_document_masks_train_alike_with_and_without_a_dense_mask(
+    precision: str, compiled: bool, tmp_path: Path
+) -> None:
+    changes = {"data.document_mask": True, "data.reset_positions": True, "train.precision": precision} | GRAM
+    heads = {"model.num_heads": 1, "train.compile": compiled}  # of 32 dimensions
+    fast, dense = (
+        losses(tmp_path / kind, changes | heads | {"train.document_attention": kind}) for kind in ("auto", "dense")
+    )
+    assert fast == pytest.approx(dense, rel=1e-2 if precision == "bf16" else 1e-3)
 
 
 def test_the_utilisation_is_reported_on_a_known_gpu(tmp_path: Path) -> None:
