@@ -18,7 +18,8 @@ from pretrain.data import load_tokenizer
 from pretrain.data.budget import SourceBudget, budget_problems, budget_warnings, divide
 from pretrain.data.mixture import Stage
 from pretrain.data.quantity import Quantity
-from pretrain.launch import check_inputs, train
+from pretrain.launch import train
+from pretrain.run.inputs import check_inputs
 from tests.conftest import REPOSITORY, TINY, merged
 
 MakeConfig = Callable[..., Config]

@@ -356,7 +356,12 @@ def test_a_file_that_ended_a_run_by_a_bad_row_may_be_repaired_and_no_other(
     other.write_bytes(lines(texts))
     capsys.readouterr()
     forgotten = []
-    monkeypatch.setattr("pretrain.launch.without_bytes", lambda state: forgotten.append(state) or without_bytes(state))
+
+    def forget(state: Any) -> Any:
+        forgotten.append(state)
+        return without_bytes(state)
+
+    monkeypatch.setattr("pretrain.launch.building.without_bytes", forget)
     assert train(config) == 0
     assert len(forgotten) == 1  # places in a repaired file may have moved
     assert "taken as repaired" in capsys.readouterr().out

@@ -189,7 +189,7 @@ def test_the_validation_set_is_drawn_once_for_all_starts(
     """And no stream of the validation split is opened: at 100B tokens, it would read 500M of them."""
     opened: list[str] = []
     monkeypatch.setattr(
-        "pretrain.launch.TokenStream",
+        "pretrain.launch.building.TokenStream",
         lambda *args, **options: opened.append(options.get("split", "train")) or TokenStream(*args, **options),
     )
     each = ["validation.every_steps=1"]

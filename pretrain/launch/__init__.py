@@ -1,0 +1,108 @@
+"""From a config to a finished run: look at the inputs, choose a checkpoint, build everything, train."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import torch
+
+from pretrain.checkpoint.store import CheckpointReader
+from pretrain.config import Config
+from pretrain.data import DamagedFileError
+from pretrain.data.sources.retries import stopping
+from pretrain.engine import make_engine
+from pretrain.launch.building import build_trainer
+from pretrain.launch.setup import Setup, on_every_rank, set_up
+from pretrain.processes.environment import settled
+from pretrain.processes.exit_codes import DONE, STOPPED
+from pretrain.processes.failures import report
+from pretrain.processes.signals import StopRequests, stop_requests
+from pretrain.run.resume import choose_checkpoint
+from pretrain.training.epochs import packing_lines
+
+
+def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> int:
+    """Train the run that `config` describes, from its newest checkpoint on if there is one.
+
+    Args:
+        config: validated.
+        resume: ``auto``, ``never``, or a checkpoint's folder.
+        stop_at: save and stop after this step.
+
+    Returns:
+        The exit code: 0 done, 75 stopped with a checkpoint saved.
+
+    Raises:
+        UserError: bad input (`ConfigError`, `RunError`, `CheckpointError`, `DataError`), before any training.
+        PeerError: another rank failed, and has raised its own error.
+        TrainingError, OSError: training failed; saved checkpoints are untouched.
+    """
+    with settled(config.engine.kind, on_gpu=torch.cuda.is_available()):
+        engine = make_engine(config)
+        scratch = tempfile.TemporaryDirectory(prefix="aurora-")
+        try:
+            code = _train(set_up(config, engine, Path(scratch.name)), resume, stop_at)
+            engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
+            return code
+        except BaseException as error:
+            if engine.world_size > 1:
+                report(error)  # before this rank leaves the group: what fails because of that fails later
+            raise
+        finally:
+            scratch.cleanup()
+            engine.close()
+
+
+def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
+    """Choose a checkpoint, and train from it in the locked run folder."""
+    folder, display, ranks = setup.folder, setup.display, setup.engine.ranks
+    ranks.on_rank_0(folder.lock)
+    try:
+        source, notes = ranks.on_rank_0(lambda: choose_checkpoint(folder, resume, setup.identity))
+        for note in notes:
+            display.warn(note)
+        reader = on_every_rank(setup.engine, lambda: CheckpointReader(source)) if source else None
+        step = reader.index["step"] if reader else 0
+        if step >= setup.config.total_steps:
+            display.say(f"{folder.path}: already complete at step {step}")
+            return DONE
+        if stop_at is not None and step >= stop_at:
+            display.say(f"{folder.path}: already at step {step}, asked to stop at {stop_at}")
+            return STOPPED
+        return _fit(setup, reader, stop_at)
+    finally:
+        folder.unlock()
+
+
+def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> int:
+    """Build everything, restore it from `reader`, and train."""
+    config, display = setup.config, setup.display
+    notice = "stopping after this step" if setup.engine.rank == 0 else None
+    requests = StopRequests()
+    with contextlib.ExitStack() as opened:
+        trainer = build_trainer(setup, reader, requests, opened)
+        state = trainer.state
+        if reader:
+            display.say(f"resuming from {reader.folder} (step {state.step})")
+        display.start(state.step, config.total_steps)
+        opened.callback(display.close)
+        opened.enter_context(stopping(trainer.stop_requested))
+        with stop_requests(requests, notice, first_only=True, warn=display.warn):
+            try:
+                outcome = trainer.fit(stop_at)
+            except DamagedFileError as error:
+                setup.folder.allow_repair(error.path)
+                raise
+    for line in packing_lines(trainer.batches.position, config.padded_length):
+        display.say(line)
+    if outcome == "stopped":
+        display.say(f"stopped after step {state.step}; start the same command again to continue")
+        return STOPPED
+    setup.engine.ranks.on_rank_0(lambda: setup.folder.mark_finished(state.step))
+    display.say(
+        f"done: {state.step} steps, {state.tokens:,} tokens, {state.train_seconds:,.0f} seconds of training; "
+        f"everything is in {setup.folder.path}"
+    )
+    return DONE

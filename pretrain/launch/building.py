@@ -1,0 +1,161 @@
+"""The trainer and all that it owns, new or in the state of a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from optimizers import Aurora
+from pretrain.checkpoint.format import CheckpointError
+from pretrain.checkpoint.generators import restore_generators, seed_everything
+from pretrain.checkpoint.state import load_state, load_weights
+from pretrain.checkpoint.store import CheckpointReader
+from pretrain.data import TokenStream, without_bytes
+from pretrain.data.budget import describe_data
+from pretrain.data.prefetch import Prefetcher
+from pretrain.launch.records import open_run_folder, save_run
+from pretrain.launch.setup import Setup, on_every_rank
+from pretrain.model.build import build_model
+from pretrain.neurons.telemetry import Telemetry
+from pretrain.neurons.watched import WatchedMatrices
+from pretrain.planning.summary import describe, routing_table
+from pretrain.processes.signals import StopRequests
+from pretrain.processes.torchrun import is_orphaned
+from pretrain.run.wandb import make_tracker
+from pretrain.training.epochs import EpochNotices
+from pretrain.training.hooks import Hook
+from pretrain.training.sampling import Sampler
+from pretrain.training.trainer import Trainer, TrainState
+from pretrain.training.validation import Validator
+
+
+def build_trainer(
+    setup: Setup, reader: CheckpointReader | None, requests: StopRequests, opened: contextlib.ExitStack
+) -> Trainer:
+    """The trainer with all that it owns, in the state of `reader`; what has to be closed goes to `opened`."""
+    config, engine, display = setup.config, setup.engine, setup.display
+    seed_everything(config.run.seed + engine.rank, config.run.deterministic)
+    outline = build_model(config.model, config.run.seed, device="meta")
+    routing, summary = routing_table(config, outline), describe(config, outline, engine.world_size)
+    optimizer = engine.build(_loader(setup, reader) if reader else None)
+    position: Any = reader.index["data_state"] if reader else None
+    if position and setup.folder.repairable:  # a repair moves the rows behind it
+        position = without_bytes(position)
+    stream_ranks = engine.new_ranks()
+    stream = TokenStream(
+        config.data,
+        setup.tokenizer_config,
+        config.sequence_length,
+        group=stream_ranks.group,
+        state=position,
+        catalog=setup.inputs.catalog,
+    )
+    opened.callback(stream.close)
+    notices = EpochNotices(stream.position, config.padded_length)
+    hooks = _make_hooks(setup, optimizer)
+    state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
+    steps = config.total_steps - state.step
+    batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
+    opened.callback(batches.close)
+    run_id = engine.ranks.on_rank_0(lambda: open_run_folder(setup, hooks, reader, routing))
+    tracker = on_every_rank(engine, lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn))
+    opened.callback(tracker.close)
+    for line in [*summary, *describe_data(setup.inputs.budgets), *engine.describe()]:
+        display.say(line)
+
+    def log(record: dict[str, Any]) -> None:
+        if engine.rank == 0:
+            setup.folder.metrics.append(record)
+        tracker.log(record)
+        display.step(record)
+        for line in notices.lines(record["step"], batches.position):
+            display.say(line)
+
+    return Trainer(
+        config,
+        engine,
+        optimizer,
+        batches,
+        eos_id=setup.eos_id,
+        state=state,
+        hooks=hooks,
+        log=log,
+        save=lambda trainer: save_run(setup, trainer),
+        stop_requested=lambda: bool(requests) or is_orphaned(),
+    )
+
+
+def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
+    """The periodic work that the config asks for."""
+    config, engine, folder, show = setup.config, setup.engine, setup.folder, setup.display.say
+
+    def open_validation() -> TokenStream:
+        return TokenStream(
+            config.data,
+            setup.tokenizer_config,
+            config.sequence_length,
+            split="validation",
+            epochs=1,
+            catalog=setup.inputs.catalog,
+        )
+
+    hooks: list[Hook] = []
+    validator = (
+        Validator(config, open_validation, engine.ranks, setup.validation)
+        if config.data.validation_fraction > 0
+        else None
+    )
+    if validator:
+        hooks.append(validator)
+    if config.telemetry.every_steps is not None:
+        batches = validator.batches if validator else list
+        model = engine.module.model
+        matrices = WatchedMatrices(model, optimizer, engine)
+        hooks.append(Telemetry(config.telemetry, model, matrices, folder.telemetry, batches, show))
+    if config.samples.every_steps is not None:
+        seed = config.run.seed
+        hooks.append(Sampler(config.samples, setup.tokenizer, setup.eos_id, seed, folder.samples, show))
+    return hooks
+
+
+def _loader(setup: Setup, reader: CheckpointReader) -> Callable[[torch.nn.Module], None]:
+    """Fills a model from a checkpoint; a file that one rank cannot read is an error on all."""
+
+    def load(model: torch.nn.Module) -> None:
+        setup.engine.ranks.together(lambda: load_weights(reader, model))
+
+    return load
+
+
+def _restore(setup: Setup, reader: CheckpointReader, optimizer: Aurora, hooks: Iterable[Hook]) -> TrainState:
+    """Restore optimizer, random generators and hooks from a checkpoint; return its counters."""
+    engine = setup.engine
+
+    def restore() -> None:
+        load_state(reader, engine.module.model, optimizer, engine.held)
+        _restore_generators(setup, reader)
+        for hook in hooks:
+            hook.restore(reader)
+
+    engine.ranks.together(restore)
+    try:
+        return TrainState(**reader.index["counters"])
+    except TypeError as error:  # an edited index of format 1, which has no digest
+        raise CheckpointError(f"{reader.folder}: its counters are not those of a run: {error}") from None
+
+
+def _restore_generators(setup: Setup, reader: CheckpointReader) -> None:
+    """Set this rank's random generators, if the checkpoint has such a rank; say what else differs."""
+    engine, display = setup.engine, setup.display
+    saved = reader.generators(engine.rank)
+    if saved is not None:
+        restore_generators(saved)
+    ranks = reader.index["world_size"]
+    if ranks != engine.world_size:
+        display.say(f"the checkpoint was written by {ranks} ranks, now {engine.world_size}")
+    before = reader.index["provenance"].get("precision")
+    if before != str(engine.precision):
+        display.warn(f"precision was {before}, now {engine.precision}: results will differ")
