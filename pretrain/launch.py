@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from optimizers import Aurora
 from pretrain.checkpoint.format import CheckpointError, Fragment
-from pretrain.checkpoint.generators import random_generators, restore_generators
+from pretrain.checkpoint.generators import random_generators, restore_generators, seed_everything
 from pretrain.checkpoint.state import fragments, group_settings, load_state, load_weights
 from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
-from pretrain.config import Config, identity_hash
+from pretrain.config import Config
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.data import (
     BadRowsError,
@@ -31,6 +29,7 @@ from pretrain.data import (
     hub_tokenizer,
     load_tokenizer,
     separator_id,
+    without_bytes,
 )
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
@@ -53,6 +52,7 @@ from pretrain.run.folder import TOKENIZER_FILE, RunFolder
 from pretrain.run.identity import Identity
 from pretrain.run.inputs import Inputs, check_inputs
 from pretrain.run.manifest import git_commit, write_manifest
+from pretrain.run.provenance import source_records
 from pretrain.run.resume import choose_checkpoint, rewind
 from pretrain.run.wandb import make_tracker
 from pretrain.training.epochs import EpochNotices
@@ -60,9 +60,7 @@ from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
 from pretrain.training.trainer import Trainer, TrainState
 from pretrain.training.validation import Validator
-from pretrain.training.validation_store import ValidationStore
-
-T = TypeVar("T")
+from pretrain.training.validation_store import ValidationSet, validation_set
 
 
 def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> int:
@@ -111,6 +109,8 @@ class Setup:
     inputs: Inputs
     identity: Identity
     """What must match on resume."""
+    validation: ValidationSet | None
+    """That of remote and prepared sources."""
 
     @property
     def eos_id(self) -> int:
@@ -127,7 +127,7 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     kept = folder.tokenizer_of(config.tokenizer.path)
     fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, kept), long=True)
     found = hub_tokenizer.stored(config.tokenizer, fetched, scratch)
-    tokenizer = _on_every_rank(engine, lambda: load_tokenizer(found))
+    tokenizer = engine.ranks.everywhere(lambda: load_tokenizer(found))
     inputs = engine.ranks.on_rank_0(
         lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found),
         long=True,  # it may list a large source
@@ -135,7 +135,10 @@ def _set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     for warning in inputs.warnings:
         display.warn(warning)
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
-    return Setup(config, engine, folder, display, tokenizer, found, inputs, identity)
+    validation = validation_set(config, inputs, tokenizer, folder.validation, identity.result, engine)
+    if validation is not None:
+        identity = replace(identity, validation=validation.sample.sha256)
+    return Setup(config, engine, folder, display, tokenizer, found, inputs, identity, validation)
 
 
 def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
@@ -146,7 +149,7 @@ def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
         source, notes = ranks.on_rank_0(lambda: choose_checkpoint(folder, resume, setup.identity))
         for note in notes:
             display.warn(note)
-        reader = _on_every_rank(setup.engine, lambda: CheckpointReader(source)) if source else None
+        reader = setup.engine.ranks.everywhere(lambda: CheckpointReader(source)) if source else None
         step = reader.index["step"] if reader else 0
         if step >= setup.config.total_steps:
             display.say(f"{folder.path}: already complete at step {step}")
@@ -198,13 +201,16 @@ def _build(
     outline = build_model(config.model, config.run.seed, device="meta")
     routing, summary = routing_table(config, outline), describe(config, outline, engine.world_size)
     optimizer = engine.build(_loader(setup, reader) if reader else None)
+    position: Any = reader.index["data_state"] if reader else None
+    if position and setup.folder.repairable:  # a repair moves the rows behind it
+        position = without_bytes(position)
     stream_ranks = engine.new_ranks()
     stream = TokenStream(
         config.data,
         setup.tokenizer_config,
         config.sequence_length,
         group=stream_ranks.group,
-        state=reader.index["data_state"] if reader else None,  # type: ignore[arg-type]
+        state=position,
         catalog=setup.inputs.catalog,
     )
     opened.callback(stream.close)
@@ -214,8 +220,10 @@ def _build(
     steps = config.total_steps - state.step
     batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
     opened.callback(batches.close)
-    run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, state.step, routing))
-    tracker = _on_every_rank(engine, lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn))
+    run_id = engine.ranks.on_rank_0(lambda: _open_run_folder(setup, hooks, reader, routing))
+    tracker = engine.ranks.everywhere(
+        lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn)
+    )
     opened.callback(tracker.close)
     for line in [*summary, *describe_data(setup.inputs.budgets), *engine.describe()]:
         display.say(line)
@@ -242,13 +250,6 @@ def _build(
     )
 
 
-def _on_every_rank(engine: Engine, work: Callable[[], T]) -> T:
-    """What `work` returns here, which need not be picklable; an error on one rank is an error on all."""
-    found: list[T] = []
-    engine.ranks.together(lambda: found.append(work()))
-    return found[0]
-
-
 def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
     """The periodic work that the config asks for."""
     config, engine, folder, show = setup.config, setup.engine, setup.folder, setup.display.say
@@ -265,7 +266,7 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
 
     hooks: list[Hook] = []
     validator = (
-        Validator(config, open_validation, engine.ranks, _validation_store(setup))
+        Validator(config, open_validation, engine.ranks, setup.validation)
         if config.data.validation_fraction > 0
         else None
     )
@@ -280,20 +281,6 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
         seed = config.run.seed
         hooks.append(Sampler(config.samples, setup.tokenizer, setup.eos_id, seed, folder.samples, show))
     return hooks
-
-
-def _validation_store(setup: Setup) -> ValidationStore | None:
-    """Where the validation split of remote sources is kept: reading it again would take minutes."""
-    if not any(source.pinned for source in setup.inputs.catalog.sources):
-        return None
-    key = identity_hash(
-        {
-            "identity": setup.identity.result,
-            "sequence_length": setup.config.sequence_length,
-            "max_tokens": setup.config.validation.max_tokens,
-        }
-    )
-    return ValidationStore(setup.folder.validation, key, setup.engine.ranks)
 
 
 def _loader(setup: Setup, reader: CheckpointReader) -> Callable[[torch.nn.Module], None]:
@@ -336,19 +323,32 @@ def _restore_generators(setup: Setup, reader: CheckpointReader) -> None:
         display.warn(f"precision was {before}, now {engine.precision}: results will differ")
 
 
-def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: list[dict[str, Any]]) -> str:
-    """Move what was written after `step` aside, write config and manifest; return the run's wandb id."""
+def _open_run_folder(
+    setup: Setup, hooks: Iterable[Hook], reader: CheckpointReader | None, routing: list[dict[str, Any]]
+) -> str:
+    """Move what was written after the checkpoint aside, write config and manifest; return the run's wandb id."""
     folder, engine = setup.folder, setup.engine
+    step, data_state = (reader.index["step"], reader.index["data_state"]) if reader else (0, None)
+    sources = source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets)
     discarded = rewind(folder, step)
     for hook in hooks:
         hook.rewind(step)
     if discarded:
         setup.display.say(f"{discarded} metric lines past step {step} moved to metrics.discarded.jsonl")
     keep_lock(setup.inputs.catalog, folder)
+    if setup.validation is not None:
+        setup.validation.keep()
     with replacing(folder.path / TOKENIZER_FILE) as partial:
         shutil.copyfile(setup.tokenizer_config.path, partial)
     run_id = (folder.manifest() or {}).get("id") or uuid.uuid4().hex[:16]
-    facts = {"id": run_id, "identity": setup.identity.record(), "data": setup.inputs.data, "routing": routing}
+    facts = {
+        "id": run_id,
+        "identity": setup.identity.record(),
+        "data": setup.inputs.data,
+        "provenance": {"step": step, "sources": sources},
+        "routing": routing,
+        **({"validation": setup.validation.record()} if setup.validation else {}),
+    }
     before = (folder.manifest() or {}).get("identity", {})
     launch = {
         "from_step": step,
@@ -368,17 +368,20 @@ def _open_run_folder(setup: Setup, hooks: Iterable[Hook], step: int, routing: li
 def _save(setup: Setup, trainer: Trainer) -> None:
     """Save a checkpoint, then delete those that are no longer kept."""
     engine, optimizer = setup.engine, trainer.optimizer
+    data_state = dict(trainer.batches.state())
+    sources = source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets)
     snapshot = Snapshot(
         step=trainer.state.step,
         counters=asdict(trainer.state),
         config=setup.config.resolved(),
         identity=setup.identity.record(),
-        data_state=dict(trainer.batches.state()),
+        data_state=data_state,
         optimizer_groups=group_settings(optimizer),
         provenance={
             "git_commit": git_commit() if engine.rank == 0 else None,  # rank 0 writes the index
             "precision": str(engine.precision),
             "data": setup.inputs.data,
+            "sources": sources,
         },
     )
     own: Iterable[Fragment] = itertools.chain(
@@ -388,13 +391,10 @@ def _save(setup: Setup, trainer: Trainer) -> None:
     writes = engine.held is not None or engine.rank == 0
     path = save_checkpoint(setup.folder.checkpoints, snapshot, own if writes else (), random_generators(), engine.ranks)
     keep = setup.config.checkpoint
-    engine.ranks.on_rank_0(lambda: prune(setup.folder.checkpoints, keep.keep_last, keep.keep_every_steps))
+
+    def finish() -> None:
+        prune(setup.folder.checkpoints, keep.keep_last, keep.keep_every_steps)
+        setup.folder.record_sources(trainer.state.step, sources)
+
+    engine.ranks.on_rank_0(finish)
     setup.display.say(f"saved {path}")
-
-
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed every global random generator; ask for deterministic kernels if wanted."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from math import inf
@@ -15,8 +16,8 @@ from pretrain.cli import main
 from pretrain.config import Config, ConfigError, parse_config
 from pretrain.data import load_tokenizer
 from pretrain.data.budget import SourceBudget, budget_problems, budget_warnings, divide
-from pretrain.data.estimate import Quantity
 from pretrain.data.mixture import Stage
+from pretrain.data.quantity import Quantity
 from pretrain.launch import check_inputs, train
 from tests.conftest import REPOSITORY, TINY, merged
 
@@ -143,7 +144,7 @@ def test_a_source_that_ends_early_is_no_error(tiny_config: MakeConfig) -> None:
     assert whale.tokens + austen.tokens == pytest.approx(768_000)
     assert any(line.startswith("whale: ends after 2 epochs") for line in inputs.warnings)
     alone = config.model_copy(update={"train": config.train.model_copy(update={"total_tokens": 768 * 10_000})})
-    with pytest.raises(ConfigError, match=r"train\.total_tokens: if each source ends"):
+    with pytest.raises(ConfigError, match=r"train\.total_tokens: the sources give at most"):
         check_inputs(alone, load_tokenizer(config.tokenizer))
 
 
@@ -155,6 +156,32 @@ def config_file(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         return file
 
     return write
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([768, 1536], None),
+        ([768, 3040], None),
+        ([768, 3041], r"data\.stages\.1\.until_tokens: stage 2 never begins, since stage 1 ends at 3,072 .* at 3,072"),
+        (
+            [4000, 5000],
+            r"data\.stages\.0\.until_tokens: stages 1 to 2 never begin, since stage 0 ends at 4,000 .* 3,072",
+        ),
+    ],
+)
+def test_a_stage_that_never_begins_is_a_warning(
+    ends: list[int],
+    expected: str | None,
+    config_file: Callable[[dict[str, Any]], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not an error: the run may be extended later."""
+    stages = [{"mixture": {"moby_dick": 1}, "until_tokens": until} for until in [*ends, None]]
+    data = {"data.stages": stages, "train.total_tokens": 4 * 768, "schedule": {"kind": "constant"}}
+    assert main(["check", str(config_file(data))]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(expected, shown) if expected else "never begin" not in shown
 
 
 def test_inspect_shows_each_source(

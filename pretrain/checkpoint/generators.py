@@ -1,4 +1,4 @@
-"""The states of a process's random generators, as tensors for a checkpoint."""
+"""The random generators of a process: seeding them, and their states as tensors for a checkpoint."""
 
 from __future__ import annotations
 
@@ -37,3 +37,11 @@ def restore_generators(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed every global random generator; ask for deterministic kernels if wanted."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)

@@ -13,7 +13,7 @@ from pretrain.data.documents import validation_text
 from pretrain.data.errors import BadRowsError, DataError
 from pretrain.data.masks import attention_inputs
 from pretrain.data.position import SourceProgress, StreamPosition
-from pretrain.data.state import LaneState, StreamState
+from pretrain.data.state import LaneState, StreamState, without_bytes
 from pretrain.data.stream import TokenStream
 from pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id, vocabulary_rows
 
@@ -39,4 +39,5 @@ __all__ = [
     "tokenizer_problems",
     "validation_text",
     "vocabulary_rows",
+    "without_bytes",
 ]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from pretrain.config import Config
-from pretrain.data.estimate import Quantity, SourceEstimate, rounded
 from pretrain.data.mixture import Stage
 from pretrain.data.order import make_stages
+from pretrain.data.quantity import Quantity, rounded
 
 MANY_EPOCHS = 4.0
 """Up to about four epochs, repeated text is worth nearly as much as new text (Muennighoff et al., "Scaling
@@ -61,17 +61,22 @@ def _times(tokens: float, available: float) -> float:
     return tokens / available if available else (math.inf if tokens else 0.0)
 
 
-def source_budgets(config: Config, estimates: Sequence[SourceEstimate]) -> list[SourceBudget]:
+def source_budgets(config: Config, tokens: Sequence[Quantity]) -> list[SourceBudget]:
     """Divide the tokens of a run among the sources of its config, as its mixture or stages do, or by their size.
 
     A source that ends after `max_epochs` (`data.past_max_epochs: end_source`) gives no more than it holds.
+
+    Args:
+        config: the run.
+        tokens: of each source, of both splits.
+
     """
     trained = 1 - config.data.validation_fraction
-    available = [Quantity(one.tokens.value * trained, one.tokens.error * trained) for one in estimates]
+    available = [Quantity(one.value * trained, one.error * trained) for one in tokens]
     limits = [math.inf if limit is None else limit for limit in config.data.epoch_limits]
     most = [limit * text.value if text.value else 0.0 for limit, text in zip(limits, available, strict=True)]
     stages = make_stages(config.data) or (Stage(tuple(Fraction(text.value) for text in available), None),)
-    tokens = divide(stages, config.train.total_tokens, most)
+    parts = divide(stages, config.train.total_tokens, most)
     return [
         SourceBudget(
             name=name,
@@ -81,7 +86,7 @@ def source_budgets(config: Config, estimates: Sequence[SourceEstimate]) -> list[
             max_epochs=math.inf if source.max_epochs is None else source.max_epochs,
             ends=config.data.past_max_epochs == "end_source",
         )
-        for name, source, text, taken in zip(config.data.names, config.data.sources, available, tokens, strict=True)
+        for name, source, text, taken in zip(config.data.names, config.data.sources, available, parts, strict=True)
     ]
 
 
@@ -123,8 +128,8 @@ def budget_problems(budgets: Sequence[SourceBudget], total_tokens: float) -> lis
         if most >= total_tokens:
             return []
         return [
-            f"train.total_tokens: if each source ends after its max_epochs, they hold {rounded(most)} tokens at most, "
-            f"as estimated, but the run takes {rounded(total_tokens)}; lower it, add data, or raise max_epochs"
+            f"train.total_tokens: the sources give at most {rounded(most)} tokens within their max_epochs, as "
+            f"estimated, but the run takes {rounded(total_tokens)}; lower it, add data, or raise max_epochs"
         ]
     return [
         f"data.sources.{index}.max_epochs: {one.name} holds {one.available} tokens of training text, but the run takes "
@@ -137,7 +142,7 @@ def budget_problems(budgets: Sequence[SourceBudget], total_tokens: float) -> lis
 
 
 def budget_warnings(config: Config, budgets: Sequence[SourceBudget]) -> list[str]:
-    """What is allowed, but most likely not meant; one line each."""
+    """Return what is allowed but probably not intended, one line each."""
     found = []
     for one in budgets:
         if not one.available.value:
@@ -145,7 +150,7 @@ def budget_warnings(config: Config, budgets: Sequence[SourceBudget]) -> list[str
         elif one.ends and one.epochs > 0.999 * one.max_epochs:
             found.append(
                 f"{one.name}: ends after {one.max_epochs:g} epochs, about {rounded(one.tokens)} tokens, before the run "
-                "does; the other sources have its share from then on"
+                "does; its share then goes to the other sources"
             )
         elif one.most_epochs > one.max_epochs >= one.least_epochs:
             found.append(
@@ -172,6 +177,22 @@ def budget_warnings(config: Config, budgets: Sequence[SourceBudget]) -> list[str
             f"{config.sequence_length} tokens for each of the {lanes} lanes"
         )
     return found
+
+
+def stage_warnings(config: Config) -> list[str]:
+    """A warning if the run ends before its last stages begin; it may be meant, since a run can be extended later."""
+    total, length = config.train.total_tokens, config.sequence_length
+    stages = config.data.stages or ()
+    ends = [-(-(stage.until_tokens or 0) // length) * length for stage in stages[:-1]]  # whole sequences
+    index = next((index for index, end in enumerate(ends) if end >= total), None)
+    if index is None:
+        return []
+    late = len(stages) - 1 - index
+    what = f"stage {index + 1} never begins" if late == 1 else f"stages {index + 1} to {len(stages) - 1} never begin"
+    return [
+        f"data.stages.{index}.until_tokens: {what}, since stage {index} ends at {ends[index]:,} tokens and the run at "
+        f"{total:,} (train.total_tokens), counting stages from 0"
+    ]
 
 
 def vocabulary_warning(config: Config, rows: int) -> list[str]:

@@ -7,7 +7,7 @@ the fingerprint, by which the manifest describes the data and a resumed run reco
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NotRequired, TypedDict
@@ -20,7 +20,7 @@ from pretrain.data.described import CatalogFile, CatalogSource, remote_file
 from pretrain.data.errors import DataError, DataUnavailableError
 from pretrain.data.formats import SUFFIXES, TextFile, text_file
 from pretrain.data.lock import Lock, lock_of
-from pretrain.data.mirror import mirror_path
+from pretrain.data.mirror import mirror_name
 from pretrain.data.prepared.check import tokenizer_problem
 from pretrain.data.prepared.reading import TokenSource, token_source
 from pretrain.data.resolve import Journal, resolve_source
@@ -51,13 +51,24 @@ class Catalog:
         if [source.path for source in config.sources] != [source.path for source in self.sources]:
             raise ValueError("the catalog was made from other sources than those of the config")
         return tuple(
-            tuple(
-                unit
-                for file in found.files
-                for unit in file.units(_place(file, found, config), text_recipe(source, config), source.split_units)
-            )
+            tuple(source_units(source, found, config))
             for source, found in zip(config.sources, self.sources, strict=True)
         )
+
+    def count_units(self, config: DataConfig) -> list[int]:
+        """Return the number of read units of each source."""
+        return [
+            sum(1 if file.row_groups is None else len(file.row_groups) for file in found.files) * source.split_units
+            for source, found in zip(config.sources, self.sources, strict=True)
+        ]
+
+
+def source_units(source: SourceConfig, found: CatalogSource, config: DataConfig) -> Iterator[Unit]:
+    """Yield the read units of one source, in order."""
+    recipe = text_recipe(source, config)  # one object for all units, which are handed to workers together
+    place = _places(found, config)
+    for file in found.files:
+        yield from file.units(place(file), recipe, source.split_units)
 
 
 def text_recipe(source: SourceConfig, config: DataConfig) -> TextRecipe:
@@ -188,17 +199,22 @@ def _remote_source(source: SourceConfig, config: DataConfig, locked: Locked) -> 
     return found, []
 
 
-def _place(file: CatalogFile, source: CatalogSource, config: DataConfig) -> DataFile:
-    """Where the bytes of a file come from: never part of a run's identity."""
+def _places(source: CatalogSource, config: DataConfig) -> Callable[[CatalogFile], DataFile]:
+    """Return what says where the bytes of a file come from: never part of a run's identity."""
     if source.pinned is None:
-        return DataFile(file.path, file.bytes)
+        return lambda file: DataFile(file.path, file.bytes)
     if config.mirror is not None:
-        return DataFile(str(mirror_path(Path(config.mirror), file.path)), file.bytes)
-    remote = remote_file(file)
+        mirror = Path(config.mirror)
+        return lambda file: DataFile(mirror_name(mirror, file.path), file.bytes)
     if config.cache_dir is None:
-        return remote
+        return remote_file
     cache = DiskCache(config.cache_dir, int(config.cache_gib * (1 << 30)))
-    return CachedFile(remote.path, remote.bytes, remote.etag, remote.sha256, cache)
+
+    def cached(file: CatalogFile) -> DataFile:
+        remote = remote_file(file)
+        return CachedFile(remote.path, remote.bytes, remote.etag, remote.sha256, cache)
+
+    return cached
 
 
 def _prepared(source: SourceConfig, found: TokenSource) -> tuple[CatalogSource, list[str]]:
@@ -240,6 +256,18 @@ def tokenizer_problems(catalog: Catalog, tokenizer: Tokenizer, config: Tokenizer
         if source.tokenizer
     )
     return [problem for problem in found if problem]
+
+
+def require_text(catalog: Catalog) -> None:
+    """Refuse prepared data where only text will do.
+
+    Raises:
+        DataError: with a line for each source that holds tokens.
+
+    """
+    if tokens := [source.path for source in catalog.sources if source.tokenizer is not None]:
+        cure = "holds tokens, not text: name the source that it was prepared from"
+        raise DataError("\n".join(f"{path}: {cure}" for path in tokens))
 
 
 class FileFingerprint(TypedDict):

@@ -8,7 +8,7 @@ from functools import partial
 from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.config.row_filter import condition_fields, parse_condition
 from pretrain.data.bad_rows import BadRow, BadRowBudget
-from pretrain.data.catalog import Catalog, Locked, catalog_source, text_recipe
+from pretrain.data.catalog import Catalog, Locked, catalog_source, source_units, text_recipe
 from pretrain.data.described import CatalogFile, CatalogSource
 from pretrain.data.errors import DataError
 from pretrain.data.formats import TextFile, read_unit
@@ -17,6 +17,7 @@ from pretrain.data.order import lane_problem
 from pretrain.data.prepared.check import check_shard
 from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.split import Split, are_validation, is_validation
+from pretrain.data.text_count import TextCount
 from pretrain.data.tokenizer import DocumentEncoder
 from pretrain.data.tokenizer_checks import lost_characters
 from pretrain.data.units import DataFile, Unit
@@ -41,6 +42,7 @@ def survey(
     encoder: DocumentEncoder | None = None,
     *,
     online: bool = True,
+    counts: dict[int, TextCount] | None = None,
 ) -> tuple[Catalog, list[str]]:
     """Read the local sources, opening each file once; of remote ones, only the first texts and what the lock says.
 
@@ -54,6 +56,7 @@ def survey(
             (`pretrain.data.lock.unresolved`) nothing is checked.
         encoder: the tokenizer, which is tried on the first texts of each source; None: not tried.
         online: whether the first texts of remote sources are read for it.
+        counts: receives what was counted of each source that was read in full, by its index.
 
     Returns:
         The catalog, and every problem that was found, one message each and at most one per file. If there are
@@ -63,7 +66,7 @@ def survey(
     set_retry_minutes(config.retry_minutes)
     scan = _Scan(config)
     sources, problems, remote = [], [], 0
-    for source in config.sources:
+    for index, source in enumerate(config.sources):
         before = (scan.documents.total(), len(scan.sampled))
         scan.begin_source()
         found, faults = catalog_source(source, config, locked, partial(scan.file, source))
@@ -74,13 +77,15 @@ def survey(
             faults += scan.shards(found.files)
         if not faults and found.pinned is None and before == (scan.documents.total(), len(scan.sampled)):
             faults = [_empty(source, scan.fields)]
+        elif counts is not None and scan.count.documents and before[1] == len(scan.sampled):
+            counts[index] = scan.count
         scan.fields.clear()
         sources.append(found)
         problems += faults
     catalog = Catalog(tuple(sources))
     if not problems:
         known = all(source.files for source in sources)
-        if known and (problem := lane_problem(config, [len(units) for units in catalog.units(config)])):
+        if known and (problem := lane_problem(config, catalog.count_units(config))):
             problems.append(problem)
         if not scan.sampled and not remote:
             problems += _empty_splits(config, scan.documents)
@@ -135,7 +140,7 @@ def _remote_texts(source: SourceConfig, found: CatalogSource, config: DataConfig
     if found.pinned is None:
         return texts
     size = 0
-    for unit in Catalog((found,)).units(config.model_copy(update={"sources": (source,)}))[0]:
+    for unit in source_units(source, found, config):
         for _, text in read_unit(unit, 0, _TRIED_BYTES):
             if isinstance(text, BadRow):
                 continue
@@ -176,6 +181,8 @@ class _Scan:
         self.first_texts: list[str] = []
         """About the first 256 KiB of text of the source, to try the tokenizer on."""
         self._untried = _TRIED_BYTES
+        self.count = TextCount()
+        """Of the texts of the source that were read."""
 
     def file(self, source: SourceConfig, file: CatalogFile, text: TextFile) -> None:
         """Read one file.
@@ -202,6 +209,7 @@ class _Scan:
             if encoded := one.encode():
                 held_out = is_validation(encoded, self._config.validation_fraction)
                 self.documents["validation" if held_out else "train"] += 1
+                self.count.add(one, len(encoded))
         if source.where and before == self.documents.total():
             self.fields |= dict.fromkeys(text.field_names())
 

@@ -39,8 +39,8 @@ def plain_suffix(path: str) -> str:
     return "." + name.rpartition(".")[2]
 
 
-def open_contents(file: BinaryIO, path: str, max_window_bytes: int) -> io.BufferedReader:
-    """Return the contents of an open file from its beginning; dropping the result leaves `file` open.
+def open_contents(file: BinaryIO, path: str, max_window_bytes: int, first_byte: int = 0) -> io.BufferedReader:
+    """Return the contents of an open file from `first_byte` on; dropping the result leaves `file` open.
 
     gzip files may have several members and zstd files several frames. Reading raises one of `DAMAGE` if the file is
     damaged, a file that was cut short included.
@@ -49,6 +49,7 @@ def open_contents(file: BinaryIO, path: str, max_window_bytes: int) -> io.Buffer
         file: the open file.
         path: its name, which says how it is compressed.
         max_window_bytes: the largest zstd window that is accepted, which is the memory that it takes.
+        first_byte: where to begin in a file that is not compressed; others are always read from their beginning.
 
     Raises:
         DataError: a compressed file is empty, or needs a larger window (while reading).
@@ -56,7 +57,7 @@ def open_contents(file: BinaryIO, path: str, max_window_bytes: int) -> io.Buffer
     """
     compression = compression_of(path)
     if compression is None:
-        file.seek(0)
+        file.seek(first_byte)
         return io.BufferedReader(_Chunks(_plain_chunks(file)), _BUFFER_BYTES)
     if not size_of(file):
         raise DataError(f"{path}: the file is empty, which a compressed file never is: fetch or write it again")

@@ -31,11 +31,12 @@ class CatalogFile(Compact):
             split_units: parts of each.
 
         """
-        groups: list[tuple[int | None, int | None]] = [(None, None)]
-        if self.row_groups is not None:
-            groups = list(enumerate(self.row_groups))
+        if self.row_groups is None:
+            return [Unit(file, recipe, None, None, part, split_units) for part in range(split_units)]
         return [
-            Unit(file, recipe, group, rows, part, split_units) for group, rows in groups for part in range(split_units)
+            Unit(file, recipe, group, rows, part, split_units)
+            for group, rows in enumerate(self.row_groups)
+            for part in range(split_units)
         ]
 
 

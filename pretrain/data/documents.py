@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from pretrain.config.data import DataConfig
 from pretrain.data.bad_rows import BadRow, BadRowBudget
-from pretrain.data.catalog import Catalog
-from pretrain.data.errors import DataError
-from pretrain.data.formats import read_unit
+from pretrain.data.catalog import Catalog, make_catalog, require_text
+from pretrain.data.formats import read_places, read_unit
 from pretrain.data.order import ReadPlan, make_plan
 from pretrain.data.prepared.reading import TokenBytes, holds_tokens, read_runs
 from pretrain.data.prepared.runs import TokenRun
@@ -24,6 +23,9 @@ class Cursor(NamedTuple):
     """Row of the unit, counted from 0, including rows of the other split and rows without text."""
     token: int
     """Index among the document's tokens, including its separator."""
+    byte: int = 0
+    """Where in an uncompressed file of lines the row can be looked for: behind the previous row of the unit. 0: not
+    known. Only saves reading what comes before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class Document:
     """A non-empty text of the chosen split and the position of its first token."""
 
     position: Cursor
+    end: Cursor
+    """The beginning of the next row."""
     text: str
     text_bytes: int
     """Length in UTF-8."""
@@ -39,9 +43,10 @@ class Document:
 
 
 class Tokenized(NamedTuple):
-    """Consecutive documents of prepared data and the position of the first token."""
+    """Consecutive documents of prepared data, the position of the first token and of what follows the last."""
 
     position: Cursor
+    end: Cursor
     run: TokenRun
 
 
@@ -74,12 +79,13 @@ def lane_documents(
         for index, unit in enumerate(plan.lane_units(epoch, lane)):
             if (epoch, index) < start[:2]:
                 continue
-            first_row = start.row if (epoch, index) == start[:2] else 0
+            first_row, first_byte = (start.row, start.byte) if (epoch, index) == start[:2] else (0, 0)
             if holds_tokens(unit.file.path):
                 for run in read_runs(unit, first_row, plan.validation_fraction, plan.split, token_bytes):
-                    yield Tokenized(Cursor(epoch, index, run.first_row, 0), run)
+                    begin = Cursor(epoch, index, run.first_row, 0)
+                    yield Tokenized(begin, begin._replace(row=run.first_row + len(run.ends)), run)
                 continue
-            for row, text in read_unit(unit, first_row, batch_bytes):
+            for row, text, begin_byte, end_byte in read_places(unit, first_row, first_byte, batch_bytes):
                 if isinstance(text, BadRow):
                     budget.spend(text)
                     if epoch == 0:  # they come again in every epoch
@@ -87,7 +93,9 @@ def lane_documents(
                     continue
                 encoded = text.encode()
                 if encoded and plan.selects(encoded):
-                    yield Document(Cursor(epoch, index, row, 0), text, len(encoded), tuple(skipped))
+                    begin = Cursor(epoch, index, row, 0, begin_byte)
+                    end = Cursor(epoch, index, row + 1, 0, end_byte)
+                    yield Document(begin, end, text, len(encoded), tuple(skipped))
                     skipped.clear()
 
 
@@ -98,9 +106,9 @@ def validation_text(config: DataConfig, catalog: Catalog | None = None) -> str:
         DataError: see `lane_documents`; or a source holds tokens instead of text.
 
     """
+    catalog = catalog or make_catalog(config)
+    require_text(catalog)
     plan = make_plan(config, "validation", 1, catalog)
-    if tokens := next((unit.file.path for unit in plan.lane_units(0, 0) if holds_tokens(unit.file.path)), None):
-        raise DataError(f"{tokens}: holds tokens, not text: name the sources that it was prepared from")
     budget, chosen = BadRowBudget(plan.max_bad_rows), []
     for unit in plan.lane_units(0, 0):
         for _, text in read_unit(unit, 0, batch_bytes=1 << 20):

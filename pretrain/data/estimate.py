@@ -1,6 +1,6 @@
 """How much text the sources hold, estimated from a sample, and how often a run reads each of them.
 
-For a source, the tokens are
+Prepared data is counted instead (`pretrain.data.prepared_estimate`). For text, the tokens of a source are
 
     text bytes x tokens per text byte + documents        (each document is followed by a separator)
 
@@ -13,14 +13,18 @@ one cluster a window, with the correction for a finite population (Cochran, "Sam
 import hashlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 from pretrain.config.data import DataConfig
-from pretrain.data.catalog import Catalog, CatalogSource
+from pretrain.data.catalog import Catalog
+from pretrain.data.described import CatalogSource
+from pretrain.data.prepared_estimate import estimate_prepared
+from pretrain.data.quantity import Quantity, SourceEstimate, spread
 from pretrain.data.sampling import Stratum, sample_source, undivided_units
+from pretrain.data.text_count import TextCount
 from pretrain.data.units import Unit
 
 _PIECE = 4096
@@ -49,66 +53,6 @@ TO_INSPECT = Effort(read_bytes=64 << 20, tokenized_bytes=4 << 20, windows=128, e
 """For `aurora data inspect`: a few seconds per source."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quantity:
-    """A number with its standard error."""
-
-    value: float
-    error: float = 0.0
-    """0: counted, not estimated."""
-
-    @property
-    def lower(self) -> float:
-        """Two standard errors below the value, and at least 0."""
-        return max(0.0, self.value - 2 * self.error)
-
-    @property
-    def upper(self) -> float:
-        """Two standard errors above the value."""
-        return self.value + 2 * self.error
-
-    def __str__(self) -> str:
-        """`1,234`, or `about 1,230,000 +- 4.5 %` with one standard error."""
-        if not self.error:
-            return f"{self.value:,.0f}"
-        return f"about {rounded(self.value)} +- {100 * self.error / max(self.value, 1):.1f} %"
-
-
-@dataclass(frozen=True, slots=True)
-class SourceEstimate:
-    """One source of the config."""
-
-    path: str
-    files: int
-    bytes: int
-    """Of the files."""
-    licences: tuple[str, ...]
-    how: tuple[str, ...]
-    """How each kind of file was sampled."""
-    documents: Quantity
-    """Rows with text, of both splits."""
-    text_bytes: Quantity
-    """UTF-8 bytes of their texts."""
-    tokens: Quantity
-    """Including a separator for each document; of both splits."""
-    bytes_per_token: float
-    """UTF-8 bytes per token, without separators."""
-    characters_per_token: float
-    sampled_documents: int
-    empty: float
-    """Share of the rows of the sample that hold no text but white space."""
-    repeated: float
-    """Share of the other rows of the sample whose text occurred in the sample before."""
-    examples: tuple[str, ...]
-    problems: tuple[str, ...]
-    """Parts of the sample that could not be read."""
-
-
-def rounded(value: float) -> str:
-    """Return a number with three significant digits, without an exponent."""
-    return f"{float(f'{value:.3g}'):,g}" if value < 100 else f"{float(f'{value:.3g}'):,.0f}"
-
-
 def estimate_sources(
     config: DataConfig, catalog: Catalog, tokenizer: Tokenizer, effort: Effort, seed: int = 0
 ) -> list[SourceEstimate]:
@@ -121,10 +65,35 @@ def estimate_sources(
         effort: how much is read.
         seed: of the choice of the sample; the same sample is chosen on every machine.
 
+    Raises:
+        DataError: prepared data is missing or damaged. What cannot be read of text is a problem of the estimate.
+
     """
     units = undivided_units(config, catalog)
     return [
         _estimate(found, of_source, tokenizer, effort, f"{seed} {index}")
+        for index, (found, of_source) in enumerate(zip(catalog.sources, units, strict=True))
+    ]
+
+
+def source_tokens(
+    config: DataConfig, catalog: Catalog, tokenizer: Tokenizer, counts: Mapping[int, TextCount]
+) -> list[Quantity]:
+    """Return the tokens of each source of a run, of both splits.
+
+    Args:
+        config: the sources.
+        catalog: their files.
+        tokenizer: of the run.
+        counts: what `pretrain.data.check.survey` counted of the sources that it has read in full, by their index; only
+            of the others is a sample read.
+
+    """
+    units = undivided_units(config, catalog)
+    return [
+        counts[index].tokens(tokenizer)
+        if index in counts
+        else _estimate(found, of_source, tokenizer, AT_START, f"0 {index}").tokens
         for index, (found, of_source) in enumerate(zip(catalog.sources, units, strict=True))
     ]
 
@@ -177,6 +146,8 @@ def _estimate(
     found: CatalogSource, units: Sequence[Unit], tokenizer: Tokenizer, effort: Effort, seed: str
 ) -> SourceEstimate:
     chooser = random.Random(seed)
+    if found.tokenizer is not None:
+        return estimate_prepared(found, units, tokenizer, effort.read_bytes, effort.examples, chooser)
     strata, problems = sample_source(units, effort.read_bytes, effort.windows, chooser.getrandbits(64))
     seen = _Seen()
     samples = sum(len(stratum.samples) for stratum in strata)
@@ -269,12 +240,12 @@ def _total(stratum: Stratum, tallies: Sequence[_Tally], count: Callable[[_Tally]
         return Quantity(value)
     residuals = [tally.weight * (count(tally) - ratio * tally.size) / size for tally in tallies]
     left = max(0.0, 1 - sum(tally.size for tally in tallies) / stratum.size)
-    error = _spread(residuals) if len(tallies) > 1 else ratio * _between_documents(tallies[0])
+    error = spread(residuals) if len(tallies) > 1 else ratio * _between_documents(tallies[0])
     return Quantity(value, stratum.size * error * math.sqrt(left))
 
 
 def _between_documents(tally: _Tally) -> float:
-    """The relative error if there is only one place, which tells nothing about others: of a mean of its documents."""
+    """The relative error of a mean over the documents of a single place, which says nothing about other places."""
     if tally.documents < 2:
         return 1.0
     variance = tally.squares * tally.documents / tally.text_bytes**2 - 1
@@ -296,10 +267,4 @@ def _rate(stratum: Stratum, tallies: Sequence[_Tally]) -> Quantity:
     else:
         total = tallies[0].piece_bytes
         parts = [(tokens - rate * size) / total for size, tokens in tallies[0].pieces]
-    return Quantity(rate, _spread(parts) if len(parts) > 1 else rate / 10)
-
-
-def _spread(residuals: Sequence[float]) -> float:
-    """The standard error of a sum of independent parts with these residuals."""
-    count = len(residuals)
-    return math.sqrt(count / (count - 1) * sum(residual**2 for residual in residuals))
+    return Quantity(rate, spread(parts) if len(parts) > 1 else rate / 10)

@@ -34,8 +34,17 @@ class TextFile(Protocol):
     def field_names(self) -> list[str]:
         """Return the fields that its rows have, for messages: of all rows, or of the first."""
 
-    def rows(self, unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str | BadRow]]:
-        """Yield (row, text) or (row, what is wrong with it) of a unit from `first_row` on; see `read_unit`."""
+    row_bytes: tuple[int, int]
+    """Where the search for the row that was yielded last began, and that for the next one: places in the file for
+    `first_byte` of `rows`. Zeros if the format has no such places."""
+
+    def rows(
+        self, unit: Unit, first_row: int, batch_bytes: int, first_byte: int = 0
+    ) -> Iterator[tuple[int, str | BadRow]]:
+        """Yield (row, text) or (row, what is wrong with it) of a unit from `first_row` on; see `read_unit`.
+
+        `first_byte` is where to look for the first row, if that is known. A place that cannot be right is ignored.
+        """
 
     def last_texts(self, units: list[Unit], sample_bytes: int) -> Iterator[str | BadRow]:
         """Yield the texts of about the last `sample_bytes` of the file, whose units these are.
@@ -85,3 +94,27 @@ def read_unit(unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[in
     """
     with open_file(unit.file) as file:
         yield from text_file(file, unit.file.path, unit.recipe).rows(unit, first_row, batch_bytes)
+
+
+def read_places(
+    unit: Unit, first_row: int, first_byte: int, batch_bytes: int
+) -> Iterator[tuple[int, str | BadRow, int, int]]:
+    """Yield the same as `read_unit`, and for each row the place where to look for it and for the next one.
+
+    With the place of its first row, an uncompressed file of lines is read from there. Other formats have no places,
+    which are then 0.
+
+    Args:
+        unit: the unit.
+        first_row: the row to begin with.
+        first_byte: its place; 0 if it is not known.
+        batch_bytes: see `read_unit`.
+
+    Raises:
+        DataError: see `read_unit`.
+
+    """
+    with open_file(unit.file) as file:
+        opened = text_file(file, unit.file.path, unit.recipe)
+        for row, text in opened.rows(unit, first_row, batch_bytes, first_byte):
+            yield row, text, *opened.row_bytes

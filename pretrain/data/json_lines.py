@@ -19,6 +19,10 @@ _MANY_LINES = 64
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"{\0", b"\0{", b"[\0", b"\0[")
 _BLANKS = b" \t\r\n"
 
+_Row = tuple[int, bytes | None, int, int]
+"""Number and bytes of a row, None if it is too long; of lines, also where the line after the previous row of the unit
+begins, and where the line after this one does."""
+
 
 class JsonText:
     """The texts of an open JSON file; implements `pretrain.data.formats.TextFile`.
@@ -35,6 +39,8 @@ class JsonText:
     def __init__(self, file: BinaryIO, path: str, recipe: TextRecipe) -> None:
         self._file, self._path, self._limits = file, path, recipe
         self._recipe = JsonRecipe(recipe)
+        self.row_bytes = (0, 0)
+        """See `TextFile`; zeros in a compressed file and in an array, which are always read from their beginning."""
 
     def row_groups(self) -> None:
         """Return None: the rows are not counted, and there are no row groups."""
@@ -45,7 +51,7 @@ class JsonText:
 
     def field_names(self) -> list[str]:
         """Return the keys of the first row that is an object; see `TextFile`."""
-        for _, content in self._rows(0, 1):
+        for _, content, *_ in self._rows(0, 1):
             try:
                 row = json.loads(content or b"")
             except ValueError:
@@ -54,12 +60,18 @@ class JsonText:
                 return list(row)
         return []
 
-    def rows(self, unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str | BadRow]]:
-        """Yield the rows of a unit; see `pretrain.data.formats.read_unit`.
+    def rows(
+        self, unit: Unit, first_row: int, batch_bytes: int, first_byte: int = 0
+    ) -> Iterator[tuple[int, str | BadRow]]:
+        """Yield the rows of a unit; see `TextFile`.
 
-        Blank lines count as rows without text. Rows before `first_row` are read but not parsed.
+        Blank lines count as rows without text. Rows before `first_row` are read but not parsed, or not even read if
+        `first_byte` says where the line after the previous row of the unit begins.
         """
-        for number, content in self._rows(unit.part + first_row * unit.parts, unit.parts):
+        first = unit.part + first_row * unit.parts
+        for number, content, *places in self._rows(first, unit.parts, first_byte):
+            if self._has_places:
+                self.row_bytes = places[0], places[1]
             text = self._text(content, f"{self._kind} {number + 1}")
             if text is not None:
                 yield number // unit.parts, text
@@ -87,22 +99,48 @@ class JsonText:
     def _is_array(self) -> bool:
         return plain_suffix(self._path) == ".json" and _first_character(self._open()) == b"["
 
-    def _open(self) -> io.BufferedReader:
-        return open_contents(self._file, self._path, self._limits.max_zstd_window_bytes)
+    @cached_property
+    def _has_places(self) -> bool:
+        return compression_of(self._path) is None and self._kind == "line"
 
-    def _rows(self, first: int, step: int) -> Iterator[tuple[int, bytes | None]]:
-        """Yield the number and the bytes of every `step`-th row from `first` on; None for a row that is too long."""
+    def _is_line(self, byte: int) -> bool:
+        """Return whether a line other than the first may begin at a byte, or the file ends there."""
+        if byte <= 0 or not self._has_places:
+            return False
+        if byte == self._file.seek(0, io.SEEK_END):
+            return True
+        self._file.seek(byte - 1)
+        return self._file.read(1) == b"\n"
+
+    def _open(self, first_byte: int = 0) -> io.BufferedReader:
+        return open_contents(self._file, self._path, self._limits.max_zstd_window_bytes, first_byte)
+
+    def _rows(self, first: int, step: int, first_byte: int = 0) -> Iterator[_Row]:
+        """Yield every `step`-th row from `first` on.
+
+        Args:
+            first: number of the first row in the file.
+            step: distance to the next one.
+            first_byte: where the line after row `first - step` begins; ignored if no line can begin there.
+
+        """
         number, kind = 0, "line"
         try:
             kind = self._kind
-            read = _array_elements if kind == "element" else _lines
-            for number, content in read(self._open(), first, step, self._limits.max_document_bytes):
+            most = self._limits.max_document_bytes
+            if kind == "element":
+                rows = _array_elements(self._open(), first, step, most)
+            else:
+                start = (first - step + 1, first_byte) if self._is_line(first_byte) else (0, 0)
+                rows = _Lines(self._open(start[1]), *start).rows(first, step, most)
+            for row in rows:
+                number, content, *_ = row
                 if number == 0 and content and content.startswith(_UTF16):
                     raise DataError(
                         f"{self._path}: is encoded in UTF-16, expected UTF-8: convert it, for example with "
                         "`iconv -f UTF-16 -t UTF-8`"
                     )
-                yield number, content
+                yield row
                 number += 1
         except DAMAGE as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -143,10 +181,10 @@ def _first_character(stream: IO[bytes]) -> bytes:
     return head[:1]
 
 
-def _array_elements(stream: io.BufferedReader, first: int, step: int, most: int) -> Iterator[tuple[int, bytes | None]]:
+def _array_elements(stream: io.BufferedReader, first: int, step: int, most: int) -> Iterator[_Row]:
     for number, content in enumerate(elements(_at_the_bracket(stream), most)):
         if number >= first and (number - first) % step == 0:
-            yield number, content
+            yield number, content, 0, 0
 
 
 def _at_the_bracket(stream: io.BufferedReader) -> IO[bytes]:
@@ -155,37 +193,53 @@ def _at_the_bracket(stream: io.BufferedReader) -> IO[bytes]:
     return stream
 
 
-def _lines(stream: io.BufferedReader, first: int, step: int, most: int) -> Iterator[tuple[int, bytes | None]]:
-    number = _skip_lines(stream, first)
-    while line := stream.readline(most + 1):
-        long = len(line) > most
-        while line and not line.endswith(b"\n") and long:
-            line = stream.readline(most)
-        if number == 0:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        yield number, None if long else line
-        number += 1 + _skip_lines(stream, step - 1)
+class _Lines:
+    """The lines of a stream that begins with line `number` at byte `byte` of the file."""
 
+    def __init__(self, stream: io.BufferedReader, number: int, byte: int) -> None:
+        self._stream, self._number, self._byte = stream, number, byte
 
-def _skip_lines(stream: io.BufferedReader, count: int) -> int:
-    """Move `count` lines on, or to the end; return how many there were."""
-    skipped = 0
-    while count - skipped >= _MANY_LINES:
-        block = stream.peek()
-        if not block:
-            return skipped
-        ends = block.count(b"\n")
-        if skipped + ends > count:
-            break
-        stream.read(len(block))
-        skipped += ends
-    while skipped < count and _skip_line(stream):
-        skipped += 1
-    return skipped
+    def rows(self, first: int, step: int, most: int) -> Iterator[_Row]:
+        """Yield every `step`-th line from line `first` on; None for the bytes of one that is longer than `most`."""
+        self._skip(first - step + 1 - self._number)
+        while True:
+            begin = self._byte
+            if self._number < first:
+                self._skip(first - self._number)
+            line = self._stream.readline(most + 1)
+            if not line:
+                return
+            self._byte += len(line)
+            long = len(line) > most
+            while long and line and not line.endswith(b"\n"):
+                line = self._stream.readline(most)
+                self._byte += len(line)
+            if first == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            yield first, None if long else line, begin, self._byte
+            self._number = first + 1
+            first += step
 
+    def _skip(self, count: int) -> None:
+        """Move `count` lines on, or to the end."""
+        end = self._number + count
+        while end - self._number >= _MANY_LINES:
+            block = self._stream.peek()
+            if not block:
+                return
+            ends = block.count(b"\n")
+            if self._number + ends >= end:
+                break  # the block may hold the beginning of the line at the end
+            self._stream.read(len(block))
+            self._byte += len(block)
+            self._number += ends
+        while self._number < end and self._skip_line():
+            self._number += 1
 
-def _skip_line(stream: IO[bytes]) -> bool:
-    found = line = stream.readline(1 << 20)
-    while line and not line.endswith(b"\n"):
-        line = stream.readline(1 << 20)
-    return bool(found)
+    def _skip_line(self) -> bool:
+        found = line = self._stream.readline(1 << 20)
+        self._byte += len(line)
+        while line and not line.endswith(b"\n"):
+            line = self._stream.readline(1 << 20)
+            self._byte += len(line)
+        return bool(found)

@@ -1,6 +1,7 @@
 """A mirror: the files of a lock in a folder, for machines without internet, and how they get there."""
 
 import hashlib
+import os
 import re
 import shutil
 import threading
@@ -20,10 +21,19 @@ CONCURRENT = 8
 """Files that are copied at the same time."""
 _BLOCK_BYTES = 1 << 20
 _MOST_PROBLEMS = 20
+# Names that do not begin with a dot, with single slashes between them: the usual case.
+_PLAIN = re.compile(r"[^/.\0][^/\0]*(?:/[^/.\0][^/\0]*)*")
 
 
 def mirror_path(folder: Path, url: str) -> Path:
+    """Return the same as `mirror_name` as a path."""
+    return Path(mirror_name(folder, url))
+
+
+def mirror_name(folder: Path, url: str) -> str:
     """Return where the file of a URL lies in a mirror: ``<folder>/<scheme>/<host and path>``.
+
+    A string, which takes a fifth of the time of a path: a lock may hold 100,000 files.
 
     The query of a URL, which may hold a signature, is left out but for a digest.
 
@@ -33,17 +43,19 @@ def mirror_path(folder: Path, url: str) -> Path:
     """
     scheme, _, rest = url.partition("://")
     rest, query, text = rest.partition("?")
+    if _PLAIN.fullmatch(rest) and scheme and not query:
+        return f"{folder}/{scheme.lower()}/{rest}"
     parts = rest.split("/")
     if not scheme or any(part in ("", ".", "..") or "\0" in part for part in parts):
         raise DataError(f"{url.partition('?')[0]}: cannot be mirrored, since it is not a plain path")
     if query:
         parts.insert(-1, hashlib.sha256(text.encode()).hexdigest()[:16])
-    return folder.joinpath(scheme.lower(), *parts)
+    return os.path.join(folder, scheme.lower(), *parts)
 
 
 def missing_files(files: Sequence[CatalogFile], folder: Path) -> list[CatalogFile]:
     """Return the files that a mirror lacks, or has in another size."""
-    return [file for file in files if _size(mirror_path(folder, file.path)) != file.bytes]
+    return [file for file in files if _size(mirror_name(folder, file.path)) != file.bytes]
 
 
 def check_mirror(files: Sequence[CatalogFile], folder: Path) -> None:
@@ -178,8 +190,8 @@ def _partial(target: Path) -> Path:
     return target.with_name(target.name + ".part")
 
 
-def _size(path: Path) -> int | None:
+def _size(path: Path | str) -> int | None:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:
         return None

@@ -6,10 +6,11 @@ here: they divide the lanes among themselves.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
+from typing import TypeVar
 
 from pretrain.config.data import DataConfig
 from pretrain.data.catalog import Catalog, make_catalog
@@ -18,6 +19,7 @@ from pretrain.data.mixture import Stage, exact
 from pretrain.data.split import Split, is_validation
 from pretrain.data.units import Unit
 
+T = TypeVar("T")
 _KEPT_ORDERS = 4  # epochs of a ring whose order is cached: the current one, and those in which carried tails began
 
 
@@ -165,26 +167,33 @@ def lane_problem(config: DataConfig, counts: list[int]) -> str | None:
     )
 
 
-def epoch_order(units: Mapping[int, Sequence[Unit]], seed: int, epoch: int) -> list[Unit]:
+def epoch_order(units: Mapping[int, Sequence[T]], seed: int, epoch: int) -> list[T]:
     """Return all units of an epoch in the order in which they are dealt to the lanes.
 
     Units are sorted by a keyed hash and not shuffled by a library's generator: its sequence may change in a later
     release, and a run could then not be resumed.
 
     Args:
-        units: those of each source, by its index in the config.
+        units: those of each source, by its index in the config, or what stands for them.
         seed: of the order.
         epoch: counted from 0.
 
     """
-    # The 0 stands for the copy of the unit: a source could once be read several times in an epoch.
     entries = [
-        (_key(seed, epoch, "order", index, number, 0), unit)
+        entry
         for index, source in units.items()
-        for number, unit in enumerate(source)
+        for entry in zip(_keys(seed, epoch, index, len(source)), source, strict=True)
     ]
     return [unit for _, unit in sorted(entries, key=lambda entry: entry[0])]
 
 
-def _key(*parts: object) -> bytes:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+def _keys(seed: int, epoch: int, source: int, units: int) -> Iterator[bytes]:
+    """Yield the key of each unit: the hash of ``(seed, epoch, 'order', source, unit, 0)`` as Python prints it.
+
+    The 0 stands for the copy of the unit: a source could once be read several times in an epoch.
+    """
+    same = hashlib.blake2b(f"({seed}, {epoch}, 'order', {source}, ".encode(), digest_size=16)
+    for number in range(units):
+        key = same.copy()
+        key.update(b"%d, 0)" % number)
+        yield key.digest()

@@ -2,7 +2,7 @@
 
 As in GPT-3's study of contamination (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C): case and
 punctuation are ignored, and an item overlaps if it shares any n-gram of words with the training text, n = 13. Items
-with fewer than n words cannot be told and are counted as too short. Unlike there, n-grams that are frequent in the
+with fewer than n words cannot be judged and are counted as too short. Unlike there, n-grams that are frequent in the
 training text count as well.
 
 The training text is read once, as a stream. Memory holds the n-grams of the items as two 64-bit hashes each, and their
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config.data import DataConfig
-from pretrain.data.catalog import Catalog
+from pretrain.data.catalog import Catalog, require_text
 from pretrain.data.formats import read_unit
 from pretrain.data.order import is_validation
 from pretrain.data.sampling import undivided_units
@@ -227,9 +227,10 @@ def measure_overlap(
         progress: called after every document.
 
     Raises:
-        DataError: see `read_unit`.
+        DataError: see `read_unit`; or a source holds tokens instead of text.
 
     """
+    require_text(catalog)
     index = NgramIndex(tasks, ngram)
     units = [unit for of_source in undivided_units(config, catalog) for unit in of_source]
     coverage = Coverage(all_units=len(units))

@@ -162,7 +162,8 @@ def _refill(lanes: "Sequence[_Lane]", encoder: DocumentEncoder) -> None:
             continue
         tokens = next(texts)
         if len(tokens) > 1:
-            lane.push(document.position, TokenRun.of_document(tokens, document.text_bytes), document.skipped)
+            run = TokenRun.of_document(tokens, document.text_bytes)
+            lane.push(document.position, document.end, run, document.skipped)
         else:  # a text without tokens, of which only the separator remains, is left out
             lane.skip(document.skipped)
 
@@ -176,7 +177,7 @@ class _Lane:
         self._encoder = encoder
         self._length = task.sequence_length
         self._cursor = self._read_from = cursor
-        self._waiting: deque[tuple[Cursor, TokenRun, tuple[BadRow, ...]]] = deque()
+        self._waiting: deque[tuple[Cursor, Cursor, TokenRun, tuple[BadRow, ...]]] = deque()
         self._used = self._cursor.token  # tokens of the first waiting run that have been packed
         self._last_token = encoder.eos_id  # before the first waiting run; a separator precedes the lane itself
         self._counted = (0, 0, 0)  # tokens of the first waiting run, and the documents and bytes before the last one
@@ -223,11 +224,11 @@ class _Lane:
         """Leave a document out; the bad rows before it are told of with the next one."""
         self._unattached += bad_rows
 
-    def push(self, position: Cursor, run: TokenRun, skipped: tuple[BadRow, ...] = ()) -> None:
-        """Append a document, or a run of them, that begins at a position and follows the skipped bad rows."""
+    def push(self, position: Cursor, end: Cursor, run: TokenRun, skipped: tuple[BadRow, ...] = ()) -> None:
+        """Append a document, or a run of them, that begins and ends at positions and follows the skipped bad rows."""
         tokens = run.tokens
         if self._used and not self._waiting:  # after a resume: the cursor is within this run
-            if position != self._cursor._replace(token=0) or self._used >= len(tokens):
+            if position[:3] != self._cursor[:3] or self._used >= len(tokens):
                 plan = self._task.plan
                 name = plan.rings[plan.ring_of(self._lane)].name
                 raise DataError(
@@ -235,7 +236,7 @@ class _Lane:
                     "the one that the saved state was taken from; restore it, or start a new run"
                 )
             self.pending -= self._used
-        self._waiting.append((position, run, self._unattached + skipped))
+        self._waiting.append((position, end, run, self._unattached + skipped))
         self._unattached = ()
         self._documents_read += len(run.ends)
         self.pending += len(tokens)
@@ -249,7 +250,7 @@ class _Lane:
         return EpochEnd(self._lane, self._documents_read)
 
     def _take(self, length: int) -> PackedSequence:
-        position, run, _ = self._waiting[0]
+        position, _, run, _ = self._waiting[0]
         begin, end = self._used, self._used + length
         if length == self._length and begin > 0 and end < len(run.tokens):
             # Within one run, which prepared data makes the usual case: nothing is copied here.
@@ -257,7 +258,7 @@ class _Lane:
             documents, text_bytes = self._count(run, begin, end)
             bad_rows: tuple[BadRow, ...] = ()
             self._used = end
-            self._cursor = Cursor(position.epoch, position.unit, position.row, end)
+            self._cursor = Cursor(position.epoch, position.unit, position.row, end, position.byte)
         else:
             sequence, documents, text_bytes, bad_rows = self._join(length)
         self.pending -= length
@@ -266,12 +267,12 @@ class _Lane:
     def _join(self, length: int) -> tuple[Tokens, int, int, tuple[BadRow, ...]]:
         """Put a sequence together from the runs that it reaches into; also return its documents, bytes and bad rows."""
         sequence = np.empty(self._length + 1, dtype=np.int32)
-        sequence[0] = self._waiting[0][1].tokens[self._used - 1] if self._used else self._last_token
+        sequence[0] = self._waiting[0][2].tokens[self._used - 1] if self._used else self._last_token
         sequence[length + 1 :] = self._encoder.eos_id
         filled, documents, text_bytes = 1, 0, 0
         bad_rows: tuple[BadRow, ...] = ()
         while filled <= length:
-            position, run, skipped = self._waiting[0]
+            position, next_position, run, skipped = self._waiting[0]
             begin = self._used
             if begin == 0:
                 bad_rows += skipped
@@ -284,7 +285,7 @@ class _Lane:
             if end == len(run.tokens):
                 self._waiting.popleft()
                 self._used = 0
-                self._cursor = position._replace(row=position.row + len(run.ends))
+                self._cursor = next_position
             else:
                 self._used = end
                 self._cursor = position._replace(token=end)

@@ -38,6 +38,7 @@ class ParquetText:
 
     def __init__(self, file: BinaryIO, path: str, recipe: TextRecipe) -> None:
         self._bytes, self._path, self._limits = file, path, recipe
+        self.row_bytes = (0, 0)
         self._field = parse_text_field(recipe.text_field)
         self._condition = parse_condition(recipe.where) if recipe.where else None
         try:
@@ -82,7 +83,9 @@ class ParquetText:
         """Return the names of the columns; see `TextFile`."""
         return self._names
 
-    def rows(self, unit: Unit, first_row: int, batch_bytes: int) -> Iterator[tuple[int, str | BadRow]]:
+    def rows(
+        self, unit: Unit, first_row: int, batch_bytes: int, first_byte: int = 0
+    ) -> Iterator[tuple[int, str | BadRow]]:
         """Yield the rows of a unit; see `pretrain.data.formats.read_unit`.
 
         Rows before `first_row` are decoded but never become Python objects. If a page cannot be decoded, the rest of

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from pretrain.data.documents import Cursor
 from pretrain.data.mixture import Schedule
 from pretrain.data.rings import RingPosition
-from pretrain.data.state import STATE_VERSION, LaneState, StreamState
+from pretrain.data.state import STATE_VERSION, StreamState, lane_state
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class StreamPosition:
             cursors[lane] = torch.tensor(cursor)
         if group is not None:
             dist.all_reduce(cursors, group=group)
-        lanes = [LaneState(epoch=e, unit=u, row=r, token=t) for e, u, r, t in cursors.tolist()]
+        lanes = [lane_state(Cursor(*cursor)) for cursor in cursors.tolist()]
         return StreamState(
             version=STATE_VERSION,
             mixture=self.schedule.state(),

@@ -11,7 +11,7 @@ from pretrain.data.state import StreamState
 from pretrain.data.stream import TokenStream
 from pretrain.engine.ranks import Ranks
 
-_JOIN_SECONDS = 10.0
+_COMPLETE_SECONDS, _FAIL_SECONDS = 3.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,12 @@ class Prefetcher:
         self._closed = True
         self._failure = RuntimeError("the stream is closed")
         self._wanted.release()
-        # A batch that all ranks are preparing ends soon; if one of them has failed, it never does.
+        # A batch that all ranks are preparing is soon complete. Otherwise the thread waits for a worker or a server,
+        # and fails when that is closed, or for a rank that is gone, and is left behind.
         with stopping():
-            self._thread.join(_JOIN_SECONDS)
+            self._thread.join(_COMPLETE_SECONDS)
             self._stream.close()
+            self._thread.join(_FAIL_SECONDS)
 
     def _prepare(self) -> None:
         for _ in range(self._batches):

@@ -41,7 +41,7 @@ class Sample:
     """Consecutive documents from one place of a source."""
 
     weight: float
-    """What a row or byte of this sample counts compared with those of the others of the same kind."""
+    """The weight of a row or byte of this sample relative to those of the other samples of the same kind."""
     size: int
     """Rows of the files (see `Stratum.unit`) or bytes of the files that were read."""
     texts: tuple[str, ...]
@@ -53,12 +53,12 @@ class Stratum:
     """The files of a source that are sampled in the same way."""
 
     how: str
-    """How, for people."""
+    """A description of how, for people."""
     size: int
     """Rows or bytes in all."""
     samples: tuple[Sample, ...]
     whole: bool
-    """Whether the samples are all there is."""
+    """Whether the samples cover the whole source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +328,7 @@ _LINES: dict[str, type[_Rows] | type[_Lines] | type[_Heads]] = {"rows": _Rows, "
 def _texts(data: bytes, unit: Unit, problems: list[str] | None) -> list[str]:
     """The texts of a part of a file; `problems` is for its bad rows.
 
-    Without `problems`, the part was cut anywhere, and an error or a bad row is taken for its end.
+    Without `problems`, the part was cut anywhere, and an error or a bad row is treated as its end.
 
     Raises:
         DataError: the part is damaged.

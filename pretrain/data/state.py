@@ -1,6 +1,7 @@
 """The saved position of a stream."""
 
-from typing import Any, TypedDict, cast
+from copy import deepcopy
+from typing import Any, NotRequired, TypedDict, cast
 
 from pretrain.data.documents import Cursor
 from pretrain.data.errors import DataError
@@ -21,6 +22,8 @@ class LaneState(TypedDict):
     """Row of the unit, counted from 0; may be one past the last."""
     token: int
     """Index of the token in the document of that row."""
+    byte: NotRequired[int]
+    """Where to look for the row in an uncompressed file of lines; see `Cursor`. Absent if it is not known."""
 
 
 class SourceState(TypedDict):
@@ -135,6 +138,23 @@ def _check_lanes(ring: Ring, saved: int, *, several: bool) -> None:
         f"the data state was saved with {saved} lanes and {key}: the number of lanes decides the order of the text and "
         "cannot change within a run"
     )
+
+
+def lane_state(cursor: Cursor) -> LaneState:
+    """Return the form in which the position of a lane is saved."""
+    state = LaneState(epoch=cursor.epoch, unit=cursor.unit, row=cursor.row, token=cursor.token)
+    if cursor.byte:
+        state["byte"] = cursor.byte
+    return state
+
+
+def without_bytes(state: StreamState) -> StreamState:
+    """Return a saved state that does not say where in their files the rows are, for files that have changed since."""
+    copy: Any = deepcopy(state)
+    for source in copy.get("sources", ()):
+        for lane in source["lanes"]:
+            lane.pop("byte", None)
+    return cast(StreamState, copy)
 
 
 def cursors_of(state: StreamState) -> list[Cursor]:

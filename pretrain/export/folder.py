@@ -74,6 +74,8 @@ class ModelCard:
     """Commit of the training code; None outside a repository."""
     optimizer: str
     """Name of the optimizer that trained the matrices."""
+    datasets: Sequence[str] = ()
+    """The data sets of the Hub that it was trained on, as ``organisation/name``."""
 
 
 def export_folder(
@@ -278,6 +280,7 @@ def _readme(card: ModelCard, config: LlamaConfig, weights: Mapping[str, Tensor])
             "pipeline_tag": "text-generation",
             "model_name": card.run_name,
             "tags": ["aurora-pretrain", "llama", card.optimizer],
+            **({"datasets": list(card.datasets)} if card.datasets else {}),
         },
         sort_keys=False,
         allow_unicode=True,
@@ -311,7 +314,7 @@ def _readme(card: ModelCard, config: LlamaConfig, weights: Mapping[str, Tensor])
             " It completes text; it has not been taught to follow instructions.\n",
             *_table(["", "value"], facts.items()),
             "\n## Training data\n",
-            *_table(columns, ([row.get(column, "") for column in columns] for row in card.data_sources)),
+            *_table(columns, ([_shown(row.get(column, "")) for column in columns] for row in card.data_sources)),
             f"\n## Config of the run\n\n{fence}yaml\n{card.config_yaml.rstrip()}\n{fence}\n",
         ]
     )
@@ -320,6 +323,11 @@ def _readme(card: ModelCard, config: LlamaConfig, weights: Mapping[str, Tensor])
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines]
+
+
+def _shown(value: object) -> str:
+    """A cell of the table of sources: whole numbers with thousands separators."""
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _escaped(value: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pretrain.checkpoint.format import INDEX, CheckpointError
 from pretrain.checkpoint.store import CheckpointReader, newest_intact
@@ -12,6 +11,7 @@ from pretrain.export.folder import ExportError, ModelCard, export_folder
 from pretrain.files import file_sha256
 from pretrain.model.llama import llama_config
 from pretrain.run.folder import TOKENIZER_FILE, RunFolder
+from pretrain.run.provenance import as_table, datasets_of, source_records
 
 
 def is_run_or_checkpoint(source: Path) -> bool:
@@ -77,14 +77,8 @@ def _tokenizer_file(reader: CheckpointReader, config: Config) -> Path:
 
 def _model_card(reader: CheckpointReader, config: Config) -> ModelCard:
     counters, provenance = reader.index["counters"], reader.index["provenance"]
-    sources: list[dict[str, Any]] = [
-        {
-            "name": ", ".join(source["sources"]) or source["path"],
-            "licence": ", ".join(source["licences"]) or "not stated",
-            "bytes": source["bytes"],
-        }
-        for source in provenance["data"]["sources"]
-    ]
+    # A checkpoint of an older version does not hold them, but what they are made of.
+    sources = provenance.get("sources") or source_records(config.data, provenance["data"], reader.index["data_state"])
     return ModelCard(
         run_name=config.run.name,
         step=counters["step"],
@@ -92,7 +86,8 @@ def _model_card(reader: CheckpointReader, config: Config) -> ModelCard:
         train_loss=counters["train_loss"],
         validation_loss=counters["validation_loss"],
         bits_per_byte=counters["bits_per_byte"],
-        data_sources=sources,
+        data_sources=as_table(sources),
+        datasets=datasets_of(sources),
         config_yaml=config.to_yaml(),
         git_commit=provenance["git_commit"],
         optimizer=config.optimizer.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -112,6 +113,10 @@ class RunFolder:
     @property
     def _repairable_path(self) -> Path:
         return self.path / "repairable.json"
+
+    def record_sources(self, step: int, sources: Sequence[Mapping[str, Any]]) -> None:
+        """Record in the manifest how much of each source had been read at a step (`pretrain.run.provenance`)."""
+        self.write_manifest({**(self.manifest() or {}), "provenance": {"step": step, "sources": list(sources)}})
 
     def mark_finished(self, step: int) -> None:
         """Record in the manifest that the run was completed at `step`."""

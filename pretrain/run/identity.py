@@ -1,8 +1,8 @@
 """The identity of a run: what two launches must have in common to be the same run, and what may change on resume.
 
 Each config key declares a class where it is defined (`pretrain.config.base.KeyClass`). On resume the *result* keys
-must match, and the contents of data and tokenizer, which stand in for their paths; a change of *numerics* keys, or of
-where the run ends, prints a warning; everything else may change.
+must match, and the contents of data and tokenizer, which stand in for their paths; a change of *numerics* keys, of
+where the run ends, or of a sampled validation set prints a warning; everything else may change.
 
 The identity of a saved run is derived from its stored config and the digests of its files, so that checkpoints of
 every version are compared in the same way. The identity recorded in a checkpoint is for human readers, except for the
@@ -12,7 +12,7 @@ tokenizer's digest, which is recorded nowhere else.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from pretrain.config.loader import read_yaml
 from pretrain.run.folder import RunError, RunFolder
 
 TOKENIZER = "tokenizer contents"
+VALIDATION = "validation contents"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Identity:
         scheduled: whether the learning rate depends on where it ends.
         batch_tokens: tokens of a step.
         files: path and digest of each file, in order, for each key of `result` about the contents of a local source.
+        validation: digest of the validation set of remote or prepared sources; None: not known, or there is none.
     """
 
     result: dict[str, Any]
@@ -44,6 +46,7 @@ class Identity:
     scheduled: bool
     batch_tokens: int
     files: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    validation: str | None = None
 
     @classmethod
     def of(cls, config: Config, data: Mapping[str, Any], tokenizer_sha256: str) -> Self:
@@ -91,7 +94,8 @@ class Identity:
     @classmethod
     def _of_record(cls, config: Config, described: Mapping[str, Any], identity: Mapping[str, Any]) -> Self:
         try:
-            return cls.of(config, described["data"], identity[TOKENIZER])
+            found = cls.of(config, described["data"], identity[TOKENIZER])
+            return replace(found, validation=identity.get(VALIDATION))
         except (KeyError, TypeError):
             raise RunError("the digests of its data and tokenizer are missing") from None
 
@@ -116,7 +120,8 @@ class Identity:
 
     def record(self) -> dict[str, Any]:
         """Return what a manifest or a checkpoint keeps of it: plain data, flat."""
-        return {**self.result, **self.length, **self.numerics}
+        validation = {VALIDATION: self.validation} if self.validation else {}
+        return {**self.result, **self.length, **self.numerics, **validation}
 
     def check(self, saved: Identity, where: Path, step: int = 0, repairable: Collection[str] = ()) -> list[str]:
         """Compare with what was saved; return the warnings for a resume from there.
@@ -132,8 +137,8 @@ class Identity:
         """
         repaired = {key: files for key in self.files if (files := self._repaired(saved, key, repairable))}
         warnings = [
-            f"{key}: {', '.join(files)} changed, which ended this run by a bad row: taken as repaired, and read on "
-            "from the same row"
+            f"{key}: {', '.join(files)} changed after bad rows in it ended this run: taken as repaired, so reading "
+            "continues at the same row"
             for key, files in repaired.items()
         ]
         changed = _differences(
@@ -155,6 +160,11 @@ class Identity:
                 )
         if changed := _differences(saved.numerics, self.numerics):
             warnings.append(f"numerics changed, so results will differ in rounding: {'; '.join(changed)}")
+        if saved.validation and self.validation and saved.validation != self.validation:
+            warnings.append(
+                "the validation set is not that of the earlier launches, so validation losses before and after this "
+                "resume cannot be compared: restore validation.max_tokens, validation.max_read_mib and validation.npz"
+            )
         return warnings
 
     def _repaired(self, saved: Identity, key: str, repairable: Collection[str]) -> list[str]:

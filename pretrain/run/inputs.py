@@ -19,10 +19,18 @@ from pretrain.data import (
     tokenizer_problems,
     vocabulary_rows,
 )
-from pretrain.data.budget import SourceBudget, budget_problems, budget_warnings, source_budgets, vocabulary_warning
+from pretrain.data.budget import (
+    SourceBudget,
+    budget_problems,
+    budget_warnings,
+    source_budgets,
+    stage_warnings,
+    vocabulary_warning,
+)
 from pretrain.data.catalog import Locked
-from pretrain.data.estimate import AT_START, estimate_sources
+from pretrain.data.estimate import source_tokens
 from pretrain.data.hub_tokenizer import local_file
+from pretrain.data.text_count import TextCount
 from pretrain.files import file_sha256
 
 
@@ -62,8 +70,9 @@ def check_inputs(
     encoder = None
     if tokenizer is not None:
         encoder = DocumentEncoder(tokenizer, separator_id(tokenizer, config.tokenizer), config.tokenizer.path)
-    catalog, problems = survey(config.data, locked, encoder, online=online)
-    sha256, budgets, warnings = "", list[SourceBudget](), list[str]()
+    counts: dict[int, TextCount] = {}
+    catalog, problems = survey(config.data, locked, encoder, online=online, counts=counts)
+    sha256, budgets, warnings = "", list[SourceBudget](), stage_warnings(config)
     if tokenizer is not None:
         rows = vocabulary_rows(tokenizer)
         if rows > config.model.vocab_size:
@@ -76,7 +85,7 @@ def check_inputs(
         sha256 = file_sha256(Path(located.path))
         warnings += vocabulary_warning(config, rows)
         if not problems and all(source.files and (online or source.pinned is None) for source in catalog.sources):
-            budgets = source_budgets(config, estimate_sources(config.data, catalog, tokenizer, AT_START))
+            budgets = source_budgets(config, source_tokens(config.data, catalog, tokenizer, counts))
             problems += budget_problems(budgets, config.train.total_tokens)
             warnings += budget_warnings(config, budgets)
     if problems:

@@ -41,8 +41,8 @@ def write_manifest(folder: RunFolder, config: Config, facts: dict[str, Any], lau
     Args:
         folder: the run's.
         config: the resolved config.
-        facts: what the run consists of (identity, data fingerprint, routing table), the same at each launch; the
-            parameter counts and the number of steps are added, for `pretrain.run.reader`.
+        facts: what the run consists of (identity, data fingerprint, routing table), the same at each launch, and what
+            it has read so far; the parameter counts and the number of steps are added, for `pretrain.run.reader`.
         launch: what this launch runs on; time, code, versions and hardware are added.
 
     Raises:

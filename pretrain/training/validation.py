@@ -13,7 +13,7 @@ from pretrain.config.validation import ValidationConfig
 from pretrain.data import TokenBatch, TokenStream
 from pretrain.engine.ranks import Ranks
 from pretrain.training.hooks import Hook, StepContext, is_due
-from pretrain.training.validation_store import ValidationStore
+from pretrain.training.validation_store import ValidationSet
 
 
 class Validator(Hook):
@@ -23,7 +23,7 @@ class Validator(Hook):
         config: the run's config.
         open_stream: opens the validation stream, which rank 0 reads alone.
         ranks: the processes of the run.
-        store: keeps the split between launches; None: it is read at each.
+        given: the validation set of remote or prepared sources; None: the split is read from the stream.
     """
 
     def __init__(
@@ -31,12 +31,12 @@ class Validator(Hook):
         config: Config,
         open_stream: Callable[[], TokenStream],
         ranks: Ranks,
-        store: ValidationStore | None = None,
+        given: ValidationSet | None = None,
     ) -> None:
         self.settings: ValidationConfig = config.validation
         self.rows = self.settings.batch_sequences or config.train.micro_batch_sequences
         self.max_sequences = max(1, self.settings.max_tokens // config.sequence_length)
-        self._open_stream, self._ranks, self._store = open_stream, ranks, store
+        self._open_stream, self._ranks, self._given = open_stream, ranks, given
         self._batches: list[TokenBatch] | None = None
         self.text_bytes = 0
 
@@ -47,13 +47,10 @@ class Validator(Hook):
     def batches(self) -> list[TokenBatch]:
         """Return the validation split, up to `validation.max_tokens`, in batches of `rows` sequences."""
         if self._batches is None:
-            stored = self._store.load(self.rows) if self._store else None
-            if stored:
-                self._batches, self.text_bytes = stored
+            if self._given is not None:
+                self._batches, self.text_bytes = self._given.batches(self.rows), self._given.sample.text_bytes
             else:
-                self._batches, self.text_bytes = self._ranks.on_rank_0(self._read)
-                if self._store:
-                    self._store.save(self._batches, self.text_bytes)
+                self._batches, self.text_bytes = self._ranks.on_rank_0(self._read, long=True)
         return self._batches
 
     def _read(self) -> tuple[list[TokenBatch], int]:

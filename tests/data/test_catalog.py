@@ -13,6 +13,7 @@ import yaml
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data import DataError, check_sources, fingerprint, make_catalog, survey
+from pretrain.data.units import TextRecipe
 from pretrain.processes.exit_codes import STOPPED
 from tests.conftest import REPOSITORY
 from tests.data.corpus import Setting, drain, make_setting, make_texts, rows, write_jsonl, write_parquet
@@ -188,8 +189,24 @@ def test_a_launch_opens_each_file_a_few_times_and_each_unit_once(
             "validation": {"every_steps": 1},
         }
     )
-    # Rank 0 makes the catalog, estimates the tokens from a sample, and reads the validation split, which has a single
+    # Rank 0 makes the catalog, counting the text while it reads it, and reads the validation split, which has a single
     # lane; workers read for training.
     units = {"a.parquet": 2, "b.jsonl": 1, "c.jsonl": 1}
-    expected = {f"0 {name}": 2 + count for name, count in units.items()}
+    expected = {f"0 {name}": 1 + count for name, count in units.items()}
     assert opened == expected | {f"worker {name}": count for name, count in units.items()}
+
+
+def test_units_are_counted_without_making_them_and_share_one_recipe(setting: Setting, tmp_path: Path) -> None:
+    sources = [
+        SourceConfig(path=str(write_parquet(tmp_path / "x.parquet", TEXTS, 7)), split_units=3),
+        SourceConfig(path=str(write_jsonl(tmp_path / "y.jsonl", TEXTS)), split_units=2),
+        *setting.config.sources,
+    ]
+    config = DataConfig(sources=sources, lanes=1)
+    catalog = make_catalog(config)
+    units = catalog.units(config)
+    assert catalog.count_units(config) == [len(of_source) for of_source in units]
+    assert catalog.count_units(config)[:2] == [18, 2]
+    for of_source in units:  # pickled once with all units of a lock with 100,000 files
+        assert len({id(unit.recipe) for unit in of_source}) == 1
+        assert of_source[0].recipe == TextRecipe()

@@ -9,7 +9,8 @@ import pytest
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data import load_tokenizer, make_catalog
-from pretrain.data.estimate import AT_START, Effort, Quantity, SourceEstimate, estimate_sources
+from pretrain.data.estimate import AT_START, Effort, estimate_sources
+from pretrain.data.quantity import Quantity, SourceEstimate
 from tests.data.corpus import make_texts, write_jsonl, write_parquet
 
 SMALL = Effort(read_bytes=48 << 10, tokenized_bytes=12 << 10, windows=24)

@@ -9,13 +9,18 @@ import pytest
 import yaml
 
 from pretrain.cli import main
-from pretrain.config import load_config
+from pretrain.config import load_config, parse_config
+from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data import TokenStream
 from pretrain.data.lock import load_lock
+from pretrain.data.prepared.prepare import prepare
+from pretrain.data.validation_sample import ValidationSample, sample_validation
+from pretrain.launch import train
 from pretrain.run.json_lines import JsonLines
 from tests.conftest import TINY, merged
 from tests.data.corpus import make_texts, write_jsonl, write_parquet
 from tests.data.store import COMMIT, LINES, PARQUET, Store, fill
+from tests.distributed.ranks import run_ranks
 
 CHANGES = {
     "data": {"sources": [{"path": PARQUET}, {"path": LINES}], "lanes": 2, "validation_fraction": 0.1},
@@ -160,10 +165,28 @@ def test_a_lock_is_found_beside_a_config_that_was_moved_with_it(store: Store, co
     assert found == str(tmp_path / "other" / "x.lock.json")
 
 
-def test_the_validation_split_is_read_once_for_all_starts(
-    store: Store, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[ValidationSample]:
+    """The validation sets that are drawn."""
+    found: list[ValidationSample] = []
+
+    def draw(*args: Any, **options: Any) -> ValidationSample:
+        found.append(sample_validation(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr("pretrain.training.validation_store.sample_validation", draw)
+    return found
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return found
+
+
+def test_the_validation_set_is_drawn_once_for_all_starts(
+    store: Store, config: Path, tmp_path: Path, drawn: list[ValidationSample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not again at every start: at 100B tokens it takes reading 500M of them."""
+    """And no stream of the validation split is opened: at 100B tokens, it would read 500M of them."""
     opened: list[str] = []
     monkeypatch.setattr(
         "pretrain.launch.TokenStream",
@@ -171,19 +194,103 @@ def test_the_validation_split_is_read_once_for_all_starts(
     )
     each = ["validation.every_steps=1"]
     assert main(["train", str(config), *each, "run.name=whole"]) == 0
-    assert opened == ["train", "validation"]
     assert main(["train", str(config), *each, "--stop-at", "2"]) == 75
-    opened.clear()
+    assert len(drawn) == 2
+    assert drawn[0].sha256 == drawn[1].sha256
+    store.opened.clear()
     assert main(["train", str(config), *each]) == 0
-    assert opened == ["train"]
+    assert len(drawn) == 2
+    assert set(opened) == {"train"}
 
     def measured(name: str) -> list[tuple[float, float]]:
         records = JsonLines(tmp_path / "runs" / name / "metrics.jsonl").read()
         return [(record["validation_loss"], record["validation_bits_per_byte"]) for record in records]
 
     assert measured("tiny") == measured("whole")
-    # Another length is another split, and a damaged file is built again.
+    # A longer run keeps the set; a damaged file is drawn again.
+    longer = [*each, "run.name=whole", "train.total_tokens=3840"]
+    assert main(["train", str(config), *longer, "--stop-at", "4"]) == 75
+    assert len(drawn) == 2
     (tmp_path / "runs/whole/validation.npz").write_bytes(b"PK damaged")
-    opened.clear()
-    assert main(["train", str(config), *each, "run.name=whole", "train.total_tokens=3840"]) == 0
-    assert opened == ["train", "validation"]
+    assert main(["train", str(config), *longer]) == 0
+    assert [one.sha256 for one in drawn] == [drawn[0].sha256] * 3
+
+
+def test_the_validation_set_is_part_of_the_identity(
+    store: Store, config: Path, tmp_path: Path, drawn: list[ValidationSample], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A resume with another one warns; which documents are trained on does not depend on it."""
+    assert main(["train", str(config), "--stop-at", "2"]) == 75
+    run = tmp_path / "runs/tiny"
+    key, sha256 = "validation contents", drawn[0].sha256
+    manifest = manifest_of(run)
+    assert manifest["identity"][key] == manifest["validation"]["sha256"] == sha256
+    assert manifest["validation"]["tokens"] == int(drawn[0].lengths.sum())
+    assert [source["name"] for source in manifest["validation"]["sources"]] == ["tables", "lines"]
+    [checkpoint] = (run / "checkpoints").iterdir()
+    assert json.loads((checkpoint / "index.json").read_text())["identity"][key] == sha256
+
+    shutil.copytree(run, tmp_path / "runs/other")
+    capfd.readouterr()
+    assert main(["train", str(config)]) == 0
+    assert "validation set is not that" not in "".join(capfd.readouterr())
+    smaller = ["run.name=other", "validation.max_tokens=500"]
+    assert main(["train", str(config), *smaller]) == 0
+    assert "the validation set is not that of the earlier launches" in "".join(capfd.readouterr())
+    assert manifest_of(tmp_path / "runs/other")["identity"][key] == drawn[1].sha256 != sha256
+    assert losses(tmp_path / "runs/other") == losses(run)
+
+
+def test_without_validation_nothing_is_drawn(store: Store, config: Path, drawn: list[ValidationSample]) -> None:
+    text = yaml.safe_load(config.read_text())
+    text["data"]["validation_fraction"] = 0
+    del text["validation"]
+    config.write_text(yaml.safe_dump(text))
+    assert main(["train", str(config), "--stop-at", "1"]) == 75
+    assert drawn == []
+
+
+def test_local_text_is_validated_on_in_full(tmp_path: Path, drawn: list[ValidationSample]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(1, 400))
+    changes = {**CHANGES, "run.root": str(tmp_path / "runs"), "train.total_tokens": 2304}
+    changes["data"] = {"sources": [{"path": str(path)}], "lanes": 1, "validation_fraction": 0.1}
+    (tmp_path / "local.yaml").write_text(yaml.safe_dump(merged(TINY, changes)))
+    assert main(["train", str(tmp_path / "local.yaml")]) == 0
+    assert drawn == []
+    assert not (tmp_path / "runs/tiny/validation.npz").exists()
+    assert "validation" not in manifest_of(tmp_path / "runs/tiny")
+
+
+def _train(config: dict[str, Any]) -> int:
+    return train(parse_config(config))
+
+
+def test_ranks_validate_on_one_set_that_rank_0_draws(tmp_path: Path, drawn: list[ValidationSample]) -> None:
+    """Prepared data on two ranks: the same set, and nearly the same loss, as on one."""
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(1, 400))
+    tokenizer = TokenizerConfig(path=TINY["tokenizer"]["path"])
+    prepare(DataConfig(sources=[{"path": str(path)}], lanes=1), tokenizer, tmp_path / "out")
+    changes = {**CHANGES, "run.root": str(tmp_path / "runs"), "train.total_tokens": 2304}
+    changes["data"] = {"sources": [{"path": str(tmp_path / "out")}], "lanes": 1, "validation_fraction": 0.1}
+    one, two = (merged(TINY, {**changes, "run.name": name}) for name in ("one", "two"))
+    assert _train(one) == 0
+    assert len(drawn) == 1
+    assert run_ranks(2, _train, two) == [0, 0]
+    first, second = (manifest_of(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert first["validation"] == second["validation"]
+    assert first["validation"]["sha256"] == drawn[0].sha256
+    records = [JsonLines(tmp_path / "runs" / name / "metrics.jsonl").read()[-1] for name in ("one", "two")]
+    assert records[0]["validation_loss"] == pytest.approx(records[1]["validation_loss"], rel=1e-3)
+
+
+def test_the_set_of_another_run_in_the_same_folder_is_not_used(
+    store: Store, config: Path, tmp_path: Path, drawn: list[ValidationSample]
+) -> None:
+    assert main(["train", str(config), "--stop-at", "1"]) == 75
+    shutil.move(tmp_path / "runs/tiny/validation.npz", tmp_path / "kept.npz")
+    shutil.rmtree(tmp_path / "runs/tiny")
+    (tmp_path / "runs/tiny").mkdir()
+    shutil.move(tmp_path / "kept.npz", tmp_path / "runs/tiny/validation.npz")
+    assert main(["train", str(config), "--stop-at", "1", "data.validation_fraction=0.3"]) == 75
+    assert len(drawn) == 2
+    assert drawn[0].sha256 != drawn[1].sha256

@@ -8,11 +8,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.arguments import add_config
+from pretrain.cli.data.sources import open_sources
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
     from pretrain.data.budget import SourceBudget
-    from pretrain.data.estimate import SourceEstimate
+    from pretrain.data.quantity import SourceEstimate
 
 _EXAMPLE_CHARACTERS = 200
 
@@ -36,16 +37,18 @@ def add(verbs: Verbs) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print what the sources hold."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from pretrain.config import load_config
-    from pretrain.data import load_tokenizer, make_catalog
+    from pretrain.data import DataError, load_tokenizer, tokenizer_problems
     from pretrain.data.budget import source_budgets
     from pretrain.data.estimate import TO_INSPECT, estimate_sources
+    from pretrain.data.hub_tokenizer import fetch
 
-    config = load_config(options.config, options.overrides)
-    tokenizer = load_tokenizer(config.tokenizer)
-    catalog = make_catalog(config.data)
+    config, catalog = open_sources(options)
+    located = fetch(config.tokenizer)
+    tokenizer = load_tokenizer(located)
+    if problems := tokenizer_problems(catalog, tokenizer, located):
+        raise DataError("\n".join(problems))
     estimates = estimate_sources(config.data, catalog, tokenizer, TO_INSPECT, options.seed)
-    budgets = source_budgets(config, estimates)
+    budgets = source_budgets(config, [estimate.tokens for estimate in estimates])
     if options.json:
         sources = [_as_json(*pair) for pair in zip(estimates, budgets, strict=True)]
         print(json.dumps({"total_tokens": config.train.total_tokens, "sources": sources}, indent=1))
@@ -56,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _as_text(estimate: SourceEstimate, budget: SourceBudget) -> list[str]:
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from pretrain.data.estimate import rounded
+    from pretrain.data.quantity import rounded
 
     licences = ", ".join(estimate.licences) or "not known"
     allowed = f"{budget.max_epochs:g} allowed" if math.isfinite(budget.max_epochs) else "no limit"
@@ -86,7 +89,7 @@ def _as_text(estimate: SourceEstimate, budget: SourceBudget) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    """The beginning of a document on one line, without anything that a terminal would obey."""
+    """The beginning of a document on one line, with control characters escaped."""
     cut = text[:_EXAMPLE_CHARACTERS]
     plain = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in cut)
     return plain + (" ..." if len(text) > len(cut) else "")

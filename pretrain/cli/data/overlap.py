@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.cli.arguments import add_config, add_tasks, positive
+from pretrain.cli.data.sources import open_sources
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
@@ -60,13 +61,10 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print and write the report."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from eval.harness import item_texts
-    from pretrain.config import load_config
-    from pretrain.data import make_catalog
     from pretrain.data.overlap import measure_overlap
     from pretrain.files import replace_text
 
-    config = load_config(options.config, options.overrides)
-    catalog = make_catalog(config.data)
+    config, catalog = open_sources(options)
     texts = item_texts([task.strip() for task in options.tasks.split(",")], items=options.items)
     found = measure_overlap(
         config.data,
@@ -117,7 +115,7 @@ def _as_text(found: Overlap) -> list[str]:
         lines.append(
             f"{name}: {len(task.overlapping):,} of {long_enough:,} items ({share:.2%}) share a {found.ngram}-gram with "
             f"the text; {task.found:,} of their {task.ngrams:,} n-grams ({task.found / max(1, task.ngrams):.3%}); "
-            f"{task.too_short:,} items are too short to tell"
+            f"{task.too_short:,} items are too short to judge"
         )
         worst = sorted(task.overlapping, key=lambda one: (-one.found / one.ngrams, one.item))
         for one in worst[:_SHOWN]:
