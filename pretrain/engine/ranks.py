@@ -70,6 +70,12 @@ class Ranks:
             raise PeerError(*failures[0])
         return [value for value, _ in outcomes]
 
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns here, which need not be picklable; an error on one rank is an error on all."""
+        found: list[T] = []
+        self.together(lambda: found.append(work()))
+        return found[0]
+
     def on_rank_0(self, work: Callable[[], T], *, long: bool = False) -> T:
         """Do `work` on rank 0 alone; its picklable result, on every rank.
 
@@ -81,17 +87,18 @@ class Ranks:
             Exception: on rank 0, what `work` raised.
             PeerError: on the others, if it raised anything.
         """
+        waited_for = long and self.world_size > 1
         values: list[T] = []
 
-        def here() -> None:
-            waited_for = long and self.world_size > 1
+        def keep() -> None:
             if self.rank == 0:
                 with self._beating() if waited_for else contextlib.nullcontext():
                     values.append(work())
             elif waited_for:
                 self._await_rank_0()
 
-        self.together(here)  # gathers errors alone: every rank would get a copy of the value for each of the ranks
+        # Only errors are gathered: that would give every rank a copy of the value for each of the ranks.
+        self.together(keep)
         value: T = self.broadcast(values[0] if values else None)
         return value
 

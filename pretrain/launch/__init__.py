@@ -14,7 +14,7 @@ from pretrain.data import DamagedFileError
 from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
-from pretrain.launch.setup import Setup, on_every_rank, set_up
+from pretrain.launch.setup import Setup, set_up
 from pretrain.processes.environment import settled
 from pretrain.processes.exit_codes import DONE, STOPPED
 from pretrain.processes.failures import report
@@ -63,7 +63,7 @@ def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
         source, notes = ranks.on_rank_0(lambda: choose_checkpoint(folder, resume, setup.identity))
         for note in notes:
             display.warn(note)
-        reader = on_every_rank(setup.engine, lambda: CheckpointReader(source)) if source else None
+        reader = ranks.everywhere(lambda: CheckpointReader(source)) if source else None
         step = reader.index["step"] if reader else 0
         if step >= setup.config.total_steps:
             display.say(f"{folder.path}: already complete at step {step}")

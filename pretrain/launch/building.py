@@ -17,7 +17,7 @@ from pretrain.data import TokenStream, without_bytes
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
 from pretrain.launch.records import open_run_folder, save_run
-from pretrain.launch.setup import Setup, on_every_rank
+from pretrain.launch.setup import Setup
 from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
@@ -61,7 +61,9 @@ def build_trainer(
     batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
     opened.callback(batches.close)
     run_id = engine.ranks.on_rank_0(lambda: open_run_folder(setup, hooks, reader, routing))
-    tracker = on_every_rank(engine, lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn))
+    tracker = engine.ranks.everywhere(
+        lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn)
+    )
     opened.callback(tracker.close)
     for line in [*summary, *describe_data(setup.inputs.budgets), *engine.describe()]:
         display.say(line)

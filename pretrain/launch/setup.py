@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from tokenizers import Tokenizer
 
@@ -19,8 +17,6 @@ from pretrain.run.folder import RunFolder
 from pretrain.run.identity import Identity
 from pretrain.run.inputs import Inputs, check_inputs
 from pretrain.training.validation_store import ValidationSet, validation_set
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,21 +51,15 @@ def set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     kept = folder.tokenizer_of(config.tokenizer.path)
     fetched = engine.ranks.on_rank_0(lambda: hub_tokenizer.read(config.tokenizer, config.data, kept), long=True)
     found = hub_tokenizer.stored(config.tokenizer, fetched, scratch)
-    tokenizer = on_every_rank(engine, lambda: load_tokenizer(found))
+    tokenizer = engine.ranks.everywhere(lambda: load_tokenizer(found))
     inputs = engine.ranks.on_rank_0(
         lambda: check_inputs(config, tokenizer, lock_of_run(config.data, folder, display.say), found),
         long=True,  # it may list a large source
     )
-    list(map(display.warn, inputs.warnings))
+    for warning in inputs.warnings:
+        display.warn(warning)
     identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
     validation = validation_set(config, inputs, tokenizer, folder.validation, identity.result, engine)
     if validation is not None:
         identity = replace(identity, validation=validation.sample.sha256)
     return Setup(config, engine, folder, display, tokenizer, found, inputs, identity, validation)
-
-
-def on_every_rank(engine: Engine, work: Callable[[], T]) -> T:
-    """What `work` returns here, which need not be picklable; an error on one rank is an error on all."""
-    found: list[T] = []
-    engine.ranks.together(lambda: found.append(work()))
-    return found[0]

@@ -50,7 +50,7 @@ class Validator(Hook):
             if self._given is not None:
                 self._batches, self.text_bytes = self._given.batches(self.rows), self._given.sample.text_bytes
             else:
-                self._batches, self.text_bytes = self._ranks.on_rank_0(self._read)
+                self._batches, self.text_bytes = self._ranks.on_rank_0(self._read, long=True)
         return self._batches
 
     def _read(self) -> tuple[list[TokenBatch], int]:

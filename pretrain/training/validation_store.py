@@ -135,7 +135,7 @@ def validation_set(
                 engine.say(f"validation {source}")
         found.append(stored)
 
-    engine.ranks.on_rank_0(find)
+    engine.ranks.on_rank_0(find, long=True)
     # Not as its result, of which every rank would receive a copy from each rank.
     return ValidationSet(engine.ranks.broadcast(found[0] if found else None), store)
 

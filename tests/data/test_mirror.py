@@ -165,19 +165,6 @@ def test_a_file_without_a_known_version_is_not_cached(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    ("url", "place"),
-    [
-        ("hf://datasets/o/n@abc/data/a.parquet", "hf/datasets/o/n@abc/data/a.parquet"),
-        ("HTTPS://host/a.parquet", "https/host/a.parquet"),
-        ("HTTPS://host/.hidden/a.parquet", "https/host/.hidden/a.parquet"),
-        ("s3://bucket/a b/ü..parquet", "s3/bucket/a b/ü..parquet"),
-    ],
-)
-def test_a_file_lies_below_its_scheme_and_host(url: str, place: str, tmp_path: Path) -> None:
-    assert mirror_path(tmp_path, url) == tmp_path / place
-
-
 def held_by(folder: Path) -> int:
     """What the copies and parts of a cache take, in bytes."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".lock")
@@ -286,3 +273,16 @@ def test_processes_never_pass_the_size_of_the_cache(store: Store, tmp_path: Path
     with DiskCache(str(folder), limit).open(files[0]) as opened:  # nothing is reserved any more
         assert opened.read() == store.path(files[0].path).read_bytes()
         assert (files[0].bytes or 0) <= held_by(folder) <= limit
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("hf://datasets/o/n@abc/data/a.parquet", "hf/datasets/o/n@abc/data/a.parquet"),
+        ("HTTPS://host/a.parquet", "https/host/a.parquet"),
+        ("HTTPS://host/.hidden/a.parquet", "https/host/.hidden/a.parquet"),
+        ("s3://bucket/a b/ü..parquet", "s3/bucket/a b/ü..parquet"),
+    ],
+)
+def test_a_file_lies_below_its_scheme_and_host(url: str, place: str, tmp_path: Path) -> None:
+    assert mirror_path(tmp_path, url) == tmp_path / place
