@@ -267,11 +267,14 @@ def map_open(
     width = np.dtype(dtype).itemsize
     expected = (first + count if total is None else total) * width
     try:
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
         if size != expected:
             raise DataError(f"{path}: has {size} bytes, expected {expected}: the file has changed; restore it")
         if not count:
             return np.empty(0, dtype)
+        if not _can_be_mapped(file):  # the cache had no room for it, so it is streamed
+            file.seek(first * width)
+            return np.frombuffer(file.read(count * width), dtype)
         # Not np.memmap: creating and slicing its objects is several times slower.
         begin = first * width // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         skipped = first * width - begin
@@ -279,3 +282,10 @@ def map_open(
         return np.frombuffer(mapped, dtype, count, skipped)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _can_be_mapped(file: BinaryIO) -> bool:
+    try:
+        return file.fileno() >= 0
+    except OSError:
+        return False
