@@ -8,9 +8,9 @@ the fingerprint, by which the manifest describes the data and a resumed run reco
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NotRequired, TypedDict
+from typing import Any, BinaryIO, NotRequired, TypedDict
 
 from tokenizers import Tokenizer
 
@@ -237,7 +237,7 @@ def _prepared(source: SourceConfig, config: DataConfig, found: TokenSource) -> t
     """Describe a source of prepared data."""
     files = tuple(CatalogFile(file.path, file.bytes, file.units, file.sha256) for file in found.files)
     licences = found.licences or ((source.licence,) if source.licence else ())
-    described = CatalogSource(source.path, files, found.names, licences, tokenizer=found.tokenizer)
+    described = CatalogSource(source.path, files, found.names, licences, tokenizer=found.tokenizer, origin=found.origin)
     return described, _token_problems(source, config, described)
 
 
@@ -317,6 +317,8 @@ class SourceFingerprint(TypedDict):
     """Of a local source."""
     locked: NotRequired[LockedFingerprint]
     """Of a remote source."""
+    origin: NotRequired[dict[str, Any]]
+    """Of a prepared folder: `pretrain.data.prepared.layout.Origin`, the source of text that it was made from."""
 
 
 class DataFingerprint(TypedDict):
@@ -345,6 +347,8 @@ def _source_fingerprint(source: CatalogSource) -> SourceFingerprint:
     described = SourceFingerprint(
         path=redact(source.path), sources=list(source.names), licences=list(source.licences), bytes=source.bytes
     )
+    if source.origin is not None:
+        described["origin"] = asdict(source.origin) | {"path": redact(source.origin.path)}
     if source.pinned is not None:
         rows = [_rows(file) for file in source.files]
         described["locked"] = LockedFingerprint(

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 
-from pretrain.data.prepared.layout import TokenizerNeeds
+from pretrain.data.prepared.layout import Origin, TokenizerNeeds
 from pretrain.data.units import Compact, DataFile, TextRecipe, Unit
 
 
@@ -76,6 +76,8 @@ class CatalogSource:
     """The commit of a remote source, if its store has such a thing."""
     tokenizer: TokenizerNeeds | None = None
     """The tokenizer that the tokens of prepared data were made with; None: the source is text."""
+    origin: Origin | None = None
+    """What a prepared folder on this machine was made from."""
 
     @property
     def bytes(self) -> int:

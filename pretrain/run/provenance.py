@@ -28,6 +28,9 @@ class SourceRecord(TypedDict):
     """
     licences: list[str]
     """Empty if none is stated."""
+    prepared_from: str | None
+    """Of a prepared folder: the source of text that it was made from, with its revision; `revision` is of that source
+    then. None for text."""
     parts: list[str]
     """The values of a column `source`, such as titles; empty if there is none."""
     files: int
@@ -80,11 +83,12 @@ _NOTHING = {"documents": 0, "tokens": 0, "epoch": 0}
 
 
 def _describe(name: str, source: Mapping[str, Any]) -> SourceRecord:
-    locked = source.get("locked") or {}
+    locked, origin = source.get("locked") or {}, source.get("origin") or {}
     return SourceRecord(
         name=name,
         path=source["path"],
-        revision=locked.get("revision"),
+        revision=locked.get("revision") or origin.get("revision"),
+        prepared_from=origin.get("pinned") or origin.get("path"),
         licences=list(source["licences"]),
         parts=list(source["sources"]),
         files=locked["files"] if locked else len(source["files"]),
@@ -101,6 +105,7 @@ def _together(records: Sequence[SourceRecord]) -> SourceRecord:
         name=TOGETHER,
         path=None,
         revision=None,
+        prepared_from=None,
         licences=sorted({licence for record in records for licence in record["licences"]}),
         parts=[],
         files=sum(record["files"] for record in records),
@@ -141,7 +146,7 @@ def _as_row(record: Mapping[str, Any], counted_together: bool) -> dict[str, Any]
         epochs = f"{record['completed_epochs']} completed"
     row = {
         "name": record["name"],
-        "path": record["path"] or "",
+        "path": " from ".join(filter(None, [record["path"], record.get("prepared_from")])),
         "revision": record["revision"] or "",
         "licence": ", ".join(record["licences"]) or "not stated",
         "parts": ", ".join(record["parts"]),
@@ -157,5 +162,6 @@ def _as_row(record: Mapping[str, Any], counted_together: bool) -> dict[str, Any]
 def datasets_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the data sets of the Hub among the sources, as ``organisation/name``, each once."""
     prefix = "hf://datasets/"
-    paths = [record["path"] for record in records if (record["path"] or "").startswith(prefix)]
+    named = [record.get("prepared_from") or record["path"] or "" for record in records]
+    paths = [path for path in named if path.startswith(prefix)]
     return list(dict.fromkeys("/".join(path[len(prefix) :].split("@")[0].split("/")[:2]) for path in paths))

@@ -15,6 +15,7 @@ from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.config import Config
 from pretrain.config.data import DataConfig
 from pretrain.data import TokenStream, fingerprint
+from pretrain.data.prepared.prepare import prepare
 from pretrain.export.run import export_checkpoint
 from pretrain.launch import train
 from pretrain.run.provenance import TOGETHER, as_table, datasets_of, source_records
@@ -160,3 +161,20 @@ def test_the_model_card_lists_the_data_sets_in_its_front_matter(
     [name] = yaml.safe_load(card.split("---\n")[1])["datasets"]
     assert PARQUET.startswith(f"hf://datasets/{name}")
     assert COMMIT in card
+
+
+def test_prepared_data_names_the_source_that_it_was_made_from(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "hub")
+    store = Store(tmp_path / "hub", monkeypatch)
+    text = tiny_config({"data": {"sources": [{"path": PARQUET}], "lanes": 2, "validation_fraction": 0}})
+    [done] = prepare(text.data, text.tokenizer, tmp_path / "prepared")
+    store.remove()
+    config = DataConfig(sources=[{"path": str(done.folder)}])
+    [record] = records = source_records(config, fingerprint(config), None)
+    assert record["path"] == str(done.folder)
+    assert (record["revision"], record["licences"]) == (COMMIT, ["odc-by"])
+    assert record["prepared_from"] == PARQUET.replace("@main", f"@{COMMIT}")
+    assert datasets_of(records) == [PARQUET.split("://datasets/")[1].split("@")[0]]
+    assert COMMIT in as_table(records)[0]["path"]

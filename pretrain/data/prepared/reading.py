@@ -19,6 +19,7 @@ from pretrain.data.prepared.layout import (
     TOKENS_SUFFIX,
     DocumentTable,
     Index,
+    Origin,
     Shard,
     TokenizerNeeds,
     is_prepared,
@@ -64,6 +65,8 @@ class TokenSource:
     names: tuple[str, ...]
     licences: tuple[str, ...]
     tokenizer: TokenizerNeeds
+    origin: Origin | None = None
+    """What a prepared folder was made from."""
 
 
 def holds_tokens(path: str) -> bool:
@@ -103,7 +106,8 @@ def _prepared_source(path: str, index: Index) -> TokenSource:
         digest = hashlib.sha256(f"{shard.tokens_sha256} {shard.documents_sha256}".encode()).hexdigest()
         files.append(TokenFile(name, shard.tokens * width, shard.units, digest))
     names, licences = tuple(index.source.get("sources", ())), tuple(index.source.get("licences", ()))
-    return TokenSource(tuple(files), names, licences, TokenizerNeeds(index.tokenizer_sha256, index.eos_id, None))
+    needs = TokenizerNeeds(index.tokenizer_sha256, index.eos_id, None)
+    return TokenSource(tuple(files), names, licences, needs, index.origin)
 
 
 def _check_sizes(path: str, shard: Shard, dtype: str) -> None:
