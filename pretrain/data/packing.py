@@ -14,7 +14,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,13 +100,18 @@ class ReaderTask:
         return min(LANE_READ_AHEAD_BYTES, READ_AHEAD_BYTES // lanes)
 
 
-def read_rings(task: ReaderTask) -> dict[int, Iterator[Item]]:
+def read_rings(task: ReaderTask, encoder: DocumentEncoder | None = None) -> dict[int, Iterator[Item]]:
     """Return the items of each ring, which are read only when they are requested; see `read_items`.
 
     The rings do not depend on one another: the mixture decides which of them gives the next sequence.
+
+    Args:
+        task: what to read.
+        encoder: that of the task; loaded with the first item if there is none.
+
     """
-    encoder = cache(partial(DocumentEncoder.load, task.tokenizer))
-    return {index: read_items(task, index, encoder) for index in task.rings}
+    load = cache(lambda: encoder or DocumentEncoder.load(task.tokenizer))
+    return {index: read_items(task, index, load) for index in task.rings}
 
 
 def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], DocumentEncoder]) -> Iterator[Item]:

@@ -42,7 +42,7 @@ from pretrain.data.position import SourceProgress, StreamPosition
 from pretrain.data.rings import RingPosition, RingQueues, take_turns
 from pretrain.data.sources.retries import set_retry_minutes
 from pretrain.data.state import StreamState, cursors_of, initial_state, read_state
-from pretrain.data.tokenizer import load_tokenizer
+from pretrain.data.tokenizer import DocumentEncoder
 from pretrain.data.workers import InlineReader, Reader, WorkerReader
 from pretrain.engine.ranks import Ranks
 
@@ -94,8 +94,8 @@ class TokenStream:
         set_retry_minutes(config.retry_minutes)
         catalog = catalog or make_catalog(config)
         self._plan = make_plan(config, split, epochs, catalog)
-        loaded = load_tokenizer(tokenizer)  # to fail here rather than in a reader
-        if problems := tokenizer_problems(catalog, loaded, tokenizer):
+        self._encoder = DocumentEncoder.load(tokenizer)  # to fail here rather than in a reader
+        if problems := tokenizer_problems(catalog, self._encoder.tokenizer, tokenizer):
             raise DataError("\n".join(problems))
         self._sequence_length = sequence_length
         # The validation split is packed in one way for all runs, so that their losses can be compared.
@@ -142,7 +142,7 @@ class TokenStream:
             if not tasks:
                 continue
             task = ReaderTask(self._plan, tokenizer, self._sequence_length, tasks, self._lane_class)
-            reader = WorkerReader(task) if workers else InlineReader(task)
+            reader = WorkerReader(task) if workers else InlineReader(task, self._encoder)
             self._readers.append(reader)
             for index, ring_task in tasks.items():
                 self._queues |= dict.fromkeys(ring_task.cursors, RingQueues(reader, index, list(ring_task.cursors)))

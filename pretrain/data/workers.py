@@ -29,6 +29,7 @@ from typing import IO, Protocol
 from pretrain.data.errors import DataError
 from pretrain.data.packing import Item, ReaderTask, read_rings
 from pretrain.data.sources.retries import patience, set_patience, stop_requested, stopping
+from pretrain.data.tokenizer import DocumentEncoder
 
 # Items are sent in blocks. A worker prepares at most this many blocks ahead of the trainer: in all rings together, but
 # two of every ring that is read.
@@ -57,8 +58,8 @@ class Reader(Protocol):
 class InlineReader:
     """Reads in this process, when an item is requested."""
 
-    def __init__(self, task: ReaderTask) -> None:
-        self._items = read_rings(task)
+    def __init__(self, task: ReaderTask, encoder: DocumentEncoder | None = None) -> None:
+        self._items = read_rings(task, encoder)
 
     def pull(self, ring: int) -> Item:
         """Return the next item of a ring; raises the errors of `read_items`."""
