@@ -100,8 +100,8 @@ def test_check_resolve_and_five_steps_on_two_ranks(hub: Hub, tmp_path: Path) -> 
     resolved = aurora(tmp_path, hub, "data", "resolve", CONFIG)
     assert resolved.returncode == 0, resolved.stderr
     lock = load_lock(tmp_path / "configs" / "aurora-1.1b.lock.json")
-    mix, dolmino = lock.sources.values()
-    assert [len(mix.files), len(dolmino.files)] == [4, 6]
+    mix, dolmino, tokenizer = lock.sources.values()
+    assert [len(mix.files), len(dolmino.files), len(tokenizer.files)] == [4, 6, 1]
     assert mix.licences == ("odc-by",)
 
     hub.requests.clear()
@@ -113,4 +113,5 @@ def test_check_resolve_and_five_steps_on_two_ranks(hub: Hub, tmp_path: Path) -> 
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     manifest = json.loads((run / "manifest.json").read_text())
     assert [source["locked"]["files"] for source in manifest["data"]["sources"]] == [4, 6]
-    assert load_lock(run / "data.lock.json") == lock
+    assert list(load_lock(run / "data.lock.json").sources.values()) == [mix, dolmino]
+    assert manifest["tokenizer"]["path"] == tokenizer.path

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,15 +173,18 @@ BUCKET = "bucket"
 def collectives() -> Iterator[Collectives]:
     """Count torch.distributed's collectives on this rank, by the first tensor argument, and DDP's buckets.
 
+    Those of other threads, which prepare batches at the same time, are left out.
+
     Enter it before the process group is made: DeepSpeed keeps references to the functions.
     """
-    found = Collectives()
+    found, thread = Collectives(), threading.current_thread()
 
     def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            tensors = list(_tensors((*arguments, *named.values())))
-            # The output of a scatter is the small side.
-            found.add(name, [max(tensors, key=Tensor.numel)])
+            if threading.current_thread() is thread:
+                tensors = list(_tensors((*arguments, *named.values())))
+                # The output of a scatter is the small side.
+                found.add(name, [max(tensors, key=Tensor.numel)])
             return function(*arguments, **named)
 
         return call

@@ -12,9 +12,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from pretrain.config.data import DataConfig, TokenizerConfig
-from pretrain.data import BadRowsError, DataError, DocumentEncoder, TokenStream, load_tokenizer, make_catalog
+from pretrain.data import DataError, DocumentEncoder, TokenStream, load_tokenizer, make_catalog
 from pretrain.data import validation_sample as module
 from pretrain.data.cache import CachedFile, DiskCache, open_file
+from pretrain.data.errors import BadRowsError
 from pretrain.data.prepared.prepare import prepare
 from pretrain.data.split import is_validation
 from pretrain.data.units import DataFile

@@ -10,12 +10,13 @@ from unittest import mock
 
 import pytest
 
-from pretrain import launch
 from pretrain.checkpoint import writer
 from pretrain.engine.ranks import Ranks
+from pretrain.launch import records
 from pretrain.neurons import telemetry
 from pretrain.processes.errors import PeerError, UserError
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED
+from pretrain.run.folder import RunFolder
 from pretrain.run.json_lines import JsonLines
 from pretrain.run.wandb import NoTracker
 from tests.distributed.ranks import run_ranks
@@ -33,11 +34,11 @@ FAULTS = {
     "metrics": (JsonLines, "append", 0),
     "telemetry": (telemetry, "save_arrays", 0),
     "tracker": (NoTracker, "log", 1),
-    "prune": (launch, "prune", 0),
+    "prune": (records, "prune", 0),
     "write": (writer, "_write_rank", 1),
     "publish": (writer, "_publish", 0),
-    "lock": (launch.RunFolder, "lock", 0),
-    "manifest": (launch.RunFolder, "write_manifest", 0),
+    "lock": (RunFolder, "lock", 0),
+    "manifest": (RunFolder, "write_manifest", 0),
 }
 """What breaks, and on which rank."""
 

@@ -48,7 +48,7 @@ def resident() -> int:
 
 def measure(root: str, changes: dict[str, Any]) -> dict[str, int]:
     """Bytes of live storages by part after the last step, and the peak resident memory above the start."""
-    from pretrain import launch
+    from pretrain.launch import building
 
     found: Counter[str] = Counter()
     before, stop = resident(), threading.Event()
@@ -81,7 +81,7 @@ def measure(root: str, changes: dict[str, Any]) -> dict[str, int]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    with mock.patch.object(launch, "_save", count):
+    with mock.patch.object(building, "save_run", count):
         run(root, changes)
     stop.set()
     watcher.join()
