@@ -147,11 +147,6 @@ class BestFitLane(Lane):
     def _window_tokens(self) -> int:
         return WINDOW_SEQUENCES * self._task.sequence_length
 
-    @property
-    def lacks_tokens(self) -> bool:
-        """Whether more must be read before the next item is known."""
-        return not self._sequences and self.pending < self._window_tokens and not self.exhausted
-
     def push(self, position: Cursor, end: Cursor, run: TokenRun, skipped: tuple[BadRow, ...] = ()) -> None:
         """Append a document, or a run of them, that begins and ends at positions and follows the skipped bad rows."""
         self._waiting.append((position, end, run, self._unattached + skipped))
@@ -159,9 +154,14 @@ class BestFitLane(Lane):
         self._documents_read += len(run.ends)
         self.pending += len(run.tokens)
 
-    def pack(self, *, pad: bool) -> Item:
-        """Return the next sequence, or the lane's `EpochEnd`. Sequences are padded in every epoch, whatever `pad`."""
+    def pack(self, *, pad: bool) -> Item | None:
+        """Return the next sequence, or the lane's `EpochEnd`; None if more must be read before either is known.
+
+        Sequences are padded in every epoch, whatever `pad`.
+        """
         if not self._sequences:
+            if self.pending < self._window_tokens and not self.exhausted:
+                return None
             if not self.pending and not self._taken:
                 return EpochEnd(self._lane, self._documents_read)
             self._pack_window()

@@ -26,7 +26,7 @@ from pretrain.data.documents import Cursor, Document, Tokenized, lane_documents
 from pretrain.data.errors import DataError
 from pretrain.data.order import ReadPlan
 from pretrain.data.prepared.runs import TokenRun
-from pretrain.data.tokenizer import DocumentEncoder, Tokens, token_bytes
+from pretrain.data.tokenizer import DocumentEncoder, token_bytes
 
 # Text that is tokenized in one call, taken from the lanes that have the fewest tokens: enough to keep all threads of
 # the tokenizer busy, and little enough that the first batch does not wait for it.
@@ -132,11 +132,11 @@ def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], Document
     while epochs is None or epoch < epochs:
         for lane in ring:
             lane.open(epoch)
+        last = epoch + 1 == epochs
         while ring:
             lane = ring.popleft()
-            while lane.lacks_tokens:
+            while (item := lane.pack(pad=last)) is None:
                 _refill([lane, *ring], encoder)
-            item = lane.pack(pad=epoch + 1 == epochs)
             if isinstance(item, PackedSequence):
                 ring.append(lane)
             yield item
@@ -218,11 +218,6 @@ class Lane:
         self._read_from = Cursor(epoch + 1, 0, 0, 0)
         self.exhausted = False
 
-    @property
-    def lacks_tokens(self) -> bool:
-        """Whether more must be read before the next item is known."""
-        return self.pending < self._length and not self.exhausted
-
     def next_document(self) -> Document | Tokenized | None:
         """Return the next document of the epoch; the caller hands it back to `push` with its tokens."""
         document = next(self._documents, None)
@@ -245,13 +240,38 @@ class Lane:
         self._documents_read += len(run.ends)
         self.pending += len(tokens)
 
-    def pack(self, *, pad: bool) -> Item:
-        """Return the next sequence, or the lane's `EpochEnd`; if `pad` is true, a last shorter sequence is padded."""
-        if self.pending >= self._length:
-            return self._take(self._length)
-        if pad and self.pending:
-            return self._take(self.pending)
-        return EpochEnd(self._lane, self._documents_read)
+    def pack(self, *, pad: bool) -> Item | None:
+        """Return the next sequence, or the lane's `EpochEnd`; None if more must be read before either is known.
+
+        If `pad` is true, a last shorter sequence is padded.
+        """
+        length = self._length
+        if self.pending < length:
+            if not self.exhausted:
+                return None
+            return self._join(self.pending) if pad and self.pending else EpochEnd(self._lane, self._documents_read)
+        position, _, run, _ = self._waiting[0]
+        begin, end = self._used, self._used + length
+        if not begin or end >= len(run.tokens):
+            return self._join(length)
+        # Within one run, which prepared data makes the usual case: nothing is copied here, and little is called.
+        counted, documents_before, bytes_before = self._counted
+        if counted != begin:
+            documents_before, bytes_before = run.before(begin)
+        documents, text_bytes = run.before(end)
+        self._counted = end, documents, text_bytes
+        self._used = end
+        self.pending -= length
+        self._cursor = cursor = Cursor(position.epoch, position.unit, position.row, end, position.byte)
+        return PackedSequence(
+            self._lane,
+            run.tokens[begin - 1 : end],
+            length,
+            text_bytes - bytes_before,
+            documents - documents_before,
+            (),
+            cursor,
+        )
 
     def _wrong_data(self, cursor: Cursor) -> DataError:
         plan = self._task.plan
@@ -261,23 +281,8 @@ class Lane:
             "saved state was taken from; restore it, or start a new run"
         )
 
-    def _take(self, length: int) -> PackedSequence:
-        position, _, run, _ = self._waiting[0]
-        begin, end = self._used, self._used + length
-        if length == self._length and begin > 0 and end < len(run.tokens):
-            # Within one run, which prepared data makes the usual case: nothing is copied here.
-            sequence = run.tokens[begin - 1 : end]
-            documents, text_bytes = self._count(run, begin, end)
-            bad_rows: tuple[BadRow, ...] = ()
-            self._used = end
-            self._cursor = Cursor(position.epoch, position.unit, position.row, end, position.byte)
-        else:
-            sequence, documents, text_bytes, bad_rows = self._join(length)
-        self.pending -= length
-        return PackedSequence(self._lane, sequence, length, text_bytes, documents, bad_rows, self._cursor)
-
-    def _join(self, length: int) -> tuple[Tokens, int, int, tuple[BadRow, ...]]:
-        """Put a sequence together from the runs that it reaches into; also return its documents, bytes and bad rows."""
+    def _join(self, length: int) -> PackedSequence:
+        """Put a sequence together from the runs that it reaches into."""
         sequence = np.empty(self._length + 1, dtype=np.int32)
         sequence[0] = self._waiting[0][2].tokens[self._used - 1] if self._used else self._last_token
         sequence[length + 1 :] = self._encoder.eos_id
@@ -302,7 +307,8 @@ class Lane:
                 self._used = end
                 self._cursor = position._replace(token=end)
         self._last_token = int(sequence[length])
-        return sequence, documents, text_bytes, bad_rows
+        self.pending -= length
+        return PackedSequence(self._lane, sequence, length, text_bytes, documents, bad_rows, self._cursor)
 
     def _count(self, run: TokenRun, begin: int, end: int) -> tuple[int, int]:
         """Return the documents and bytes of some tokens of the first waiting run."""

@@ -7,7 +7,7 @@ from typing import Self
 
 from pretrain.data.mixture import Schedule
 from pretrain.data.order import Ring
-from pretrain.data.packing import EpochEnd, PackedSequence
+from pretrain.data.packing import PackedSequence
 from pretrain.data.state import LaneState, SourceState
 from pretrain.data.workers import Reader
 
@@ -126,23 +126,21 @@ class RingQueues:
         self.reader, self.ring = reader, ring
         self.documents = 0
         """Documents of this epoch, over the lanes that have reached its end."""
-        self._ready: dict[int, deque[PackedSequence]] = {lane: deque() for lane in lanes}
+        self.ready: dict[int, deque[PackedSequence]] = {lane: deque() for lane in lanes}
+        """The sequences of each lane that no batch has taken yet."""
         self._ended: set[int] = set()
 
     def look_ahead(self, lane: int, wanted: int) -> int:
         """Return how many sequences of the epoch a lane has, at most `wanted`."""
-        while len(self._ready[lane]) < wanted and lane not in self._ended:
-            item = self.reader.pull(self.ring)
-            if isinstance(item, EpochEnd):
+        own, ready, pull, ring = self.ready[lane], self.ready, self.reader.pull, self.ring
+        while len(own) < wanted and lane not in self._ended:
+            item = pull(ring)
+            if isinstance(item, PackedSequence):
+                ready[item.lane].append(item)
+            else:
                 self._ended.add(item.lane)
                 self.documents += item.documents
-            else:
-                self._ready[item.lane].append(item)
-        return min(wanted, len(self._ready[lane]))
-
-    def take(self, lane: int) -> PackedSequence:
-        """Remove the next sequence of a lane."""
-        return self._ready[lane].popleft()
+        return min(wanted, len(own))
 
     def begin_epoch(self) -> None:
         """Expect sequences from all lanes again."""

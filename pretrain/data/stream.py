@@ -19,8 +19,10 @@ neither ranks nor workers.
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -37,7 +39,7 @@ from pretrain.data.errors import DataError
 from pretrain.data.exchange import assign, exchange
 from pretrain.data.mixture import Schedule
 from pretrain.data.order import make_plan
-from pretrain.data.packing import Lane, ReaderTask, RingTask
+from pretrain.data.packing import Lane, PackedSequence, ReaderTask, RingTask
 from pretrain.data.position import SourceProgress, StreamPosition
 from pretrain.data.rings import RingPosition, RingQueues, take_turns
 from pretrain.data.sources.retries import set_retry_minutes
@@ -119,6 +121,7 @@ class TokenStream:
         self._ring_of = np.repeat(np.arange(len(rings)), [len(ring.ring.lanes) for ring in rings])
         self._readers: list[Reader] = []
         self._queues: dict[int, RingQueues] = {}
+        self._ready: dict[int, deque[PackedSequence]] = {}
         # The validation split is small: a process of its own would take longer to start than to read it.
         cursors = cursors_of(start)
         self._open_readers(rings, cursors, tokenizer, config.workers if split == "train" else 0)
@@ -145,7 +148,9 @@ class TokenStream:
             reader = WorkerReader(task) if workers else InlineReader(task, self._encoder)
             self._readers.append(reader)
             for index, ring_task in tasks.items():
-                self._queues |= dict.fromkeys(ring_task.cursors, RingQueues(reader, index, list(ring_task.cursors)))
+                queues = RingQueues(reader, index, list(ring_task.cursors))
+                self._queues |= dict.fromkeys(ring_task.cursors, queues)
+                self._ready |= queues.ready
 
     @property
     def text_bytes(self) -> int:
@@ -268,14 +273,14 @@ class TokenStream:
         """
         rank, size = self._ranks.rank, self._ranks.world_size
         owners = [lane % size for lane in lanes]
-        own = range(len(lanes)) if size == 1 else [row for row, owner in enumerate(owners) if owner == rank]
+        own = [row for row, owner in enumerate(owners) if owner == rank] if size > 1 else range(len(lanes))
         tokens = np.empty((len(own), self._sequence_length + 1), dtype=np.int32)
         found: list[tuple[int, int, int, int, int]] = []
         cursors: dict[int, Cursor] = {}
         bad: list[BadRow] = []
         for index, row in enumerate(own):
             lane = lanes[row]
-            sequence = self._queues[lane].take(lane)
+            sequence = self._ready[lane].popleft()
             tokens[index] = sequence.tokens
             bad_rows = 0
             if sequence.bad_rows:
@@ -285,14 +290,14 @@ class TokenStream:
             cursors[lane] = sequence.cursor
         counts = np.zeros((len(lanes), 5), dtype=np.int64)
         if own:
-            counts[own] = found
+            counts[own] = np.fromiter(chain.from_iterable(found), np.int64, 5 * len(found)).reshape(-1, 5)
         self._all_reduce(torch.from_numpy(counts))
         ring_of = self._ring_of[lanes]
         for index, ring in enumerate(rings):
             of_ring = counts[ring_of == index]
             ring.count(len(of_ring), *of_ring.sum(axis=0).tolist())
         self._check_bad_rows(bad, sum(ring.bad_rows for ring in rings))
-        trainers = assign(owners, size)
+        trainers = assign(owners, size) if size > 1 else owners
         share = [row for row, trainer in enumerate(trainers) if trainer == rank]
         lengths = counts[:, 0]
         batch = BatchShare(

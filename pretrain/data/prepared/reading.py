@@ -1,9 +1,12 @@
 """How prepared data looks to the rest of this room: files with units, and the runs of a unit."""
 
+import contextlib
 import glob
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,9 @@ from pretrain.data.units import DataFile, Unit
 
 TokenBytes = Callable[[], npt.NDArray[np.uint32]]
 """Returns the UTF-8 bytes of each token of the run's tokenizer."""
+
+_NOTHING = np.empty(0, np.uint64)
+_NO_DOCUMENTS = DocumentTable(_NOTHING, _NOTHING, _NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,28 +169,50 @@ def read_runs(unit: Unit, first_row: int, fraction: float, split: Split, token_b
 
 def _unit_of_shard(unit: Unit) -> tuple[npt.NDArray[Any], DocumentTable]:
     """Map the tokens and the documents of a unit."""
-    name, number = Path(unit.file.path).stem, unit.row_group or 0
+    number = unit.row_group or 0
     documents, _ = _companions(unit.file)
-    index = index_of(unit.file)
-    shard = next((shard for shard in index.shards if shard.name == name), None)
+    dtype, shard, table = _shard_of(unit.file, _stamp(unit.file))
     if shard is None or number >= len(shard.units) or shard.units[number] != unit.rows:
         raise DataError(
             f"{unit.file.path}: is not the shard that the run was started with: restore it, or start a new run"
         )
     begin = sum(shard.units[:number])
     rows = slice(begin, begin + shard.units[number])
-    with open_file(documents) as file:
-        table = map_open_table(file, documents.path, shard.documents)
     first = int(table.ends[begin - 1]) if begin else 0
     size = int(table.text_bytes[begin - 1]) if begin else 0
     end = int(table.ends[rows.stop - 1]) if rows.stop > begin else first
     if not first <= end <= shard.tokens:
         raise DataError(f"{documents.path}: is damaged: the borders of its documents do not fit")
     with open_file(unit.file) as file:
-        tokens = map_open(file, unit.file.path, index.dtype, end - first, first, shard.tokens)
+        tokens = map_open(file, unit.file.path, dtype, end - first, first, shard.tokens)
     return tokens, DocumentTable(
         table.ends[rows] - np.uint64(first), table.text_bytes[rows] - np.uint64(size), table.hashes[rows]
     )
+
+
+@lru_cache(maxsize=16)
+def _shard_of(tokens: DataFile, stamp: object) -> tuple[str, Shard | None, DocumentTable]:
+    """Return the dtype, the record and the documents of a shard; no record if it is not in its index.
+
+    Kept because a shard has many units. `stamp` tells apart what a path holds at different times.
+    """
+    documents, _ = _companions(tokens)
+    index = index_of(tokens)
+    shard = next((shard for shard in index.shards if shard.name == Path(tokens.path).stem), None)
+    if shard is None:
+        return index.dtype, None, _NO_DOCUMENTS
+    with open_file(documents) as file:
+        return index.dtype, shard, map_open_table(file, documents.path, shard.documents)
+
+
+def _stamp(tokens: DataFile) -> tuple[int, ...]:
+    """What changes when the files of a shard on this machine change; those of a remote one do not."""
+    found = []
+    for file in _companions(tokens):
+        with contextlib.suppress(OSError):
+            status = os.stat(file.path)
+            found += [status.st_ino, status.st_size, status.st_mtime_ns]
+    return tuple(found)
 
 
 def index_of(tokens: DataFile) -> Index:
