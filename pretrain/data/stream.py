@@ -22,7 +22,6 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -275,22 +274,17 @@ class TokenStream:
         owners = [lane % size for lane in lanes]
         own = [row for row, owner in enumerate(owners) if owner == rank] if size > 1 else range(len(lanes))
         tokens = np.empty((len(own), self._sequence_length + 1), dtype=np.int32)
-        found: list[tuple[int, int, int, int, int]] = []
+        found: list[int] = []
         cursors: dict[int, Cursor] = {}
         bad: list[BadRow] = []
         for index, row in enumerate(own):
             lane = lanes[row]
-            sequence = self._ready[lane].popleft()
-            tokens[index] = sequence.tokens
-            bad_rows = 0
-            if sequence.bad_rows:
-                bad_rows = sum(bad.rows for bad in sequence.bad_rows)
-                bad += sequence.bad_rows
-            found.append((sequence.length, sequence.text_bytes, sequence.documents, bad_rows, sequence.cut))
-            cursors[lane] = sequence.cursor
+            _, tokens[index], length, text_bytes, documents, skipped, cursors[lane], cut = self._ready[lane].popleft()
+            found += length, text_bytes, documents, sum(one.rows for one in skipped) if skipped else 0, cut
+            bad += skipped
         counts = np.zeros((len(lanes), 5), dtype=np.int64)
         if own:
-            counts[own] = np.fromiter(chain.from_iterable(found), np.int64, 5 * len(found)).reshape(-1, 5)
+            counts[own] = np.fromiter(found, np.int64, len(found)).reshape(-1, 5)
         self._all_reduce(torch.from_numpy(counts))
         ring_of = self._ring_of[lanes]
         for index, ring in enumerate(rings):
