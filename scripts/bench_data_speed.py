@@ -37,7 +37,7 @@ def against_encoding(setting: Setting, files: Path) -> Row:
     total = sum(encode_bare(tokenizer, texts))
     seconds = alternate(
         {
-            "bare": lambda: encode_bare(tokenizer, texts),
+            "bare": lambda: encode_bare(load_tokenizer(setting.tokenizer), texts),
             "pipeline": lambda: count_targets(setting.stream(config), setting.batch_sequences),
         },
         setting.rounds,
@@ -105,15 +105,15 @@ def _read_all(setting: Setting, folder: Path, workers: int, barrier: Any, ends: 
 
 def against_datasets(setting: Setting) -> Iterator[Row]:
     """5: compared with Hugging Face `datasets` streaming the same files, tokenizer and packing."""
-    tokenizer = load_tokenizer(setting.tokenizer)
-    eos_id = separator_id(tokenizer, setting.tokenizer)
+    eos_id = separator_id(load_tokenizer(setting.tokenizer), setting.tokenizer)
     for suffix in (".parquet", ".jsonl"):
         files = write_files(setting.folder / f"datasets-{suffix[1:]}", suffix, setting.megabytes, files=16)
         config = setting.config(files)
         total = sum(count_targets(setting.stream(config), setting.batch_sequences))
 
         def theirs(files: Path = files) -> Iterator[int]:
-            return stream_datasets(setting, files, tokenizer, eos_id)
+            # Like a stream of ours, with a tokenizer whose cache of words is empty.
+            return stream_datasets(setting, files, load_tokenizer(setting.tokenizer), eos_id)
 
         def ours(config: DataConfig = config) -> Iterator[int]:
             return count_targets(setting.stream(config), setting.batch_sequences)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from struct import pack
 
 import numpy as np
 import numpy.typing as npt
@@ -127,7 +128,11 @@ class DocumentEncoder:
             DataError: the tokenizer has no token for a part of a text, and no token for unknown parts either.
 
         """
-        return [np.array([*ids, self.eos_id], dtype=np.int32) for ids in _encode(self.tokenizer, texts, self.path)]
+        # Packing a list takes half of the time of `np.array`.
+        return [
+            np.frombuffer(pack(f"={len(ids) + 1}i", *ids, self.eos_id), dtype=np.int32)
+            for ids in _encode(self.tokenizer, texts, self.path)
+        ]
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], path: str) -> list[list[int]]:
