@@ -29,7 +29,7 @@ from pretrain.run.folder import RunFolder
 
 _SPAWN = multiprocessing.get_context("spawn")
 _LANES = 128
-_FILES = 256
+_FILES = 2048  # so that lanes end their last file at about the same time, near the end
 _PINNED = f"hf://datasets/org/name@{'a' * 40}/data/"
 
 
