@@ -2,8 +2,9 @@
 
 From the bottom up: `sources` lists and opens files, `formats` reads their rows, `catalog` describes all of them once,
 `order` deals the read units to lanes, `documents` selects the rows of a split, `tokenizer` encodes them, `packing`
-fills sequences, `workers` does all that in other processes, `mixture` says which source comes next, and `stream` merges
-the lanes of all ranks and workers into one sequence of batches with one small state.
+or `best_fit` fills sequences, `workers` does all that in other processes, `mixture` says which source comes next, and
+`stream` merges the lanes of all ranks and workers into one sequence of batches with one small state. `exchange` says
+which rank trains on which row, and `prefetch` prepares the next batch behind the current step.
 """
 
 from pretrain.data.batch import BatchShare, TokenBatch
