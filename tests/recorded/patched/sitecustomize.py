@@ -7,4 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from tests.recorded.before import apply
 
-apply().__enter__()
+_CHANGES = apply()  # kept: the changes are undone when it is deleted
+_CHANGES.__enter__()
