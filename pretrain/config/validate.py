@@ -43,7 +43,7 @@ def lock_beside(config_file: Path) -> Path:
 
 
 def _find_lock(data: dict[str, Any], config_file: Path) -> None:
-    """Set `data.lock` to the lock beside the config, if there is one and the config names none."""
+    """Set `data.lock` to the lock next to the config, if there is one and the config names none."""
     section = data.get("data")
     if not isinstance(section, dict) or "lock" in section:
         return

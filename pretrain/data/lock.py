@@ -1,6 +1,6 @@
 """The lock: which files the remote sources of a config consist of, in which version.
 
-`aurora data resolve` lists every remote source once and writes what it found into a file beside the config; training
+`aurora data resolve` lists every remote source once and writes what it found into a file next to the config; training
 reads that file, so no rank lists anything or opens a file that it does not read. A lock is JSON with a line per file:
 
     {"format": 1, "digest": "<sha256 of `sources`>", "sources": [

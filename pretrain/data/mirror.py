@@ -120,7 +120,7 @@ def fetch(files: Sequence[CatalogFile], folder: Path, progress: Callable[[int], 
 def fetch_file(
     file: CatalogFile, target: Path, progress: Callable[[int], object] = int, stop: threading.Event | None = None
 ) -> None:
-    """Copy one file, continuing a partial copy beside the target, and verify it.
+    """Copy one file, continuing a partial copy next to the target, and verify it.
 
     Args:
         file: the file, as the lock has it.

@@ -38,7 +38,7 @@ class SourceProgress:
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream is after a batch. Does not change when the stream goes on."""
+    """Where a stream is after a batch. Does not change when the stream continues."""
 
     schedule: Schedule
     rings: Sequence[RingPosition]
