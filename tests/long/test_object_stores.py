@@ -26,6 +26,14 @@ from tests.data.gcs_server import Storage, gcs_server
 pytestmark = pytest.mark.long
 SUFFIXES = (".jsonl",)
 DATA = random.Random(1).randbytes(3_000_000)
+OBJECTS = {"d/a.jsonl": DATA, "d/e/b.jsonl": b"xyz", "d/README.md": b"", "top.jsonl": b"q"}
+LISTINGS = [
+    ("data", ["d/a.jsonl", "d/e/b.jsonl", "top.jsonl"]),
+    ("data/d/", ["d/a.jsonl", "d/e/b.jsonl"]),
+    ("data/d/*.jsonl", ["d/a.jsonl"]),
+    ("data/**/*.jsonl", ["d/a.jsonl", "d/e/b.jsonl", "top.jsonl"]),
+    ("data/top.jsonl", ["top.jsonl"]),
+]
 
 
 @pytest.fixture
@@ -49,23 +57,14 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
 
     client = boto3.client("s3")
     client.create_bucket(Bucket="data")
-    for key, body in {"d/a.jsonl": DATA, "d/e/b.jsonl": b"xyz", "d/README.md": b"", "top.jsonl": b"q"}.items():
+    for key, body in OBJECTS.items():
         client.put_object(Bucket="data", Key=key, Body=body)
     with patient(first_wait_seconds=0.01, total_seconds=2):
         yield client, server
     server.stop()
 
 
-@pytest.mark.parametrize(
-    ("path", "found"),
-    [
-        ("data", ["d/a.jsonl", "d/e/b.jsonl", "top.jsonl"]),
-        ("data/d/", ["d/a.jsonl", "d/e/b.jsonl"]),
-        ("data/d/*.jsonl", ["d/a.jsonl"]),
-        ("data/**/*.jsonl", ["d/a.jsonl", "d/e/b.jsonl", "top.jsonl"]),
-        ("data/top.jsonl", ["top.jsonl"]),
-    ],
-)
+@pytest.mark.parametrize(("path", "found"), LISTINGS)
 def test_buckets_are_listed_and_read(store: tuple[Any, Any], path: str, found: list[str]) -> None:
     files = list_files(f"s3://{path}", SUFFIXES)
     assert [file.path for file in files] == [f"s3://data/{name}" for name in found]
@@ -107,23 +106,14 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
     with gcs_server() as storage:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.endpoint)
         objects._system.cache_clear()
-        for name, data in {"d/a.jsonl": DATA, "d/e/b.jsonl": b"xyz", "d/README.md": b"", "top.jsonl": b"q"}.items():
+        for name, data in OBJECTS.items():
             storage.put(name, data)
         with patient(first_wait_seconds=0.01, longest_wait_seconds=0.02, total_seconds=2):
             yield storage
     objects._system.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("path", "found"),
-    [
-        ("data", ["d/a.jsonl", "d/e/b.jsonl", "top.jsonl"]),
-        ("data/d/", ["d/a.jsonl", "d/e/b.jsonl"]),
-        ("data/d/*.jsonl", ["d/a.jsonl"]),
-        ("data/**/*.jsonl", ["d/a.jsonl", "d/e/b.jsonl", "top.jsonl"]),
-        ("data/top.jsonl", ["top.jsonl"]),
-    ],
-)
+@pytest.mark.parametrize(("path", "found"), LISTINGS)
 def test_a_bucket_of_gcs_is_listed_page_by_page_and_read(bucket: Storage, path: str, found: list[str]) -> None:
     bucket.page = 1
     files = list_files(f"gs://{path}", SUFFIXES)
