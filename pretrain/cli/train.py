@@ -10,6 +10,7 @@ from pretrain.cli.arguments import add_config, positive
 from pretrain.processes.environment import world
 from pretrain.processes.exit_timer import exit_timer
 from pretrain.processes.failures import note_ready
+from pretrain.processes.parent import process_age
 from pretrain.processes.signals import NOTICE, StopRequests, stop_requests
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def add(verbs: Verbs) -> None:
         help="train a model, or resume a run",
         description="Train the model that CONFIG describes. If the run already has a checkpoint, training resumes "
         "from the newest one. SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1 and a file named STOP in the run folder stop "
-        "the run after the current step, with a checkpoint; the same command then continues it. A second signal ends it "
-        "immediately. To use several machines, start this verb with torchrun or with "
+        "the run after the current step, with a checkpoint; the same command then continues it. A second signal ends "
+        "it immediately. To use several machines, start this verb with torchrun or with "
         "slurm/pretrain.sbatch.",
     )
     add_config(parser)
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *stop]
         return run_processes(options.processes, arguments)
 
-    requests = StopRequests()
+    requests = StopRequests(age=process_age())
     notice = NOTICE if world().rank == 0 else None
     with exit_timer(requests), stop_requests(requests, notice, first_only=True):
         note_ready()

@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-SAFETY = 1.5
-"""A save may take this many times as long as the longest one so far."""
+SAVES = 2.5
+"""So many of the longest save so far must fit: a regular one, the last one, and half of that for slow disks."""
 FIRST_SAVE_BYTES_PER_SECOND = 200e6
 """The speed that is assumed for the first save of a launch."""
 
 
 @dataclass
 class TimeBudget:
-    """Compares the time that is left with what two more steps, a save and the end of the process take.
+    """Compares the time that is left with what two more steps, the saves and the end of the process take.
 
     Two steps, because the step that has begun when time runs out cannot be interrupted, and its end is known one step
     later. The longest of each so far counts, so that a validation fits as well; only the first step of a launch is
@@ -58,7 +58,7 @@ class TimeBudget:
 
     def is_spent(self) -> bool:
         """Whether this is the last moment to save."""
-        needed = 2 * self.step_seconds + SAFETY * self.save_seconds + self.close_seconds
+        needed = 2 * self.step_seconds + SAVES * self.save_seconds + self.close_seconds
         return self.clock() + needed >= self.ends_at
 
 

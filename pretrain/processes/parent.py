@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 PARENT_VARIABLE = "AURORA_PARENT"
 """Environment variable with the id of the process that a training process belongs to, such as a launcher or a sweep."""
@@ -32,7 +33,7 @@ def is_orphaned() -> bool:
 def parent_of_what_starts() -> Iterator[None]:
     """Let the processes that are started meanwhile belong to this one."""
     before = {name: os.environ.get(name) for name in (PARENT_VARIABLE, LAUNCHED_VARIABLE)}
-    os.environ |= {PARENT_VARIABLE: str(os.getpid()), LAUNCHED_VARIABLE: str(time.time())}
+    os.environ |= {PARENT_VARIABLE: str(os.getpid()), LAUNCHED_VARIABLE: str(time.time() - process_age())}
     try:
         yield
     finally:
@@ -43,8 +44,17 @@ def parent_of_what_starts() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def process_age() -> float:
+    """How many seconds ago this process was started."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 def launched_before(seconds: float) -> float:
-    """How many seconds ago our launcher began; without one, `seconds`, this process's own age."""
+    """How many seconds ago our launcher began; without one, `seconds`, the age of what has no launcher."""
     if os.environ.get(PARENT_VARIABLE) != str(os.getppid()):
         return seconds
     try:

@@ -28,15 +28,15 @@ class StopRequests:
     Attributes:
         count: number of requests; those after the first ask for an immediate end.
         reason: who asked first; None before that.
-        started: when the object was created, on the monotonic clock.
+        started: when the work began that may be asked to stop, on the monotonic clock.
         seconds: how long stopping may take after the first request; see `pretrain.processes.exit_timer`.
         saved: everything is saved, and only the process has still to end.
     """
 
-    def __init__(self, seconds: float = 600.0) -> None:
+    def __init__(self, seconds: float = 600.0, age: float = 0.0) -> None:
         self.count = 0
         self.reason: str | None = None
-        self.started = time.monotonic()
+        self.started = time.monotonic() - age
         self.seconds = seconds
         self.saved = False
 
