@@ -30,6 +30,7 @@ STEPS_BEFORE = 8
 
 
 def main() -> None:
+    """Measure, and print each run and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(REPOSITORY / "configs/quickstart.yaml"))
     parser.add_argument("--processes", type=int, default=1)

@@ -25,6 +25,7 @@ from pretrain.processes.failures import report
 from pretrain.processes.output import output_may_fail
 from pretrain.processes.parent import launched_before
 from pretrain.processes.signals import NOTICE, StopRequests, stop_requests
+from pretrain.run.folder import RunError
 from pretrain.run.resume import choose_checkpoint
 from pretrain.training.epochs import packing_lines
 
@@ -111,6 +112,15 @@ def _train(setup: Setup, resume: str, stop_at: int | None, requests: StopRequest
         folder.unlock()
 
 
+def _note_stop(setup: Setup, step: int, reason: str) -> None:
+    """Record on rank 0 why the run stopped; the checkpoint is saved, so a failure changes nothing."""
+    if setup.engine.rank == 0:
+        try:
+            setup.folder.mark_stopped(step, reason)
+        except (OSError, RunError) as error:
+            setup.display.warn(f"the reason of this stop is not recorded: {error}")
+
+
 def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None, stops: Stops, handle_signals: bool) -> int:
     """Build everything, restore it from `reader`, and train."""
     config, display, ranks = setup.config, setup.display, setup.engine.ranks
@@ -133,8 +143,8 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None, sto
             raise
         reason = (stops.requests.reason if stops.agreed() else None) or "--stop-at"
         if outcome == "stopped":
-            ranks.on_rank_0(lambda: setup.folder.mark_stopped(state.step, reason))
             stops.requests.saved = True
+            _note_stop(setup, state.step, reason)
     for line in packing_lines(trainer.batches.position, config.padded_length):
         display.say(line)
     if outcome == "stopped":

@@ -111,12 +111,11 @@ class Overseer:
                 looked_at = now
                 self._end_frozen(processes)
             if self.signals:
-                asked_at = min(asked_at, now)
+                asked_at = now if received else asked_at
                 self._pass_on(processes)
                 if now - asked_at > LEAVE_SECONDS and (len(self.signals) > 1 or self.attempt() is None):
-                    os._exit(
-                        _exit_code(len(self.signals), self.signals[-1])
-                    )  # the main thread is in code that does not see signals
+                    # The main thread is in code that does not see signals.
+                    os._exit(_exit_code(len(self.signals), self.signals[-1]))
 
     def _pass_on(self, processes: set[int]) -> None:
         again = len(self.signals) > 1
