@@ -18,6 +18,8 @@ from pretrain.processes.exit_codes import STOPPED
 from tests.conftest import REPOSITORY
 from tests.data.corpus import Setting, drain, make_setting, make_texts, rows, write_jsonl, write_parquet
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 TEXTS = make_texts(51, 40)
 
 
