@@ -23,6 +23,8 @@ from pretrain.run.folder import RunError, RunFolder
 from tests.conftest import TINY
 from tests.data.corpus import drain, make_setting, make_texts, on_ranks, rows, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 TEXTS = [text for text in make_texts(5, 90, longest=30) if text][:60]
 BAD = [
     b'{"text": null}',

@@ -17,6 +17,8 @@ from pretrain.processes.signals import StopRequests, stop_requests
 from tests.data.corpus import drain, make_setting, make_texts, rows, write_jsonl
 from tests.data.hub_server import hub_server
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 HOURS = 10_000.0
 
 
