@@ -27,16 +27,19 @@ SCONTROL = """#!/bin/bash
 [ "$*" = "show hostnames gpu[07-09]" ] || exit 1
 printf '%s\\n' gpu07 gpu08 gpu09
 """
-# In place of the environment's interpreter: notes its arguments and ends with the code it is told.
+# In place of the environment's interpreter: as the batch step it starts what it is given (tests/slurm/test_job.py has
+# the real one); on a node it notes its arguments and ends with the code it is told.
 PYTHON = """#!/bin/bash
+if [ "$2" = pretrain.cli.slurm_job ]; then
+    echo "$3 $4" >ranks
+    env >batch-environment
+    while [ "$1" != -- ]; do shift; done
+    shift
+    exec "$@"
+fi
 printf '%s\\0' "$@" >arguments
 env >environment
 exit "${CODE:-0}"
-"""
-
-# Put into scontrol's stand-in: notes which job is requeued.
-REQUEUE = """#!/bin/bash
-if [ "$1" = requeue ]; then echo "$2" >requeued; exit; fi
 """
 
 
@@ -56,6 +59,7 @@ class Nodes:
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "AURORA_", "OMP_"))}
         job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "gpu[07-09]"}
         path = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(self.folder)}
+        path["AURORA_LOCAL"] = str(self.folder / "local")
         return subprocess.run(
             ["bash", str(SCRIPT), *arguments],
             cwd=self.folder,
@@ -74,8 +78,8 @@ class Nodes:
         given = self.arguments()
         return given[given.index(name) + 1]
 
-    def environment(self) -> dict[str, str]:
-        lines = (self.folder / "environment").read_text().splitlines()
+    def environment(self, of: str = "environment") -> dict[str, str]:
+        lines = (self.folder / of).read_text().splitlines()
         return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
@@ -92,7 +96,6 @@ def nodes(tmp_path: Path) -> Nodes:
         (("my config.yaml",), {"SLURM_JOB_ID": ""}, "not in a Slurm job"),
         (("my config.yaml",), {"AURORA_VENV": "/nowhere"}, "/nowhere: no virtual environment"),
         (("my config.yaml",), {"AURORA_PROCESSES_PER_NODE": "a[$(touch hacked)]"}, "AURORA_PROCESSES_PER_NODE"),
-        (("my config.yaml",), {"AURORA_REQUEUES": "many"}, "AURORA_REQUEUES"),
         (("my config.yaml",), {"AURORA_PROCESSES_PER_NODE": "0"}, "AURORA_PROCESSES_PER_NODE"),
     ],
 )
@@ -156,31 +159,38 @@ def test_a_process_for_each_gpu_and_threads_that_share_the_cores(
     assert nodes.environment()["NCCL_DEBUG"] == "WARN"
 
 
+def test_what_is_compiled_goes_to_a_folder_of_the_job_on_the_local_disk(nodes: Nodes) -> None:
+    assert nodes.run("my config.yaml", CUDA_CACHE_PATH="/elsewhere").returncode == 0
+    cache = nodes.folder / f"local/aurora-{os.getuid()}-123456"
+    assert cache.stat().st_mode & 0o777 == 0o700
+    seen = nodes.environment()
+    assert seen["TRITON_CACHE_DIR"] == f"{cache}/triton"
+    assert seen["TORCHINDUCTOR_CACHE_DIR"] == f"{cache}/inductor"
+    assert seen["CUDA_CACHE_PATH"] == "/elsewhere"
+
+
+def test_a_cache_of_another_user_is_not_used(nodes: Nodes) -> None:
+    """Its files would be run as code."""
+    cache = nodes.folder / f"local/aurora-{os.getuid()}-123456"
+    cache.mkdir(parents=True)
+    if os.getuid() != 0:
+        pytest.skip("not run: giving a folder away needs root")
+    os.chown(cache, 65534, 65534)
+    assert nodes.run("my config.yaml").returncode == 1
+    assert not (nodes.folder / "arguments").exists()
+
+
+def test_the_batch_step_knows_the_job(nodes: Nodes) -> None:
+    nodes.run("my config.yaml", SLURM_GPUS_ON_NODE="8")
+    assert (nodes.folder / "ranks").read_text() == "--ranks 24\n"
+    seen = nodes.environment("batch-environment")
+    assert seen["AURORA_RENDEZVOUS_HOST"] == "gpu07"
+    assert seen["AURORA_LOGS"] == f"{nodes.folder}/logs/slurm/123456"
+
+
 @pytest.mark.parametrize("code", [1, 2, 69, 75])
 def test_the_exit_code_is_the_one_of_the_nodes(nodes: Nodes, code: int) -> None:
     assert nodes.run("my config.yaml", CODE=str(code)).returncode == code
-
-
-@pytest.mark.parametrize(
-    ("code", "environment", "requeued"),
-    [
-        (69, {}, True),
-        (69, {"SLURM_RESTART_COUNT": "9"}, True),
-        (69, {"SLURM_RESTART_COUNT": "10"}, False),
-        (69, {"AURORA_REQUEUES": "0"}, False),
-        (1, {}, False),
-        (75, {}, False),
-    ],
-)
-def test_a_job_is_requeued_when_a_server_of_data_did_not_answer(
-    nodes: Nodes, code: int, environment: dict[str, str], requeued: bool
-) -> None:
-    (nodes.folder / "bin/scontrol").write_text(SCONTROL.replace("#!/bin/bash\n", REQUEUE, 1))
-    done = nodes.run("my config.yaml", CODE=str(code), **environment)
-    assert done.returncode == code
-    assert (nodes.folder / "requeued").exists() == requeued, done.stderr
-    if requeued:
-        assert (nodes.folder / "requeued").read_text() == "123456\n"
 
 
 def test_a_failing_scontrol_starts_nothing(nodes: Nodes) -> None:
