@@ -13,7 +13,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.checkpoint.store import list_checkpoints
@@ -22,8 +22,8 @@ from pretrain.cli.command import parse
 from pretrain.cli.sweep import read_sweep
 from pretrain.config import load_config
 from pretrain.processes.failures import report
-from pretrain.run.folder import RunFolder
-from pretrain.slurm.supervisor import Job, JobError, Supervisor
+from pretrain.run.folder import RunError, RunFolder
+from pretrain.slurm.supervisor import Job, JobError, Supervisor, Work
 from pretrain.sweep import plan_jobs
 
 
@@ -39,14 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say = functools.partial(print, flush=True)
     try:
         job = Job.from_environment(os.environ)
-        name, last_step = _work_of(command, options.ranks)
-        return Supervisor(job, last_step, say).run(command, name)
+        return Supervisor(job, _work_of(command, options.ranks), say).run(command)
     except BaseException as error:
         return report(error)
 
 
-def _work_of(command: Sequence[str], ranks: int) -> tuple[str, Callable[[], int]]:
-    """What the work is called, and a function that returns the step of its newest checkpoint."""
+def _work_of(command: Sequence[str], ranks: int) -> Work:
+    """What a command does; its config or its sweep is validated.
+
+    Raises:
+        UserError: the config or the sweep is not valid, or the command is not one of ours.
+    """
     try:
         start = next(i for i in range(len(command) - 1) if tuple(command[i : i + 2]) == ("-m", "pretrain"))
     except StopIteration:
@@ -59,19 +62,29 @@ def _work_of(command: Sequence[str], ranks: int) -> tuple[str, Callable[[], int]
             warnings.simplefilter("ignore")  # the first rank repeats them
             config = load_config(options.config, options.overrides)
         config.accumulation(ranks)
-        return config.run.name, lambda: _last_step([config.run_folder])
+        folder = RunFolder(config.run_folder)
+        return Work(config.run.name, lambda: _last_step([folder.path]), lambda: _near_limit(folder))
     if hasattr(options, "sweep"):
         sweep = read_sweep(options.sweep)
-        folders = [job.config.run_folder for job in plan_jobs(sweep) if job.config]
-        chosen = folders if options.index is None else folders[options.index : options.index + 1]
-        return sweep.file.name, lambda: _last_step(chosen)
-    return f"eval-{Path(options.model).name}", lambda: 0
+        jobs = plan_jobs(sweep) if options.index is None else plan_jobs(sweep)[options.index : options.index + 1]
+        folders = [job.config.run_folder for job in jobs if job.config]
+        return Work(sweep.file.name, lambda: _last_step(folders))
+    return Work(f"eval-{Path(options.model).name}", lambda: 0)
 
 
 def _last_step(folders: Sequence[Path]) -> int:
     """Step of the newest complete checkpoint; the sum over several runs."""
     newest = [list_checkpoints(RunFolder(folder).checkpoints)[-1:] for folder in folders]
     return sum(int(path.name.removeprefix("step-")) for found in newest for path in found)
+
+
+def _near_limit(folder: RunFolder) -> bool:
+    """Whether the run has recorded that it stopped because the job's time limit was near."""
+    try:
+        stopped = (folder.manifest() or {}).get("stopped") or {}
+    except RunError:
+        return False
+    return "time limit of the Slurm job" in str(stopped.get("reason"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 from pretrain.files import now, replace_text
 from pretrain.processes.exit_codes import BAD_INPUT, DONE, STOPPED, UNAVAILABLE
@@ -127,4 +127,5 @@ def _read(path: Path) -> list[Attempt]:
         return []
     if not isinstance(found, list):
         return []
-    return [attempt for attempt in found if isinstance(attempt, dict) and isinstance(attempt.get("step"), int)]
+    attempts = [attempt for attempt in found if isinstance(attempt, dict) and isinstance(attempt.get("step"), int)]
+    return cast(list[Attempt], attempts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain.processes.errors import UserError
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED, STOPPED
@@ -41,7 +42,8 @@ class Job:
     """This job, as Slurm and the batch script describe it in the environment.
 
     Attributes:
-        number: SLURM_JOB_ID.
+        number: by which scontrol knows it. For a task of an array, SLURM_JOB_ID could mean the whole array.
+        port: where the first node listens during the check.
         restart: how often it was requeued.
         node_list: as Slurm writes it.
         name: as squeue shows it.
@@ -54,6 +56,7 @@ class Job:
     """
 
     number: str
+    port: int
     restart: int
     node_list: str
     name: str
@@ -74,7 +77,7 @@ class Job:
 
         def number(name: str, default: str) -> int:
             value = environment.get(name) or default
-            if not re.fullmatch(r"[0-9]{1,6}", value):
+            if not re.fullmatch(r"[0-9]{1,10}", value):
                 raise JobError(f"{name}: expected a number, got {value!r}")
             return int(value)
 
@@ -82,8 +85,10 @@ class Job:
         missing = [name for name in needed if not environment.get(name)]
         if missing:
             raise JobError(f"{', '.join(missing)} not set: submit one of the scripts in slurm/ with sbatch")
+        array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
         return cls(
-            number=environment["SLURM_JOB_ID"],
+            number=f"{array}_{task}" if array and task else environment["SLURM_JOB_ID"],
+            port=10000 + number("SLURM_JOB_ID", "") % 10000,
             restart=number("SLURM_RESTART_COUNT", "0"),
             node_list=environment["SLURM_JOB_NODELIST"],
             name=environment.get("SLURM_JOB_NAME", ""),
@@ -96,34 +101,41 @@ class Job:
         )
 
 
+class Work(NamedTuple):
+    """What a job does."""
+
+    name: str
+    """What squeue shows instead of the scripts' own name."""
+    last_step: Callable[[], int]
+    """Returns the step of the newest checkpoint."""
+    near_limit: Callable[[], bool] = lambda: False
+    """Returns whether the work has stopped by itself because the job's time limit was near."""
+
+
 class Supervisor:
-    """Runs the work of a job, between `catching_signals` and the decision to requeue.
+    """Runs the work of a job, from the check of the nodes to the decision about a requeue.
 
     Args:
         job: this job.
-        last_step: returns the step of the newest checkpoint.
+        work: what it does.
         say: prints a line.
     """
 
-    def __init__(self, job: Job, last_step: Callable[[], int], say: Callable[[str], None]) -> None:
-        self.job, self.last_step, self.say = job, last_step, say
+    def __init__(self, job: Job, work: Work, say: Callable[[str], None]) -> None:
+        self.job, self.work, self.say = job, work, say
         self.attempts = Attempts(job.logs / "attempts.json")
         self.asked = False
         """Whether SIGUSR1 came: the work shall stop, and the job be requeued."""
-        self._work: subprocess.Popen[bytes] | None = None
+        self._passed_on = False
+        self._started: subprocess.Popen[bytes] | None = None
 
-    def run(self, command: Sequence[str], run_name: str) -> int:
-        """Run `command`, an srun; return the exit code of the job.
-
-        Args:
-            command: starts the work on all nodes.
-            run_name: what squeue shall show instead of the scripts' own name.
-        """
+    def run(self, command: Sequence[str]) -> int:
+        """Run `command`, an srun that starts the work on all nodes; return the exit code of the job."""
         job = self.job
         with self._catching_signals():
             if job.name == DEFAULT_NAME:
-                self._try(lambda: rename(job.number, run_name))
-            step = self.last_step()
+                self._try(lambda: rename(job.number, self.work.name))
+            step = self.work.last_step()
             self.attempts.begin(job.restart, job.node_list, step)
             self.say(f"job {job.number}, start {job.restart + 1} on {job.node_list}, newest checkpoint: step {step}")
             # Slurm itself requeues after a lost node, without asking how often.
@@ -147,7 +159,10 @@ class Supervisor:
 
     def _judge(self, code: int, status: JobStatus | None) -> Verdict:
         by_slurm = self.asked or (status is not None and (status.preempted or status.timed_out))
-        return judge(code, by_slurm=by_slurm, stalled=self.attempts.stalled(self.last_step()), limit=self.job.limit)
+        by_slurm = by_slurm or (code == STOPPED and self.work.near_limit())
+        return judge(
+            code, by_slurm=by_slurm, stalled=self.attempts.stalled(self.work.last_step()), limit=self.job.limit
+        )
 
     def _work_on(self, command: Sequence[str]) -> int:
         """Run the work; return its exit code."""
@@ -158,11 +173,16 @@ class Supervisor:
         if status is not None and status.ends is not None:
             # Newer versions of Slurm set it themselves. A run that knows it can save before Slurm ends it.
             environment.setdefault("SLURM_JOB_END_TIME", str(int(status.ends)))
-        self._work = subprocess.Popen(command, env=environment)
-        if self.asked:
-            self._work.send_signal(signal.SIGUSR1)
-        code = self._work.wait()
+        self._started = subprocess.Popen(command, env=environment)
+        self._pass_on()  # what came before there was anything to pass it on to
+        code = self._started.wait()
         return 128 - code if code < 0 else code
+
+    def _pass_on(self) -> None:
+        """Ask the work to stop, once: a second request would end it without a checkpoint."""
+        if self.asked and self._started is not None and not self._passed_on:
+            self._passed_on = True
+            self._started.send_signal(signal.SIGUSR1)  # srun sends it to all tasks
 
     def _decide(self, code: int, verdict_of: Callable[[JobStatus | None], Verdict], bad: Sequence[str] = ()) -> int:
         """Requeue the job or not, unless Slurm is ending it already; return the exit code."""
@@ -171,7 +191,7 @@ class Supervisor:
             verdict = Verdict(False, f"exit code {code}, while Slurm is ending or requeueing the job")
         else:
             verdict = verdict_of(status)
-        return self._finish(code, self.last_step(), verdict, status, bad)
+        return self._finish(code, self.work.last_step(), verdict, status, bad)
 
     def _finish(self, code: int, step: int, verdict: Verdict, status: JobStatus | None, bad: Sequence[str] = ()) -> int:
         job = self.job
@@ -202,21 +222,22 @@ class Supervisor:
         if job.check_seconds == 0 or self.asked:
             return Findings()
         folder = job.logs / f"check-{job.restart}"
+        shutil.rmtree(folder, ignore_errors=True)
         began = time.monotonic()
         command = [
             *(*SRUN, f"--wait={job.check_seconds}", sys.executable),
             *("-m", "pretrain.slurm.health", "--folder", str(folder), "--gpus", str(job.gpus)),
-            *("--host", job.host, "--port", str(10000 + int(job.number) % 10000), "--disk", str(job.cache)),
+            *("--host", job.host, "--port", str(job.port), "--disk", str(job.cache)),
             *("--seconds", str(job.check_seconds)),
         ]
-        self._work = subprocess.Popen(command)
+        self._started = subprocess.Popen(command)
         try:
             # Twice: torch takes a while to be loaded from a network file system.
-            self._work.wait(timeout=2 * job.check_seconds)
+            self._started.wait(timeout=2 * job.check_seconds)
         except subprocess.TimeoutExpired:
-            self._work.kill()
-            self._work.wait()
-        self._work = None
+            self._started.kill()
+            self._started.wait()
+        self._started = None
         if self.asked:
             return Findings()
         nodes = node_names(job.node_list)
@@ -244,17 +265,16 @@ class Supervisor:
     def _catching_signals(self) -> Iterator[None]:
         """Survive signals until the work has ended; pass SIGUSR1 on to it."""
 
-        def pass_on(number: int, frame: FrameType | None) -> None:
+        def notice(number: int, frame: FrameType | None) -> None:
             self.asked = True
-            if self._work is not None:
-                self._work.send_signal(signal.SIGUSR1)  # srun sends it to all tasks
+            self._pass_on()
 
         def ignore(number: int, frame: FrameType | None) -> None:
             """Slurm has sent the same signal to the work."""
 
         handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), ignore)
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, pass_on)
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, notice)
         try:
             yield
         finally:

@@ -18,7 +18,7 @@ from pretrain.cli import slurm_job
 from pretrain.slurm import controller
 from pretrain.slurm.attempts import Attempts, Verdict
 from pretrain.slurm.controller import SlurmError, job_status
-from pretrain.slurm.supervisor import Job, JobError, Supervisor
+from pretrain.slurm.supervisor import Job, JobError, Supervisor, Work
 from tests.processes.launching import write_config
 
 STATUS = (
@@ -89,7 +89,8 @@ class Cluster:
         self.said.clear()
         (self.folder / "asked").unlink(missing_ok=True)
         job = Job.from_environment(self.environment | {"SLURM_RESTART_COUNT": str(restart)} | environment)
-        return Supervisor(job, self.last_step, self.said.append).run(["srun", "--n=3", "bash", "-c", work], "tiny")
+        doing = Work("tiny", self.last_step, (self.folder / "near-limit").exists)
+        return Supervisor(job, doing, self.said.append).run(["srun", "--n=3", "bash", "-c", work])
 
     def last_step(self) -> int:
         file = self.folder / "step"
@@ -152,6 +153,18 @@ def test_a_job_that_gets_further_is_requeued_as_often_as_needed_and_others_are_n
     outcomes = [attempt["outcome"] for attempt in json.loads((cluster.folder / "logs/attempts.json").read_text())]
     assert len(outcomes) == 11
     assert sum("not requeued" in outcome for outcome in outcomes) == 1
+
+
+def test_a_run_that_stopped_before_the_limit_by_itself_is_continued(cluster: Cluster) -> None:
+    (cluster.folder / "near-limit").touch()
+    assert cluster.run("exit 75") == 75
+    assert cluster.requeued
+
+
+def test_tasks_of_an_array_are_requeued_one_by_one(cluster: Cluster) -> None:
+    """The SLURM_JOB_ID of one of them is that of the array, all of which would be requeued."""
+    cluster.run("exit 69", SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="3")
+    assert cluster.asked[-1] == "requeue 70_3"
 
 
 def test_no_job_is_requeued_if_that_is_switched_off(cluster: Cluster) -> None:

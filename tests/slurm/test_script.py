@@ -1,4 +1,4 @@
-"""slurm/pretrain.sbatch without Slurm: what it refuses, and what reaches each node."""
+"""The batch scripts without Slurm: what they refuse, and what reaches each node."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from tests.processes.launching import write_config
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm/pretrain.sbatch"
 HOSTILE = "run.root=a b; $(touch hacked) `touch hacked` 'x' \"y\" * \\ $HOME"
+# What the shell, or torch in this process, may have set.
+FOREIGN = ("SLURM_", "AURORA_", "OMP_", "TORCHINDUCTOR_", "TRITON_", "CUDA_")
 
 # Takes off srun's own options and becomes the second of the job's nodes.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >srun-arguments
 while [[ "$1" = --* ]]; do shift; done
-SLURM_NODEID=${NODE:-1} exec "$@"
+SLURMD_NODENAME=gpu07 SLURM_NODEID=${NODE:-1} exec "$@"
 """
 SCONTROL = """#!/bin/bash
+if [ "$*" = "show hostnames gpu07" ]; then echo gpu07; exit; fi
 [ "$*" = "show hostnames gpu[07-09]" ] || exit 1
 printf '%s\\n' gpu07 gpu08 gpu09
 """
@@ -55,13 +58,13 @@ class Nodes:
             file.chmod(0o755)
         (folder / "my config.yaml").write_text("$(touch hacked)\n")
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "AURORA_", "OMP_"))}
+    def run(self, *arguments: str, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "gpu[07-09]"}
         path = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(self.folder)}
         path["AURORA_LOCAL"] = str(self.folder / "local")
         return subprocess.run(
-            ["bash", str(SCRIPT), *arguments],
+            ["bash", str(script), *arguments],
             cwd=self.folder,
             env=ours | job | path | environment,
             capture_output=True,
@@ -193,6 +196,57 @@ def test_the_exit_code_is_the_one_of_the_nodes(nodes: Nodes, code: int) -> None:
     assert nodes.run("my config.yaml", CODE=str(code)).returncode == code
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "environment", "message"),
+    [
+        ("eval", (), {}, "no model given"),
+        ("eval", ("MODEL",), {"SLURM_JOB_ID": ""}, "not in a Slurm job"),
+        ("eval", ("MODEL",), {"AURORA_VENV": "/nowhere"}, "/nowhere: no virtual environment"),
+        ("sweep", (), {}, "no sweep given"),
+        ("sweep", ("missing.yaml",), {}, "missing.yaml: no such file"),
+        ("sweep", ("my config.yaml",), {"SLURM_JOB_ID": ""}, "not in a Slurm job"),
+        ("sweep", ("my config.yaml",), {"AURORA_VENV": "/nowhere"}, "/nowhere: no virtual environment"),
+        ("sweep", ("my config.yaml",), {"SLURM_JOB_NUM_NODES": "2"}, "--array"),
+    ],
+)
+def test_the_other_scripts_refuse_bad_input(
+    nodes: Nodes, script: str, arguments: tuple[str, ...], environment: dict[str, str], message: str
+) -> None:
+    one = {"SLURM_JOB_NUM_NODES": "1"} | environment
+    done = nodes.run(*arguments, script=REPOSITORY / f"slurm/{script}.sbatch", **one)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (nodes.folder / "srun-arguments").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "verb", "more"),
+    [
+        ("eval", {}, ["eval"], []),
+        ("sweep", {}, ["sweep", "run"], []),
+        ("sweep", {"SLURM_ARRAY_TASK_ID": "7"}, ["sweep", "run"], ["--index", "7"]),
+    ],
+)
+def test_the_other_scripts_start_their_verb_once(
+    nodes: Nodes, script: str, environment: dict[str, str], verb: list[str], more: list[str]
+) -> None:
+    one = {"SLURM_JOB_NUM_NODES": "1"} | environment
+    done = nodes.run("my config.yaml", HOSTILE, script=REPOSITORY / f"slurm/{script}.sbatch", CODE="3", **one)
+    assert done.returncode == 3, done.stderr
+    assert nodes.arguments() == ["-m", "pretrain", *verb, "my config.yaml", HOSTILE, *more]
+    assert nodes.environment()["TRITON_CACHE_DIR"] == f"{nodes.folder}/local/aurora-{os.getuid()}-123456/triton"
+    assert not (nodes.folder / "hacked").exists()
+
+
+@pytest.mark.parametrize("script", ["pretrain", "eval", "sweep"])
+def test_a_requeued_job_keeps_its_log_and_may_be_requeued(script: str) -> None:
+    lines = (REPOSITORY / f"slurm/{script}.sbatch").read_text().splitlines()
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --job-name=aurora"} <= set(lines)
+    # An evaluation has nothing to save.
+    assert ("#SBATCH --signal=B:USR1@300" in lines) == (script != "eval")
+
+
 def test_a_failing_scontrol_starts_nothing(nodes: Nodes) -> None:
     assert nodes.run("my config.yaml", SLURM_JOB_NODELIST="other").returncode == 1
     assert not (nodes.folder / "srun-arguments").exists()
@@ -216,6 +270,7 @@ def test_one_node_with_one_process_trains(engine: str, nodes: Nodes) -> None:
     done = nodes.run(
         *("config.yaml", "--stop-at", "2"),
         **{"NODE": "0", "SLURM_JOB_NUM_NODES": "1", "AURORA_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY)},
+        **{"SLURM_JOB_NODELIST": "gpu07"},
         **{"AURORA_RENDEZVOUS_HOST": "127.0.0.1", "PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"},
         # As srun sets them for its one task.
         **{"PMI_SIZE": "1", "PMI_RANK": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
@@ -234,7 +289,9 @@ def test_shellcheck_has_nothing_to_say() -> None:
     for file in sorted(REPOSITORY.glob("scripts/*")):
         if file.is_file() and file.read_bytes().startswith(b"#!/usr/bin/env bash\n"):
             scripts.append(file)
-    assert {"pretrain.sbatch", "setup.sh", "test", "quickstart"} <= {script.name for script in scripts}
+    assert {"pretrain.sbatch", "eval.sbatch", "sweep.sbatch", "setup.sh", "test", "quickstart"} <= {
+        script.name for script in scripts
+    }
     # setup.sh is sourced and names no shell.
     command = ["shellcheck", "--shell=bash", "--external-sources", "--source-path=SCRIPTDIR", *map(str, scripts)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
