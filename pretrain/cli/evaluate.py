@@ -65,7 +65,8 @@ def add(verbs: Verbs) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluate, print the table and write the result."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from eval.harness import evaluate, format_table, write_result
+    from eval.harness import evaluate, format_table
+    from eval.results import write_result
     from pretrain.export.run import export_checkpoint, is_run_or_checkpoint
 
     source = Path(options.model)
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"evaluating {export_checkpoint(source, Path(model)).folder}", flush=True)
         result = evaluate(
             model,
-            [task.strip() for task in options.tasks.split(",")],
+            options.tasks,
             limit=options.limit,
             selection=options.selection,
             items=options.items,
