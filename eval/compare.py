@@ -173,8 +173,8 @@ def _problems(
             yield f"{name}: {pair} differ in the split: {one['split']} and {two['split']}; evaluate both on one split"
         lacking = [who for who, task in ((first_label, one), (label, two)) if metrics[name] not in task]
         if lacking:
-            advice = "; --metric acc compares what both have" if len(lacking) == 1 else ""
-            yield f"{name}: {pair} cannot be compared by {metrics[name]}: {' and '.join(lacking)} lacks it{advice}"
+            verb, advice = ("lacks", "; --metric acc compares what both have") if len(lacking) == 1 else ("lack", "")
+            yield f"{name}: {pair} cannot be compared by {metrics[name]}, which {' and '.join(lacking)} {verb}{advice}"
         yield from _item_problems(f"{name}: {pair}", one["items"], two["items"])
 
 

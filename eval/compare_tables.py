@@ -81,7 +81,7 @@ def _explanations(comparison: Comparison) -> list[str]:
     lines = [
         "difference: model minus baseline, in fractions; the interval is by paired bootstrap, exact where few items "
         "are discordant, and not corrected",
-        f"p: exact test of no difference; p equiv.: that of {comparison['margin']:g} or more{corrected}",
+        f"p: exact test of no difference; p equiv.: test of |difference| >= {comparison['margin']:g}{corrected}",
         f"verdict: at p <= {ERROR:g}; could show: the true difference that such a set finds with a probability of 80 %",
     ]
     return [*lines, comparison["scope"], *(f"note: {note}" for note in comparison["notes"])]

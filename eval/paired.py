@@ -119,8 +119,14 @@ class PairedOutcomes:
         return float((self._sizes**2 * self._counts).sum()) / self.items
 
     def _rounded(self, wins: int, losses: int) -> tuple[int, int, int]:
-        """Effective wins, losses and items, the wins rounded up and the losses down."""
-        effect = self._worst_design_effect
+        """Effective wins, losses and items (Korn and Graubard 1998), the wins rounded up and the losses down.
+
+        The design effect is the worst one or, where flips keep to sources larger than most, that of the flips found.
+        """
+        size = np.abs(self._net)
+        flips = float((size * self._counts).sum())
+        found = float((size**2 * self._counts).sum()) / flips if flips else 0.0
+        effect = max(self._worst_design_effect, found)
         items = max(1, math.floor(self.items / effect + 1e-9))
         won = min(items, math.ceil(wins / effect - 1e-9))
         return won, min(items - won, math.floor(losses / effect + 1e-9)), items

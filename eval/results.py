@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
@@ -31,6 +32,49 @@ def write_result(result: EvalResult, out_dir: Path) -> Path:
     except OSError as error:
         raise EvalError(f"cannot write the result to {target}: {error}") from error
     return target
+
+
+def check_out(out_dir: Path, model: str, tasks: Sequence[str], limit: int | None, selection: str) -> None:
+    """Check that a result may be written to a folder, before it is computed.
+
+    An earlier result of the same model may be replaced by one that has all of its tasks and at least as many items.
+
+    Args:
+        out_dir: the folder.
+        model: name of the model, as the result will have it.
+        tasks: names of the tasks.
+        limit: number of items of each task; None for all.
+        selection: which items the limit selects.
+
+    Raises:
+        EvalError: the folder cannot be written to, or holds something that would be lost.
+    """
+    existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise EvalError(f"cannot write a result to {out_dir}: {existing} is not a folder that you may write to")
+    file = out_dir / RESULT_FILE
+    if not file.exists():
+        return
+    try:
+        earlier = read_result(file)
+    except EvalError as error:
+        raise EvalError(f"{file} exists and cannot be read as a result; move it, or choose another --out") from error
+    name, kept = earlier["model"]["name"], set(earlier["tasks"]) - set(tasks)
+    lost = [
+        f"it is of the model {name}" if name != model else "",
+        f"it has the tasks {', '.join(sorted(kept))}, too" if kept else "",
+        f"it is of {earlier['limit'] or 'all'} items a task, the new one of {limit}"
+        if limit is not None and (earlier["limit"] is None or earlier["limit"] > limit)
+        else "",
+        f"its items were selected by {earlier['selection']!r}"
+        if None not in (limit, earlier["limit"]) and selection != earlier["selection"]
+        else "",
+    ]
+    if any(lost):
+        raise EvalError(
+            f"{file} holds an earlier result that would be lost: {'; '.join(filter(None, lost))}; choose another --out"
+            " or pass --overwrite"
+        )
 
 
 def read_result(path: Path) -> EvalResult:

@@ -78,7 +78,7 @@ def evaluated(config: Config, folder: Path, task: str, limit: int | None) -> Eva
         print(f"{task}: already evaluated ({out / RESULT_FILE})")
         return result
     amount = [] if limit is None else ["--limit", str(limit)]
-    aurora("eval", str(folder), "--tasks", task, "--out", str(out), "--selection", SELECTION, *amount)
+    aurora("eval", str(folder), "--tasks", task, "--out", str(out), "--selection", SELECTION, "--overwrite", *amount)
     result = read_result(out / RESULT_FILE)
     assert result is not None
     return result
