@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint.store import CheckpointReader
 from pretrain.config import Config
 from pretrain.data import DamagedFileError
 from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
 from pretrain.launch.setup import Setup, set_up
+from pretrain.launch.start import Start, choose_start
 from pretrain.launch.stops import Stops
 from pretrain.launch.time_budget import time_budget
 from pretrain.model.cost import parameter_count
@@ -26,7 +26,6 @@ from pretrain.processes.output import output_may_fail
 from pretrain.processes.parent import launched_before
 from pretrain.processes.signals import NOTICE, StopRequests, stop_requests
 from pretrain.run.folder import RunError
-from pretrain.run.resume import choose_checkpoint
 from pretrain.training.epochs import packing_lines
 
 CHECKPOINT_BYTES = 12
@@ -34,7 +33,12 @@ CHECKPOINT_BYTES = 12
 
 
 def train(
-    config: Config, resume: str = "auto", stop_at: int | None = None, requests: StopRequests | None = None
+    config: Config,
+    resume: str = "auto",
+    stop_at: int | None = None,
+    *,
+    extend: bool = False,
+    requests: StopRequests | None = None,
 ) -> int:
     """Train the run that `config` describes, from its newest checkpoint on if there is one.
 
@@ -42,6 +46,7 @@ def train(
         config: validated.
         resume: ``auto``, ``never``, or a checkpoint's folder.
         stop_at: save and stop after this step.
+        extend: the run must exist, and `config` may only make it longer.
         requests: the caller's, which handles signals itself; None: signals ask for a stop while steps are taken, if
             this is the main thread.
 
@@ -64,7 +69,8 @@ def train(
         engine = make_engine(config)
         scratch = tempfile.TemporaryDirectory(prefix="aurora-")
         try:
-            code = _train(set_up(config, engine, Path(scratch.name)), resume, stop_at, requests, is_ours)
+            setup = set_up(config, engine, Path(scratch.name))
+            code = _train(setup, resume, stop_at, extend, requests, is_ours)
             engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
             return code
         except BaseException as error:
@@ -76,8 +82,10 @@ def train(
             engine.close()
 
 
-def _train(setup: Setup, resume: str, stop_at: int | None, requests: StopRequests, handle_signals: bool) -> int:
-    """Choose a checkpoint, and train from it in the locked run folder."""
+def _train(
+    setup: Setup, resume: str, stop_at: int | None, extend: bool, requests: StopRequests, handle_signals: bool
+) -> int:
+    """Choose where to start, and train from there in the locked run folder."""
     config, folder, display, ranks = setup.config, setup.folder, setup.display, setup.engine.ranks
     age = launched_before(time.monotonic() - requests.started)
     size = parameter_count(config.model)["total"] * CHECKPOINT_BYTES
@@ -87,21 +95,23 @@ def _train(setup: Setup, resume: str, stop_at: int | None, requests: StopRequest
         long=True,  # it may wait for an earlier attempt of the same Slurm job
     )
     try:
-        source, notes = ranks.on_rank_0(lambda: choose_checkpoint(folder, resume, setup.identity))
-        for note in notes:
-            display.warn(note)
-        reader = ranks.everywhere(lambda: CheckpointReader(source)) if source else None
-        step = reader.index["step"] if reader else 0
+        start = choose_start(setup, resume, extend=extend)
+        step = start.step
         if step >= config.total_steps:
-            display.say(f"{folder.path}: already complete at step {step}")
+            longer = "; to extend it, raise train.total_tokens" if extend else ""
+            display.say(f"{folder.path}: already complete at step {step}{longer}")
             return DONE
+        if stop_at is not None and step >= stop_at and not start.is_resume:
+            raise RunError(
+                f"{folder.path}: --stop-at: expected a step after {step}, where the run starts, got {stop_at}"
+            )
         if stop_at is not None and step >= stop_at:
             display.say(f"{folder.path}: already at step {step}, asked to stop at {stop_at}")
             return STOPPED
         if stops.agreed():
             display.say(f"not started because of {requests.reason}; start the same command again to continue")
             return STOPPED
-        return _fit(setup, reader, stop_at, stops, handle_signals)
+        return _fit(setup, start, stop_at, stops, handle_signals)
     finally:
         try:
             stops.acknowledge()
@@ -121,14 +131,14 @@ def _note_stop(setup: Setup, step: int, reason: str) -> None:
             setup.display.warn(f"the reason of this stop is not recorded: {error}")
 
 
-def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None, stops: Stops, handle_signals: bool) -> int:
-    """Build everything, restore it from `reader`, and train."""
+def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_signals: bool) -> int:
+    """Build everything, restore it from `start`, and train."""
     config, display, ranks = setup.config, setup.display, setup.engine.ranks
     with contextlib.ExitStack() as opened:
-        trainer = build_trainer(setup, reader, stops, opened)
+        trainer = build_trainer(setup, start, stops, opened)
         state = trainer.state
-        if reader:
-            display.say(f"resuming from {reader.folder} (step {state.step})")
+        if start.weights:
+            display.say(str(start))
         display.start(state.step, config.total_steps)
         opened.callback(display.close)
         opened.enter_context(stopping(stops.requested))

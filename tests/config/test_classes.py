@@ -23,6 +23,7 @@ OTHERS = {
     "run.stop_seconds": "execution",
     "run.lock_wait_seconds": "execution",
     "tokenizer.path": "result (contents)",
+    "init.from": "result (contents)",
     "data.sources.path": "result (contents)",
     "data.sources.name": "note",
     "data.sources.licence": "note",
