@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pretrain.data import StreamPosition
 from pretrain.data.prefetch import PreparedBatch
+from pretrain.training.hooks import StepContext
 from pretrain.training.timing import PhaseClock
 
 
@@ -25,19 +26,23 @@ class OnTheWay:
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self._names = tuple(values)
         together = torch.stack([value.detach().float() for value in values.values()])
-        self._arrived: torch.cuda.Event | None = None
+        self._event: torch.cuda.Event | None = None
         if together.device.type == "cuda":
             self._host = torch.empty(together.shape, pin_memory=True)
             self._host.copy_(together, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._event = torch.cuda.Event()
+            self._event.record()
         else:
             self._host = together
 
+    def arrived(self) -> bool:
+        """Return whether the device has computed them."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> dict[str, float]:
         """Return the values by name, once the device has computed them."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
         return dict(zip(self._names, self._host.tolist(), strict=True))
 
 
@@ -45,15 +50,20 @@ class OnTheWay:
 class LaunchedStep:
     """A step from its launch until its record is complete."""
 
-    step: int
+    context: StepContext
     batch: PreparedBatch
     before: StreamPosition
     """Of the stream before the batch."""
     clock: PhaseClock
     on_the_way: OnTheWay
-    """What the device finds: `StepReport`."""
+    """What the device finds out about it."""
     record: dict[str, Any]
     """The step's line in metrics.jsonl, as far as it is known."""
+
+    @property
+    def step(self) -> int:
+        """Its number."""
+        return self.context.step
 
 
 class LateRecords:
@@ -66,14 +76,17 @@ class LateRecords:
         """Add a step that has just been launched."""
         self._steps.append(step)
 
-    def take(self, *, all_of_them: bool) -> list[tuple[LaunchedStep, dict[str, float]]]:
+    def take(self, *, all_of_them: bool, arrived_only: bool = False) -> list[tuple[LaunchedStep, dict[str, float]]]:
         """Remove steps and return them with their values, oldest first; waits for these values.
 
         Args:
             all_of_them: also the step that was launched last, for which this waits until the device has finished it.
+            arrived_only: no steps that would have to be waited for, because the device may never finish them.
         """
         found = []
         while len(self._steps) > (0 if all_of_them else 1):
+            if arrived_only and not self._steps[0].on_the_way.arrived():
+                break
             step = self._steps.popleft()
             found.append((step, step.on_the_way.wait()))
         return found

@@ -105,9 +105,10 @@ class Trainer:
                 outcome = self.train(stop_at)
         except Exception as error:
             try:
+                self.flush(self.late.take(all_of_them=True, arrived_only=True))
                 self.settle()
             except Exception as other:
-                error.add_note(f"the save that was being written failed as well: {other}")
+                error.add_note(f"what was still to be written failed as well: {other}")
             raise
         self.settle()
         return outcome
@@ -128,10 +129,10 @@ class Trainer:
 
             stop = self.stop_is_agreed() or (stop_at is not None and context.step >= stop_at)
             saves = context.last or stop or context.step % config.checkpoint.save_every_steps == 0
-            due = [hook for hook in self.hooks if hook.due(context.step, context.last)]
-            finished = self.late.take(all_of_them=saves or bool(due) or self.guards.must_know(self.state))
+            due = any(hook.due(context.step, context.last) for hook in self.hooks)
+            read = self.late.take(all_of_them=saves or due or self.guards.must_know(self.state))
             launched.record |= self.throughput(clock)
-            if not self.finish(finished, launched, due, context):
+            if not self.finish(read, launched):
                 continue
             if saves:
                 self.save_state()
@@ -150,14 +151,18 @@ class Trainer:
             yield
         except (DataError, PeerError) as error:
             of_data = isinstance(error, DataError) or error.exit_code in (BAD_INPUT, STOPPED, UNAVAILABLE)
-            sound = True
-            for step, values in self.late.take(all_of_them=True):
-                self.conclude(step, values)
-                self.report(step, ())
-                sound &= not self.guards.rolls_back(values)
+            sound = self.flush(self.late.take(all_of_them=True))
             if of_data and sound and self.state.step > self._saved_step:
                 self.save_state()
             raise
+
+    def flush(self, read: Sequence[tuple[LaunchedStep, dict[str, float]]]) -> bool:
+        """Log steps before an error is raised; return whether none of them has to be undone."""
+        for step, values in read:
+            if "step_seconds" in step.record:  # the error did not interrupt it
+                self.conclude(step, values)
+                self.log_step(step)
+        return not any(self.guards.rolls_back(values) for _, values in read)
 
     def context(self, step: int) -> StepContext:
         """Return the context of a step for the hooks."""
@@ -189,17 +194,21 @@ class Trainer:
         clock.mark("optimizer")
         state.step += 1
         state.tokens += self.config.train.global_batch_tokens
+        record = {"step": state.step, "tokens": state.tokens, **rates, "batch_sha256": batch.sha256}
+        return LaunchedStep(context, batch, before, clock, self.measure(loss, grad_norm, spike), record)
+
+    def measure(self, loss: Tensor, grad_norm: Tensor, spike: Tensor) -> OnTheWay:
+        """Send what the device finds out about a step to the host, without waiting for it."""
+        optimizer = self.optimizer
         values = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "taken": optimizer.last_step_finite,
             "spike": spike,
+            "taken": optimizer.last_step_finite,
             "balance_fallbacks": optimizer.last_step_fallbacks,
             "cholesky_retries": optimizer.last_step_retries,
         }
-        on_the_way = OnTheWay({name: value.to(loss.device) for name, value in values.items()})
-        record = {"step": state.step, "tokens": state.tokens, **rates, "batch_sha256": batch.sha256}
-        return LaunchedStep(state.step, batch, before, clock, on_the_way, record)
+        return OnTheWay({name: value.to(loss.device) for name, value in values.items()})
 
     def forward_backward(self, share: BatchShare) -> Tensor:
         """Compute the gradients of the mean loss over the global batch; return this rank's part of that mean."""
@@ -265,27 +274,19 @@ class Trainer:
             self.raise_failure()
         return stopping
 
-    def finish(
-        self,
-        finished: Sequence[tuple[LaunchedStep, dict[str, float]]],
-        launched: LaunchedStep,
-        due: Sequence[Hook],
-        context: StepContext,
-    ) -> bool:
-        """Report the steps whose values have been read; return False if one of them was undone, with all after it.
+    def finish(self, read: Sequence[tuple[LaunchedStep, dict[str, float]]], launched: LaunchedStep) -> bool:
+        """Report steps; return False if one of them was undone, and with it all later ones.
 
         Args:
-            finished: the steps with their values, oldest first.
+            read: the steps whose values have been read, oldest first.
             launched: the step that was launched last.
-            due: the hooks that run after it.
-            context: of that step.
         """
-        for step, values in finished:
+        for step, values in read:
             self.conclude(step, values)
             if self.guards.rolls_back(values) and self.roll_back(step, values["loss"], launched):
                 return False
             with self.saved_if_data_fails():  # validation reads data
-                self.report(step, due if step is launched else (), context)
+                self.report(step, step.context)
         return True
 
     def conclude(self, step: LaunchedStep, values: dict[str, float]) -> None:
@@ -298,16 +299,21 @@ class Trainer:
         if values["spike"] or not values["taken"]:
             self.bad_batches.keep(step)
 
-    def report(self, step: LaunchedStep, due: Sequence[Hook], context: StepContext | None = None) -> None:
-        """Run the hooks that are due after a step, and hand the step's record to `log`."""
+    def report(self, step: LaunchedStep, context: StepContext) -> None:
+        """Run the hooks that are due after a step, and log its record."""
         record, state = step.record, self.state
         try:
-            for hook in due:
-                record |= hook.run(context or self.context(step.step))
+            for hook in self.hooks:
+                if hook.due(context.step, context.last):
+                    record |= hook.run(context)
         finally:
             state.validation_loss = record.get("validation_loss", state.validation_loss)
             state.bits_per_byte = record.get("validation_bits_per_byte", state.bits_per_byte)
-            self.attempt(lambda: self.log(record, step.batch.position))
+            self.log_step(step)
+
+    def log_step(self, step: LaunchedStep) -> None:
+        """Hand a step's record to `log`."""
+        self.attempt(lambda: self.log(step.record, step.batch.position))
 
     def roll_back(self, spike: LaunchedStep, loss: float, launched: LaunchedStep) -> bool:
         """Return to the last checkpoint, and go on with the batch after that of `spike`; a collective.
@@ -323,7 +329,7 @@ class Trainer:
         if not self._saved_step:
             self.warn(f"step {spike.step}: the loss {loss:.4g} is a spike, but there is no checkpoint to roll back to")
             return False
-        self.report(spike, ())
+        self.log_step(spike)
         self.guards.check_rollbacks(spike.step, loss, self.state)
         self.settle()
         rollbacks = self.state.rollbacks + 1

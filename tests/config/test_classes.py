@@ -50,6 +50,7 @@ WHOLE_SECTIONS = {
     "validation": "execution",
     "samples": "execution",
     "telemetry": "execution",
+    "guards": "execution",
     "checkpoint": "execution",
     "logging": "execution",
     "wandb": "execution",
