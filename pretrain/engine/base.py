@@ -217,6 +217,12 @@ class Engine:
         """Clip the gradients, step, and free them; return their global 2-norm before clipping, without a host sync."""
         raise NotImplementedError
 
+    def to_device(self, values: Tensor) -> Tensor:
+        """Return a CPU tensor on the engine's device, without waiting for what the device is doing."""
+        if self.device.type != "cuda":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
+
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Return the elementwise sum of a device tensor over the ranks."""
         return self.accelerator.reduce(values, "sum")

@@ -84,9 +84,9 @@ class Guards:
             return "gradients not finite"
         return "gradients not finite, or not equal on all ranks"
 
-    def must_know(self, state: TrainState) -> bool:
-        """Return whether the step just launched could end the run, so that its values must be read before the next."""
-        return state.skipped_in_a_row + 1 >= self.max_skipped
+    def must_know(self, state: TrainState, unread: int) -> bool:
+        """Return whether one of the `unread` steps could end the run, so that they must be read before the next."""
+        return state.skipped_in_a_row + unread >= self.max_skipped
 
     def rolls_back(self, values: Mapping[str, float]) -> bool:
         """Return whether a step has to be undone."""

@@ -72,6 +72,9 @@ class LateRecords:
     def __init__(self) -> None:
         self._steps: deque[LaunchedStep] = deque()
 
+    def __len__(self) -> int:
+        return len(self._steps)
+
     def add(self, step: LaunchedStep) -> None:
         """Add a step that has just been launched."""
         self._steps.append(step)

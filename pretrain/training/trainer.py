@@ -130,7 +130,7 @@ class Trainer:
             stop = self.stop_is_agreed() or (stop_at is not None and context.step >= stop_at)
             saves = context.last or stop or context.step % config.checkpoint.save_every_steps == 0
             due = any(hook.due(context.step, context.last) for hook in self.hooks)
-            read = self.late.take(all_of_them=saves or due or self.guards.must_know(self.state))
+            read = self.late.take(all_of_them=saves or due or self.guards.must_know(self.state, len(self.late)))
             launched.record |= self.throughput(clock)
             if not self.finish(read, launched):
                 continue
@@ -231,9 +231,9 @@ class Trainer:
 
         `module` is called instead of the engine's wrapped model, if given.
         """
-        tokens = rows.tokens.to(self.engine.device, torch.int64)
+        tokens = self.engine.to_device(rows.tokens).long()
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        lengths = rows.lengths.to(self.engine.device)
+        lengths = self.engine.to_device(rows.lengths)
         valid = torch.arange(labels.shape[1], device=self.engine.device) < lengths[:, None]
         data = self.config.data
         mask, positions = attention_inputs(
