@@ -51,6 +51,12 @@ TINY: dict[str, Any] = {
     "checkpoint": {"save_every_steps": 1000},
 }
 
+# Makes a step of TINY take a third of its time, where nothing depends on how many tokens there are.
+SMALL_VOCABULARY: dict[str, Any] = {
+    "model.vocab_size": 2048,
+    "tokenizer.path": str(REPOSITORY / "assets/tokenizer/tokenizer-2048.json"),
+}
+
 # The `model` section of a small speedrun model, in place of TINY's.
 SPEEDRUN: dict[str, Any] = {
     "architecture": "speedrun",
