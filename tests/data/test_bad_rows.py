@@ -336,7 +336,7 @@ def test_a_file_that_ended_a_run_by_a_bad_row_may_be_repaired_and_no_other(
 ) -> None:
     monkeypatch.setattr("pretrain.data.check.FULL_SCAN_BYTES", 0)
     monkeypatch.setattr("pretrain.data.check._SAMPLE_BYTES", 2000)
-    monkeypatch.setattr("pretrain.data.packing.REFILL_BYTES", 1 << 13)
+    monkeypatch.setattr("pretrain.data.reading.REFILL_BYTES", 1 << 13)
     texts = [f"{number} " + "time water people stone light river " * 20 for number in range(200)]
     path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     path.write_bytes(lines(texts, {100: b'{"text": null}'}))
