@@ -104,7 +104,7 @@ def _check(config: Config, submission: Submission, device: str) -> list[str]:
         UserError: with what is wrong.
     """
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from pretrain.cli.check import check_config_inputs, remote_lines
+    from pretrain.cli.check import check_ancestor, check_config_inputs, remote_lines
     from pretrain.data.budget import describe_data
     from pretrain.planning import report
     from pretrain.planning.cluster import plan_run
@@ -137,7 +137,7 @@ def _check(config: Config, submission: Submission, device: str) -> list[str]:
             "train.micro_batch_sequences, or name another --device"
         )
     lines = [*report.answer(plan), *describe_data(inputs.budgets), *remote_lines(inputs)]
-    return [*lines, *(f"warning: {line}" for line in inputs.warnings)]
+    return [*lines, *(f"warning: {line}" for line in [*inputs.warnings, *check_ancestor(config, inputs)])]
 
 
 def _environment() -> dict[str, str]:
