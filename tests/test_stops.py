@@ -149,6 +149,22 @@ def test_a_validation_that_may_come_fits() -> None:
     assert ended + 2 <= 3000
 
 
+def test_a_save_behind_the_steps_counts_in_full_and_the_steps_go_on() -> None:
+    clock = Clock()
+    budget = TimeBudget(ends_at=clock.now + 1000, clock=clock)
+    for _ in range(3):
+        budget.step_ended()
+        clock.now += 1
+    with budget.saving():
+        clock.now += 0.5  # the snapshot
+    for _ in range(30):
+        clock.now += 1
+        budget.step_ended()
+    budget.saved()
+    assert budget.save_seconds == 30.5
+    assert budget.step_seconds < 2.5
+
+
 def test_without_a_limit_the_budget_lasts() -> None:
     clock = Clock()
     budget = TimeBudget(clock=clock)

@@ -151,6 +151,7 @@ def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_s
         except DamagedFileError as error:
             setup.folder.allow_repair(error.path)
             raise
+        state = trainer.state  # another one after a roll back
         reason = (stops.requests.reason if stops.agreed() else None) or "--stop-at"
         if outcome == "stopped":
             stops.requests.saved = True
