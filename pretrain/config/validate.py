@@ -17,6 +17,7 @@ from pretrain.config.effect import without_effect
 from pretrain.config.errors import ConfigError
 from pretrain.config.loader import read_yaml
 from pretrain.config.overrides import apply_overrides
+from pretrain.config.plain import value_problems
 from pretrain.config.schema import Config
 from pretrain.processes.errors import did_you_mean
 
@@ -82,6 +83,10 @@ def parse_stored_config(data: Mapping[str, Any]) -> Config:
 
 def _parse(data: Mapping[str, Any], stored: bool) -> Config:
     """Validate section by section, so that a fault in one section does not hide those of another."""
+    try:
+        of_values = [] if stored else value_problems(data)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
     problems = [
         f"{key}: unknown section{did_you_mean(key, Config.model_fields)}"
         for key in data
@@ -99,12 +104,18 @@ def _parse(data: Mapping[str, Any], stored: bool) -> Config:
         problems += found
         if section is not None:
             sections[name] = section
+    problems += [f"{path}: {problem}" for path, problem in of_values if not _mentions(problems, path)]
     problems += _cross_checks(sections)
     if not stored:
         problems += _given_without_effect(sections)
     if problems:
         raise ConfigError(problems)
     return Config.model_validate(sections, context=STORED if stored else None)
+
+
+def _mentions(problems: Sequence[str], path: str) -> bool:
+    """Whether one of some problems is about a key already."""
+    return any(problem.startswith(f"{path}: ") for problem in problems)
 
 
 def validate_section(model: Any, value: Any, name: str, stored: bool = False) -> tuple[Any, list[str]]:
