@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pretrain.config.plain import shown, value_problems
+from pretrain.config.plain import shown, text_problems
 from pretrain.config.schema import is_section
 from pretrain.config.yaml_text import parse_yaml
 from pretrain.processes.redaction import redact
@@ -20,16 +20,16 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]
     problems = []
     for override in overrides:
         path, equals, text = override.partition("=")
-        if problems_of_text := value_problems([override]):
-            problems += [f"{shown(redact(path))}: {problem}" for _, problem in problems_of_text]
+        if of_text := text_problems([override]):
+            problems += [f"{shown(path)}: {problem.partition(': ')[2]}" for problem in of_text]
             continue
         if not equals or not all(path.split(".")) or path.count(".") > _MOST_PARTS:
-            problems.append(f"{override[:200]}: expected an override of the form section.key=value")
+            problems.append(f"{redact(override[:200])}: expected an override of the form section.key=value")
             continue
         try:
             value, duplicates = parse_yaml(text)
         except (yaml.YAMLError, RecursionError, ValueError):
-            problems.append(f"{path}: the value {text[:200]!r} is not valid YAML")
+            problems.append(f"{path}: the value {redact(text[:200])!r} is not valid YAML")
             continue
         problems += [f"{path}: {duplicate}" for duplicate in duplicates]
         if problem := assign(data, path, value):

@@ -35,7 +35,7 @@ def walk(data: Any) -> Iterator[tuple[str, Any]]:
                     raise ValueError(f"{shown(path)}: expected text as a key, got a {type(key).__name__}")
                 below = f"{path}.{key}" if path else str(key)
                 todo.append((below, inner, level + 1))
-                if isinstance(key, str) and _text_problem(key):
+                if isinstance(key, str):
                     yield path, key
         elif isinstance(value, list | tuple):
             todo += [(f"{path}.{index}" if path else str(index), one, level + 1) for index, one in enumerate(value)]
@@ -45,22 +45,23 @@ def walk(data: Any) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{shown(path)}: expected text, a number, a boolean or null, got a {type(value).__name__}")
 
 
-def value_problems(data: Any) -> list[tuple[str, str]]:
-    """Return the path of each value that could not be stored, or must not be, and what is wrong.
+def text_problems(data: Any) -> list[str]:
+    """Return a message for each text that cannot be stored, printed or passed to a library.
 
     Raises:
         ValueError: see `walk`.
     """
-    problems = []
+    found = ((path, _text_problem(value)) for path, value in walk(data) if isinstance(value, str))
+    return [f"{shown(path)}: {problem}" for path, problem in found if problem]
+
+
+def value_problems(data: Any) -> Iterator[tuple[str, str]]:
+    """Yield the path of each value that no key can have, or that must not be stored, and what is wrong."""
     for path, value in walk(data):
-        problem = None
-        if isinstance(value, str):
-            problem = _text_problem(value)
+        if isinstance(value, str) and holds_secret(value):
+            yield path, "holds a password, a token or a signature, which would be stored with the run; remove it"
         elif isinstance(value, int) and not -_WHOLE_NUMBERS <= value < _WHOLE_NUMBERS:
-            problem = "expected a whole number below 2^63, got a larger one"
-        if problem:
-            problems.append((shown(path), problem))
-    return problems
+            yield path, "expected a whole number below 2^63, got a larger one"
 
 
 def _text_problem(text: str) -> str | None:
@@ -70,10 +71,6 @@ def _text_problem(text: str) -> str | None:
         text.encode()
     except UnicodeEncodeError as error:
         return f"is not text: character {error.start + 1} is a lone surrogate, or was not UTF-8"
-    if holds_secret(text):
-        return (
-            "holds a password, a token or a signature, which would be stored with the run: keep it in the environment"
-        )
     return None
 
 

@@ -60,6 +60,7 @@ def _use_yaml_1_2_scalars() -> None:
     # Leading zeros are decimal in YAML 1.2; PyYAML's own constructors would read octal and base 60.
     _Loader.add_constructor("tag:yaml.org,2002:int", _number)
     _Loader.add_constructor("tag:yaml.org,2002:bool", _boolean)
+    _Loader.add_constructor("tag:yaml.org,2002:float", _float)
     for kind in ("binary", "timestamp", "omap", "pairs", "set"):  # none of them is plain data
         _Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _refuse)
 
@@ -74,6 +75,11 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 def _boolean(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> bool:
     return _matching(loader, node, "bool").lower() == "true"
+
+
+def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    _matching(loader, node, "float")
+    return float(loader.construct_yaml_float(node))
 
 
 def _matching(loader: yaml.SafeLoader, node: yaml.ScalarNode, kind: str) -> str:

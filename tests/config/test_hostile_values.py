@@ -66,7 +66,7 @@ def test_a_tag_on_something_else_is_not_yaml(tag: str, file: Path) -> None:
         if (tag, value) in GOOD:
             continue
         text = f"!!{tag} {value}"
-        with pytest.raises(ConfigError, match=r"^run\.seed: the value '.*' is not valid YAML$"):
+        with pytest.raises(ConfigError, match=r"^run\.seed: the value .* is not valid YAML$"):
             load_config(file, [f"run.seed={text}"])
         with pytest.raises((yaml.YAMLError, ValueError)):
             parse_yaml(f"a: {text}")
@@ -85,7 +85,7 @@ BAD: dict[str, tuple[str, str]] = {
     "width": ("model.hidden_size=4611686018427387904", "model.hidden_size: expected at most"),
     "workers": ("data.workers=100000", "data.workers: input should be less than or equal to 1024"),
     "temperature": ("samples.temperature=1e-300", "samples.temperature: input should be greater than"),
-    "surrogate": ('samples.prompts=["ab\\ud800"]', "samples.prompts.0: is not text: character 3"),
+    "surrogate": ('samples={every_steps: 1, prompts: ["ab\\ud800"]}', "samples.prompts.0: is not text: character 3"),
     "bytes of the command line": ("run.root=a\udcff", "run.root: is not text"),
     "surrogate in a key": ('data.mixture={"\\ud800": 1}', "data.mixture: is not text"),
     "NUL": ('run.root="a\\0b"', "run.root: holds the character NUL"),
@@ -162,7 +162,7 @@ def test_files_without_an_end_are_not_read(tmp_path: Path, capsys: pytest.Captur
         assert "regular file" in line or "is a folder" in line or "100,000 values" in line or "null" in line
 
 
-@pytest.mark.parametrize("path", ["/dev/zero", "/proc", "/sys", "/dev", "/proc/*/x.jsonl", "/proc/self/root"])
+@pytest.mark.parametrize("path", ["/dev/zero", "/proc", "/sys", "/dev", "/proc/*/x.jsonl"])
 def test_the_kernel_is_no_data(path: str) -> None:
     (problem,) = check_sources(DataConfig(sources=(SourceConfig(path=path),), lanes=1))
     assert path.partition("*")[0] in problem
@@ -175,18 +175,22 @@ def test_the_kernel_is_no_tokenizer_and_no_lock(file: Path) -> None:
 
 
 def test_a_prompt_that_cannot_be_encoded_or_continued_is_found_at_the_start(tmp_path: Path) -> None:
-    vocabulary = {"<|endoftext|>": 0, "said": 1, "whale": 7}  # with a gap
+    vocabulary = {"said": 1, "whale": 7}  # with a gap
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens(["<|endoftext|>"])  # with the id 8
     tokenizer.save(str(tmp_path / "words.json"))
     (tmp_path / "text.jsonl").write_text('{"text": "said whale"}\n' * 30)
     prompts = ["said", "unknown", "said " * 31, "said " * 30]
     changes = {
         "tokenizer.path": str(tmp_path / "words.json"),
-        "data": {"sources": [{"path": str(tmp_path / "text.jsonl"), "max_epochs": None}], "lanes": 1},
+        "data": {
+            "sources": [{"path": str(tmp_path / "text.jsonl"), "max_epochs": None}],
+            "lanes": 1,
+            "validation_fraction": 0.0,
+        },
         "samples": {"every_steps": 5, "prompts": prompts},
-        "model.vocab_size": 8,
+        "model.vocab_size": 9,
     }
     config = parse_config(merged(TINY, changes))
     with pytest.raises(ConfigError) as caught:
