@@ -44,17 +44,17 @@ def run(options: argparse.Namespace) -> int:
     if is_sweep_file(Path(options.config)):
         return _check_sweep(Path(options.config), options.overrides, options.online)
     config = load_config(options.config, options.overrides)
-    inputs = _check_inputs(config, options.online)
+    inputs = check_config_inputs(config, options.online)
     model = build_model(config.model, config.run.seed, device="meta")
-    notes = [*inputs.warnings, *_check_ancestor(config, inputs)]
+    notes = [*inputs.warnings, *check_ancestor(config, inputs)]
     print(config.to_yaml())
     print("\n".join([*format_routing(config, model), "", *describe(config, model, world_size=1)]))
-    lines = [*describe_data(inputs.budgets), *_remote_lines(inputs), *(f"warning: {line}" for line in notes)]
+    lines = [*describe_data(inputs.budgets), *remote_lines(inputs), *(f"warning: {line}" for line in notes)]
     print("\n".join(lines), end="\n" * bool(lines))
     return 0
 
 
-def _check_ancestor(config: Config, inputs: Inputs) -> list[str]:
+def check_ancestor(config: Config, inputs: Inputs) -> list[str]:
     """Check what the run takes over from another one; return the warnings."""
     from pretrain.launch.ancestor import preview_ancestor
     from pretrain.run.identity import Identity
@@ -65,7 +65,7 @@ def _check_ancestor(config: Config, inputs: Inputs) -> list[str]:
     return preview_ancestor(config, Identity.of(config, inputs.data, inputs.tokenizer_sha256) if known else None)
 
 
-def _check_inputs(config: Config, online: bool) -> Inputs:
+def check_config_inputs(config: Config, online: bool) -> Inputs:
     """Check what a run would read; remote sources without a lock are looked at only if asked for."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.data import DataError, load_tokenizer
@@ -86,7 +86,7 @@ def _check_inputs(config: Config, online: bool) -> Inputs:
     return check_inputs(config, tokenizer, locked, online=online)
 
 
-def _remote_lines(inputs: Inputs) -> list[str]:
+def remote_lines(inputs: Inputs) -> list[str]:
     """What is known of each remote source, and what was not checked."""
     lines = []
     if not inputs.tokenizer_sha256:
@@ -118,8 +118,8 @@ def _check_sweep(path: Path, overrides: Sequence[str], online: bool) -> int:
         sections = (config.data, config.tokenizer, config.train)
         inputs = (*(section.model_dump_json() for section in sections), config.model.vocab_size)
         if inputs not in by_inputs:
-            by_inputs[inputs] = _check_inputs(config, online)
+            by_inputs[inputs] = check_config_inputs(config, online)
             warnings.update(dict.fromkeys(by_inputs[inputs].warnings))
-        warnings.update(dict.fromkeys(_check_ancestor(config, by_inputs[inputs])))
+        warnings.update(dict.fromkeys(check_ancestor(config, by_inputs[inputs])))
     print("\n".join([*format_status(sweep), *(f"warning: {line}" for line in warnings)]))
     return 0
