@@ -35,9 +35,10 @@ _SECRET_WORD = (
 )
 # `--token VALUE`, `api_key=VALUE`, `"password": "VALUE"`; not `eos_token: x` or `total_tokens=1`, which are settings.
 _NAMED = re.compile(
-    rf"(?i)((?<![A-Za-z])(?!eos_token|pad_token|bos_token)(?:[A-Za-z0-9]+[_.-])*{_SECRET_WORD}[\"']?\s*[=:]\s*[\"']?"
+    rf"(?i)((?<![A-Za-z])(?:[A-Za-z0-9]+[_.-])*{_SECRET_WORD}[\"']?\s*[=:]\s*[\"']?"
     rf"|--(?:[a-z0-9]+-)*{_SECRET_WORD}[ =])([^\s\"',;&]+)"
 )
+_ORDINARY = re.compile(r"(?i)(?:bos|eos|pad|unk|separator)_token[\"']?\s*[=:]")
 _SECRET_NAME = re.compile(rf"(?i)(?:^|[_.-]){_SECRET_WORD}(?:$|[_.-])|(?:^|_)key(?:$|_)")
 _SIGNED = re.compile(r"(?i)[?&#](?:[\w-]*signature|sig|[\w-]*token|[\w-]*credential|[\w-]*key|password|secret)[\w-]*=")
 
@@ -74,7 +75,10 @@ def _without_query(url: re.Match[str]) -> str:
 
 
 def _without_value(found: re.Match[str]) -> str:
-    # A name that is assigned another name, a call or a type is code, and holds nothing itself.
-    value = found[2]
-    is_code = value in ("None", "null", "True", "False", HIDDEN) or not re.search(r"[A-Za-z0-9]{6,}", value)
-    return found[0] if is_code else f"{found[1]}{HIDDEN}"
+    # A name that is assigned a call, an item or an attribute is code, and holds nothing itself.
+    if _ORDINARY.search(found[1]):
+        return found[0]
+    value, is_quoted = found[2], found[1].endswith(("'", '"'))
+    is_code = not is_quoted and re.match(r"[A-Za-z_][\w.]*[(\[]|[a-z_]\w*\.[a-z_]", value)
+    is_short = value == HIDDEN or not re.search(r"[A-Za-z0-9]{6,}", value)
+    return found[0] if is_code or is_short else f"{found[1]}{HIDDEN}"
