@@ -205,6 +205,8 @@ def test_a_node_whose_daemon_dies_while_its_ranks_train_on(runs: Runs) -> None:
     runs.cluster.kill_node(node)
     try:
         runs.wait(lambda: runs.cluster.job(number).restarts == 1, number)
+        runs.cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+        runs.wait(lambda: runs.cluster.job(number).state == "RUNNING", number)  # on other nodes
     finally:
         runs.cluster.start_node(node)
     job = runs.finish(number)
