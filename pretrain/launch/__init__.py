@@ -60,7 +60,7 @@ def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
     folder, display, ranks = setup.folder, setup.display, setup.engine.ranks
     ranks.on_rank_0(folder.lock)
     try:
-        source, notes = ranks.on_rank_0(lambda: choose_checkpoint(folder, resume, setup.identity))
+        source, notes = choose_checkpoint(folder, resume, setup.identity, ranks)
         for note in notes:
             display.warn(note)
         reader = ranks.everywhere(lambda: CheckpointReader(source)) if source else None

@@ -16,7 +16,7 @@ from pretrain.checkpoint.store import CheckpointReader
 from pretrain.data import TokenStream, without_bytes
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
-from pretrain.launch.records import open_run_folder, save_run
+from pretrain.launch.records import make_saver, open_run_folder, save_run
 from pretrain.launch.setup import Setup
 from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
@@ -70,12 +70,13 @@ def build_trainer(
 
     def log(record: dict[str, Any]) -> None:
         if engine.rank == 0:
-            setup.folder.metrics.append(record)
+            _append(setup, record)
         tracker.log(record)
         display.step(record)
         for line in notices.lines(record["step"], batches.position):
             display.say(line)
 
+    saver = make_saver(setup, reader)
     return Trainer(
         config,
         engine,
@@ -85,9 +86,19 @@ def build_trainer(
         state=state,
         hooks=hooks,
         log=log,
-        save=lambda trainer: save_run(setup, trainer),
+        save=lambda trainer: save_run(setup, trainer, saver),
+        settle=saver.settle,
         stop_requested=lambda: bool(requests) or is_orphaned(),
     )
+
+
+def _append(setup: Setup, record: dict[str, Any]) -> None:
+    """Append a line to metrics.jsonl; warn if it has to wait in memory, for example because the disk is full."""
+    metrics = setup.folder.metrics
+    waited = metrics.problem is not None
+    metrics.append(record)
+    if metrics.problem is not None and not waited:
+        setup.display.warn(f"{metrics.path}: {metrics.problem}; its lines wait in memory until it can be written")
 
 
 def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:

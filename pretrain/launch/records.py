@@ -7,13 +7,15 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.format import Fragment
 from pretrain.checkpoint.generators import random_generators
+from pretrain.checkpoint.host_copy import share_of
+from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.state import fragments, group_settings
 from pretrain.checkpoint.store import CheckpointReader, prune
-from pretrain.checkpoint.writer import Snapshot, save_checkpoint
+from pretrain.checkpoint.writer import Snapshot
 from pretrain.data import hub_tokenizer
 from pretrain.files import replacing
 from pretrain.launch.setup import Setup
@@ -69,11 +71,37 @@ def open_run_folder(
     return run_id
 
 
-def save_run(setup: Setup, trainer: Trainer) -> None:
-    """Save a checkpoint, then delete those that are no longer kept."""
+def make_saver(setup: Setup, reader: CheckpointReader | None) -> Saver:
+    """Return what saves the run's checkpoints and deletes those that are no longer kept; a collective."""
+    engine, folder, keep = setup.engine, setup.folder, setup.config.checkpoint
+
+    def prepare() -> None:
+        if not folder.manifest_path.exists():
+            raise OSError(f"{folder.path} is not there any more; was its disk unmounted?")
+        # A resume from this checkpoint needs the lines up to its step.
+        folder.metrics.flush()
+        folder.samples.flush()
+
+    def finish(path: Path, snapshot: Snapshot) -> None:
+        prune(folder.checkpoints, keep.keep_last, keep.keep_every_steps, intact=path)
+        folder.record_sources(snapshot.step, snapshot.provenance["sources"])
+
+    return Saver(
+        folder.checkpoints,
+        keep,
+        engine.new_ranks() if keep.asynchronous else engine.ranks,
+        newest=reader.folder if reader else None,
+        prepare=prepare,
+        finish=finish,
+        say=setup.display.say,
+        warn=setup.display.warn,
+    )
+
+
+def save_run(setup: Setup, trainer: Trainer, saver: Saver) -> None:
+    """Save a checkpoint of the trainer's present state; see `Saver.save`."""
     engine, optimizer = setup.engine, trainer.optimizer
     data_state = dict(trainer.batches.state())
-    sources = source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets)
     snapshot = Snapshot(
         step=trainer.state.step,
         counters=asdict(trainer.state),
@@ -85,20 +113,11 @@ def save_run(setup: Setup, trainer: Trainer) -> None:
             "git_commit": git_commit() if engine.rank == 0 else None,  # rank 0 writes the index
             "precision": str(engine.precision),
             "data": setup.inputs.data,
-            "sources": sources,
+            "sources": source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets),
         },
     )
-    own: Iterable[Fragment] = itertools.chain(
-        fragments(engine.module.model, optimizer, engine.held), *(hook.fragments() for hook in trainer.hooks)
-    )
-    # Where every rank holds everything, rank 0 writes it.
-    writes = engine.held is not None or engine.rank == 0
-    path = save_checkpoint(setup.folder.checkpoints, snapshot, own if writes else (), random_generators(), engine.ranks)
-    keep = setup.config.checkpoint
-
-    def finish() -> None:
-        prune(setup.folder.checkpoints, keep.keep_last, keep.keep_every_steps)
-        setup.folder.record_sources(trainer.state.step, sources)
-
-    engine.ranks.on_rank_0(finish)
-    setup.display.say(f"saved {path}")
+    held = fragments(engine.module.model, optimizer, engine.held)
+    # Where every rank holds everything, each writes an equal share.
+    own = share_of(held, engine.rank, engine.world_size) if engine.held is None else held
+    of_hooks = (hook.fragments() for hook in trainer.hooks)
+    saver.save(snapshot, itertools.chain(own, *of_hooks), random_generators(), engine.ranks)

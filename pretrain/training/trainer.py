@@ -71,7 +71,8 @@ class Trainer:
         state: the counters, new or restored.
         hooks: periodic work.
         log: called on every rank with each step's record.
-        save: called on every rank to save a checkpoint of the current state.
+        save: called on every rank to save a checkpoint of the current state, which may be written later.
+        settle: called on every rank before training ends; waits until what was saved is written.
         stop_requested: called on every rank after each step; if it returns True on any rank, all ranks stop.
     """
 
@@ -87,12 +88,14 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         log: Callable[[dict[str, Any]], None] = lambda record: None,
         save: Callable[[Trainer], None] = lambda trainer: None,
+        settle: Callable[[], None] = lambda: None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.engine, self.optimizer, self.batches = config, engine, optimizer, batches
         self.eos_id = eos_id
         self.state = state or TrainState()
-        self.hooks, self.log, self.save, self.stop_requested = hooks, log, save, stop_requested
+        self.hooks, self.log, self.stop_requested = hooks, log, stop_requested
+        self.save, self.settle = save, settle
         self.flops_per_token = flops_per_token(config.model, config.sequence_length)
         self.peak_flops = peak_flops(engine.device, engine.precision.is_bf16, config.train.peak_tflops)
         self._checked = False
@@ -108,9 +111,20 @@ class Trainer:
         Raises:
             DataError: the data cannot be used, or a server of data does not answer, on this rank.
             TrainingError: too many consecutive steps had non-finite gradients.
-            OSError: a record could not be written on this rank.
+            OSError: a record, or the last checkpoint, could not be written on this rank.
             PeerError: one of these happened on another rank.
         """
+        try:
+            outcome = self._fit(stop_at)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error counts
+                self.settle()
+            raise
+        self.settle()
+        return outcome
+
+    def _fit(self, stop_at: int | None) -> Literal["done", "stopped"]:
+        """Train as `fit` does, without waiting for the last save."""
         config, state = self.config, self.state
         while state.step < config.total_steps:
             clock = PhaseClock(self.engine.device)

@@ -120,11 +120,20 @@ def test_a_missing_file_is_found(tmp_path: Path) -> None:
         CheckpointReader(folder).verify()
 
 
-def test_a_folder_without_an_index_does_not_exist(tmp_path: Path) -> None:
-    (save(tmp_path, 10) / "index.json").unlink()
+def test_an_unfinished_folder_does_not_exist(tmp_path: Path) -> None:
     (tmp_path / "step-00000020.tmp").mkdir()
     assert list_checkpoints(tmp_path) == []
     assert newest_intact(tmp_path) == (None, [])
+
+
+def test_a_deleted_index_is_named(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (save(tmp_path, 10) / "index.json").unlink()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005"]
+    reader, damaged = newest_intact(tmp_path)
+    assert reader is not None
+    assert reader.index["step"] == 5
+    assert damaged == [f"{tmp_path / 'step-00000010'}: not a checkpoint (it has no index.json)"]
 
 
 def test_the_old_checkpoint_stays_until_the_new_one_is_complete(
