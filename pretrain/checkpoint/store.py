@@ -39,6 +39,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is that of a checkpoint."""
+    return _FOLDER.fullmatch(name) is not None
+
+
 def step_of(folder: Path) -> int:
     """The step of a checkpoint, by the name of its folder."""
     return int(folder.name.removeprefix("step-"))
@@ -210,15 +215,17 @@ def recover_replaced(root: Path) -> list[Path]:
     return found
 
 
-def clear_unfinished(root: Path) -> None:
-    """Delete what saves and deletions that did not end have left: ``step-*.tmp``, and ``step-*.old`` once replaced.
+def list_unfinished(root: Path) -> list[Path]:
+    """What saves and deletions that did not end have left: ``step-N.tmp``, and ``step-N.old`` that was replaced."""
+    replaced = (folder for folder in root.glob("step-*.old") if folder.with_suffix("").exists())
+    return sorted([*root.glob("step-*.tmp"), *replaced])
 
-    Only the process that holds the run's lock may call this.
-    """
+
+def clear_unfinished(root: Path) -> None:
+    """Delete what `list_unfinished` finds. Only the process that holds the run's lock may call this."""
     recover_replaced(root)
-    for pattern in ("step-*.tmp", "step-*.old"):
-        for folder in root.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in list_unfinished(root):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def step_folders(root: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from pretrain.checkpoint.format import INDEX, CheckpointError
@@ -34,6 +35,8 @@ def open_checkpoint(source: Path) -> CheckpointReader:
         raise CheckpointError(
             "\n".join([*damaged, f"{source}: neither a checkpoint nor a run with an intact checkpoint"])
         )
+    for message in damaged:
+        warnings.warn(f"{message}; using {newest.folder.name}", stacklevel=2)
     return newest
 
 
