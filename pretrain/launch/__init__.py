@@ -14,6 +14,7 @@ from pretrain.data import DamagedFileError
 from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
+from pretrain.launch.records import fetch_copy
 from pretrain.launch.setup import Setup, set_up
 from pretrain.processes.environment import settled
 from pretrain.processes.exit_codes import DONE, STOPPED
@@ -60,6 +61,7 @@ def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
     folder, display, ranks = setup.folder, setup.display, setup.engine.ranks
     ranks.on_rank_0(folder.lock)
     try:
+        ranks.on_rank_0(lambda: fetch_copy(setup, resume), long=True)
         source, notes = choose_checkpoint(folder, resume, setup.identity, ranks)
         for note in notes:
             display.warn(note)

@@ -76,7 +76,7 @@ def build_trainer(
         for line in notices.lines(record["step"], batches.position):
             display.say(line)
 
-    saver = make_saver(setup, reader)
+    saver = make_saver(setup, reader, opened)
     return Trainer(
         config,
         engine,

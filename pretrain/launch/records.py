@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import uuid
@@ -12,15 +13,16 @@ from typing import Any
 
 from pretrain.checkpoint.generators import random_generators
 from pretrain.checkpoint.host_copy import share_of
+from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.state import fragments, group_settings
-from pretrain.checkpoint.store import CheckpointReader, prune
+from pretrain.checkpoint.store import CheckpointReader, prune, step_folders
 from pretrain.checkpoint.writer import Snapshot
 from pretrain.data import hub_tokenizer
 from pretrain.files import replacing
 from pretrain.launch.setup import Setup
 from pretrain.run.data_lock import keep_lock
-from pretrain.run.folder import TOKENIZER_FILE
+from pretrain.run.folder import TOKENIZER_FILE, RunError
 from pretrain.run.manifest import git_commit, write_manifest
 from pretrain.run.provenance import source_records
 from pretrain.run.resume import rewind
@@ -71,9 +73,48 @@ def open_run_folder(
     return run_id
 
 
-def make_saver(setup: Setup, reader: CheckpointReader | None) -> Saver:
-    """Return what saves the run's checkpoints and deletes those that are no longer kept; a collective."""
+def open_mirror(setup: Setup) -> Mirror | None:
+    """Return the place of the run's copies, if the config names one; on rank 0.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    keep = setup.config.checkpoint
+    if keep.mirror is None:
+        return None
+    return Mirror(f"{keep.mirror.rstrip('/')}/{setup.config.run.name}", keep.keep_last, setup.display.warn)
+
+
+def fetch_copy(setup: Setup, resume: str) -> None:
+    """Download the newest copy of a checkpoint if the run's own folder has no checkpoint; on rank 0.
+
+    Raises:
+        CheckpointError: there are copies, but none can be used.
+        RunError: there are copies, though the run must be new.
+    """
+    mirror, root = open_mirror(setup), setup.folder.checkpoints
+    if mirror is None or step_folders(root):
+        return
+    if resume == "auto":
+        found = mirror.fetch_newest(root)
+        if found is not None:
+            setup.display.say(f"{root}: no checkpoint; downloaded {found.name} from {mirror.url}")
+    elif resume == "never" and mirror.steps():
+        raise RunError(
+            f"{mirror.url}: holds copies of a run of this name; continue it with --resume auto, or choose another "
+            "run.name"
+        )
+
+
+def make_saver(setup: Setup, reader: CheckpointReader | None, opened: contextlib.ExitStack) -> Saver:
+    """Return what saves the run's checkpoints and deletes those that are no longer kept; a collective.
+
+    What has to be waited for at the end goes to `opened`.
+    """
     engine, folder, keep = setup.engine, setup.folder, setup.config.checkpoint
+    mirror = open_mirror(setup) if engine.rank == 0 else None
+    if mirror is not None:
+        opened.callback(mirror.settle)
 
     def prepare() -> None:
         if not folder.manifest_path.exists():
@@ -84,6 +125,8 @@ def make_saver(setup: Setup, reader: CheckpointReader | None) -> Saver:
 
     def finish(path: Path, snapshot: Snapshot) -> None:
         prune(folder.checkpoints, keep.keep_last, keep.keep_every_steps, intact=path)
+        if mirror is not None:
+            mirror.push(folder.checkpoints)
         folder.record_sources(snapshot.step, snapshot.provenance["sources"])
 
     return Saver(
