@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def test_help_loads_no_heavy_library(arguments: tuple[str, ...]) -> None:
     assert {"torch", "numpy", "pydantic", "yaml", "accelerate", "optimizers"}.isdisjoint(loaded.split())
     assert "pretrain" in loaded.split()
     for verb in VERBS if arguments == ("--help",) else ():
-        assert f"\n    {verb} " in shown
+        assert re.search(rf"\n    {verb}\s", shown)
 
 
 def test_every_argument_of_every_verb_has_help() -> None:
