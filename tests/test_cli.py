@@ -30,7 +30,11 @@ def config_file(tiny_config: MakeConfig, tmp_path: Path) -> Path:
     return file
 
 
+<<<<<<< HEAD
 VERBS = ("check", "config", "data", "train", "slurm", "plan", "sweep", "export", "eval", "report")
+=======
+VERBS = ("check", "config", "data", "train", "plan", "sweep", "export", "eval", "compare", "report")
+>>>>>>> compare
 
 
 @pytest.mark.parametrize("arguments", [("--help",), *((verb, "--help") for verb in VERBS)])
