@@ -20,6 +20,7 @@ from pretrain.checkpoint.store import CheckpointReader, prune, step_folders
 from pretrain.checkpoint.writer import Snapshot
 from pretrain.data import hub_tokenizer
 from pretrain.files import replacing
+from pretrain.launch.ancestor import as_facts
 from pretrain.launch.setup import Setup
 from pretrain.run.data_lock import keep_lock
 from pretrain.run.folder import TOKENIZER_FILE, RunError
@@ -57,6 +58,7 @@ def open_run_folder(
         "routing": routing,
         "tokenizer": hub_tokenizer.record(setup.config.tokenizer, setup.config.data, earlier.get("tokenizer")),
         **({"validation": setup.validation.record()} if setup.validation else {}),
+        **as_facts(setup.ancestry),
     }
     launch = {
         "from_step": step,
@@ -64,6 +66,9 @@ def open_run_folder(
             key: [before[key], value]
             for key, value in setup.identity.result.items()
             if key in setup.identity.files and before.get(key, value) != value
+        },
+        "changed_budget": {
+            key: [before[key], value] for key, value in setup.identity.length.items() if before.get(key, value) != value
         },
         "world_size": engine.world_size,
         "device": str(engine.device),
@@ -157,6 +162,7 @@ def save_run(setup: Setup, trainer: Trainer, saver: Saver) -> None:
             "precision": str(engine.precision),
             "data": setup.inputs.data,
             "sources": source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets),
+            **as_facts(setup.ancestry),
         },
     )
     held = fragments(engine.module.model, optimizer, engine.held)

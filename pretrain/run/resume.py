@@ -21,7 +21,7 @@ from pretrain.run.identity import Identity
 
 
 def choose_checkpoint(
-    folder: RunFolder, resume: str, identity: Identity, ranks: Ranks = ALONE
+    folder: RunFolder, resume: str, identity: Identity, ranks: Ranks = ALONE, *, extend: bool = False
 ) -> tuple[Path | None, list[str]]:
     """Return the checkpoint to start from, or None for a fresh start, and warnings.
 
@@ -30,9 +30,11 @@ def choose_checkpoint(
         resume: ``auto`` (the newest intact checkpoint, if any), ``never``, or the folder of a checkpoint.
         identity: identity of the run that is about to start.
         ranks: the processes of the run, which share the reading of checkpoints; a collective.
+        extend: the run is to be extended; see `Identity.check`.
 
     Raises:
-        RunError: the run folder contains a different run, or any run if `resume` is ``never``.
+        RunError: the run folder contains a different run, or any run if `resume` is ``never``; or there is no run to
+            extend.
         CheckpointError: the requested checkpoint is damaged, or all checkpoints are.
         PeerError: one of these was raised on another rank.
     """
@@ -46,7 +48,11 @@ def choose_checkpoint(
                 )
             return []
         launched = Identity.of_run(folder)
-        return identity.check(launched, folder.path, repairable=folder.repairable) if launched else []
+        if launched is None and extend:
+            raise RunError(
+                f"{folder.path}: --extend continues a run, and there is none here; start it without --extend"
+            )
+        return identity.check(launched, folder.path, repairable=folder.repairable, extend=extend) if launched else []
 
     notes = ranks.on_rank_0(look)
     if resume == "never":
@@ -62,7 +68,7 @@ def choose_checkpoint(
         reader = ranks.everywhere(lambda: CheckpointReader(Path(resume)))
         reader.verify(ranks)
     chosen = reader
-    notes = ranks.on_rank_0(lambda: identity.check_checkpoint(chosen, folder.repairable))
+    notes = ranks.on_rank_0(lambda: identity.check_checkpoint(chosen, folder.repairable, extend=extend))
     return chosen.folder, notes + [_fallback(message, chosen) for message in damaged]
 
 
