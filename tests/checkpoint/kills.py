@@ -20,7 +20,7 @@ from pretrain.checkpoint import tensor_file
 from pretrain.launch import building
 from pretrain.processes.torchrun import free_port
 from pretrain.training.trainer import Trainer
-from tests.distributed.ranks import _CONTEXT, TIMEOUT_SECONDS, _rank
+from tests.distributed.ranks import CONTEXT, TIMEOUT_SECONDS, _rank
 from tests.distributed.scenarios import run
 
 PHASES = ("start", "step", "save")
@@ -98,9 +98,9 @@ def attempt(
 
     As a launcher does, this kills the other ranks once one of them has died.
     """
-    port, results = free_port(), _CONTEXT.SimpleQueue()
+    port, results = free_port(), CONTEXT.SimpleQueue()
     arguments = (world_size, port, _Sink(results), counted_run, (str(root), changes, phase, number, rank))
-    processes = [_CONTEXT.Process(target=_rank, args=(index, *arguments)) for index in range(world_size)]
+    processes = [CONTEXT.Process(target=_rank, args=(index, *arguments)) for index in range(world_size)]
     for process in processes:
         process.start()
     victim = processes[rank]
