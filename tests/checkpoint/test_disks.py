@@ -196,6 +196,27 @@ def test_a_folder_that_can_only_be_read_is_refused_before_training(tmp_path: Pat
         assert damaged == []
 
 
+def test_a_checkpoint_is_not_complete_before_the_lines_up_to_its_step(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, flush = tiny_config(SHORT), JsonLines.flush
+    full: list[bool] = []
+
+    def fails(self: JsonLines) -> None:
+        if full and self.path.name == "metrics.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(self)
+
+    def fill() -> None:
+        await_saves()
+        full.append(True)
+
+    monkeypatch.setattr(JsonLines, "flush", fails)
+    with at_step(3, fill), pytest.raises(OSError, match="checkpoint of step 4 not saved"):
+        train(config, stop_at=4)
+    assert saved(config.run_folder / "checkpoints") == [2]
+
+
 def test_lines_wait_until_the_file_can_be_written(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1) as disk:
         file = JsonLines(disk / "metrics.jsonl")
