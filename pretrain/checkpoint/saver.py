@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -63,6 +64,8 @@ class Saver:
         """Saves that have failed."""
         self.failed_in_a_row = 0
         """Saves that have failed since the last one that did not."""
+        self.seconds = 0.0
+        """What the longest save has taken, with the part that training did not wait for."""
         self.newest = newest
         """The newest complete checkpoint of this run."""
 
@@ -123,8 +126,10 @@ class Saver:
             raise self._failure
 
     def _write(self, snapshot: Snapshot, fragments: Iterable[Fragment], generators: dict[str, Tensor]) -> None:
+        begun = time.monotonic()
         try:
             self._failure = self._attempt(snapshot, fragments, generators)
+            self.seconds = max(self.seconds, time.monotonic() - begun)
         except BaseException as error:
             self._fatal = error
 

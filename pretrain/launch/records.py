@@ -124,6 +124,7 @@ def make_saver(setup: Setup, reader: CheckpointReader | None, opened: contextlib
     def prepare() -> None:
         if not folder.manifest_path.exists():
             raise OSError(f"{folder.path} is not there any more; was its disk unmounted?")
+        folder.check_lock()
         # A resume from this checkpoint needs the lines up to its step.
         folder.metrics.flush()
         folder.samples.flush()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
+
+_UNUSUAL = {"validation_loss", "skipped", "loss_spike"}
+"""Keys of a record that is shown although its step is not due."""
 
 
 class Display:
@@ -28,11 +28,10 @@ class Display:
         """Print a line."""
         if self.silent:
             return
-        with self._while_read():
-            if self.bar is not None:
-                self.bar.write(text)
-            else:
-                print(text, flush=True)
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
 
     def warn(self, text: str) -> None:
         """Print a warning."""
@@ -47,32 +46,17 @@ class Display:
     def step(self, record: dict[str, Any]) -> None:
         """Show a step's record."""
         if self.bar is not None:
-            with self._while_read():
-                self.bar.update()
+            self.bar.update()
         due = record["step"] % self.every_steps == 0 or record["step"] in (1, self.total_steps)
-        if self.silent or not (due or "validation_loss" in record or "skipped" in record):
+        if self.silent or not (due or _UNUSUAL & record.keys()):
             return
         self.say(step_line(record, self.total_steps))
 
     def close(self) -> None:
         """Close the display at the end of training."""
         if self.bar is not None:
-            with self._while_read():
-                self.bar.close()
+            self.bar.close()
             self.bar = None
-
-    @contextlib.contextmanager
-    def _while_read(self) -> Iterator[None]:
-        """Turn the display off, instead of ending the run, if standard output is closed (``| head``)."""
-        try:
-            yield
-        except OSError as error:
-            self.silent, self.bar = True, None
-            with contextlib.suppress(OSError, ValueError):
-                # Otherwise flushing what Python has buffered would fail again at exit.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(f"warning: standard output failed ({error.strerror}); training continues silently\n")
 
 
 def step_line(record: dict[str, Any], total_steps: int) -> str:
@@ -92,7 +76,9 @@ def step_line(record: dict[str, Any], total_steps: int) -> str:
     hours, minutes = divmod(minutes, 60)
     parts.append(f"left {hours}:{minutes:02}:{seconds:02}" if hours else f"left {minutes}:{seconds:02}")
     if "skipped" in record:
-        parts.append("SKIPPED: gradients not finite")
+        parts.append(f"SKIPPED: {record.get('skipped_because', 'gradients not finite')}")
+    elif "loss_spike" in record:
+        parts.append("LOSS SPIKE")
     if "validation_loss" in record:
         parts.append(
             f"validation loss {record['validation_loss']:.4f}, {record['validation_bits_per_byte']:.4f} bits per byte"

@@ -13,7 +13,7 @@ from typing import Any
 from pretrain.files import replace_text
 
 
-def _finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """Return the value, or None for NaN and infinity, which JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -36,7 +36,7 @@ class JsonLines:
 
         If the file cannot be written, the line stays in memory until the next call of `append` or `flush`.
         """
-        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        line = json.dumps({key: finite_or_none(value) for key, value in record.items()}, allow_nan=False)
         with self._lock:
             self._unwritten.append(line + "\n")
         with contextlib.suppress(OSError):
