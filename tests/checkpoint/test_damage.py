@@ -105,7 +105,7 @@ def run_to_step_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("damage", [truncate, delete_index, flip_index])
+@pytest.mark.parametrize("damage", [truncate, delete_index, pytest.param(flip_index, marks=pytest.mark.long)])
 def test_damage_is_named_and_the_checkpoint_before_it_is_used(
     damage: Callable[[Path], Path],
     tmp_path: Path,
