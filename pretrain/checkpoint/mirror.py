@@ -14,6 +14,7 @@ from typing import Any
 from pretrain.checkpoint.format import INDEX, CheckpointError
 from pretrain.checkpoint.store import CheckpointReader, is_checkpoint_name, list_checkpoints, step_of
 from pretrain.files import publish_folder, sync
+from pretrain.processes.redaction import redact
 
 
 class Mirror:
@@ -162,6 +163,5 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _one_line(error: BaseException) -> str:
-    """An error without its further lines, and without the query of a URL, which may hold a signature."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return " ".join(word.partition("?")[0] if "://" in word else word for word in text.split(" "))[:300]
+    """The beginning of an error without secrets, such as the signed query of a URL."""
+    return redact(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
