@@ -14,6 +14,7 @@ from pretrain.data import DamagedFileError
 from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
+from pretrain.launch.records import fetch_copy
 from pretrain.launch.setup import Setup, set_up
 from pretrain.launch.start import Start, choose_start
 from pretrain.launch.stops import Stops
@@ -95,6 +96,7 @@ def _train(
         long=True,  # it may wait for an earlier attempt of the same Slurm job
     )
     try:
+        ranks.on_rank_0(lambda: fetch_copy(setup, resume), long=True)
         start = choose_start(setup, resume, extend=extend)
         step = start.step
         if step >= config.total_steps:
