@@ -34,6 +34,13 @@ def add(verbs: Verbs) -> None:
         "--stop-at", type=positive, metavar="STEP", help="save a checkpoint after this step and exit with code 75"
     )
     parser.add_argument(
+        "--profile",
+        type=_steps,
+        metavar="STEPS",
+        help="record these steps, for example 10 or 10-12, with torch's profiler; the traces are written into "
+        "profile/ of the run folder",
+    )
+    parser.add_argument(
         "--processes",
         type=positive,
         default=1,
@@ -54,10 +61,24 @@ def run(options: argparse.Namespace) -> int:
             warnings.simplefilter("ignore")  # the first process repeats them
             load_config(options.config, options.overrides)  # report problems once, before any process starts
         stop = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
-        arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *stop]
+        first, last = options.profile or (None, None)
+        profile = [] if options.profile is None else ["--profile", f"{first}-{last}"]
+        arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *stop, *profile]
         return run_processes(options.processes, arguments)
 
     # Imported here: the parent of several processes does not train.
     from pretrain.launch import train
 
-    return train(load_config(options.config, options.overrides), options.resume, options.stop_at)
+    return train(load_config(options.config, options.overrides), options.resume, options.stop_at, options.profile)
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """A step, or the first and the last one: ``10`` or ``10-12``."""
+    first, dash, last = text.partition("-")
+    try:
+        found = positive(first), positive(last if dash else first)
+    except argparse.ArgumentTypeError:
+        found = (1, 0)
+    if found[1] < found[0]:
+        raise argparse.ArgumentTypeError(f"expected a step or a range such as 10-12, got {text!r}")
+    return found

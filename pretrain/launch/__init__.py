@@ -15,21 +15,26 @@ from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
 from pretrain.launch.setup import Setup, set_up
+from pretrain.launch.watch import watching
 from pretrain.processes.environment import settled
 from pretrain.processes.exit_codes import DONE, STOPPED
 from pretrain.processes.failures import report
 from pretrain.processes.signals import StopRequests, stop_requests
 from pretrain.run.resume import choose_checkpoint
+from pretrain.training.dry_run import dry_run, wants_dry_run
 from pretrain.training.epochs import packing_lines
 
 
-def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> int:
+def train(
+    config: Config, resume: str = "auto", stop_at: int | None = None, profile: tuple[int, int] | None = None
+) -> int:
     """Train the run that `config` describes, from its newest checkpoint on if there is one.
 
     Args:
         config: validated.
         resume: ``auto``, ``never``, or a checkpoint's folder.
         stop_at: save and stop after this step.
+        profile: the first and the last step of a trace by torch's profiler.
 
     Returns:
         The exit code: 0 done, 75 stopped with a checkpoint saved.
@@ -43,7 +48,7 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
         engine = make_engine(config)
         scratch = tempfile.TemporaryDirectory(prefix="aurora-")
         try:
-            code = _train(set_up(config, engine, Path(scratch.name)), resume, stop_at)
+            code = _train(set_up(config, engine, Path(scratch.name)), resume, stop_at, profile)
             engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
             return code
         except BaseException as error:
@@ -55,7 +60,7 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None) -> i
             engine.close()
 
 
-def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
+def _train(setup: Setup, resume: str, stop_at: int | None, profile: tuple[int, int] | None) -> int:
     """Choose a checkpoint, and train from it in the locked run folder."""
     folder, display, ranks = setup.folder, setup.display, setup.engine.ranks
     ranks.on_rank_0(folder.lock)
@@ -71,18 +76,18 @@ def _train(setup: Setup, resume: str, stop_at: int | None) -> int:
         if stop_at is not None and step >= stop_at:
             display.say(f"{folder.path}: already at step {step}, asked to stop at {stop_at}")
             return STOPPED
-        return _fit(setup, reader, stop_at)
+        return _fit(setup, reader, stop_at, profile)
     finally:
         folder.unlock()
 
 
-def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> int:
+def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None, profile: tuple[int, int] | None) -> int:
     """Build everything, restore it from `reader`, and train."""
     config, display = setup.config, setup.display
     notice = "stopping after this step" if setup.engine.rank == 0 else None
     requests = StopRequests()
-    with contextlib.ExitStack() as opened:
-        trainer = build_trainer(setup, reader, requests, opened)
+    with contextlib.ExitStack() as opened, watching(setup, profile) as watch:
+        trainer = build_trainer(setup, reader, requests, opened, watch)
         state = trainer.state
         if reader:
             display.say(f"resuming from {reader.folder} (step {state.step})")
@@ -91,10 +96,14 @@ def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None) -> 
         opened.enter_context(stopping(trainer.stop_requested))
         with stop_requests(requests, notice, first_only=True, warn=display.warn):
             try:
+                if wants_dry_run(trainer):
+                    watch.enter("dry run", state.step)
+                    dry_run(trainer)
                 outcome = trainer.fit(stop_at)
             except DamagedFileError as error:
                 setup.folder.allow_repair(error.path)
                 raise
+        watch.alerts.send("stopped" if outcome == "stopped" else "done", f"after step {state.step}", step=state.step)
     for line in packing_lines(trainer.batches.position, config.padded_length):
         display.say(line)
     if outcome == "stopped":

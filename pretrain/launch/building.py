@@ -18,6 +18,7 @@ from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
 from pretrain.launch.records import open_run_folder, save_run
 from pretrain.launch.setup import Setup
+from pretrain.launch.watch import Watch
 from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
@@ -33,7 +34,7 @@ from pretrain.training.validation import Validator
 
 
 def build_trainer(
-    setup: Setup, reader: CheckpointReader | None, requests: StopRequests, opened: contextlib.ExitStack
+    setup: Setup, reader: CheckpointReader | None, requests: StopRequests, opened: contextlib.ExitStack, watch: Watch
 ) -> Trainer:
     """The trainer with all that it owns, in the state of `reader`; what has to be closed goes to `opened`."""
     config, engine, display = setup.config, setup.engine, setup.display
@@ -55,7 +56,7 @@ def build_trainer(
     )
     opened.callback(stream.close)
     notices = EpochNotices(stream.position, config.padded_length)
-    hooks = _make_hooks(setup, optimizer)
+    hooks = _make_hooks(setup, optimizer, watch)
     state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
     steps = config.total_steps - state.step
     batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
@@ -69,11 +70,12 @@ def build_trainer(
         display.say(line)
 
     def log(record: dict[str, Any]) -> None:
+        record |= watch.memory()
         if engine.rank == 0:
             setup.folder.metrics.append(record)
         tracker.log(record)
         display.step(record)
-        for line in notices.lines(record["step"], batches.position):
+        for line in [*watch.lines(record), *notices.lines(record["step"], batches.position)]:
             display.say(line)
 
     return Trainer(
@@ -87,10 +89,11 @@ def build_trainer(
         log=log,
         save=lambda trainer: save_run(setup, trainer),
         stop_requested=lambda: bool(requests) or is_orphaned(),
+        enter=watch.enter,
     )
 
 
-def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
+def _make_hooks(setup: Setup, optimizer: Aurora, watch: Watch) -> list[Hook]:
     """The periodic work that the config asks for."""
     config, engine, folder, show = setup.config, setup.engine, setup.folder, setup.display.say
 
@@ -106,7 +109,7 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
 
     hooks: list[Hook] = []
     validator = (
-        Validator(config, open_validation, engine.ranks, setup.validation)
+        Validator(config, open_validation, engine.ranks, setup.validation, watch.progress.tick)
         if config.data.validation_fraction > 0
         else None
     )

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypedDict
 
 from pretrain.files import replace_text
 from pretrain.processes.environment import world
-from pretrain.processes.errors import PeerError, UserError
+from pretrain.processes.errors import HangError, PeerError, UserError
 from pretrain.processes.exit_codes import FAILED, INTERRUPTED
 
 ERROR_FILE = "error.json"
@@ -67,6 +67,10 @@ def report(error: BaseException) -> int:
     elif isinstance(error, KeyboardInterrupt):
         if is_first_to_say("interrupted"):
             _print("error: interrupted")
+    elif isinstance(error, HangError):
+        # Every process comes to the same conclusion at about the same time.
+        if is_first_to_say("a hang"):
+            _print(f"error: {error}")
     elif isinstance(error, PeerError):
         # On its own host the other process has printed its error itself.
         if error.host != socket.gethostname() and is_first_to_say(str(error)):
@@ -127,6 +131,8 @@ def _describe(error: BaseException) -> Failure:
         failure["exit_code"] = error.exit_code
     elif isinstance(error, KeyboardInterrupt):
         failure["exit_code"] = INTERRUPTED
+    elif isinstance(error, HangError):
+        failure["rank"], failure["host"] = error.rank, error.host
     elif isinstance(error, PeerError):
         of_peer = {"rank": error.rank, "host": error.host, "text": error.text, "exit_code": error.exit_code}
         failure |= Failure(kind="peer", time=failure["time"], **of_peer)  # type: ignore[typeddict-item]

@@ -73,6 +73,7 @@ class Trainer:
         log: called on every rank with each step's record.
         save: called on every rank to save a checkpoint of the current state.
         stop_requested: called on every rank after each step; if it returns True on any rank, all ranks stop.
+        enter: called with the name of each phase of a step when it begins, and the number of the step.
     """
 
     def __init__(
@@ -88,11 +89,13 @@ class Trainer:
         log: Callable[[dict[str, Any]], None] = lambda record: None,
         save: Callable[[Trainer], None] = lambda trainer: None,
         stop_requested: Callable[[], bool] = lambda: False,
+        enter: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self.config, self.engine, self.optimizer, self.batches = config, engine, optimizer, batches
         self.eos_id = eos_id
         self.state = state or TrainState()
         self.hooks, self.log, self.save, self.stop_requested = hooks, log, save, stop_requested
+        self.enter = enter
         self.flops_per_token = flops_per_token(config.model, config.sequence_length)
         self.peak_flops = peak_flops(engine.device, engine.precision.is_bf16, config.train.peak_tflops)
         self._checked = False
@@ -113,6 +116,7 @@ class Trainer:
         """
         config, state = self.config, self.state
         while state.step < config.total_steps:
+            self.enter("data", state.step + 1)
             clock = PhaseClock(self.engine.device)
             with self.saved_if_data_fails():
                 batch = self.batches.next_batch()
@@ -121,11 +125,13 @@ class Trainer:
             loss = self.forward_backward(batch.share)
             clock.mark("forward_backward")
             context = self.context(state.step + 1)
+            self.enter("optimizer", context.step)
             for hook in self.hooks:
                 hook.before_step(context)
             grad_norm = self.engine.step(self.optimizer)
             clock.mark("optimizer")
 
+            self.enter("records", context.step)
             state.step += 1
             state.tokens += config.train.global_batch_tokens
             record, stop = self.measure(loss, grad_norm)  # the one host sync of the step
@@ -137,8 +143,7 @@ class Trainer:
             with self.saved_if_data_fails():
                 self.report(record, context)  # validation reads data
             if context.last or stop or state.step % config.checkpoint.save_every_steps == 0:
-                self.save(self)
-                self._saved_step = state.step
+                self.save_now()
                 self.raise_failure()
             self.check_health()
             if stop and not context.last:
@@ -153,9 +158,15 @@ class Trainer:
         except (DataError, PeerError) as error:
             of_data = isinstance(error, DataError) or error.exit_code in (BAD_INPUT, STOPPED, UNAVAILABLE)
             if of_data and self.state.step > self._saved_step:
-                self._saved_step = self.state.step
-                self.save(self)
+                self.save_now()
             raise
+
+    def save_now(self) -> None:
+        """Save the current state."""
+        self.enter("save", self.state.step)
+        self._saved_step = self.state.step
+        self.save(self)
+        self.enter("records", self.state.step)
 
     def context(self, step: int) -> StepContext:
         """Return the context of a step for the hooks."""
@@ -174,7 +185,9 @@ class Trainer:
         micro_batches = self.micro_batches(share)
         for index, rows in enumerate(micro_batches):
             with self.engine.accumulate(last=index == len(micro_batches) - 1):
+                self.enter("forward", self.state.step + 1)
                 loss = self.loss_sum(rows) / share.global_targets
+                self.enter("backward", self.state.step + 1)
                 self.engine.backward(loss)
             total += loss.detach()
         return total
@@ -254,8 +267,10 @@ class Trainer:
         try:
             for hook in self.hooks:
                 if hook.due(context.step, context.last):
+                    self.enter(hook.phase, context.step)
                     record |= hook.run(context)
         finally:
+            self.enter("records", context.step)
             self.state.validation_loss = record.get("validation_loss", self.state.validation_loss)
             self.state.bits_per_byte = record.get("validation_bits_per_byte", self.state.bits_per_byte)
             self.attempt(lambda: self.log(record))

@@ -53,6 +53,7 @@ WHOLE_SECTIONS = {
     "checkpoint": "execution",
     "logging": "execution",
     "wandb": "execution",
+    "watch": "execution",
 }
 
 
