@@ -17,11 +17,12 @@ from pretrain.planning.cluster import Cluster, plan_run
 from pretrain.planning.devices import DEVICES, device_of
 from pretrain.processes.errors import PeerError
 from pretrain.watching.alerts import Alerts, read_webhook
+from pretrain.watching.forward_clock import ForwardClock
 from pretrain.watching.heartbeat import FOLDER, read_heartbeats, remove_heartbeats
 from pretrain.watching.profiling import FOLDER as PROFILE_FOLDER
 from pretrain.watching.profiling import Profiler
 from pretrain.watching.progress import Progress
-from pretrain.watching.stragglers import ForwardClock, stragglers
+from pretrain.watching.stragglers import stragglers
 from pretrain.watching.watchdog import Place, Watchdog
 
 SETTLING_STEPS, SETTLING_STEPS_COMPILED = 1, 3

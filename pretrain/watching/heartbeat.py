@@ -48,7 +48,7 @@ class Heartbeat:
     waiting: bool
     """Whether it waits there for other ranks."""
     forward_seconds: float | None
-    """Median time of the forward passes of a step; see `pretrain.watching.stragglers`."""
+    """Median time of the forward passes of a step; see `pretrain.watching.forward_clock`."""
     verdict: str = ""
     """What this rank has found to hang, when it is about to end."""
 

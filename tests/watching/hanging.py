@@ -13,7 +13,12 @@ from pretrain.training.trainer import Trainer
 from tests.counting.where import configured, train
 
 STEP = 3
-QUICK = {"watch.hang_seconds": 1.5, "watch.slow_seconds": 60, "data.validation_fraction": 0.0}
+QUICK: dict[str, Any] = {
+    "watch.hang_seconds": 1.5,
+    "watch.slow_seconds": 60,
+    "data.validation_fraction": 0.0,
+    "train.micro_batch_sequences": 4,  # divides by up to three ranks
+}
 
 
 def _stop(folder: Path) -> None:
