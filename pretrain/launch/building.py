@@ -63,7 +63,7 @@ def build_trainer(
     opened.callback(batches.close)
     run_id = engine.ranks.on_rank_0(lambda: open_run_folder(setup, hooks, reader, routing))
     tracker = engine.ranks.everywhere(
-        lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn)
+        lambda: make_tracker(config, setup.folder, run_id, engine.rank, state.step, display.warn)
     )
     opened.callback(tracker.close)
     for line in [*summary, *describe_data(setup.inputs.budgets), *engine.describe()]:

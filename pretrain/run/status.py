@@ -166,7 +166,7 @@ def _of_ranks(run: Run, beats: dict[int, Heartbeat]) -> list[str]:
 def format_statuses(statuses: Sequence[Status]) -> list[str]:
     """Return a table with a line per run, and below it what is wrong."""
     rows: list[tuple[str, ...]] = [
-        ("run", "state", "step", "tokens", "loss", "tok/s", "left", "checkpoint", "restarts", "health")
+        ("run", "state", "step", "tokens", "loss", "tok/s", "left", "checkpoint", "restarts", "health"),
     ]
     rows += [_row(status) for status in statuses]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
