@@ -45,10 +45,11 @@ class HangError(RuntimeError):
         text: which rank hangs, and where; further lines tell where the others are.
         rank: the rank that hangs.
         host: its machine.
+        launch: identifies the launch of the run, in which every rank comes to the same conclusion.
     """
 
-    def __init__(self, text: str, *, rank: int, host: str) -> None:
-        self.rank, self.host = rank, host
+    def __init__(self, text: str, *, rank: int, host: str, launch: str) -> None:
+        self.rank, self.host, self.launch = rank, host, launch
         super().__init__(text)
 
 

@@ -68,8 +68,7 @@ def report(error: BaseException) -> int:
         if is_first_to_say("interrupted"):
             _print("error: interrupted")
     elif isinstance(error, HangError):
-        # Every process comes to the same conclusion at about the same time.
-        if is_first_to_say("a hang"):
+        if is_first_to_say(f"launch {error.launch} hangs"):
             _print(f"error: {error}")
     elif isinstance(error, PeerError):
         # On its own host the other process has printed its error itself.

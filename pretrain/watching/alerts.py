@@ -7,6 +7,7 @@ is a secret: it is read from an environment variable or a file, and never appear
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import socket
@@ -100,6 +101,8 @@ class Alerts:
         """Post one alert; return why it could not be delivered, without the URL."""
         import httpx2  # imported here: only runs with a webhook need it
 
+        for name in ("httpx2", "httpcore2"):  # they log addresses when the root logger is set to INFO or DEBUG
+            logging.getLogger(name).setLevel(logging.WARNING)
         problem = None
         for attempt in range(TRIES):
             if attempt:
@@ -133,6 +136,8 @@ def read_webhook(setting: str | None) -> str | None:
     if kind == "env":
         text = os.environ.get(name, "")
     else:
+        if not Path(name).is_file():
+            raise UserError(f"watch.webhook: {name} is not a file")
         try:
             with Path(name).open(encoding="utf-8") as file:
                 text = file.read(LARGEST_URL + 1)

@@ -31,6 +31,7 @@ class Profiler:
         self.first, self.last, self.folder, self.rank, self.say = first, last, folder, rank, say
         self._profile: Any = None
         self._phase: Any = None
+        self._step = 0
 
     def enter(self, phase: str, step: int) -> None:
         """Learn of a phase that begins."""
@@ -42,13 +43,14 @@ class Profiler:
             self._profile.start()
             self.first = step  # a resumed run may begin in the middle
         elif phase == "data" and step > self.last:
-            self.close(step - 1)
+            self.close()
+        self._step = step
         if self._profile is not None:
             self._phase = torch.profiler.record_function(phase)
             self._phase.__enter__()
 
-    def close(self, step: int | None = None) -> None:
-        """Write the trace, if one is being recorded; `step` is the last one in it."""
+    def close(self) -> None:
+        """Write the trace, if one is being recorded."""
         if self._phase is not None:
             self._phase.__exit__(None, None, None)
             self._phase = None
@@ -56,7 +58,7 @@ class Profiler:
         if profile is None:
             return
         profile.stop()
-        name = f"steps-{self.first}-{self.last if step is None else step}-rank-{self.rank:05d}.json.gz"
+        name = f"steps-{self.first}-{self._step}-rank-{self.rank:05d}.json.gz"
         path = self.folder / name
         try:
             self.folder.mkdir(exist_ok=True)

@@ -17,8 +17,9 @@ DUMP_SIGNAL = signal.SIGUSR2
 """A process that trains writes the stacks of its threads when it gets this signal, even if Python is stuck."""
 
 OUR_PACKAGES = ("pretrain", "optimizers", "eval")
-WAITING = ("torch/distributed/", "torch/autograd/graph.py")
-"""Files of torch in which a thread waits for other ranks, or for the backward pass in which ranks wait."""
+WAITING = ("torch/distributed/", "torch/autograd/graph.py", "deepspeed/comm/", "deepspeed/utils/nvtx.py")
+"""Files in which a thread waits for other ranks, or for the backward pass in which ranks wait. The last one wraps
+every call of ZeRO 3 that waits for weights."""
 _ROOT = Path(__file__).parents[2]
 
 

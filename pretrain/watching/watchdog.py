@@ -236,7 +236,8 @@ class Watchdog:
         self._verdict = reason
         others, silent = self._others, self.silent()
         named = min(suspects({**others, self.at.rank: self.heartbeat()}, silent), key=lambda beat: beat.rank)
-        _in_time(lambda: report(HangError(reason, rank=named.rank, host=named.host)))
+        error = HangError(reason, rank=named.rank, host=named.host, launch=self.at.launch)
+        _in_time(lambda: report(error))
         if self.at.rank == min({self.at.rank, *others} - silent):
             _in_time(lambda: self.alert(reason.splitlines()[0]))
         file = self._file

@@ -16,7 +16,7 @@ from pretrain.watching.watchdog import Place, Watchdog
 from tests.counting.where import configured, train
 from tests.distributed.ranks import start_ranks
 from tests.watching.beats import beat
-from tests.watching.hanging import QUICK, hang
+from tests.watching.hanging import KINDS, QUICK, hang
 
 LONG = pytest.mark.long
 
@@ -64,8 +64,7 @@ def test_the_rank_that_hangs_is_named_and_every_rank_ends(
     for rank in range(world_size):
         stacks = (folder / f"rank-{rank:05d}.stacks.txt").read_text()
         assert "in fit" in stacks
-        # The line of the training thread: where the rank at fault hangs, and where the others wait for it.
-        assert ("in loss_sum" in stacks) == (rank == at_fault), stacks
+        assert (f"in {KINDS[kind].__name__}" in stacks) == (rank == at_fault), stacks
 
 
 def watchdog(folder: Path, settings: WatchConfig, world_size: int = 1, **options: Any) -> tuple[Watchdog, list[int]]:
