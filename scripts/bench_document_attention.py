@@ -37,7 +37,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def ratios(rows: int, length: int, mean: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[str]:
     """Return a row of the table."""
-    kernel = choose_kernel("auto", device, dtype, 64).kernel
+    kernel = choose_kernel("auto", device, dtype, 64, length).kernel
     tokens = torch.randint(1, 50, (rows, length))
     tokens[torch.rand(rows, length) < 1 / mean] = EOS
     drawn = [torch.randn(rows, 8, length, 64, dtype=dtype, device=device, requires_grad=True) for _ in range(4)]

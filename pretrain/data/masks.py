@@ -8,9 +8,7 @@ only says "causal" if tokens may attend across documents.
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from pretrain.model.attention import AttentionMask, DocumentKernel
-
-_BLOCK = 128  # the side of a block of a block mask; what FlexAttention's kernels expect by default
+from pretrain.model.attention import FLEX_BLOCK, AttentionMask, DocumentKernel
 
 
 def attention_inputs(
@@ -88,8 +86,8 @@ def _block_mask(starts: torch.Tensor) -> BlockMask:
     The keys of a block of queries reach from the beginning of the document of its first query to the block itself.
     """
     length = starts.shape[1]
-    blocks = torch.arange(-(-length // _BLOCK), device=starts.device)
-    first = starts[:, ::_BLOCK] // _BLOCK  # [B, blocks]
+    blocks = torch.arange(-(-length // FLEX_BLOCK), device=starts.device)
+    first = starts[:, ::FLEX_BLOCK] // FLEX_BLOCK  # [B, blocks]
     count = blocks - first + 1
     indices = (first[:, :, None] + blocks).clamp(max=len(blocks) - 1)
 
@@ -99,7 +97,7 @@ def _block_mask(starts: torch.Tensor) -> BlockMask:
     return BlockMask.from_kv_blocks(
         count[:, None].to(torch.int32),
         indices[:, None].to(torch.int32),
-        BLOCK_SIZE=_BLOCK,
+        BLOCK_SIZE=FLEX_BLOCK,
         mask_mod=visible,
         seq_lengths=(length, length),
     )

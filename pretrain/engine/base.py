@@ -82,7 +82,8 @@ class Engine:
         self.precision = resolve_precision(config.train.precision, fast_bf16=fast_bf16, deepspeed=self.is_deepspeed)
         dtype = torch.bfloat16 if self.precision.is_bf16 else torch.float32
         heads = config.model.hidden_size // config.model.num_heads
-        self.document_kernel = choose_kernel(config.train.document_attention, self.device, dtype, heads)
+        wanted = config.train.document_attention
+        self.document_kernel = choose_kernel(wanted, self.device, dtype, heads, config.sequence_length)
         self._check_world(expected)
         self.ranks = Ranks(self.rank, self.world_size, self._make_cpu_group())
 

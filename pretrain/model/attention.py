@@ -31,6 +31,10 @@ is causal within each document. A BlockMask: blocks that hold any attention, and
 
 DocumentKernel: TypeAlias = Literal["varlen", "flex", "segments", "dense"]
 
+FLEX_BLOCK = 128
+"""The side of a block of a block mask, which FlexAttention's kernels expect by default. On sequences shorter than a
+block they are wrong: on an H200, torch 2.11 returned gradients of the queries that were off by 90 %."""
+
 TRANSFORMERS_NAME = "aurora_documents"
 """The name of `attend` among the attention functions of transformers."""
 
@@ -43,7 +47,7 @@ class KernelChoice(NamedTuple):
 
 
 def choose_kernel(
-    wanted: Literal["auto", "dense"], device: torch.device, dtype: torch.dtype, head_size: int
+    wanted: Literal["auto", "dense"], device: torch.device, dtype: torch.dtype, head_size: int, length: int
 ) -> KernelChoice:
     """Choose the kernel for attention within documents.
 
@@ -52,6 +56,7 @@ def choose_kernel(
         device: of the model.
         dtype: of queries, keys and values.
         head_size: d.
+        length: T.
 
     """
     if wanted == "dense":
@@ -64,9 +69,10 @@ def choose_kernel(
     if dtype in (torch.bfloat16, torch.float16) and capability >= (8, 0) and head_size <= 256 and head_size % 8 == 0:
         return KernelChoice("varlen", "the variable-length FlashAttention kernel")
     why = f"FlashAttention does not support {dtype} with heads of {head_size} on this GPU"
-    if importlib.util.find_spec("triton") and capability >= (7, 0) and head_size >= 16:
+    if importlib.util.find_spec("triton") and capability >= (7, 0) and head_size >= 16 and length >= FLEX_BLOCK:
         return KernelChoice("flex", f"compiled FlexAttention ({why})")
-    return KernelChoice("dense", f"a dense mask ({why}, and FlexAttention needs Triton, a newer GPU, or larger heads)")
+    needs = f"Triton, a newer GPU, heads of 16, or sequences of {FLEX_BLOCK} tokens"
+    return KernelChoice("dense", f"a dense mask ({why}, and FlexAttention needs {needs})")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float | None = None) -> Tensor:

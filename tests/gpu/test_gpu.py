@@ -89,7 +89,7 @@ def test_fused_adamw_equals_the_plain_one(dtype: torch.dtype, tmp_path: Path) ->
 def test_attention_within_documents_equals_the_dense_mask(
     dtype: torch.dtype, kernel: Any, key_heads: int, length: int
 ) -> None:
-    assert choose_kernel("auto", torch.device("cuda"), dtype, 64).kernel == kernel
+    assert choose_kernel("auto", torch.device("cuda"), dtype, 64, length).kernel == kernel
     tokens = torch.randint(1, 50, (3, length))
     tokens[:, 20::60] = 0
     tokens[1, 100:] = 0
@@ -118,6 +118,8 @@ def test_document_masks_train_alike_with_and_without_a_dense_mask(
 ) -> None:
     changes = {"data.document_mask": True, "data.reset_positions": True, "train.precision": precision} | GRAM
     heads = {"model.num_heads": 1, "train.compile": compiled}  # of 32 dimensions
+    # FlexAttention needs sequences of 128 tokens.
+    heads |= {"model.context_length": 128, "train.global_batch_tokens": 3072, "train.total_tokens": 122_880}
     fast, dense = (
         losses(tmp_path / kind, changes | heads | {"train.document_attention": kind}) for kind in ("auto", "dense")
     )
@@ -130,7 +132,7 @@ def test_the_utilisation_is_reported_on_a_known_gpu(tmp_path: Path) -> None:
     known = any(name in torch.cuda.get_device_name() for name in ("H100", "H200", "A100", "B200", "L40S", "4090"))
     for line in metrics(config):
         assert ("mfu" in line) is known
-        assert 0 < line.get("mfu", 1e-9) < 1
+        assert 0 <= line.get("mfu", 0) < 1  # that of so small a model rounds to 0
 
 
 def test_phases_are_timed_by_events(tmp_path: Path) -> None:

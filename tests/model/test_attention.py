@@ -144,19 +144,22 @@ def test_the_varlen_kernel_gets_joined_rows_and_the_causal_window(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "dtype", "capability", "heads", "triton", "expected"),
+    ("wanted", "device", "dtype", "capability", "heads", "length", "triton", "expected"),
     [
-        ("auto", "cuda", torch.bfloat16, (8, 0), 64, True, "varlen"),
-        ("auto", "cuda", torch.bfloat16, (9, 0), 256, True, "varlen"),
-        ("auto", "cuda", torch.bfloat16, (9, 0), 320, True, "flex"),
-        ("auto", "cuda", torch.float32, (9, 0), 64, True, "flex"),
-        ("auto", "cuda", torch.float32, (9, 0), 64, False, "dense"),
-        ("auto", "cuda", torch.bfloat16, (6, 1), 64, True, "dense"),
-        ("auto", "cuda", torch.bfloat16, (7, 5), 8, True, "dense"),
-        ("auto", "cpu", torch.bfloat16, None, 64, False, "segments"),
-        ("auto", "mps", torch.float32, None, 64, False, "dense"),
-        ("dense", "cuda", torch.bfloat16, (9, 0), 64, True, "dense"),
-        ("dense", "cpu", torch.float32, None, 64, True, "dense"),
+        ("auto", "cuda", torch.bfloat16, (8, 0), 64, 2048, True, "varlen"),
+        ("auto", "cuda", torch.bfloat16, (9, 0), 256, 2048, True, "varlen"),
+        ("auto", "cuda", torch.bfloat16, (9, 0), 320, 2048, True, "flex"),
+        ("auto", "cuda", torch.float32, (9, 0), 64, 2048, True, "flex"),
+        ("auto", "cuda", torch.float32, (9, 0), 64, 128, True, "flex"),
+        ("auto", "cuda", torch.float32, (9, 0), 64, 127, True, "dense"),
+        ("auto", "cuda", torch.bfloat16, (9, 0), 64, 32, True, "varlen"),
+        ("auto", "cuda", torch.float32, (9, 0), 64, 2048, False, "dense"),
+        ("auto", "cuda", torch.bfloat16, (6, 1), 64, 2048, True, "dense"),
+        ("auto", "cuda", torch.bfloat16, (7, 5), 8, 2048, True, "dense"),
+        ("auto", "cpu", torch.bfloat16, None, 64, 2048, False, "segments"),
+        ("auto", "mps", torch.float32, None, 64, 2048, False, "dense"),
+        ("dense", "cuda", torch.bfloat16, (9, 0), 64, 2048, True, "dense"),
+        ("dense", "cpu", torch.float32, None, 64, 2048, True, "dense"),
     ],
 )
 def test_the_kernel_is_what_the_device_supports(
@@ -165,13 +168,14 @@ def test_the_kernel_is_what_the_device_supports(
     dtype: torch.dtype,
     capability: Any,
     heads: int,
+    length: int,
     triton: bool,
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: triton or None)
-    choice = choose_kernel(wanted, torch.device(device), dtype, heads)
+    choice = choose_kernel(wanted, torch.device(device), dtype, heads, length)
     assert choice.kernel == expected
     assert choice.reason
 
