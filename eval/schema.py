@@ -1,7 +1,7 @@
 """The result file of an evaluation (results.json), key by key.
 
-Accuracies are fractions between 0 and 1. A key marked NotRequired is absent, never null, in the case that its comment
-describes.
+Accuracies are fractions between 0 and 1, log-likelihoods are natural. A key marked NotRequired is absent, never null,
+in the case that its comment describes.
 """
 
 from typing import Literal, NotRequired, TypedDict
@@ -14,13 +14,19 @@ class ItemOutcome(TypedDict):
 
     # Position of the item in its split, from 0, independent of the limit.
     doc_id: int
-    # SHA-256 of the item as lm-eval prepares it. Pair two results by this key.
+    # SHA-256 of the item as lm-eval prepares it. Pair two results by this key and doc_id (a split may repeat an item).
     doc_hash: str
     # 1 if the correct choice has the highest log-likelihood, else 0.
     acc: int
     # The same after dividing each log-likelihood by the choice's length in characters.
     # Absent if the task has no acc_norm (WinoGrande).
     acc_norm: NotRequired[int]
+    # What the item was made from, if the data set says so: the video or article of a HellaSwag item, the goal of a PIQA
+    # item, the passage of a BoolQ item (texts as the first 16 digits of their SHA-256). Items that share it are not
+    # independent. Absent for other tasks, and in results of earlier versions.
+    source: NotRequired[str]
+    # Log-likelihood of each choice, not divided by its length. Absent in results of earlier versions.
+    log_likelihoods: NotRequired[list[float]]
 
 
 class TaskResult(TypedDict):

@@ -91,6 +91,13 @@ class ContinuationScorer(HFLM):
                 log_likelihoods.index_add_(0, owners, log_probs)
                 greedy[owners[~hits]] = False
                 bar.update(len(batch))
+        broken = int((~log_likelihoods.isfinite()).sum())
+        if broken:
+            # Comparing them would score a broken model like a guessing one.
+            raise EvalError(
+                f"the model gives {broken:,} of {len(requests):,} texts a log-likelihood that is not a finite number;"
+                " its weights may be damaged, or --dtype too narrow for it"
+            )
         return list(zip(log_likelihoods.tolist(), greedy.tolist(), strict=True))
 
     @torch.inference_mode()

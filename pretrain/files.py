@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -63,6 +64,35 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file in the place of an earlier one, in one rename."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def irregular(path: str | os.PathLike[str]) -> bool:
+    """Return whether an existing file is something else than a file with fixed contents, such as a device or a pipe.
+
+    A pipe may block for ever, and `/dev/zero` and some files of `/proc` have no end.
+
+    Raises:
+        OSError: there is no such file, or it cannot be looked at.
+    """
+    kept = stat.S_ISREG(os.stat(path).st_mode)
+    return not kept or os.path.realpath(path).startswith(("/dev/", "/proc/", "/sys/"))
+
+
+def read_limited(path: Path, most: int = 64 << 20) -> bytes:
+    """Return the contents of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or is larger.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    if irregular(path):
+        raise OSError(f"{path} is not a regular file")
+    with path.open("rb") as file:
+        contents = file.read(most + 1)
+    if len(contents) > most:
+        raise OSError(f"{path} is larger than the {most >> 20} MiB that such a file may have")
+    return contents
 
 
 def file_sha256(path: Path) -> str:

@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from eval.harness import RESULT_FILE, format_table
+from eval.harness import format_table
 from eval.items import fetch_items
+from eval.results import RESULT_FILE
 from eval.schema import EvalResult
 from pretrain.config import Config, load_config
 from pretrain.data import validation_text
@@ -77,7 +78,7 @@ def evaluated(config: Config, folder: Path, task: str, limit: int | None) -> Eva
         print(f"{task}: already evaluated ({out / RESULT_FILE})")
         return result
     amount = [] if limit is None else ["--limit", str(limit)]
-    aurora("eval", str(folder), "--tasks", task, "--out", str(out), "--selection", SELECTION, *amount)
+    aurora("eval", str(folder), "--tasks", task, "--out", str(out), "--selection", SELECTION, "--overwrite", *amount)
     result = read_result(out / RESULT_FILE)
     assert result is not None
     return result

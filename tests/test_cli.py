@@ -30,7 +30,7 @@ def config_file(tiny_config: MakeConfig, tmp_path: Path) -> Path:
     return file
 
 
-VERBS = ("check", "config", "data", "train", "plan", "sweep", "export", "eval", "report")
+VERBS = ("check", "config", "data", "train", "slurm", "plan", "sweep", "export", "eval", "compare", "report")
 
 
 @pytest.mark.parametrize("arguments", [("--help",), *((verb, "--help") for verb in VERBS)])

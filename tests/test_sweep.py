@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,27 @@ AXES: dict[str, Any] = {
     },
     "seed": {1: {"run.seed": 1}, 2: {"run.seed": 2}},
 }
+# Four jobs: three trials, and one that waits for the best of them.
+ONE_OPTIMIZER: dict[str, Any] = {
+    "optimizer": {"adamw": {"optimizer": {"name": "adamw"}, "optimizer.adamw.lr": {"one_of": [1e-3, 2e-3, 3e-3]}}},
+    "seed": AXES["seed"],
+}
+
+
+def write_sweep(folder: Path, **changes: Any) -> Path:
+    """A sweep over a config of 6 steps; keyword arguments are keys of the sweep file."""
+    base = {"train.total_tokens": 6 * 768, "schedule.warmup_tokens": 0, "checkpoint.save_every_steps": 2}
+    (folder / "base.yaml").write_text(yaml.safe_dump(merged(TINY, base)))
+    data = {"name": "tiny", "base": "base.yaml", "root": str(folder / "runs"), "axes": AXES} | changes
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
 
 
 @pytest.fixture
 def sweep_file(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a sweep over a config of 6 steps; keyword arguments are keys of the sweep file."""
-    changes = {"train.total_tokens": 6 * 768, "schedule.warmup_tokens": 0, "checkpoint.save_every_steps": 2}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(merged(TINY, changes)))
-
-    def write(**changes: Any) -> Path:
-        data = {"name": "tiny", "base": "base.yaml", "root": str(tmp_path / "runs"), "axes": AXES} | changes
-        path = tmp_path / "sweep.yaml"
-        path.write_text(yaml.safe_dump(data, sort_keys=False))
-        return path
-
-    return write
+    """Writes a sweep into tmp_path, see `write_sweep`."""
+    return partial(write_sweep, tmp_path)
 
 
 def finish(run: RunFolder, loss: float) -> None:
@@ -137,21 +144,26 @@ def test_every_problem_is_reported_once(sweep_file: Callable[..., Path]) -> None
     assert len(caught.value.problems) == 2
 
 
-def test_a_sweep_runs_to_its_end_and_is_not_run_again(
-    sweep_file: Callable[..., Path], capfd: pytest.CaptureFixture[str]
-) -> None:
-    path = sweep_file()
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that was run to its end without a stop."""
+    path = write_sweep(tmp_path_factory.mktemp("complete"), axes=ONE_OPTIMIZER)
     assert main(["sweep", str(path), "--jobs", "2"]) == DONE
+    return path
+
+
+def test_a_sweep_runs_to_its_end_and_is_not_run_again(complete: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = complete
     jobs = plan_jobs(load_sweep(path))
     assert all(job.run.finished for job in jobs)
     before = [(job.run.path / "metrics.jsonl").stat().st_mtime_ns for job in jobs]
     assert main(["sweep", str(path)]) == DONE
     assert [(job.run.path / "metrics.jsonl").stat().st_mtime_ns for job in jobs] == before
-    assert "5 of 5 jobs done" in capfd.readouterr().out
+    assert "4 of 4 jobs done" in capfd.readouterr().out
     assert main(["sweep", "status", str(path)]) == DONE
-    assert capfd.readouterr().out.count("done") == 6
+    assert capfd.readouterr().out.count("done") == 5
     plan = json.loads((path.parent / "runs/sweeps/tiny/sweep.json").read_text())
-    assert [job["chosen"] for job in plan["jobs"]].count(False) == 1
+    assert [job["chosen"] for job in plan["jobs"]].count(False) == 2
     assert main(["report", str(path)]) == DONE
     assert (path.parent / "runs/sweeps/tiny/report.html").exists()
 
@@ -176,14 +188,12 @@ def wait_for_steps(path: Path, steps: int) -> None:
     raise AssertionError("the sweep does not get on")
 
 
-def test_killing_a_sweep_twice_changes_nothing(sweep_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_killing_a_sweep_twice_changes_nothing(complete: Path, sweep_file: Callable[..., Path]) -> None:
     """Once by SIGKILL, which leaves the training processes to themselves, once by a request to stop."""
-    whole = sweep_file(root=str(tmp_path / "whole"))
-    assert run_sweep(load_sweep(whole), 2) == DONE
-    expected = weights(whole)
-
-    path = sweep_file()
-    for number, steps, code in ((signal.SIGKILL, 3, -signal.SIGKILL), (signal.SIGTERM, 14, STOPPED)):
+    expected = weights(complete)
+    # The second stop comes when two trials are done and the third has begun.
+    path = sweep_file(axes=ONE_OPTIMIZER)
+    for number, steps, code in ((signal.SIGKILL, 3, -signal.SIGKILL), (signal.SIGTERM, 13, STOPPED)):
         process = start(path)
         wait_for_steps(path, steps)
         os.kill(process.pid, number)

@@ -6,11 +6,11 @@ way: it stores contiguous runs of elements of named tensors, and this process ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optimizers import Aurora
 from optimizers.sharded import Held, ShardedMatrices
@@ -85,8 +85,14 @@ def load_weights(reader: CheckpointReader, model: nn.Module) -> None:
     shapes = {name: list(p.shape) for name, p in parameters.items()}
     if shapes != {name: slots["weight"]["shape"] for name, slots in saved.items()}:
         raise CheckpointError(f"{reader.folder}: its parameters are not those of this model")
-    for name, parameter in parameters.items():
-        parameter.copy_(reader.read(name, "weight"))
+    copy_weights(reader.read, model)
+
+
+@torch.no_grad()
+def copy_weights(read: Callable[[str, str], Tensor], model: nn.Module) -> None:
+    """Copy the weights that `read` returns for a name and the slot ``weight`` into a model of the same shapes."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(read(name, "weight"))
 
 
 @torch.no_grad()
@@ -99,11 +105,22 @@ def load_state(reader: CheckpointReader, model: nn.Module, optimizer: Aurora, he
     Raises:
         CheckpointError: the groups or their state do not match this optimizer.
     """
-    groups, saved = reader.index["optimizer_groups"], reader.index["parameters"]
+    groups = reader.index["optimizer_groups"]
     if [g["param_names"] for g in groups] != [g["param_names"] for g in optimizer.param_groups]:
         raise CheckpointError(f"{reader.folder}: its optimizer groups are not those of this config")
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group["lr"] = settings["lr"]
+    load_tensors(reader, model, optimizer, held)
+
+
+@torch.no_grad()
+def load_tensors(reader: CheckpointReader, model: nn.Module, optimizer: Aurora, held: Held | None = None) -> None:
+    """Load the fp32 weights and the optimizer state by the names of the parameters, whatever groups they were in.
+
+    Raises:
+        CheckpointError: the state does not match this optimizer.
+    """
+    saved = reader.index["parameters"]
     known: dict[str, set[str]] = {name: set() for name in saved}
     for fragment in fragments(model, optimizer, held):
         known[fragment.name].add(fragment.slot)

@@ -24,10 +24,16 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     """Add the choice of evaluation tasks."""
     parser.add_argument(
         "--tasks",
+        type=task_names,
         default="hellaswag,winogrande",
         metavar="NAMES",
         help="tasks, separated by commas (default: %(default)s)",
     )
+
+
+def task_names(text: str) -> list[str]:
+    """Names separated by commas; a comma too many does no harm."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def positive(text: str) -> int:

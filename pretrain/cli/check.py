@@ -44,16 +44,28 @@ def run(options: argparse.Namespace) -> int:
     if is_sweep_file(Path(options.config)):
         return _check_sweep(Path(options.config), options.overrides, options.online)
     config = load_config(options.config, options.overrides)
-    inputs = _check_inputs(config, options.online)
+    inputs = check_config_inputs(config, options.online)
     model = build_model(config.model, config.run.seed, device="meta")
+    notes = [*inputs.warnings, *check_ancestor(config, inputs)]
     print(config.to_yaml())
     print("\n".join([*format_routing(config, model), "", *describe(config, model, world_size=1)]))
-    lines = [*describe_data(inputs.budgets), *_remote_lines(inputs), *(f"warning: {line}" for line in inputs.warnings)]
+    lines = [*describe_data(inputs.budgets), *remote_lines(inputs), *(f"warning: {line}" for line in notes)]
     print("\n".join(lines), end="\n" * bool(lines))
     return 0
 
 
-def _check_inputs(config: Config, online: bool) -> Inputs:
+def check_ancestor(config: Config, inputs: Inputs) -> list[str]:
+    """Check what the run takes over from another one; return the warnings."""
+    from pretrain.launch.ancestor import preview_ancestor
+    from pretrain.run.identity import Identity
+
+    if config.init.source is None:
+        return []
+    known = bool(inputs.tokenizer_sha256) and all(source.files for source in inputs.catalog.sources)
+    return preview_ancestor(config, Identity.of(config, inputs.data, inputs.tokenizer_sha256) if known else None)
+
+
+def check_config_inputs(config: Config, online: bool) -> Inputs:
     """Check what a run would read; remote sources without a lock are looked at only if asked for."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.data import DataError, load_tokenizer
@@ -74,7 +86,7 @@ def _check_inputs(config: Config, online: bool) -> Inputs:
     return check_inputs(config, tokenizer, locked, online=online)
 
 
-def _remote_lines(inputs: Inputs) -> list[str]:
+def remote_lines(inputs: Inputs) -> list[str]:
     """What is known of each remote source, and what was not checked."""
     lines = []
     if not inputs.tokenizer_sha256:
@@ -100,13 +112,14 @@ def _check_sweep(path: Path, overrides: Sequence[str], online: bool) -> int:
     if overrides:
         raise ConfigError([f"{overrides[0]}: a sweep takes no overrides on the command line; put them into the file"])
     sweep = read_sweep(path)
-    checked = set()
+    by_inputs: dict[tuple[object, ...], Inputs] = {}
     warnings: dict[str, None] = {}
     for config in (job.config for job in plan_jobs(sweep) if job.config):
         sections = (config.data, config.tokenizer, config.train)
         inputs = (*(section.model_dump_json() for section in sections), config.model.vocab_size)
-        if inputs not in checked:
-            warnings.update(dict.fromkeys(_check_inputs(config, online).warnings))
-            checked.add(inputs)
+        if inputs not in by_inputs:
+            by_inputs[inputs] = check_config_inputs(config, online)
+            warnings.update(dict.fromkeys(by_inputs[inputs].warnings))
+        warnings.update(dict.fromkeys(check_ancestor(config, by_inputs[inputs])))
     print("\n".join([*format_status(sweep), *(f"warning: {line}" for line in warnings)]))
     return 0

@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from pretrain.cli import check, config, data, evaluate, export, plan, report, status, sweep, train
+from pretrain.cli import check, compare, config, data, evaluate, export, plan, report, slurm, status, sweep, train
 from pretrain.processes.environment import set_defaults
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED
 from pretrain.processes.failures import is_first_to_say, note_exit
 from pretrain.processes.failures import report as report_failure
 
-VERBS = (check, config, data, train, status, plan, sweep, export, evaluate, report)
+VERBS = (check, config, data, train, status, slurm, plan, sweep, export, evaluate, compare, report)
 """The modules of the verbs, in the order of the help. Each has a function ``add`` that declares its arguments; what
 carries a verb out is imported when it runs."""
 

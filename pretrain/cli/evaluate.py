@@ -43,6 +43,11 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write the result to")
     parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier result in DIR even if it is of another model, or has more tasks or items",
+    )
+    parser.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="sequences per forward pass (default: %(default)s)"
     )
     parser.add_argument(
@@ -65,18 +70,24 @@ def add(verbs: Verbs) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluate, print the table and write the result."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from eval.harness import evaluate, format_table, write_result
+    from eval.harness import evaluate, format_table
+    from eval.models import locate_model
+    from eval.results import check_out, write_result
     from pretrain.export.run import export_checkpoint, is_run_or_checkpoint
 
     source = Path(options.model)
+    ours = is_run_or_checkpoint(source)
+    if not options.overwrite:
+        name = str(source) if ours else locate_model(options.model).name
+        check_out(options.out, name, options.tasks, options.limit, options.selection)
     with contextlib.ExitStack() as stack:
         model = options.model
-        if is_run_or_checkpoint(source):
+        if ours:
             model = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-export-")), "model")
             print(f"evaluating {export_checkpoint(source, Path(model)).folder}", flush=True)
         result = evaluate(
             model,
-            [task.strip() for task in options.tasks.split(",")],
+            options.tasks,
             limit=options.limit,
             selection=options.selection,
             items=options.items,
@@ -85,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             device=options.device,
             trust_remote_code=options.trust_remote_code,
         )
-    if is_run_or_checkpoint(source):
+    if ours:
         result["model"]["name"] = str(source)
     path = write_result(result, options.out)
     print(format_table(result))

@@ -31,6 +31,12 @@ def add(verbs: Verbs) -> None:
         "PATH: resume from this checkpoint (default: %(default)s)",
     )
     parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="continue a run, finished or not, to a larger train.total_tokens; everything else must be as before, "
+        "except that schedule.decay_start_tokens may move with the end",
+    )
+    parser.add_argument(
         "--stop-at", type=positive, metavar="STEP", help="save a checkpoint after this step and exit with code 75"
     )
     parser.add_argument(
@@ -54,22 +60,27 @@ def run(options: argparse.Namespace) -> int:
     """Train in this process, or start several."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.config import load_config
+    from pretrain.processes.environment import LaunchError
     from pretrain.processes.torchrun import run_processes
 
+    if options.extend and options.resume == "never":
+        raise LaunchError("--extend continues a run, and --resume never refuses to: leave one of them out")
     if options.processes > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the first process repeats them
             load_config(options.config, options.overrides)  # report problems once, before any process starts
         stop = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
-        first, last = options.profile or (None, None)
-        profile = [] if options.profile is None else ["--profile", f"{first}-{last}"]
-        arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *stop, *profile]
+        profile = [] if options.profile is None else ["--profile", "{}-{}".format(*options.profile)]
+        extend = ["--extend"] if options.extend else []
+        more = [*stop, *profile, *extend]
+        arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *more]
         return run_processes(options.processes, arguments)
 
     # Imported here: the parent of several processes does not train.
     from pretrain.launch import train
 
-    return train(load_config(options.config, options.overrides), options.resume, options.stop_at, options.profile)
+    config = load_config(options.config, options.overrides)
+    return train(config, options.resume, options.stop_at, extend=options.extend, profile=options.profile)
 
 
 def _steps(text: str) -> tuple[int, int]:

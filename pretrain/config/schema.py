@@ -17,6 +17,7 @@ from pretrain.config.data import DataConfig
 from pretrain.config.effect import without_effect
 from pretrain.config.engine import EngineConfig
 from pretrain.config.errors import ConfigError
+from pretrain.config.init import InitConfig
 from pretrain.config.logging import LoggingConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import OptimizerConfig
@@ -41,6 +42,7 @@ class Config(Section):
     data: DataConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    init: InitConfig = Field(default_factory=InitConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
@@ -105,6 +107,8 @@ class Config(Section):
             for key in parents:
                 section = section.get(key, {})
             section.pop(last, None)
+        if not data["init"]:
+            del data["init"]
         return data
 
     def sections(self) -> dict[str, Section]:

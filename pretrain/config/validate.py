@@ -234,12 +234,30 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
     if sections.get("engine") and sections["engine"].kind == "deepspeed":
         problems += _deepspeed_problems(sections)
     if train and schedule:
-        decay = schedule.decay_fraction * train.total_tokens if schedule.kind == "wsd" else 0
-        if schedule.warmup_tokens + decay > train.total_tokens:
+        problems += _schedule_problems(schedule, train.total_tokens)
+    return problems
+
+
+def _schedule_problems(schedule: Any, total_tokens: int) -> list[str]:
+    """What the schedule and the length of the run say of each other."""
+    problems = []
+    if schedule.kind == "wsd" and schedule.decay_start_tokens is not None:
+        before = schedule.decay_start_tokens
+        if before >= total_tokens:
             problems.append(
-                f"schedule.warmup_tokens: expected at most the {train.total_tokens - decay:,.0f} tokens "
-                f"before the decay, got {schedule.warmup_tokens:,}"
+                f"schedule.decay_start_tokens: expected less than train.total_tokens ({total_tokens:,}), got "
+                f"{before:,}; for a run without decay, set schedule.kind constant"
             )
+        too_long = schedule.warmup_tokens > before
+    else:
+        decay = schedule.decay_fraction * total_tokens if schedule.kind == "wsd" else 0
+        before = total_tokens - decay
+        too_long = schedule.warmup_tokens + decay > total_tokens
+    if too_long:
+        problems.append(
+            f"schedule.warmup_tokens: expected at most the {before:,.0f} tokens before the decay, got "
+            f"{schedule.warmup_tokens:,}"
+        )
     return problems
 
 

@@ -10,11 +10,9 @@ previous sequence, so every token except the very first is a target exactly once
     sequence 2               [c c c | ...     waits for the next epoch, or is padded when there is none
 """
 
-import heapq
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,9 +26,6 @@ from pretrain.data.order import ReadPlan
 from pretrain.data.prepared.runs import TokenRun
 from pretrain.data.tokenizer import DocumentEncoder, token_bytes
 
-# Text that is tokenized in one call, taken from the lanes that have the fewest tokens: enough to keep all threads of
-# the tokenizer busy, and little enough that the first batch does not wait for it.
-REFILL_BYTES = 1 << 20
 # Text that is decoded but not yet tokenized: at most this much in all lanes of a reader, and in one lane. A document is
 # never divided, so a lane with larger documents holds one of them.
 READ_AHEAD_BYTES = 64 << 20
@@ -100,83 +95,6 @@ class ReaderTask:
         return min(LANE_READ_AHEAD_BYTES, READ_AHEAD_BYTES // lanes)
 
 
-def read_rings(task: ReaderTask, encoder: DocumentEncoder | None = None) -> dict[int, Iterator[Item]]:
-    """Return the items of each ring, which are read only when they are requested; see `read_items`.
-
-    The rings do not depend on one another: the mixture decides which of them gives the next sequence.
-
-    Args:
-        task: what to read.
-        encoder: that of the task; loaded with the first item if there is none.
-
-    """
-    load = cache(lambda: encoder or DocumentEncoder.load(task.tokenizer))
-    return {index: read_items(task, index, load) for index in task.rings}
-
-
-def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], DocumentEncoder]) -> Iterator[Item]:
-    """Yield the sequences of a reader's lanes of one ring, in the order of the ring, until its last epoch ends.
-
-    Lanes take turns. A lane whose remaining tokens of the epoch do not fill a sequence yields its `EpochEnd` instead
-    and leaves. When all have left, the next epoch begins with all lanes, in order.
-
-    Raises:
-        DataError: see `read_unit`, `load_tokenizer` and `DocumentEncoder.encode`; or the cursors were taken from
-            different data.
-
-    """
-    encoder, own = load_encoder(), task.rings[index]
-    lanes = {lane: task.lane_class(task, lane, own.cursors[lane], encoder) for lane in sorted(own.cursors)}
-    ring = deque(lanes[lane] for lane in own.ring)
-    epoch, epochs = own.epoch, task.plan.rings[index].epochs
-    while epochs is None or epoch < epochs:
-        for lane in ring:
-            lane.open(epoch)
-        last = epoch + 1 == epochs
-        while ring:
-            lane = ring.popleft()
-            while (item := lane.pack(pad=last)) is None:
-                _refill([lane, *ring], encoder)
-            if isinstance(item, PackedSequence):
-                ring.append(lane)
-            yield item
-        epoch += 1
-        ring.extend(lanes.values())
-
-
-def _refill(lanes: "Sequence[Lane]", encoder: DocumentEncoder) -> None:
-    """Tokenize about `REFILL_BYTES` of text in one call; each document goes to the lane with the fewest tokens.
-
-    What is tokenized already only takes its turn.
-    """
-    queue = [(lane.pending, index) for index, lane in enumerate(lanes) if not lane.exhausted]
-    heapq.heapify(queue)
-    batch: list[tuple[Lane, Document | Tokenized]] = []
-    size = 0
-    while queue and size < REFILL_BYTES:
-        pending, index = queue[0]
-        document = lanes[index].next_document()
-        if document is None:
-            heapq.heappop(queue)
-            continue
-        batch.append((lanes[index], document))
-        # About four bytes per token.
-        length = len(document.run.tokens) if isinstance(document, Tokenized) else document.text_bytes // 4 + 1
-        size += 4 * length
-        heapq.heapreplace(queue, (pending + length, index))
-    texts = iter(encoder.encode([document.text for _, document in batch if isinstance(document, Document)]))
-    for lane, document in batch:
-        if isinstance(document, Tokenized):
-            lane.push(*document)
-            continue
-        tokens = next(texts)
-        if len(tokens) > 1:
-            run = TokenRun.of_document(tokens, document.text_bytes)
-            lane.push(document.position, document.end, run, document.skipped)
-        else:  # a text without tokens, of which only the separator remains, is left out
-            lane.skip(document.skipped)
-
-
 class Lane:
     """The tokens of a lane that have been read but not packed."""
 
@@ -196,8 +114,15 @@ class Lane:
         self._unattached: tuple[BadRow, ...] = ()  # of documents that were left out
         self.pending = 0
         """Tokens waiting to be packed."""
-        self.exhausted = True
-        """Whether all documents of this epoch have been read."""
+        self.expected = 0
+        """Tokens, roughly, of the documents that have been read but not handed back to `push` or `skip`."""
+        self.read_out = True
+        """Whether the last document of this epoch has been read."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing more will be pushed in this epoch."""
+        return self.read_out and not self.expected
 
     def open(self, epoch: int) -> None:
         """Start reading, up to the end of an epoch. Tokens left over from the previous epoch come first.
@@ -216,12 +141,12 @@ class Lane:
         )
         self._documents_read = 0
         self._read_from = Cursor(epoch + 1, 0, 0, 0)
-        self.exhausted = False
+        self.read_out = False
 
     def next_document(self) -> Document | Tokenized | None:
-        """Return the next document of the epoch; the caller hands it back to `push` with its tokens."""
+        """Return the next document of the epoch; the caller hands it back to `push` with its tokens, or to `skip`."""
         document = next(self._documents, None)
-        self.exhausted = document is None
+        self.read_out = document is None
         return document
 
     def skip(self, bad_rows: tuple[BadRow, ...]) -> None:

@@ -27,7 +27,8 @@ from collections.abc import Iterator
 from typing import IO, Protocol
 
 from pretrain.data.errors import DataError
-from pretrain.data.packing import Item, ReaderTask, read_rings
+from pretrain.data.packing import Item, ReaderTask
+from pretrain.data.reading import read_rings
 from pretrain.data.sources.retries import patience, set_patience, stop_requested, stopping
 from pretrain.data.tokenizer import DocumentEncoder
 

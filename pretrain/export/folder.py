@@ -76,6 +76,8 @@ class ModelCard:
     """Name of the optimizer that trained the matrices."""
     datasets: Sequence[str] = ()
     """The data sets of the Hub that it was trained on, as ``organisation/name``."""
+    start: str | None = None
+    """What the weights were at first, as in "the weights of run a at step 5"; None: random ones."""
 
 
 def export_folder(
@@ -266,6 +268,7 @@ def _aurora_json(card: ModelCard, weights: Mapping[str, Tensor]) -> dict[str, An
         "bits_per_byte": known(card.bits_per_byte),
         "optimizer": card.optimizer,
         "git_commit": card.git_commit,
+        **({"started_from": card.start} if card.start else {}),
         "parameters": total,
         "parameters_without_embeddings": body,
         "data_sources": [{key: str(value) for key, value in row.items()} for row in card.data_sources],
@@ -310,7 +313,7 @@ def _readme(card: ModelCard, config: LlamaConfig, weights: Mapping[str, Tensor])
         [
             f"---\n{front_matter}---\n",
             f"# {_escaped(card.run_name)}\n",
-            "A Llama-architecture base language model pretrained from scratch with aurora-pretrain."
+            f"A Llama-architecture base language model pretrained {_escaped(_origin(card))} with aurora-pretrain."
             " It completes text; it has not been taught to follow instructions.\n",
             *_table(["", "value"], facts.items()),
             "\n## Training data\n",
@@ -318,6 +321,10 @@ def _readme(card: ModelCard, config: LlamaConfig, weights: Mapping[str, Tensor])
             f"\n## Config of the run\n\n{fence}yaml\n{card.config_yaml.rstrip()}\n{fence}\n",
         ]
     )
+
+
+def _origin(card: ModelCard) -> str:
+    return "from scratch" if card.start is None else f"from {card.start}"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pretrain.checkpoint.format import INDEX, CheckpointError
 from pretrain.checkpoint.store import CheckpointReader, newest_intact
@@ -91,4 +93,15 @@ def _model_card(reader: CheckpointReader, config: Config) -> ModelCard:
         config_yaml=config.to_yaml(),
         git_commit=provenance["git_commit"],
         optimizer=config.optimizer.name,
+        start=_start(provenance.get("ancestry", [])),
     )
+
+
+def _start(ancestry: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the weights were at first: those of the nearest ancestor; its own are in its card."""
+    if not ancestry:
+        return None
+    nearest = ancestry[0]
+    if nearest["kind"] == "checkpoint":
+        return f"the weights of run {nearest['run']} at step {nearest['step']:,}"
+    return f"the weights of {Path(nearest['folder']).name}"

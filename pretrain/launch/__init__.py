@@ -8,25 +8,30 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint.store import CheckpointReader
 from pretrain.config import Config
 from pretrain.data import DamagedFileError
 from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
 from pretrain.launch.setup import Setup, set_up
+from pretrain.launch.start import Start, choose_start
 from pretrain.launch.watch import watching
 from pretrain.processes.environment import settled
 from pretrain.processes.exit_codes import DONE, STOPPED
 from pretrain.processes.failures import report
 from pretrain.processes.signals import StopRequests, stop_requests
-from pretrain.run.resume import choose_checkpoint
+from pretrain.run.folder import RunError
 from pretrain.training.dry_run import dry_run, wants_dry_run
 from pretrain.training.epochs import packing_lines
 
 
 def train(
-    config: Config, resume: str = "auto", stop_at: int | None = None, profile: tuple[int, int] | None = None
+    config: Config,
+    resume: str = "auto",
+    stop_at: int | None = None,
+    *,
+    extend: bool = False,
+    profile: tuple[int, int] | None = None,
 ) -> int:
     """Train the run that `config` describes, from its newest checkpoint on if there is one.
 
@@ -34,6 +39,7 @@ def train(
         config: validated.
         resume: ``auto``, ``never``, or a checkpoint's folder.
         stop_at: save and stop after this step.
+        extend: the run must exist, and `config` may only make it longer.
         profile: the first and the last step of a trace by torch's profiler.
 
     Returns:
@@ -48,7 +54,7 @@ def train(
         engine = make_engine(config)
         scratch = tempfile.TemporaryDirectory(prefix="aurora-")
         try:
-            code = _train(set_up(config, engine, Path(scratch.name)), resume, stop_at, profile)
+            code = _train(set_up(config, engine, Path(scratch.name)), resume, stop_at, extend, profile)
             engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
             return code
         except BaseException as error:
@@ -60,37 +66,39 @@ def train(
             engine.close()
 
 
-def _train(setup: Setup, resume: str, stop_at: int | None, profile: tuple[int, int] | None) -> int:
-    """Choose a checkpoint, and train from it in the locked run folder."""
+def _train(setup: Setup, resume: str, stop_at: int | None, extend: bool, profile: tuple[int, int] | None) -> int:
+    """Choose where to start, and train from there in the locked run folder."""
     folder, display, ranks = setup.folder, setup.display, setup.engine.ranks
     ranks.on_rank_0(folder.lock)
     try:
-        source, notes = ranks.on_rank_0(lambda: choose_checkpoint(folder, resume, setup.identity))
-        for note in notes:
-            display.warn(note)
-        reader = ranks.everywhere(lambda: CheckpointReader(source)) if source else None
-        step = reader.index["step"] if reader else 0
+        start = choose_start(setup, resume, extend=extend)
+        step = start.step
         if step >= setup.config.total_steps:
-            display.say(f"{folder.path}: already complete at step {step}")
+            longer = "; to extend it, raise train.total_tokens" if extend else ""
+            display.say(f"{folder.path}: already complete at step {step}{longer}")
             return DONE
+        if stop_at is not None and step >= stop_at and not start.is_resume:
+            raise RunError(
+                f"{folder.path}: --stop-at: expected a step after {step}, where the run starts, got {stop_at}"
+            )
         if stop_at is not None and step >= stop_at:
             display.say(f"{folder.path}: already at step {step}, asked to stop at {stop_at}")
             return STOPPED
-        return _fit(setup, reader, stop_at, profile)
+        return _fit(setup, start, stop_at, profile)
     finally:
         folder.unlock()
 
 
-def _fit(setup: Setup, reader: CheckpointReader | None, stop_at: int | None, profile: tuple[int, int] | None) -> int:
-    """Build everything, restore it from `reader`, and train."""
+def _fit(setup: Setup, start: Start, stop_at: int | None, profile: tuple[int, int] | None) -> int:
+    """Build everything, restore it from `start`, and train."""
     config, display = setup.config, setup.display
     notice = "stopping after this step" if setup.engine.rank == 0 else None
     requests = StopRequests()
     with contextlib.ExitStack() as opened, watching(setup, profile) as watch:
-        trainer = build_trainer(setup, reader, requests, opened, watch)
+        trainer = build_trainer(setup, start, requests, opened, watch)
         state = trainer.state
-        if reader:
-            display.say(f"resuming from {reader.folder} (step {state.step})")
+        if start.weights:
+            display.say(str(start))
         display.start(state.step, config.total_steps)
         opened.callback(display.close)
         opened.enter_context(stopping(trainer.stop_requested))

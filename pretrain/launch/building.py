@@ -11,13 +11,15 @@ import torch
 from optimizers import Aurora
 from pretrain.checkpoint.format import CheckpointError
 from pretrain.checkpoint.generators import restore_generators, seed_everything
-from pretrain.checkpoint.state import load_state, load_weights
+from pretrain.checkpoint.state import copy_weights, load_state, load_tensors, load_weights
 from pretrain.checkpoint.store import CheckpointReader
 from pretrain.data import TokenStream, without_bytes
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
+from pretrain.launch.ancestor import Weights
 from pretrain.launch.records import open_run_folder, save_run
 from pretrain.launch.setup import Setup
+from pretrain.launch.start import Start, fill_stepped_weights
 from pretrain.launch.watch import Watch
 from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
@@ -34,15 +36,15 @@ from pretrain.training.validation import Validator
 
 
 def build_trainer(
-    setup: Setup, reader: CheckpointReader | None, requests: StopRequests, opened: contextlib.ExitStack, watch: Watch
+    setup: Setup, start: Start, requests: StopRequests, opened: contextlib.ExitStack, watch: Watch
 ) -> Trainer:
-    """The trainer with all that it owns, in the state of `reader`; what has to be closed goes to `opened`."""
+    """The trainer with all that it owns, in the state of `start`; what has to be closed goes to `opened`."""
     config, engine, display = setup.config, setup.engine, setup.display
     seed_everything(config.run.seed + engine.rank, config.run.deterministic)
     outline = build_model(config.model, config.run.seed, device="meta")
     routing, summary = routing_table(config, outline), describe(config, outline, engine.world_size)
-    optimizer = engine.build(_loader(setup, reader) if reader else None)
-    position: Any = reader.index["data_state"] if reader else None
+    optimizer = engine.build(_loader(setup, start.weights) if start.weights else None)
+    position: Any = start.position.index["data_state"] if start.position else None
     if position and setup.folder.repairable:  # a repair moves the rows behind it
         position = without_bytes(position)
     stream_ranks = engine.new_ranks()
@@ -57,11 +59,11 @@ def build_trainer(
     opened.callback(stream.close)
     notices = EpochNotices(stream.position, config.padded_length)
     hooks = _make_hooks(setup, optimizer, watch)
-    state = _restore(setup, reader, optimizer, hooks) if reader else TrainState()
+    state = _restore(setup, start, optimizer, hooks)
     steps = config.total_steps - state.step
     batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
     opened.callback(batches.close)
-    run_id = engine.ranks.on_rank_0(lambda: open_run_folder(setup, hooks, reader, routing))
+    run_id = engine.ranks.on_rank_0(lambda: open_run_folder(setup, hooks, start.position, routing))
     tracker = engine.ranks.everywhere(
         lambda: make_tracker(config, setup.folder, run_id, engine.rank, state.step, display.warn)
     )
@@ -126,26 +128,41 @@ def _make_hooks(setup: Setup, optimizer: Aurora, watch: Watch) -> list[Hook]:
     return hooks
 
 
-def _loader(setup: Setup, reader: CheckpointReader) -> Callable[[torch.nn.Module], None]:
-    """Fills a model from a checkpoint; a file that one rank cannot read is an error on all."""
+def _loader(setup: Setup, weights: Weights) -> Callable[[torch.nn.Module], None]:
+    """Fills a model with weights; a file that one rank cannot read is an error on all."""
 
     def load(model: torch.nn.Module) -> None:
-        setup.engine.ranks.together(lambda: load_weights(reader, model))
+        if isinstance(weights, CheckpointReader):
+            load_weights(weights, model)
+        else:
+            copy_weights(weights.read, model)
 
-    return load
+    def load_together(model: torch.nn.Module) -> None:
+        setup.engine.ranks.together(lambda: load(model))
+
+    return load_together
 
 
-def _restore(setup: Setup, reader: CheckpointReader, optimizer: Aurora, hooks: Iterable[Hook]) -> TrainState:
-    """Restore optimizer, random generators and hooks from a checkpoint; return its counters."""
-    engine = setup.engine
+def _restore(setup: Setup, start: Start, optimizer: Aurora, hooks: Iterable[Hook]) -> TrainState:
+    """Restore what `start` holds besides the weights of the model; return the counters."""
+    engine, reader = setup.engine, start.position
 
     def restore() -> None:
-        load_state(reader, engine.module.model, optimizer, engine.held)
-        _restore_generators(setup, reader)
-        for hook in hooks:
-            hook.restore(reader)
+        model, held = engine.module.model, engine.held
+        if start.is_resume and start.optimizer:
+            load_state(start.optimizer, model, optimizer, held)
+        elif start.optimizer:
+            load_tensors(start.optimizer, model, optimizer, held)
+        elif start.weights:
+            fill_stepped_weights(start.weights, model, optimizer, held)
+        if reader:
+            _restore_generators(setup, reader)
+            for hook in hooks:
+                hook.restore(reader)
 
     engine.ranks.together(restore)
+    if reader is None:
+        return TrainState()
     try:
         return TrainState(**reader.index["counters"])
     except TypeError as error:  # an edited index of format 1, which has no digest

@@ -16,6 +16,7 @@ from pretrain.checkpoint.store import CheckpointReader, prune
 from pretrain.checkpoint.writer import Snapshot, save_checkpoint
 from pretrain.data import hub_tokenizer
 from pretrain.files import replacing
+from pretrain.launch.ancestor import as_facts
 from pretrain.launch.setup import Setup
 from pretrain.run.data_lock import keep_lock
 from pretrain.run.folder import TOKENIZER_FILE
@@ -53,6 +54,7 @@ def open_run_folder(
         "routing": routing,
         "tokenizer": hub_tokenizer.record(setup.config.tokenizer, setup.config.data, earlier.get("tokenizer")),
         **({"validation": setup.validation.record()} if setup.validation else {}),
+        **as_facts(setup.ancestry),
     }
     launch = {
         "from_step": step,
@@ -60,6 +62,9 @@ def open_run_folder(
             key: [before[key], value]
             for key, value in setup.identity.result.items()
             if key in setup.identity.files and before.get(key, value) != value
+        },
+        "changed_budget": {
+            key: [before[key], value] for key, value in setup.identity.length.items() if before.get(key, value) != value
         },
         "world_size": engine.world_size,
         "device": str(engine.device),
@@ -86,6 +91,7 @@ def save_run(setup: Setup, trainer: Trainer) -> None:
             "precision": str(engine.precision),
             "data": setup.inputs.data,
             "sources": sources,
+            **as_facts(setup.ancestry),
         },
     )
     own: Iterable[Fragment] = itertools.chain(

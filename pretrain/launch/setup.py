@@ -11,6 +11,7 @@ from pretrain.config import Config
 from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.data import hub_tokenizer, load_tokenizer, separator_id
 from pretrain.engine.base import Engine
+from pretrain.launch.ancestor import AncestorRecord, ancestry_of
 from pretrain.run.data_lock import lock_of_run
 from pretrain.run.display import Display
 from pretrain.run.folder import RunFolder
@@ -35,6 +36,8 @@ class Setup:
     """What must match on resume."""
     validation: ValidationSet | None
     """That of remote and prepared sources."""
+    ancestry: list[AncestorRecord]
+    """What the run was started from, nearest first; empty if from initial weights."""
 
     @property
     def eos_id(self) -> int:
@@ -58,8 +61,10 @@ def set_up(config: Config, engine: Engine, scratch: Path) -> Setup:
     )
     for warning in inputs.warnings:
         display.warn(warning)
-    identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256)
+    ancestor, ancestry = engine.ranks.on_rank_0(lambda: ancestry_of(config, folder), long=True)
+    sha256 = ancestor["sha256"] if ancestor else None
+    identity = Identity.of(config, inputs.data, inputs.tokenizer_sha256, sha256)
     validation = validation_set(config, inputs, tokenizer, folder.validation, identity.result, engine)
     if validation is not None:
         identity = replace(identity, validation=validation.sample.sha256)
-    return Setup(config, engine, folder, display, tokenizer, found, inputs, identity, validation)
+    return Setup(config, engine, folder, display, tokenizer, found, inputs, identity, validation, ancestry)

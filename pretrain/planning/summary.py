@@ -80,6 +80,6 @@ def _schedule(config: Config) -> str:
     steps = schedule.warmup_tokens / train.global_batch_tokens
     parts = [f"{schedule.kind}, warm-up {schedule.warmup_tokens:,} tokens ({steps:,.0f} steps)"]
     if schedule.kind == "wsd":
-        decay = schedule.decay_fraction * train.total_tokens
+        decay = train.total_tokens - schedule.decay_start(train.total_tokens)
         parts.append(f"decay over the last {decay:,.0f} tokens ({decay / train.global_batch_tokens:,.0f} steps)")
     return ", ".join(parts)

@@ -6,7 +6,7 @@ where the run ends, or of a sampled validation set prints a warning; everything 
 
 The identity of a saved run is derived from its stored config and the digests of its files, so that checkpoints of
 every version are compared in the same way. The identity recorded in a checkpoint is for human readers, except for the
-tokenizer's digest, which is recorded nowhere else.
+digests of the tokenizer and of the run's ancestor, which are recorded nowhere else.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from pretrain.run.folder import RunError, RunFolder
 
 TOKENIZER = "tokenizer contents"
 VALIDATION = "validation contents"
+ANCESTOR = "init.from contents"
+DECAY_START = "schedule.decay_start_tokens"
+"""The key that may follow a longer budget; see `Identity.check`."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,16 @@ class Identity:
     validation: str | None = None
 
     @classmethod
-    def of(cls, config: Config, data: Mapping[str, Any], tokenizer_sha256: str) -> Self:
+    def of(
+        cls, config: Config, data: Mapping[str, Any], tokenizer_sha256: str, ancestor_sha256: str | None = None
+    ) -> Self:
         """Return the identity of a config whose files are known.
 
         Args:
             config: the run.
             data: `pretrain.data.fingerprint` of its data.
             tokenizer_sha256: of the file `tokenizer.path`.
+            ancestor_sha256: of what `init.from` names; None if it names nothing.
         """
         result: dict[str, Any] = {}
         numerics, length = {}, {}
@@ -78,8 +84,15 @@ class Identity:
             if "locked" not in source:  # a lock says what the files of a remote source are: none can be repaired
                 files[key] = [(file["path"], file["sha256"]) for file in source["files"]]
         result[TOKENIZER] = tokenizer_sha256
+        if ancestor_sha256 is not None:
+            result[ANCESTOR] = ancestor_sha256
         scheduled = config.schedule.kind != "constant"
         return cls(result, numerics, length, scheduled, config.train.global_batch_tokens, files)
+
+    @property
+    def tokenizer(self) -> str:
+        """Digest of the tokenizer's file."""
+        return str(self.result[TOKENIZER])
 
     @classmethod
     def of_checkpoint(cls, index: Mapping[str, Any]) -> Self:
@@ -94,7 +107,7 @@ class Identity:
     @classmethod
     def _of_record(cls, config: Config, described: Mapping[str, Any], identity: Mapping[str, Any]) -> Self:
         try:
-            found = cls.of(config, described["data"], identity[TOKENIZER])
+            found = cls.of(config, described["data"], identity[TOKENIZER], identity.get(ANCESTOR))
             return replace(found, validation=identity.get(VALIDATION))
         except (KeyError, TypeError):
             raise RunError("the digests of its data and tokenizer are missing") from None
@@ -123,7 +136,15 @@ class Identity:
         validation = {VALIDATION: self.validation} if self.validation else {}
         return {**self.result, **self.length, **self.numerics, **validation}
 
-    def check(self, saved: Identity, where: Path, step: int = 0, repairable: Collection[str] = ()) -> list[str]:
+    def check(
+        self,
+        saved: Identity,
+        where: Path,
+        step: int = 0,
+        repairable: Collection[str] = (),
+        *,
+        extend: bool = False,
+    ) -> list[str]:
         """Compare with what was saved; return the warnings for a resume from there.
 
         Args:
@@ -131,6 +152,7 @@ class Identity:
             where: its folder, for messages.
             step: its current step.
             repairable: files of data whose contents may have changed.
+            extend: it is to be extended: it may not become shorter, and the decay of its schedule may start later.
 
         Raises:
             RunError: it is another run, or would end before `step`; lists every key that differs and what to do.
@@ -141,10 +163,13 @@ class Identity:
             "continues at the same row"
             for key, files in repaired.items()
         ]
-        changed = _differences(
+        changed = differences(
             {key: value for key, value in saved.result.items() if key not in repaired},
             {key: value for key, value in self.result.items() if key not in repaired},
         )
+        if extend and (moved := self._moved_decay(saved, changed)):
+            warnings.append(moved)
+            changed = []
         if changed:
             lines = [f"{where}: this run was started with different settings:", *(f"  {line}" for line in changed)]
             lines.append("restore them to resume the run, or choose another run.name to start a new one")
@@ -153,12 +178,17 @@ class Identity:
         for key, tokens in self.length.items():
             if tokens < trained:
                 raise RunError(f"{where}: {key}: expected at least the {trained:,} tokens trained on, got {tokens:,}")
+            if extend and tokens < saved.length[key]:
+                raise RunError(
+                    f"{where}: {key}: --extend expects at least the {saved.length[key]:,} tokens of the run, got "
+                    f"{tokens:,}"
+                )
             if tokens != saved.length[key] and self.scheduled:
                 warnings.append(
                     f"{key} was {saved.length[key]:,}, now {tokens:,}: the schedule ends there, so the learning rates "
                     "of the remaining steps change"
                 )
-        if changed := _differences(saved.numerics, self.numerics):
+        if changed := differences(saved.numerics, self.numerics):
             warnings.append(f"numerics changed, so results will differ in rounding: {'; '.join(changed)}")
         if saved.validation and self.validation and saved.validation != self.validation:
             warnings.append(
@@ -166,6 +196,13 @@ class Identity:
                 "resume cannot be compared: restore validation.max_tokens, validation.max_read_mib and validation.npz"
             )
         return warnings
+
+    def _moved_decay(self, saved: Identity, changed: list[str]) -> str | None:
+        """Return a warning if all that changed is that the decay starts later, as the run ends later."""
+        before, now = (one.result.get(DECAY_START) for one in (saved, self))
+        if len(changed) != 1 or before is None or now is None or now < before:
+            return None
+        return f"{DECAY_START} was {before:,}, now {now:,}"
 
     def _repaired(self, saved: Identity, key: str, repairable: Collection[str]) -> list[str]:
         """Return the files of a source that changed if they may have, and nothing else did."""
@@ -175,7 +212,9 @@ class Identity:
         changed = [new for old, new in zip(before, now, strict=True) if old[1] != new[1]]
         return [path for path, _ in changed] if all(path in repairable for path, _ in changed) else []
 
-    def check_checkpoint(self, reader: CheckpointReader, repairable: Collection[str] = ()) -> list[str]:
+    def check_checkpoint(
+        self, reader: CheckpointReader, repairable: Collection[str] = (), *, extend: bool = False
+    ) -> list[str]:
         """Do the same for a checkpoint, at the step that it was saved at.
 
         Raises:
@@ -185,7 +224,7 @@ class Identity:
             saved = Identity.of_checkpoint(reader.index)
         except (ConfigError, RunError) as error:
             raise RunError(f"{reader.folder}: cannot determine whether this is the same run: {error}") from None
-        return self.check(saved, reader.folder, reader.index["step"], repairable)
+        return self.check(saved, reader.folder, reader.index["step"], repairable, extend=extend)
 
 
 def _contents(source: Mapping[str, Any]) -> str:
@@ -197,7 +236,7 @@ def _contents(source: Mapping[str, Any]) -> str:
     return f"{files}, {source['bytes']:,} bytes, sha256 {identity_hash({'files': digests})}"
 
 
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """The keys that differ, one line each. A key that has no effect is absent, which is the same as null."""
     return [
         f"{key}: {saved.get(key)!r} in the run, {wanted.get(key)!r} now"

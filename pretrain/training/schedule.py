@@ -21,7 +21,7 @@ def lr_factor(config: ScheduleConfig, tokens: int, batch_tokens: int, total_toke
     rise = min(1.0, (tokens + batch_tokens) / warmup) if warmup else 1.0
     if config.kind == "constant":
         return rise
-    start = (1 - config.decay_fraction) * total_tokens if config.kind == "wsd" else warmup
+    start = config.decay_start(total_tokens) if config.kind == "wsd" else warmup
     length = total_tokens - start
     progress = min(1.0, max(0.0, (tokens - start) / length)) if length > 0 else 0.0
     shape = (1 + math.cos(math.pi * progress)) / 2 if config.kind == "cosine" else 1 - progress

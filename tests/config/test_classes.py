@@ -20,6 +20,7 @@ OTHERS = {
     "run.root": "execution",
     "run.deterministic": "numerics",
     "tokenizer.path": "result (contents)",
+    "init.from": "result (contents)",
     "data.sources.path": "result (contents)",
     "data.sources.name": "note",
     "data.sources.licence": "note",

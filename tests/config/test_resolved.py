@@ -41,6 +41,7 @@ FITTING: dict[str, list[Any]] = {
     "checkpoint.keep_every_steps": [None, 50, 1000, 10**6],
     "schedule.warmup_tokens": [0, 4096],
     "schedule.decay_fraction": [0, 0.0, 0.5, 1],
+    "schedule.decay_start_tokens": [None, 4096, 2**18],
     "schedule.final_fraction": [0, 0.1, 1],
     "data.validation_fraction": [0, 0.0, 0.5],
     "data.sources.0.name": [None, "web"],
@@ -62,7 +63,7 @@ NEVER_ALONE = {
     *("optimizer.riemannian", "optimizer.running_norms"),
     *("model.architecture", "model.context_length", "model.embedding_dtype", "model.num_heads"),
     *("data.cache_dir", "data.cache_gib", "data.lock", "data.mirror"),
-    *("optimizer.adamw.head_lr", "schedule.kind", "train.document_attention", "wandb.project"),
+    *("optimizer.adamw.head_lr", "init.take", "schedule.kind", "train.document_attention", "wandb.project"),
 }
 # Text that other readers of YAML take for something else.
 TEXT = st.one_of(

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from pretrain.config.data import TokenizerConfig
 from tests.data.corpus import EOS, make_texts
 from tests.data.store import Store, fill
+from tests.warm import warm_workers
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +26,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TokenizerConfig:
     path: Path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     bpe.save(str(path))
     return TokenizerConfig(path=str(path))
+
+
+@pytest.fixture
+def warm() -> Iterator[None]:
+    """Worker processes start in a moment."""
+    with warm_workers():
+        yield
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from pretrain.run.folder import RunError, RunFolder
 from tests.conftest import TINY
 from tests.data.corpus import drain, make_setting, make_texts, on_ranks, rows, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 TEXTS = [text for text in make_texts(5, 90, longest=30) if text][:60]
 BAD = [
     b'{"text": null}',
@@ -334,7 +336,7 @@ def test_a_file_that_ended_a_run_by_a_bad_row_may_be_repaired_and_no_other(
 ) -> None:
     monkeypatch.setattr("pretrain.data.check.FULL_SCAN_BYTES", 0)
     monkeypatch.setattr("pretrain.data.check._SAMPLE_BYTES", 2000)
-    monkeypatch.setattr("pretrain.data.packing.REFILL_BYTES", 1 << 13)
+    monkeypatch.setattr("pretrain.data.reading.REFILL_BYTES", 1 << 13)
     texts = [f"{number} " + "time water people stone light river " * 20 for number in range(200)]
     path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     path.write_bytes(lines(texts, {100: b'{"text": null}'}))

@@ -36,6 +36,8 @@ from tests.data.corpus import (
 )
 from tests.data.oracle import epoch_texts
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 EOS_ID = 0  # of the tokenizer of these tests
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 

@@ -18,6 +18,8 @@ from pretrain.processes.exit_codes import STOPPED
 from tests.conftest import REPOSITORY
 from tests.data.corpus import Setting, drain, make_setting, make_texts, rows, write_jsonl, write_parquet
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 TEXTS = make_texts(51, 40)
 
 
@@ -147,7 +149,7 @@ sys.addaudithook(see)
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Callable[[dict[str, Any]], Counter[str]]:
-    """Starts a run of two ranks with two workers each and returns who opened what how often."""
+    """Starts a run of two ranks with a worker each and returns who opened what how often."""
 
     def start(config: dict[str, Any]) -> Counter[str]:
         log = tmp_path / "opens"
@@ -183,7 +185,7 @@ def test_a_launch_opens_each_file_a_few_times_and_each_unit_once(
             "run": {"name": "counted"},
             "model": {**model, "num_kv_heads": 1, "context_length": 8},
             "tokenizer": {"path": tokenizer.path},
-            "data": {"sources": [{"path": str(tmp_path / "corpus")}], "lanes": 4, "workers": 2},
+            "data": {"sources": [{"path": str(tmp_path / "corpus")}], "lanes": 4, "workers": 1},
             "optimizer": {"name": "adamw", "adamw": {"lr": 1e-3}},
             "train": {"total_tokens": 320, "global_batch_tokens": 32, "micro_batch_sequences": 2},
             "validation": {"every_steps": 1},

@@ -93,7 +93,7 @@ def test_a_repaired_file_is_read_on(
     monkeypatch.setattr("pretrain.data.check._SAMPLE_BYTES", 2000)
     monkeypatch.setattr("pretrain.data.json_lines.JsonText.last_texts", lambda *_: iter(()))
     monkeypatch.setattr("pretrain.data.parquet.ParquetText.last_texts", lambda *_: iter(()))
-    monkeypatch.setattr("pretrain.data.packing.REFILL_BYTES", 1 << 13)
+    monkeypatch.setattr("pretrain.data.reading.REFILL_BYTES", 1 << 13)
     name, build = KINDS[kind]
     path = tmp_path / name
 

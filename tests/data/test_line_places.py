@@ -125,7 +125,7 @@ def setting(tmp_path: Path, tokenizer: TokenizerConfig) -> Setting:
 def test_a_resume_does_not_read_what_comes_before_it(
     setting: Setting, bytes_read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.data.packing.REFILL_BYTES", 1 << 10)
+    monkeypatch.setattr("pretrain.data.reading.REFILL_BYTES", 1 << 10)
     monkeypatch.setattr("pretrain.data.compression._BUFFER_BYTES", 1 << 10)
     total = len(drain(setting.open(), 1))
     needed = []

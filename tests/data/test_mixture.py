@@ -32,6 +32,8 @@ from tests.data.corpus import (
 )
 from tests.data.oracle import choose, oracle_dealt, oracle_rows
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 SHARES = st.lists(st.one_of(st.floats(1e-6, 1e6), st.sampled_from([0.1, 0.3, 0.6, 1.0, 1e-3])), min_size=1, max_size=12)
 
 

@@ -135,6 +135,6 @@ def test_the_text_of_a_large_file_needs_several_refills(
     path = write_parquet(tmp_path / "a.parquet", make_texts(3, 80), 20)
     setting = make_setting(tokenizer, path, lanes=3, sequence_length=11)
     expected = rows(drain(setting.open(), 4))
-    monkeypatch.setattr("pretrain.data.packing.REFILL_BYTES", 50)
+    monkeypatch.setattr("pretrain.data.reading.REFILL_BYTES", 50)
     monkeypatch.setattr("pretrain.data.packing.READ_AHEAD_BYTES", 100)
     assert rows(drain(setting.open(), 4)) == expected

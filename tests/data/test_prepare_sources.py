@@ -25,6 +25,8 @@ from tests.data.hub_server import hub_server
 from tests.data.store import COMMIT, LINES, PARQUET, Store, remote_config
 from tests.data.test_prepared import contents
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 def config_file(folder: Path, tokenizer: TokenizerConfig, *paths: str, **data: Any) -> Path:
     section = {"sources": [{"path": path} for path in paths], "lanes": 2, "mixture": None, **data}

@@ -30,6 +30,8 @@ from tests.data.corpus import (
     write_parquet,
 )
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 SHARES = {"a": 2, "b": 1, "c": 1.5}
 """Of the tokens: by default, the shares follow from the sizes of the files, which are others for tokens."""
 

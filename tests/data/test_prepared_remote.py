@@ -25,6 +25,8 @@ from tests.data.store import remote_config
 from tests.data.test_prepared import contents
 from tests.data.test_speedrun_shards import gpt2, sample, write_bin
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 __all__ = ["gpt2"]
 
 

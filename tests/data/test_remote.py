@@ -21,6 +21,8 @@ from pretrain.processes.exit_codes import UNAVAILABLE
 from tests.data.corpus import drain, make_setting, make_texts, rows, write_jsonl, write_parquet
 from tests.data.hub_server import FAULTS, Hub, hub_server
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 TOKEN = "hf_secretsecretsecret"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config.data import TokenizerConfig
-from pretrain.data import TokenBatch, TokenStream, compression, make_catalog, packing
+from pretrain.data import TokenBatch, TokenStream, compression, make_catalog, reading
 from pretrain.data.errors import ReadingStoppedError
 from pretrain.data.sources import http, retries
 from pretrain.data.sources.retries import TransientError, patient, retrying, stopping
@@ -16,6 +16,8 @@ from pretrain.processes.exit_codes import STOPPED
 from pretrain.processes.signals import StopRequests, stop_requests
 from tests.data.corpus import drain, make_setting, make_texts, rows, write_jsonl
 from tests.data.hub_server import hub_server
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 HOURS = 10_000.0
 
@@ -114,7 +116,7 @@ def test_a_stream_whose_server_is_dead_stops_and_continues_later(
     for part in ("_FIRST_PART", "_LARGEST_PART", "BUFFER_BYTES"):
         monkeypatch.setattr(http, part, 2048)
     monkeypatch.setattr(compression, "_BUFFER_BYTES", 2048)
-    monkeypatch.setattr(packing, "REFILL_BYTES", 1 << 13)
+    monkeypatch.setattr(reading, "REFILL_BYTES", 1 << 13)
     texts = make_texts(3, 400, longest=60)
     with hub_server({"a.jsonl": write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)

@@ -11,6 +11,8 @@ from pretrain.config.data import TokenizerConfig
 from pretrain.data import DataError, DocumentEncoder, load_tokenizer, survey, vocabulary_rows
 from tests.data.corpus import EOS, drain, make_setting, rows, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 def saved(tokenizer: Tokenizer, folder: Path, eos: str = EOS) -> TokenizerConfig:
     path = folder / "tokenizer.json"

@@ -79,6 +79,7 @@ def test_two_processes_give_the_stream_of_none(setting: Setting) -> None:
         stream.next_batch(1)
 
 
+@pytest.mark.usefixtures("warm")
 def test_an_error_in_a_worker_is_raised_as_it_was(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["the sea"] * 2000)
     path.write_bytes(path.read_bytes() + b'{"text": 7}\n')

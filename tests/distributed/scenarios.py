@@ -19,11 +19,13 @@ from pretrain.engine.plain import PlainEngine
 from pretrain.launch import train
 from pretrain.training.trainer import Trainer
 from tests.conftest import TINY, merged
+from tests.warm import warm_workers
 
 
 def run(root: str, changes: dict[str, Any], stop_at: int | None = None, resume: str = "auto") -> int:
-    """Train the tiny config in `root`; returns the exit code."""
-    return train(parse_config(merged(TINY, {"run.root": root, **changes})), resume, stop_at)
+    """Train the tiny config in `root`, with data workers that start warm; returns the exit code."""
+    with warm_workers():
+        return train(parse_config(merged(TINY, {"run.root": root, **changes})), resume, stop_at)
 
 
 def run_with_fault(root: str, changes: dict[str, Any], fault: str) -> int:

@@ -17,7 +17,7 @@ from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import distance, metrics, newest, run, run_with_fault, tensors
 
-STEPS = 20
+STEPS = 10
 # Two or more micro-batches a step on up to 4 ranks, unequal numbers of targets (document masks), clipping active.
 DENSE: dict[str, Any] = {
     "train.total_tokens": STEPS * 384,
@@ -25,6 +25,7 @@ DENSE: dict[str, Any] = {
     "train.micro_batch_sequences": 1,
     "train.grad_clip": 0.2,
     "schedule.warmup_tokens": 2 * 384,
+    "validation.max_tokens": 384,
 }
 
 
@@ -106,10 +107,10 @@ def run_faulty(root: str, changes: dict[str, Any], fault: str) -> None:
 
 def test_a_run_crosses_ranks_stages_and_engines(dense: tuple[Path, float], tmp_path: Path) -> None:
     one, noise = dense
-    run_ranks(4, run, str(tmp_path), zero(1), 5)
+    run_ranks(4, run, str(tmp_path), zero(1), 3)
     assert len(newest(tmp_path).index["files"]) == 8
-    run_ranks(2, run, str(tmp_path), zero(3), 10)
-    run_ranks(1, run, str(tmp_path), DENSE, 15)
+    run_ranks(2, run, str(tmp_path), zero(3), 5)
+    run_ranks(1, run, str(tmp_path), DENSE, 8)
     run_ranks(3, run, str(tmp_path), zero(2))
     assert distance(tmp_path, one) <= 3 * noise
     assert metrics(tmp_path, "step", "batch_sha256", "lr") == metrics(one, "step", "batch_sha256", "lr")

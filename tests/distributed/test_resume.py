@@ -19,6 +19,8 @@ RECIPE = {
     "optimizer.uw_floor": 0.35,
     "train.grad_clip": None,
 }
+# Three steps of warm-up, and a decay from step 10 on.
+STEPS = 14
 EXACT = ("step", "tokens", "loss", "lr", "adamw_lr", "grad_norm", "batch_sha256")
 
 
@@ -28,9 +30,9 @@ EXACT = ("step", "tokens", "loss", "lr", "adamw_lr", "grad_norm", "batch_sha256"
         pytest.param(1, {}, id="1 process"),
         pytest.param(1, {"data.workers": 2}, id="2 data workers"),
         pytest.param(1, {"train.micro_batch_sequences": 24}, id="no accumulation"),
-        pytest.param(2, {}, id="2 processes"),
+        pytest.param(2, {"data.workers": 1}, id="2 processes"),
         pytest.param(3, {"train.micro_batch_sequences": 4}, id="3 processes"),
-        pytest.param(4, {"data.workers": 1, "train.micro_batch_sequences": 3}, id="4 processes"),
+        pytest.param(4, {"train.micro_batch_sequences": 3}, id="4 processes"),
         pytest.param(1, {"data.document_mask": True, "data.reset_positions": True}, id="document masks"),
         pytest.param(1, {"optimizer.name": "riemannian_aurora", "optimizer.polar": "gram"}, id="riemannian_aurora"),
         pytest.param(1, {"optimizer.name": "muon", "optimizer.polar": "polar_express"}, id="muon"),
@@ -43,13 +45,14 @@ EXACT = ("step", "tokens", "loss", "lr", "adamw_lr", "grad_norm", "batch_sha256"
 )
 def test_stopping_twice_changes_nothing(world_size: int, changes: dict[str, Any], tmp_path: Path) -> None:
     """Faults of famous trainers: a replayed warm-up, a step at rate 0, a lost batch, a stream that restarts at the
-    second resume."""
+    second resume. Data workers only read ahead: the run that is not stopped does without them."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert set(run_ranks(world_size, run, str(whole), changes)) == {0}
-    for stop, code in ((17, 75), (29, 75), (None, 0)):
+    changes = {"train.total_tokens": STEPS * 768, **changes}
+    assert set(run_ranks(world_size, run, str(whole), {**changes, "data.workers": 0})) == {0}
+    for stop, code in ((5, 75), (11, 75), (None, 0)):
         assert set(run_ranks(world_size, run, str(parts), changes, stop)) == {code}
 
-    assert [line[0] for line in metrics(whole, "step")] == list(range(1, 41))
+    assert [line[0] for line in metrics(whole, "step")] == list(range(1, STEPS + 1))
     assert metrics(parts, *EXACT) == metrics(whole, *EXACT)
     expected, found = tensors(whole), tensors(parts)
     assert found.keys() == expected.keys()

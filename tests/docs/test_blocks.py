@@ -59,6 +59,13 @@ def _run(block: Block, folder: Path) -> None:
     assert done.returncode == 0, f"{where}\n{block.text}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 
+VERBS_OF_SCRIPTS = {
+    "slurm/pretrain.sbatch": ["train"],
+    "slurm/eval.sbatch": ["eval"],
+    "slurm/sweep.sbatch": ["sweep", "run"],
+}
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_the_blocks_of_a_page_work(name: str, tmp_path: Path) -> None:
     for block in PAGES[name]:
@@ -84,8 +91,9 @@ def test_what_is_not_run_parses_and_names_files_that_exist(block: Block) -> None
     for command in block.commands():
         words = shlex.split(command)
         if "sbatch" in words:
-            # What comes after the script goes to `aurora train`.
-            words = ["aurora", "train", *words[words.index("slurm/pretrain.sbatch") + 1 :]]
+            # What comes after the script goes to its verb.
+            script = next(word for word in words if word in VERBS_OF_SCRIPTS)
+            words = ["aurora", *VERBS_OF_SCRIPTS[script], *words[words.index(script) + 1 :]]
         if words[:2] == ["python", "-m"] and words.count("-m") == 2:
             words = ["aurora", *words[words.index("pretrain") + 1 :]]
         if words[0] == "aurora":

@@ -19,7 +19,8 @@ from transformers import LlamaForCausalLM
 
 from eval import harness, schema
 from eval.errors import EvalError
-from eval.harness import evaluate, format_table, item_texts, write_result
+from eval.harness import evaluate, format_table, item_texts
+from eval.results import write_result
 from eval.schema import EvalResult
 from tests.eval.conftest import NUM_ITEMS, TOKENIZER, export_model, made_up_items, sha256, small_llama
 

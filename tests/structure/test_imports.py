@@ -34,6 +34,7 @@ LEVELS = (
     ("pretrain.engine",),
     ("pretrain.model",),
     ("pretrain.config",),
+    ("pretrain.slurm",),
     ("pretrain.shipped",),
     ("pretrain.processes",),
     ("pretrain.files",),

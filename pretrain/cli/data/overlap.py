@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     from pretrain.files import replace_text
 
     config, catalog = open_sources(options)
-    texts = item_texts([task.strip() for task in options.tasks.split(",")], items=options.items)
+    texts = item_texts(options.tasks, items=options.items)
     found = measure_overlap(
         config.data,
         catalog,

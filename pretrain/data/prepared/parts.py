@@ -28,7 +28,7 @@ from pretrain.config.data import TokenizerConfig
 from pretrain.data.bad_rows import BadRow, BadRowBudget
 from pretrain.data.errors import DataError
 from pretrain.data.formats import read_unit
-from pretrain.data.packing import REFILL_BYTES
+from pretrain.data.reading import REFILL_BYTES
 from pretrain.data.sources.retries import set_patience
 from pretrain.data.split import Hashes, text_hash
 from pretrain.data.tokenizer import DocumentEncoder

@@ -1,0 +1,290 @@
+"""Compare results of several models on the same items, with a verdict per task.
+
+read_result() -> EvalResult, several -> compare() -> Comparison -> eval.compare_tables
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from eval.compare_schema import SCHEMA_VERSION, SCOPE, ComparedModel, Comparison, Metric, TaskComparison
+from eval.errors import EvalError
+from eval.paired import ERROR, PairedOutcomes, holm
+from eval.results import read_result
+from eval.schema import EvalResult, ItemOutcome, TaskResult
+from pretrain.processes.errors import did_you_mean
+
+MetricChoice = Literal["auto", "acc", "acc_norm"]
+DEFAULT_MARGIN = 0.02
+
+
+def compare(
+    files: Sequence[Path],
+    *,
+    tasks: Sequence[str] | None = None,
+    metric: MetricChoice = "auto",
+    margin: float = DEFAULT_MARGIN,
+    labels: Sequence[str | None] | None = None,
+) -> Comparison:
+    """Compare the result in each file with the one in the first, task by task and paired by item.
+
+    Args:
+        files: result files, or folders that contain results.json; at least two. A file may be given twice.
+        tasks: which tasks; None for those that all results have.
+        metric: "auto" takes acc_norm where the task has it, otherwise acc.
+        margin: differences below it count as none in the test of equivalence; above 0 and below 1.
+        labels: what the tables call each model; None for a name from its result.
+
+    Raises:
+        EvalError: a file is not a result, or the results are not of the same items, solved examples, task versions and
+            normalisation; one line per problem.
+    """
+    if len(files) < 2:
+        raise EvalError(f"{len(files)} result given; a comparison needs at least two")
+    if not 0 < margin < 1:
+        raise EvalError(f"margin is {margin}; expected a difference of scores above 0 and below 1, such as 0.02")
+    results = _read_all(files)
+    models = _models(files, results, labels or [None] * len(files))
+    names = _shared_tasks(models, results, tasks)
+    metrics = {name: _metric(metric, [result["tasks"][name] for result in results]) for name in names}
+    problems = [
+        problem
+        for model, result in zip(models[1:], results[1:], strict=True)
+        for problem in _problems(models[0]["label"], results[0], model["label"], result, names, metrics)
+    ]
+    if problems:
+        raise EvalError("\n".join(problems))
+    rows = [
+        _row(name, metrics[name], models[0], results[0]["tasks"][name], model, result["tasks"][name], margin)
+        for model, result in zip(models[1:], results[1:], strict=True)
+        for name in names
+    ]
+    _decide(rows)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "models": models,
+        "margin": margin,
+        "comparisons": rows,
+        "notes": [*_notes(models, results, names)],
+        "scope": SCOPE,
+    }
+
+
+def _read_all(files: Sequence[Path]) -> list[EvalResult]:
+    """Read every file, and report the problems of all of them together."""
+    results, problems = [], []
+    for file in files:
+        try:
+            results.append(read_result(file))
+        except EvalError as error:
+            problems.append(str(error))
+    if problems:
+        raise EvalError("\n".join(dict.fromkeys(problems)))
+    return results
+
+
+def _models(files: Sequence[Path], results: Sequence[EvalResult], labels: Sequence[str | None]) -> list[ComparedModel]:
+    """Describe the models; their labels are made unique."""
+    given = [label for label in labels if label is not None]
+    if len(set(given)) < len(given):
+        raise EvalError(f"the labels {', '.join(given)} are not all different")
+    short = [_short_name(result) for result in results]
+    files_of = {name: {file for file, other in zip(files, short, strict=True) if other == name} for name in short}
+    models: list[ComparedModel] = []
+    for file, result, name, own in zip(files, results, short, labels, strict=True):
+        wanted = name if len(files_of[name]) == 1 else str(file)
+        taken = {model["label"] for model in models} | set(given)
+        numbered = (wanted, *(f"{wanted} ({number})" for number in range(2, 2 + len(taken))))
+        unique = own or next(label for label in numbered if label not in taken)
+        identity = result["model"]
+        models.append(
+            {
+                "label": unique,
+                "name": identity["name"],
+                "file": str(file),
+                "parameters": identity["parameters"],
+                "dtype": result["dtype"],
+            }
+        )
+    return models
+
+
+def _short_name(result: EvalResult) -> str:
+    identity = result["model"]
+    if "provenance" in identity:
+        return f"{identity['provenance']['run_name']}@{identity['provenance']['step']}"
+    return identity["name"] if identity["source"] == "hub" else Path(identity["name"]).name or identity["name"]
+
+
+def _shared_tasks(
+    models: Sequence[ComparedModel], results: Sequence[EvalResult], wanted: Sequence[str] | None
+) -> list[str]:
+    shared = [name for name in results[0]["tasks"] if all(name in result["tasks"] for result in results)]
+    if wanted is None:
+        if not shared:
+            has = "; ".join(
+                f"{model['label']} has {', '.join(result['tasks']) or 'none'}"
+                for model, result in zip(models, results, strict=True)
+            )
+            raise EvalError(f"no task is in all results: {has}")
+        return shared
+    problems = [
+        f"{model['label']} has no task {name!r}{did_you_mean(name, result['tasks'])}"
+        for model, result in zip(models, results, strict=True)
+        for name in dict.fromkeys(wanted)
+        if name not in result["tasks"]
+    ]
+    if problems or not wanted:
+        raise EvalError("\n".join(problems) or "no task given; expected at least one, or none to compare all")
+    return list(dict.fromkeys(wanted))
+
+
+def _metric(wanted: MetricChoice, tasks: Sequence[TaskResult]) -> Metric:
+    if wanted != "auto":
+        return wanted
+    return "acc_norm" if any("acc_norm" in task for task in tasks) else "acc"
+
+
+def _problems(
+    first_label: str,
+    first: EvalResult,
+    label: str,
+    other: EvalResult,
+    names: Sequence[str],
+    metrics: dict[str, Metric],
+) -> Iterator[str]:
+    """Yield why two results cannot be compared item by item."""
+    pair = f"{first_label} and {label}"
+    if first["num_fewshot"] != other["num_fewshot"]:
+        yield (
+            f"{pair} differ in the number of solved examples in the prompt: {first['num_fewshot']} and"
+            f" {other['num_fewshot']}; evaluate both with the same number"
+        )
+    for name in names:
+        one, two = first["tasks"][name], other["tasks"][name]
+        if one["version"] != two["version"]:
+            yield (
+                f"{name}: {pair} differ in the version of the task: {one['version']} and {two['version']}; evaluate"
+                " both with the same version of lm-eval"
+            )
+        if one["split"] != two["split"]:
+            yield f"{name}: {pair} differ in the split: {one['split']} and {two['split']}; evaluate both on one split"
+        lacking = [who for who, task in ((first_label, one), (label, two)) if metrics[name] not in task]
+        if lacking:
+            verb, advice = ("lacks", "; --metric acc compares what both have") if len(lacking) == 1 else ("lack", "")
+            yield f"{name}: {pair} cannot be compared by {metrics[name]}, which {' and '.join(lacking)} {verb}{advice}"
+        yield from _item_problems(f"{name}: {pair}", one["items"], two["items"])
+
+
+def _item_problems(pair: str, one: Sequence[ItemOutcome], two: Sequence[ItemOutcome]) -> Iterator[str]:
+    keys, others = _by_key(one), _by_key(two)
+    if keys.keys() != others.keys():
+        both = len(keys.keys() & others.keys())
+        yield (
+            f"{pair} are not of the same items: {len(keys):,} and {len(others):,} items, {both:,} in both; evaluate"
+            " both with the same --items, --limit and --selection"
+        )
+        return
+    differing = sum(
+        "source" in item and "source" in others[key] and item["source"] != others[key]["source"]
+        for key, item in keys.items()
+    )
+    if differing:
+        yield f"{pair} contradict each other: {differing:,} items have different sources; evaluate both again"
+
+
+def _by_key(items: Sequence[ItemOutcome]) -> dict[tuple[int, str], ItemOutcome]:
+    return {(item["doc_id"], item["doc_hash"]): item for item in items}
+
+
+def _row(
+    task: str,
+    metric: Metric,
+    baseline: ComparedModel,
+    one: TaskResult,
+    model: ComparedModel,
+    two: TaskResult,
+    margin: float,
+) -> TaskComparison:
+    """Compare two models on a task; the verdict is still open."""
+    others = _by_key(two["items"])
+    pairs = [(item, others[key]) for key, item in _by_key(one["items"]).items()]
+    # A result of an earlier version has no sources, but the items are the same.
+    sources = [item.get("source", other.get("source")) for item, other in pairs]
+    known = [source for source in sources if source is not None]
+    paired = PairedOutcomes(
+        [item[metric] for item, _ in pairs],
+        [other[metric] for _, other in pairs],
+        known if len(known) == len(pairs) else None,
+    )
+    mcnemar_p, mcnemar_mid_p = paired.mcnemar()
+    difference_p, _ = paired.difference_test()
+    return {
+        "task": task,
+        "metric": metric,
+        "model": model["label"],
+        "baseline": baseline["label"],
+        "score": sum(other[metric] for _, other in pairs) / len(pairs),
+        "baseline_score": sum(item[metric] for item, _ in pairs) / len(pairs),
+        "difference": paired.difference,
+        "interval": paired.interval(),
+        "interval_method": "exact" if paired.is_exact else "bootstrap",
+        "num_items": len(pairs),
+        "num_items_in_split": one["num_items_in_split"],
+        "num_sources": paired.sources,
+        "won": paired.wins,
+        "lost": paired.losses,
+        "mcnemar_p": mcnemar_p,
+        "mcnemar_mid_p": mcnemar_mid_p,
+        "difference_p": difference_p,
+        "difference_p_corrected": 1.0,
+        "equivalence_p": paired.equivalence_p(margin),
+        "equivalence_p_corrected": 1.0,
+        "smallest_difference": paired.smallest_difference(),
+        "outcome": "undecided",
+        "within_margin": False,
+    }
+
+
+def _decide(rows: Sequence[TaskComparison]) -> None:
+    """Correct the P values for the number of rows, and give each row its verdict."""
+    of_difference = holm([row["difference_p"] for row in rows])
+    of_equivalence = holm([row["equivalence_p"] for row in rows])
+    for row, difference_p, equivalence_p in zip(rows, of_difference, of_equivalence, strict=True):
+        row["difference_p_corrected"], row["equivalence_p_corrected"] = difference_p, equivalence_p
+        row["within_margin"] = equivalence_p <= ERROR
+        if difference_p <= ERROR:
+            row["outcome"] = "different"
+            row["better"] = row["model"] if row["difference"] > 0 else row["baseline"]
+        elif row["within_margin"]:
+            row["outcome"] = "equivalent"
+
+
+def _notes(models: Sequence[ComparedModel], results: Sequence[EvalResult], names: Sequence[str]) -> Iterator[str]:
+    """Yield what a reader should know about results that can be compared."""
+    left_out = {
+        model["label"]: [name for name in result["tasks"] if name not in names]
+        for model, result in zip(models, results, strict=True)
+    }
+    for label, tasks in left_out.items():
+        if tasks:
+            yield f"not compared, of {label}: {', '.join(tasks)}"
+    for what, values in (
+        ("dtype of the weights", [result["dtype"] for result in results]),
+        ("version of lm-eval", [result["versions"].get("lm_eval", "unknown") for result in results]),
+    ):
+        if len(set(values)) > 1:
+            of_each = ", ".join(f"{model['label']} {value}" for model, value in zip(models, values, strict=True))
+            yield f"the {what} differs: {of_each}"
+    for model, result in zip(models, results, strict=True):
+        for name in names:
+            cut = result["tasks"][name]["num_truncated_requests"]
+            if cut:
+                length = result["model"]["context_length"]
+                yield f"{name}: {cut:,} texts were cut to the context of {model['label']} ({length:,} tokens)"
+    for model, result in zip(models[1:], results[1:], strict=True):
+        weights = result["model"].get("weights_sha256")
+        if weights and weights == results[0]["model"].get("weights_sha256"):
+            yield f"{models[0]['label']} and {model['label']} have the same weights"

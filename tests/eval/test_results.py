@@ -1,0 +1,132 @@
+"""Result files are checked when they are read, and not lost when another is written."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.errors import EvalError
+from eval.results import check_out, read_result
+from tests.eval.results import a_result, write
+
+Change = Callable[[dict[str, Any]], None]
+OUTCOMES = {"hellaswag": [1, 0, 1], "winogrande": [0, 1, 1]}
+
+
+def test_a_result_is_read_from_its_file_or_folder(tmp_path: Path) -> None:
+    result = a_result(OUTCOMES)
+    folder = write(tmp_path / "out", result)
+    assert read_result(folder) == read_result(folder / "results.json") == result
+
+
+def test_keys_of_later_versions_are_ignored(tmp_path: Path) -> None:
+    result = a_result(OUTCOMES, later="key")
+    assert read_result(write(tmp_path, result)) == result
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not the result of an evaluation"),
+        ("[" * 100_000, "is not the result of an evaluation"),
+        ("[]", "schema_version is None, expected 1"),
+        ('{"schema_version": 2}', "schema_version is 2, expected 1"),
+        ('{"schema_version": true}', "schema_version is True"),
+        ('{"schema_version": 1}', "model is missing"),
+    ],
+)
+def test_what_is_not_a_result_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(EvalError, match=message):
+        read_result(write(tmp_path, text))
+
+
+def test_a_missing_result_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match=r"no result of an evaluation at .*nowhere; `aurora eval --out`"):
+        read_result(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(num_fewshot="0"), "num_fewshot is '0', expected int"),
+        (lambda r: r.update(num_fewshot=True), "num_fewshot is True, expected int"),
+        (lambda r: r.update(limit=1.5), "limit is 1.5, expected int | None"),
+        (lambda r: r.update(selection="last"), "selection is 'last', expected one of 'first', 'spread'"),
+        (lambda r: r["model"].pop("name"), "model.name is missing"),
+        (lambda r: r.update(tasks=[]), "tasks is [], expected a mapping"),
+        (lambda r: r["tasks"].update(piqa=None), "tasks.piqa is null, expected a mapping"),
+        (lambda r: r["tasks"]["hellaswag"]["items"][1].update(acc="1"), "tasks.hellaswag.items.1.acc is '1', expected"),
+        (lambda r: r["tasks"]["hellaswag"]["items"][1].update(acc_norm=2), "acc_norm is not 0 or 1 for every item"),
+        (lambda r: r["tasks"]["hellaswag"]["items"][1].pop("acc_norm"), "acc_norm is not 0 or 1 for every item"),
+        (lambda r: r["tasks"]["hellaswag"].update(acc=float("nan")), "tasks.hellaswag.acc is nan, expected a finite"),
+        (lambda r: r["tasks"]["hellaswag"].update(acc=0.5), "acc is 0.5, which is not the mean of its items"),
+        (lambda r: r["tasks"]["winogrande"]["items"].pop(), "num_items is 3, but it has 2 items"),
+        (lambda r: r["tasks"]["winogrande"].update(items=[]), "it has no items"),
+        (lambda r: r["tasks"]["winogrande"]["items"][0].update(doc_id=2), "several items have the same doc_id"),
+        (lambda r: r["tasks"]["winogrande"]["items"][0].update(source="x"), "some items have a source"),
+        (
+            lambda r: r["tasks"]["winogrande"]["items"][0].update(log_likelihoods=[-1, float("inf")]),
+            "log_likelihoods.1 is inf, expected a finite",
+        ),
+    ],
+)
+def test_a_malformed_result_is_refused_by_key(tmp_path: Path, change: Change, message: str) -> None:
+    result = copy.deepcopy(a_result(OUTCOMES))
+    change(result)
+    with pytest.raises(EvalError) as caught:
+        read_result(write(tmp_path, result))
+    assert message in str(caught.value)
+    assert str(tmp_path / "results.json") in str(caught.value)
+
+
+def test_a_file_full_of_problems_shows_ten(tmp_path: Path) -> None:
+    result = a_result({"winogrande": [0, 1] * 50})
+    for item in result["tasks"]["winogrande"]["items"]:
+        del item["doc_hash"]
+    with pytest.raises(EvalError) as caught:
+        read_result(write(tmp_path, result))
+    assert len(str(caught.value).splitlines()) == 10
+
+
+# --- earlier results ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "tasks", "limit", "selection", "message"),
+    [
+        ("/models/other", ["winogrande", "hellaswag"], None, "first", "it is of the model /models/model"),
+        ("/models/model", ["winogrande"], None, "first", "it has the tasks hellaswag, too"),
+        ("/models/model", ["winogrande", "hellaswag"], 2, "first", "it is of 3 items a task, the new one of 2"),
+        ("/models/model", ["winogrande", "hellaswag"], 3, "spread", "its items were selected by 'first'"),
+    ],
+)
+def test_an_earlier_result_is_not_lost(
+    tmp_path: Path, model: str, tasks: list[str], limit: int | None, selection: str, message: str
+) -> None:
+    folder = write(tmp_path, a_result(OUTCOMES, limit=3))
+    with pytest.raises(EvalError, match=f"{message}; choose another --out or pass --overwrite"):
+        check_out(folder, model, tasks, limit, selection)
+
+
+def test_a_result_that_covers_the_earlier_one_may_replace_it(tmp_path: Path) -> None:
+    folder = write(tmp_path, a_result(OUTCOMES, limit=3))
+    for limit in (3, 4, None):
+        check_out(folder, "/models/model", ["piqa", "winogrande", "hellaswag"], limit, "first")
+    check_out(folder, "/models/model", ["winogrande", "hellaswag"], None, "spread")
+    check_out(tmp_path / "new" / "folder", "/models/other", ["piqa"], 1, "first")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unreadable_file_is_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match="cannot be read as a result"):
+        check_out(write(tmp_path, "notes"), "m", ["piqa"], None, "first")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_scoring(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(json.dumps({}))
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(EvalError, match="is not a folder that you may write to"):
+            check_out(folder, "m", ["piqa"], None, "first")
