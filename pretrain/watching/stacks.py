@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -53,6 +54,18 @@ def dump(file: IO[str], title: str) -> None:
     faulthandler.dump_traceback(file, all_threads=True)
     with contextlib.suppress(OSError):  # a pipe cannot be synced
         os.fsync(file.fileno())
+
+
+def to_main_thread(pid: int, number: int) -> None:
+    """Send a signal to the main thread of a process.
+
+    When a stopped process is continued, that thread then handles the signal before it goes on; a signal to the process
+    may be handled by any of its threads, while the main thread runs on.
+    """
+    try:
+        ctypes.CDLL(None).tgkill(pid, pid, number)
+    except AttributeError:  # a C library without it
+        os.kill(pid, number)
 
 
 def place(main: int | None = None) -> tuple[str, bool]:

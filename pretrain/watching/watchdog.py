@@ -34,7 +34,7 @@ from pretrain.watching.heartbeat import (
     write_heartbeat,
 )
 from pretrain.watching.progress import QUICK, Progress
-from pretrain.watching.stacks import DUMP_SIGNAL, dump, dumping, place, stacks_file
+from pretrain.watching.stacks import DUMP_SIGNAL, dump, dumping, place, stacks_file, to_main_thread
 from pretrain.watching.verdict import suspects, verdict
 
 LONGEST_INTERVAL = 10.0
@@ -282,7 +282,7 @@ def _dump_frozen(folder: Path, frozen: list[Heartbeat], title: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"\n== stopped at step {beat.step}, phase {beat.phase}; {title}\n")
         size = path.stat().st_size
-        _send(beat, DUMP_SIGNAL)
+        _send(beat, DUMP_SIGNAL, to_main_thread)
         _send(beat, signal.SIGCONT)
         until = time.monotonic() + DUMP_SECONDS / 2
         while path.stat().st_size == size and time.monotonic() < until:
@@ -290,11 +290,11 @@ def _dump_frozen(folder: Path, frozen: list[Heartbeat], title: str) -> None:
         time.sleep(0.1)  # it has begun to write
 
 
-def _send(beat: Heartbeat, number: signal.Signals) -> None:
+def _send(beat: Heartbeat, number: signal.Signals, kill: Callable[[int, int], object] = os.kill) -> None:
     """Send a signal to the process of a heartbeat, if it is still the same process."""
     if is_here(beat):
         with contextlib.suppress(OSError):
-            os.kill(beat.pid, number)
+            kill(beat.pid, number)
 
 
 def _in_time(work: Callable[[], object]) -> bool:
