@@ -20,13 +20,12 @@ from pretrain.launch.ancestor import Weights
 from pretrain.launch.records import open_run_folder, save_run
 from pretrain.launch.setup import Setup
 from pretrain.launch.start import Start, fill_stepped_weights
+from pretrain.launch.stops import Stops
 from pretrain.launch.watch import Watch
 from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
 from pretrain.planning.summary import describe, routing_table
-from pretrain.processes.signals import StopRequests
-from pretrain.processes.torchrun import is_orphaned
 from pretrain.run.wandb import make_tracker
 from pretrain.training.epochs import EpochNotices
 from pretrain.training.hooks import Hook
@@ -35,9 +34,7 @@ from pretrain.training.trainer import Trainer, TrainState
 from pretrain.training.validation import Validator
 
 
-def build_trainer(
-    setup: Setup, start: Start, requests: StopRequests, opened: contextlib.ExitStack, watch: Watch
-) -> Trainer:
+def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.ExitStack, watch: Watch) -> Trainer:
     """The trainer with all that it owns, in the state of `start`; what has to be closed goes to `opened`."""
     config, engine, display = setup.config, setup.engine, setup.display
     seed_everything(config.run.seed + engine.rank, config.run.deterministic)
@@ -74,11 +71,17 @@ def build_trainer(
     def log(record: dict[str, Any]) -> None:
         record |= watch.memory()
         if engine.rank == 0:
+            setup.folder.check_lock()
             setup.folder.metrics.append(record)
         tracker.log(record)
         display.step(record)
         for line in [*watch.lines(record), *notices.lines(record["step"], batches.position)]:
             display.say(line)
+
+    def save(trainer: Trainer) -> None:
+        with stops.budget.saving():
+            engine.ranks.on_rank_0(setup.folder.check_lock)
+            save_run(setup, trainer)
 
     return Trainer(
         config,
@@ -89,8 +92,8 @@ def build_trainer(
         state=state,
         hooks=hooks,
         log=log,
-        save=lambda trainer: save_run(setup, trainer),
-        stop_requested=lambda: bool(requests) or is_orphaned(),
+        save=save,
+        stop_requested=stops.after_step,
         enter=watch.enter,
     )
 

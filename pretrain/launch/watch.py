@@ -37,16 +37,17 @@ class Watch:
     Args:
         setup: the launch.
         alerts: where people are told.
-        profile: first and last step of a trace; None: no trace.
     """
 
-    def __init__(self, setup: Setup, alerts: Alerts, profile: tuple[int, int] | None) -> None:
+    def __init__(self, setup: Setup, alerts: Alerts) -> None:
         config, engine = setup.config, setup.engine
         self.setup, self.alerts = setup, alerts
         self.progress = Progress(SETTLING_STEPS_COMPILED if config.train.compile else SETTLING_STEPS)
         self.clock = ForwardClock(engine.device)
         self.profiler = (
-            Profiler(*profile, setup.folder.path / PROFILE_FOLDER, engine.rank, setup.display.say) if profile else None
+            Profiler(*setup.profile, setup.folder.path / PROFILE_FOLDER, engine.rank, setup.display.say)
+            if setup.profile
+            else None
         )
         self._planned: int | None = None
         self._records = 0
@@ -84,7 +85,7 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(setup: Setup, profile: tuple[int, int] | None = None) -> Iterator[Watch]:
+def watching(setup: Setup) -> Iterator[Watch]:
     """Watch this rank until the block ends; a collective at its start.
 
     Raises:
@@ -94,7 +95,7 @@ def watching(setup: Setup, profile: tuple[int, int] | None = None) -> Iterator[W
     url = engine.ranks.everywhere(lambda: read_webhook(config.watch.webhook))
     launch = engine.ranks.on_rank_0(lambda: _new_launch(setup))
     alerts = Alerts(url, config.run.name, engine.rank, lambda text: setup.display.say(f"warning: {text}"))
-    watch = Watch(setup, alerts, profile)
+    watch = Watch(setup, alerts)
     remote = any(is_remote(source.path) for source in config.data.sources)
     watchdog = Watchdog(
         Place(folder, launch, engine.rank, engine.world_size),

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-DUMP_SIGNAL = signal.SIGUSR2
-"""A process that trains writes the stacks of its threads when it gets this signal, even if Python is stuck."""
+DUMP_SIGNAL = signal.SIGRTMIN
+"""A process that trains writes the stacks of its threads when it gets this signal, even if Python is stuck; from a
+shell: ``kill -RTMIN PID``. The signals with names of their own ask for a stop (`pretrain.processes.signals`)."""
 
 OUR_PACKAGES = ("pretrain", "optimizers", "eval")
 WAITING = ("torch/distributed/", "torch/autograd/graph.py", "deepspeed/comm/", "deepspeed/utils/nvtx.py")
