@@ -27,7 +27,8 @@ class WatchConfig(Section):
     hang_seconds: Annotated[float, Field(ge=1)] | None = 300.0
     """End a run that makes no progress for so long, with exit code 1, after naming the rank and the phase that hang
     and writing the stacks of all ranks into `heartbeats/`. It applies from the second step on. A rank whose sources
-    are remote may also wait `data.retry_minutes` for data, and any phase may take five times as long as it ever took.
+    are remote may also wait `data.retry_minutes` for data, one that is computing while it prepares data has no limit,
+    and any phase may take five times as long as it ever took.
     null: never, for example in a debugger."""
 
     slow_seconds: Annotated[float, Field(ge=1)] = 1500.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -114,6 +115,17 @@ def process_state(pid: int) -> str:
     with contextlib.suppress(OSError, IndexError):
         return _stat(pid)[0]
     return ""
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of the processes that it has started and that live."""
+    total, tick = time.process_time(), os.sysconf("SC_CLK_TCK")
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in children.read_text().split():
+                with contextlib.suppress(OSError, ValueError, IndexError):
+                    total += sum(map(int, _stat(int(child))[11:13])) / tick
+    return total
 
 
 def is_here(beat: Heartbeat) -> bool:

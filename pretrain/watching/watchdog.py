@@ -27,6 +27,7 @@ from pretrain.processes.exit_codes import FAILED
 from pretrain.processes.failures import note_exit, report
 from pretrain.watching.heartbeat import (
     Heartbeat,
+    cpu_seconds,
     is_here,
     own_process,
     read_heartbeats,
@@ -40,6 +41,8 @@ from pretrain.watching.verdict import suspects, verdict
 LONGEST_INTERVAL = 10.0
 PATIENCE = 5.0
 """A phase may take this many times as long as it ever took."""
+WORKING_SHARE = 0.2
+"""A rank that uses this share of a core while it waits for data is preparing it."""
 DUMP_SECONDS = 5.0
 """How long stacks may take to be written when the run ends."""
 
@@ -91,6 +94,7 @@ class Watchdog:
         """Rank -> its count of beats, and this rank's clock when the count was first seen."""
         self._clock, self._looked, self._wrote = 0.0, -math.inf, False
         """Seconds that this process has run; when it had last done with the folder; whether it could write there."""
+        self._cpu = math.inf
         self._ended = threading.Event()
         self._file: IO[str] | None = None
 
@@ -157,12 +161,18 @@ class Watchdog:
             self._clock += passed
             moment = self.progress.now
             seen = (moment.marks, moment.ticks)
-            self._stalled = 0.0 if seen != self._last_seen else self._stalled + passed
+            alive = seen != self._last_seen or (moment.phase == "data" and self._works(passed))
+            self._stalled = 0.0 if alive else self._stalled + passed
             self._last_seen = seen
             reason = self.judge()
             if reason is not None and not self._ended.is_set():
                 self.end(reason)
                 return
+
+    def _works(self, passed: float) -> bool:
+        """Whether this rank prepares data: it may scan a large file for a batch, for which nobody sets a limit."""
+        before, self._cpu = self._cpu, cpu_seconds()
+        return self._cpu - before >= WORKING_SHARE * passed
 
     def judge(self) -> str | None:
         """Return what hangs; None if nothing does as far as this rank knows."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from pretrain.config.watch import WatchConfig
-from pretrain.watching.heartbeat import read_heartbeats, write_heartbeat
+from pretrain.watching.heartbeat import cpu_seconds, read_heartbeats, write_heartbeat
 from pretrain.watching.progress import Progress
 from pretrain.watching.watchdog import Place, Watchdog
 from tests.counting.where import configured, train
@@ -130,6 +132,34 @@ def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path: Path, mo
     dog._keep_judging()
     assert not codes
     assert dog._stalled < 0.5
+
+
+@pytest.mark.parametrize(
+    ("phase", "share", "alive"), [("data", 0.5, True), ("data", 0.05, False), ("save", 0.5, False)]
+)
+def test_a_rank_that_computes_while_it_prepares_data_does_not_hang(
+    phase: str, share: float, alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it scans a large file for the next batch."""
+    dog, _ = watchdog(tmp_path, WatchConfig(hang_seconds=1, slow_seconds=1))
+    dog.progress.enter(phase, 1)
+    now = iter(number / 10 for number in range(100))
+    monkeypatch.setattr("pretrain.watching.watchdog.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("pretrain.watching.watchdog.cpu_seconds", lambda: share * dog._clock)
+    monkeypatch.setattr(dog, "judge", lambda: None)
+    monkeypatch.setattr(dog._ended, "wait", lambda seconds: dog._clock > 5)
+    dog._keep_judging()
+    assert (dog._stalled < 0.5) is alive
+
+
+def test_the_cpu_time_of_children_counts() -> None:
+    code = "import sys, time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        before = cpu_seconds() - time.process_time()
+        assert child.stdout
+        child.stdout.readline()
+        assert cpu_seconds() - time.process_time() - before > 0.1
+        child.communicate()
 
 
 def test_a_run_without_a_limit_keeps_only_its_heartbeat(tmp_path: Path) -> None:
