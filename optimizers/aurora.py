@@ -36,7 +36,7 @@ class Aurora(Optimizer):
     share no memory with the state.
 
     A NaN or an infinity in any gradient leaves every weight, state and counter as it is, without waiting for the
-    device; `last_step_finite` tells.
+    device, and so does `permitted`; `last_step_finite` tells.
 
     Equal shapes are stacked in buckets of at most `optimizers.blocks.BUCKET_ELEMENTS` elements, and a step needs memory
     for one bucket at a time.
@@ -48,6 +48,8 @@ class Aurora(Optimizer):
         last_step_finite: scalar bool tensor, whether the last step was taken.
         last_step_fallbacks: scalar int64 tensor, how often the odds rule fell back to tyler in the last step.
         last_step_retries: scalar int64 tensor, how often a Cholesky factorisation failed in the last step.
+        permitted: scalar bool tensor, equal on all processes; while it is False, steps leave everything as it is. None,
+            the default, permits every step.
         gradient_observer: called in every step with each parameter or shard that has a gradient, before it is stepped,
             and with the scalar bool tensor that says whether it will be; None, the default, for no calls.
         direction_observer: called with every direction that is found on this process, [rows, columns] fp32 without
@@ -64,6 +66,7 @@ class Aurora(Optimizer):
     last_step_finite: Tensor
     last_step_fallbacks: Tensor
     last_step_retries: Tensor
+    permitted: Tensor | None = None
     gradient_observer: Callable[[Tensor, Tensor], None] | None = None
     direction_observer: DirectionObserver | None = None
     matrices: Matrices = WholeMatrices()
@@ -154,6 +157,8 @@ class Aurora(Optimizer):
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         grads = [dense_grad(p) for _, params in work for p in params]
         finite = all_finite(grads, self._device())
+        if self.permitted is not None:
+            finite &= self.permitted.to(finite.device)
         if self.matrices.is_whole:
             self.reset_report()
         finite = self.matrices.agree(finite)

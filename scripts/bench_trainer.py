@@ -37,7 +37,9 @@ def make_trainer(config: Config, engine: PlainEngine, log: Path) -> Trainer:
     batches = Prefetcher(stream, config.global_batch_sequences, config.total_steps, engine.ranks, engine.ranks)
     eos_id = load_tokenizer(config.tokenizer).token_to_id(config.tokenizer.eos_token)
     assert eos_id is not None
-    return Trainer(config, engine, optimizer, batches, eos_id=eos_id, log=JsonLines(log).append)
+    return Trainer(
+        config, engine, optimizer, batches, eos_id=eos_id, log=lambda record, _: JsonLines(log).append(record)
+    )
 
 
 class BareLoop:

@@ -20,9 +20,10 @@ from pretrain.data import load_tokenizer
 from pretrain.launch import train
 from pretrain.run.folder import RunError, RunFolder
 from pretrain.training.trainer import Trainer, TrainingError
+from tests.conftest import SMALL_VOCABULARY
 
 MakeConfig = Callable[..., Config]
-SHORT = {
+SHORT = SMALL_VOCABULARY | {
     "train.total_tokens": 6 * 768,
     "schedule.warmup_tokens": 0,
     "checkpoint.save_every_steps": 2,

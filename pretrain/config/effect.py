@@ -17,6 +17,7 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
         **_of_lengths(sections),
         **_of_documents(sections),
         **_of_optimizer(sections),
+        **_of_guards(sections),
         **_past_the_end(sections),
     }
 
@@ -59,6 +60,13 @@ def _of_optimizer(sections: Mapping[str, Any]) -> dict[str, str]:
     if optimizer and engine and engine.kind == "deepspeed" and optimizer.name == "adamw":
         found["engine.wire_dtype"] = "with optimizer.name adamw no matrix is sent"
     return found
+
+
+def _of_guards(sections: Mapping[str, Any]) -> dict[str, str]:
+    engine = sections.get("engine")
+    if not engine or "guards" not in sections or engine.kind != "deepspeed" or engine.zero_stage != 3:
+        return {}
+    return {"guards.compare_weights_every_steps": "with engine.zero_stage 3 every weight is on one rank only"}
 
 
 def _past_the_end(sections: Mapping[str, Any]) -> dict[str, str]:

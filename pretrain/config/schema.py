@@ -17,6 +17,7 @@ from pretrain.config.data import DataConfig
 from pretrain.config.effect import without_effect
 from pretrain.config.engine import EngineConfig
 from pretrain.config.errors import ConfigError
+from pretrain.config.guards import GuardsConfig
 from pretrain.config.init import InitConfig
 from pretrain.config.logging import LoggingConfig
 from pretrain.config.model import ModelConfig
@@ -48,6 +49,7 @@ class Config(Section):
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+    guards: GuardsConfig = Field(default_factory=GuardsConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)

@@ -45,17 +45,17 @@ class Prefetcher:
             ranks: the ranks with another group, for the calls of `state`.
 
         """
-        self._stream, self._num_sequences, self._batches = stream, num_sequences, batches
+        self._stream, self._num_sequences = stream, num_sequences
+        self._left, self._ended, self._counting = batches, False, threading.Lock()
         self._stream_ranks, self._ranks = stream_ranks, ranks
         self.position = stream.position
         """After the batch that `next_batch` returned last, whatever has been prepared since."""
+        self._returned: list[PreparedBatch] = []
         self._prepared: queue.Queue[PreparedBatch | BaseException] = queue.Queue()
         self._failure: BaseException | None = None
         self._wanted = threading.Semaphore(1)
         self._closed = False
-        # A daemon: a thread that waits for a rank which is gone must not keep the process alive.
-        self._thread = threading.Thread(target=self._prepare, name="prefetch", daemon=True)
-        self._thread.start()
+        self._thread = self._start()
 
     def next_batch(self) -> PreparedBatch:
         """Return the next batch, waiting for it if necessary; then begin to prepare the one after it.
@@ -66,6 +66,10 @@ class Prefetcher:
         """
         if self._failure is not None:
             raise self._failure
+        if self._returned:
+            batch = self._returned.pop()
+            self.position = batch.position
+            return batch
         prepared = self._prepared.get()
         if isinstance(prepared, BaseException):
             self._failure = prepared
@@ -73,6 +77,19 @@ class Prefetcher:
         self.position = prepared.position
         self._wanted.release()
         return prepared
+
+    def put_back(self, batch: PreparedBatch, position: StreamPosition) -> None:
+        """Let `next_batch` return a batch again, the last that it returned; `position` is that before the batch."""
+        self._returned.append(batch)
+        self.position = position
+
+    def extend(self, batches: int) -> None:
+        """Expect so many more calls of `next_batch`; all ranks must do so."""
+        with self._counting:
+            ended, self._ended = self._ended, False
+            self._left += batches
+        if ended:
+            self._thread = self._start()
 
     def state(self) -> StreamState:
         """Return what a checkpoint holds of the position after the last returned batch; a collective call."""
@@ -90,8 +107,14 @@ class Prefetcher:
             self._stream.close()
             self._thread.join(_FAIL_SECONDS)
 
+    def _start(self) -> threading.Thread:
+        # A daemon: a thread that waits for a rank which is gone must not keep the process alive.
+        thread = threading.Thread(target=self._prepare, name="prefetch", daemon=True)
+        thread.start()
+        return thread
+
     def _prepare(self) -> None:
-        for _ in range(self._batches):
+        while self._count_down():
             self._wanted.acquire()
             if self._closed:
                 return
@@ -101,3 +124,10 @@ class Prefetcher:
             except BaseException as error:
                 self._prepared.put(error)
                 return
+
+    def _count_down(self) -> bool:
+        """Count a batch that will be prepared; return whether there is one."""
+        with self._counting:
+            self._ended = self._left == 0
+            self._left -= not self._ended
+            return not self._ended

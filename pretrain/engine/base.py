@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from optimizers import Aurora, has_fast_bf16
+from optimizers.matrices import WholeMatrices
 from optimizers.sharded import Held
 from pretrain.config import Config
 from pretrain.engine.precision import resolve_precision
@@ -29,6 +31,21 @@ from pretrain.engine.ranks import Ranks
 from pretrain.model.attention import choose_kernel
 from pretrain.model.build import build_model
 from pretrain.model.loss import LossModel
+
+# Relative difference of the norms of the same gradients on two ranks that different processors can explain.
+NORM_TOLERANCE = 1e-3
+# Elements whose bits are summed at the same time; bounds the memory of a comparison of weights.
+HASHED_ELEMENTS = 1 << 22
+
+
+class Replicas(WholeMatrices):
+    """The holder of parameters that are whole on each of several processes, which step them alike or not at all."""
+
+    def agree(self, finite: Tensor) -> Tensor:
+        """Whether the flag is true on every rank."""
+        flag = finite.to(torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return flag.bool()
 
 
 def patience(config: Config) -> timedelta:
@@ -134,6 +151,8 @@ class Engine:
         self.prepare(LossModel(model, self.config.train), optimizer)
         if self.world_size > 1:
             extend_timeouts(patience(self.config))
+            if optimizer.matrices.is_whole and self.held is None:
+                optimizer.bind(Replicas())
         return optimizer
 
     def prepare(self, module: LossModel, optimizer: Aurora) -> None:
@@ -168,21 +187,42 @@ class Engine:
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Clip all gradients to a global 2-norm of at most `max_norm`; return the norm before, without a host sync.
 
-        If the norm is not finite, every gradient becomes NaN, so that the optimizer skips the whole step even if only
-        the norm overflowed.
+        If the ranks' norms are not finite and equal, every gradient becomes NaN on every rank, so that all optimizers
+        skip the whole step: even if only the norm overflowed, or if the memory or a link of one rank has corrupted what
+        had been reduced.
         """
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         # On a CPU torch adds squares one after another: in fp32 the norm of an embedding comes out 1e-4 too small.
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms)).float()
+        norm, agreed = self.agree_on_norm(torch.linalg.vector_norm(torch.stack(norms)).float())
         factor = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, torch.nan))
+        torch._foreach_mul_(gradients, torch.where(agreed, factor, torch.nan))
         return norm
+
+    def agree_on_norm(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the largest norm of any rank, and whether all are finite and equal; without a host sync.
+
+        For ranks that hold the same gradients and each take the norm by themselves.
+        """
+        if self.world_size == 1:
+            return norm, norm.isfinite()
+        # What the maximum of a NaN and a number is depends on their order.
+        known = torch.where(norm.isfinite(), norm, torch.inf)
+        ends = torch.stack([known, -known])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        high, low = ends[0], -ends[1]
+        return high, high.isfinite() & (high - low <= NORM_TOLERANCE * high)
 
     def step(self, optimizer: Aurora) -> Tensor:
         """Clip the gradients, step, and free them; return their global 2-norm before clipping, without a host sync."""
         raise NotImplementedError
+
+    def to_device(self, values: Tensor) -> Tensor:
+        """Return a CPU tensor on the engine's device, without waiting for what the device is doing."""
+        if self.device.type != "cuda":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Return the elementwise sum of a device tensor over the ranks."""
@@ -202,9 +242,7 @@ class Engine:
         """
         if self.world_size == 1:
             return
-        bits = [p.detach().float().view(torch.int32).sum(dtype=torch.int64) for p in self.whole_parameters()]
-        weights = torch.stack(bits).tolist() if bits else []
-        everyone = self.ranks.gather((weights, batch, list(rows)))
+        everyone = self.ranks.gather((self.weight_hashes(), batch, list(rows)))
         if any(weights != everyone[0][0] for weights, _, _ in everyone):
             raise RuntimeError("the weights differ between ranks after the first step: gradients were not reduced")
         if any(other != batch for _, other, _ in everyone):
@@ -213,9 +251,46 @@ class Engine:
         if len(set(trained)) < len(trained):
             raise RuntimeError("two ranks trained on the same rows: the batch was not divided over the ranks")
 
-    def whole_parameters(self) -> list[Tensor]:
-        """Return the parameters that every rank holds whole outside a forward pass."""
-        return list(self.module.parameters())
+    @torch.no_grad()
+    def weight_hashes(self) -> dict[str, int]:
+        """Return a hash of the bits of each parameter that every rank holds whole, by name; waits for the device."""
+        hashes = {}
+        for name, parameter in self.whole_parameters().items():
+            total = torch.zeros((), dtype=torch.int64, device=parameter.device)
+            for part in parameter.detach().reshape(-1).split(HASHED_ELEMENTS):
+                bits = part.float().view(torch.int32).long()
+                odd = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+                total = 31 * total + (bits * odd).sum()  # int64 wraps around
+            hashes[name] = total
+        values = torch.stack(list(hashes.values())).tolist() if hashes else []
+        return dict(zip(hashes, values, strict=True))
+
+    def differing_ranks(self) -> dict[int, str]:
+        """Compare the weights that every rank holds whole; a collective.
+
+        Returns:
+            The ranks whose weights are not those of most ranks, or of rank 0 if there is no majority, each with its
+            machine and the first parameter that differs.
+        """
+        everyone = self.ranks.gather((socket.gethostname(), self.weight_hashes()))
+        hashes = [found for _, found in everyone]
+        usual = max(hashes, key=hashes.count)
+        return {
+            rank: f"{host}, {next(name for name, value in found.items() if value != usual[name])}"
+            for rank, (host, found) in enumerate(everyone)
+            if found != usual
+        }
+
+    def refresh(self, load: Callable[[torch.nn.Module], None]) -> None:
+        """Take over weights that were written into the tensors that the optimizer steps.
+
+        Args:
+            load: writes the same weights into a model that this rank holds whole.
+        """
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters that every rank holds whole outside a forward pass, by name."""
+        return dict(self.module.named_parameters())
 
     def close(self) -> None:
         """Leave the process group."""

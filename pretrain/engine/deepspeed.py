@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -206,11 +206,26 @@ class DeepSpeedEngine(Engine):
             norm = self.clip_gradients(self.config.train.grad_clip)
             engine.step()
             return norm
+        self._agree()
         with self._first_step_checked(optimizer):
             engine.step()
         if self._wrapper.overflow:
             optimizer.last_step_finite.fill_(False)
         return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+
+    def _agree(self) -> None:
+        """Make every rank overflow if one does, where each has all gradients and DeepSpeed does not ask the others."""
+        match type(self._wrapper).__name__:
+            case "FP16_UnfusedOptimizer":
+                gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            case "BF16_Optimizer":
+                gradients = self._wrapper.get_grads_for_norm()[0]
+            case _:
+                return
+        if self.world_size > 1:
+            norms = torch.stack(torch._foreach_norm(gradients)).float()
+            _, agreed = self.agree_on_norm(torch.linalg.vector_norm(norms))
+            gradients[0].mul_(torch.where(agreed, 1.0, torch.nan))
 
     @contextlib.contextmanager
     def _first_step_checked(self, optimizer: Aurora) -> Iterator[None]:
@@ -261,6 +276,14 @@ class DeepSpeedEngine(Engine):
         deepspeed.comm.comm.cdb = None
         vars(groups).update({name: copy.copy(value) for name, value in NO_GROUPS.items()})
 
-    def whole_parameters(self) -> list[Tensor]:
+    def whole_parameters(self) -> dict[str, Tensor]:
         """None under stage 3."""
-        return [] if self.config.engine.zero_stage == 3 else super().whole_parameters()
+        return {} if self.config.engine.zero_stage == 3 else super().whole_parameters()
+
+    def refresh(self, load: Callable[[torch.nn.Module], None]) -> None:
+        """Write the weights of the forward pass anew, which are copies of those that the optimizer steps."""
+        if self.config.engine.zero_stage < 3:
+            load(self.module.model)
+            return
+        for group in range(len(self._wrapper.fp16_groups)):
+            self._wrapper._reassign_or_swap_out_partitioned_parameters(group)

@@ -50,6 +50,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def any(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set on any rank."""
+        if self.world_size == 1:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in found.tolist()]
+
     def together(self, work: Callable[[], T]) -> list[T]:
         """Do `work` on every rank; its picklable results by rank, on every rank.
 

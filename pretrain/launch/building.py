@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from optimizers import Aurora
 from pretrain.checkpoint.format import CheckpointError
 from pretrain.checkpoint.generators import restore_generators, seed_everything
 from pretrain.checkpoint.state import copy_weights, load_state, load_tensors, load_weights
-from pretrain.checkpoint.store import CheckpointReader
-from pretrain.data import TokenStream, without_bytes
+from pretrain.checkpoint.store import CheckpointReader, newest_intact
+from pretrain.data import StreamPosition, TokenStream, without_bytes
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
 from pretrain.launch.ancestor import Weights
@@ -26,11 +27,13 @@ from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
 from pretrain.planning.summary import describe, routing_table
+from pretrain.run.resume import rewind
 from pretrain.run.wandb import make_tracker
 from pretrain.training.epochs import EpochNotices
 from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
-from pretrain.training.trainer import Trainer, TrainState
+from pretrain.training.state import TrainState
+from pretrain.training.trainer import Trainer
 from pretrain.training.validation import Validator
 
 
@@ -68,14 +71,14 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
     for line in [*summary, *describe_data(setup.inputs.budgets), *engine.describe()]:
         display.say(line)
 
-    def log(record: dict[str, Any]) -> None:
+    def log(record: dict[str, Any], position: StreamPosition) -> None:
         record |= watch.memory()
         if engine.rank == 0:
             setup.folder.check_lock()
             setup.folder.metrics.append(record)
         tracker.log(record)
         display.step(record)
-        for line in [*watch.lines(record), *notices.lines(record["step"], batches.position)]:
+        for line in [*watch.lines(record), *notices.lines(record["step"], position)]:
             display.say(line)
 
     def save(trainer: Trainer) -> None:
@@ -93,7 +96,9 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
         hooks=hooks,
         log=log,
         save=save,
+        restore_last=lambda: _restore_last(setup, start, optimizer, hooks),
         stop_requested=stops.after_step,
+        warn=display.warn,
         enter=watch.enter,
     )
 
@@ -170,6 +175,34 @@ def _restore(setup: Setup, start: Start, optimizer: Aurora, hooks: Iterable[Hook
         return TrainState(**reader.index["counters"])
     except TypeError as error:  # an edited index of format 1, which has no digest
         raise CheckpointError(f"{reader.folder}: its counters are not those of a run: {error}") from None
+
+
+def _restore_last(setup: Setup, start: Start, optimizer: Aurora, hooks: Iterable[Hook]) -> TrainState:
+    """Return to the newest intact checkpoint in the middle of training, but for the data; return its counters.
+
+    A branch that has saved none returns to where it began.
+    """
+    engine, folder = setup.engine, setup.folder
+
+    def find() -> tuple[Path | None, list[str]]:
+        newest, damaged = newest_intact(folder.checkpoints)
+        found = newest or start.position
+        return found.folder if found else None, damaged
+
+    source, damaged = engine.ranks.on_rank_0(find)
+    if source is None:
+        raise CheckpointError("\n".join([*damaged, f"{folder.checkpoints}: no intact checkpoint to roll back to"]))
+    reader = engine.ranks.everywhere(lambda: CheckpointReader(source))
+    state = _restore(setup, Start(reader, reader, reader, is_resume=True), optimizer, hooks)
+    engine.refresh(_loader(setup, reader))
+
+    def discard() -> None:
+        rewind(folder, state.step)
+        for hook in hooks:
+            hook.rewind(state.step)
+
+    engine.ranks.on_rank_0(discard)
+    return state
 
 
 def _restore_generators(setup: Setup, reader: CheckpointReader) -> None:

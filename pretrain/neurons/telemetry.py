@@ -102,7 +102,8 @@ class Telemetry(Hook):
         self.matrices.restore(reader)
 
     def rewind(self, step: int) -> None:
-        """Move the measurements of later steps aside."""
+        """Move the measurements of later steps aside, and forget them."""
+        self._survivors = _Survivors(self.settings.reference_step)
         for measured, path in measurements(self.folder):
             if measured > step:
                 set_aside(path)

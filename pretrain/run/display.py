@@ -8,6 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+_UNUSUAL = {"validation_loss", "skipped", "loss_spike"}
+"""Keys of a record that is shown although its step is not due."""
+
 
 class Display:
     """A progress bar on a terminal, plain lines otherwise; silent on every rank but 0.
@@ -51,7 +54,7 @@ class Display:
         if self.bar is not None:
             self.bar.update()
         due = record["step"] % self.every_steps == 0 or record["step"] in (1, self.total_steps)
-        if self.silent or not (due or "validation_loss" in record or "skipped" in record):
+        if self.silent or not (due or _UNUSUAL & record.keys()):
             return
         self.say(step_line(record, self.total_steps))
 
@@ -79,7 +82,9 @@ def step_line(record: dict[str, Any], total_steps: int) -> str:
     hours, minutes = divmod(minutes, 60)
     parts.append(f"left {hours}:{minutes:02}:{seconds:02}" if hours else f"left {minutes}:{seconds:02}")
     if "skipped" in record:
-        parts.append("SKIPPED: gradients not finite")
+        parts.append(f"SKIPPED: {record.get('skipped_because', 'gradients not finite')}")
+    elif "loss_spike" in record:
+        parts.append("LOSS SPIKE")
     if "validation_loss" in record:
         parts.append(
             f"validation loss {record['validation_loss']:.4f}, {record['validation_bits_per_byte']:.4f} bits per byte"

@@ -11,7 +11,7 @@ from typing import Any
 from pretrain.files import replace_text
 
 
-def _finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """Return the value, or None for NaN and infinity, which JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -24,7 +24,7 @@ class JsonLines:
 
     def append(self, record: dict[str, Any]) -> None:
         """Append one line and flush it to the operating system. NaN and infinity become null."""
-        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        line = json.dumps({key: finite_or_none(value) for key, value in record.items()}, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

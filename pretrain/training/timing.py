@@ -21,6 +21,7 @@ class PhaseClock:
         self._times: list[float] = []
         self._events: list[torch.cuda.Event] = []
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
+        self._cpu_seconds = 0.0
         self._record()
 
     def mark(self, phase: str) -> None:
@@ -28,21 +29,22 @@ class PhaseClock:
         self._names.append(phase)
         self._record()
 
-    def total(self) -> float:
-        """Return the wall-clock seconds since the clock was created."""
+    def stop(self) -> float:
+        """End the step; return the wall-clock seconds since the clock was created."""
+        self._cpu_seconds = time.process_time() - self._cpu_started
         return time.perf_counter() - self._started
 
     def seconds(self) -> dict[str, float]:
-        """Return ``<phase>_seconds`` of every phase, and `cpu_seconds`, the CPU time of this process.
+        """Return ``<phase>_seconds`` of every phase, and `cpu_seconds`, the CPU time of this process until `stop`.
 
-        On a GPU call it only after a synchronization that follows the last mark, such as the step's one host sync.
+        On a GPU call it only after the device has reached the last mark.
         """
         if self._on_gpu:
             spans = [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(self._events)]
         else:
             spans = [b - a for a, b in itertools.pairwise(self._times)]
         found = {f"{name}_seconds": round(span, 6) for name, span in zip(self._names, spans, strict=True)}
-        return found | {"cpu_seconds": round(time.process_time() - self._cpu_started, 6)}
+        return found | {"cpu_seconds": round(self._cpu_seconds, 6)}
 
     def _record(self) -> None:
         if self._on_gpu:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from optimizers import Aurora
 from pretrain.config import Config
-from pretrain.data import BatchShare, DataError, TokenBatch
+from pretrain.data import BatchShare, DataError, StreamPosition, TokenBatch
 from pretrain.data.masks import attention_inputs
 from pretrain.data.prefetch import Prefetcher, PreparedBatch
 from pretrain.engine.base import Engine
@@ -24,39 +23,16 @@ from pretrain.model.loss import IGNORED
 from pretrain.planning.devices import peak_flops
 from pretrain.processes.errors import PeerError
 from pretrain.processes.exit_codes import BAD_INPUT, STOPPED, UNAVAILABLE
+from pretrain.training.bad_batches import BadBatches
+from pretrain.training.garbage import GarbageCollector
+from pretrain.training.guards import Guards, TrainingError
 from pretrain.training.hooks import Hook, StepContext
-from pretrain.training.schedule import lr_factor
+from pretrain.training.records import LateRecords, LaunchedStep, OnTheWay
+from pretrain.training.schedule import set_learning_rates
+from pretrain.training.state import TrainState
 from pretrain.training.timing import PhaseClock
 
-
-class TrainingError(RuntimeError):
-    """Training cannot continue; the last checkpoint is unaffected."""
-
-
-@dataclass
-class TrainState:
-    """The counters of the loop.
-
-    A checkpoint contains these, the weights, the optimizer state, the position of the data stream, the random
-    generators, and the state of the hooks; nothing else is needed to resume.
-    """
-
-    step: int = 0
-    """Optimizer steps, including skipped ones."""
-    tokens: int = 0
-    """Tokens trained on, as the schedule counts them: `global_batch_tokens` per step."""
-    skipped_steps: int = 0
-    """Steps skipped because of non-finite gradients."""
-    skipped_in_a_row: int = 0
-    """Steps skipped since the last step that was taken."""
-    train_seconds: float = 0.0
-    """Time spent in steps, without validation, saving and set-up."""
-    train_loss: float | None = None
-    """Loss of the last step that was taken."""
-    validation_loss: float | None = None
-    """Last validation loss, in nats per token."""
-    bits_per_byte: float | None = None
-    """Last validation bits per byte."""
+__all__ = ["TrainState", "Trainer", "TrainingError"]
 
 
 class Trainer:
@@ -70,9 +46,13 @@ class Trainer:
         eos_id: the token that separates documents.
         state: the counters, new or restored.
         hooks: periodic work.
-        log: called on every rank with each step's record.
+        log: called on every rank with each step's record, and the position of the stream after its batch.
         save: called on every rank to save a checkpoint of the current state.
+        settle: called on every rank before `fit` ends in any way, to wait for a save that is still being written.
+        restore_last: called on every rank to restore everything but the data stream from the last checkpoint; returns
+            the counters of that checkpoint.
         stop_requested: called on every rank after each step; if it returns True on any rank, all ranks stop.
+        warn: prints a warning on rank 0.
         enter: called with the name of each phase of a step when it begins, and the number of the step.
     """
 
@@ -86,16 +66,23 @@ class Trainer:
         eos_id: int,
         state: TrainState | None = None,
         hooks: Sequence[Hook] = (),
-        log: Callable[[dict[str, Any]], None] = lambda record: None,
+        log: Callable[[dict[str, Any], StreamPosition], None] = lambda record, position: None,
         save: Callable[[Trainer], None] = lambda trainer: None,
+        settle: Callable[[], None] = lambda: None,
+        restore_last: Callable[[], TrainState] = TrainState,
         stop_requested: Callable[[], bool] = lambda: False,
+        warn: Callable[[str], None] = lambda text: None,
         enter: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self.config, self.engine, self.optimizer, self.batches = config, engine, optimizer, batches
         self.eos_id = eos_id
         self.state = state or TrainState()
-        self.hooks, self.log, self.save, self.stop_requested = hooks, log, save, stop_requested
-        self.enter = enter
+        self.hooks, self.log, self.save, self.settle = hooks, log, save, settle
+        self.restore_last, self.stop_requested, self.warn, self.enter = restore_last, stop_requested, warn, enter
+        self.guards = Guards(config, self.state, engine.device)
+        self.garbage = GarbageCollector(config.guards.gc_every_steps)
+        self.bad_batches = BadBatches(config, engine.rank, warn)
+        self.late = LateRecords()
         self.flops_per_token = flops_per_token(config.model, config.sequence_length)
         self.peak_flops = peak_flops(engine.device, engine.precision.is_bf16, config.train.peak_tflops)
         self._checked = False
@@ -110,42 +97,55 @@ class Trainer:
 
         Raises:
             DataError: the data cannot be used, or a server of data does not answer, on this rank.
-            TrainingError: too many consecutive steps had non-finite gradients.
+            TrainingError: too many consecutive steps were skipped, the run was rolled back too often, or the weights
+                differ between ranks.
             OSError: a record could not be written on this rank.
             PeerError: one of these happened on another rank.
         """
-        config, state = self.config, self.state
-        while state.step < config.total_steps:
-            self.enter("data", state.step + 1)
+        try:
+            with self.garbage.in_charge():
+                outcome = self.train(stop_at)
+        except Exception as error:
+            try:
+                self.flush(self.late.take(all_of_them=True, arrived_only=True))
+                self.enter("save", self.state.step)
+                self.settle()
+            except Exception as other:
+                error.add_note(f"what was still to be written failed as well: {other}")
+            raise
+        self.enter("save", self.state.step)
+        self.settle()
+        return outcome
+
+    def train(self, stop_at: int | None) -> Literal["done", "stopped"]:
+        """The loop of `fit`. What the device computes in a step is read after the next one has been launched."""
+        config = self.config
+        while self.state.step < config.total_steps:
+            self.enter("data", self.state.step + 1)
             clock = PhaseClock(self.engine.device)
+            before = self.batches.position
             with self.saved_if_data_fails():
                 batch = self.batches.next_batch()
             clock.mark("data")
-            lrs = self.set_learning_rates()
-            loss = self.forward_backward(batch.share)
-            clock.mark("forward_backward")
-            context = self.context(state.step + 1)
-            self.enter("optimizer", context.step)
-            for hook in self.hooks:
-                hook.before_step(context)
-            grad_norm = self.engine.step(self.optimizer)
-            clock.mark("optimizer")
-
+            context = self.context(self.state.step + 1)
+            launched = self.launch(batch, before, context, clock)
             self.enter("records", context.step)
-            state.step += 1
-            state.tokens += config.train.global_batch_tokens
-            record, stop = self.measure(loss, grad_norm)  # the one host sync of the step
-            record |= lrs | self.throughput(clock)
-            record["batch_sha256"] = batch.sha256
+            self.late.add(launched)
             self.check_ranks(batch)
 
-            stop |= stop_at is not None and state.step >= stop_at
-            with self.saved_if_data_fails():
-                self.report(record, context)  # validation reads data
-            if context.last or stop or state.step % config.checkpoint.save_every_steps == 0:
-                self.save_now()
+            stop = self.stop_is_agreed() or (stop_at is not None and context.step >= stop_at)
+            saves = context.last or stop or context.step % config.checkpoint.save_every_steps == 0
+            due = any(hook.due(context.step, context.last) for hook in self.hooks)
+            read = self.late.take(all_of_them=saves or due or self.guards.must_know(self.state, len(self.late)))
+            launched.record |= self.throughput(clock)
+            if not self.finish(read, launched):
+                continue
+            if saves:
+                self.save_state()
                 self.raise_failure()
-            self.check_health()
+            self.guards.compare_weights(self.engine, self.state.step)
+            self.guards.check(self.state)
+            self.garbage.after_step()
             if stop and not context.last:
                 return "stopped"
         return "done"
@@ -157,16 +157,18 @@ class Trainer:
             yield
         except (DataError, PeerError) as error:
             of_data = isinstance(error, DataError) or error.exit_code in (BAD_INPUT, STOPPED, UNAVAILABLE)
-            if of_data and self.state.step > self._saved_step:
-                self.save_now()
+            sound = self.flush(self.late.take(all_of_them=True))
+            if of_data and sound and self.state.step > self._saved_step:
+                self.save_state()
             raise
 
-    def save_now(self) -> None:
-        """Save the current state."""
-        self.enter("save", self.state.step)
-        self._saved_step = self.state.step
-        self.save(self)
-        self.enter("records", self.state.step)
+    def flush(self, read: Sequence[tuple[LaunchedStep, dict[str, float]]]) -> bool:
+        """Log steps before an error is raised; return whether none of them has to be undone."""
+        for step, values in read:
+            if "step_seconds" in step.record:  # the error did not interrupt it
+                self.conclude(step, values)
+                self.log_step(step)
+        return not any(self.guards.rolls_back(values) for _, values in read)
 
     def context(self, step: int) -> StepContext:
         """Return the context of a step for the hooks."""
@@ -178,6 +180,42 @@ class Trainer:
             taken=lambda: bool(self.optimizer.last_step_finite),
             write=self.attempt,
         )
+
+    def launch(
+        self, batch: PreparedBatch, before: StreamPosition, context: StepContext, clock: PhaseClock
+    ) -> LaunchedStep:
+        """Hand all the work of a step to the device, without waiting for it, and count the step.
+
+        `before` is the position of the stream before the batch, and `clock` times the phases of the step.
+        """
+        state, optimizer = self.state, self.optimizer
+        rates = self.set_learning_rates()
+        part = self.forward_backward(batch.share)
+        clock.mark("forward_backward")
+        self.enter("optimizer", context.step)
+        for hook in self.hooks:
+            hook.before_step(context)
+        loss = self.engine.sum_over_ranks(part)
+        optimizer.permitted, spike = self.guards.judge(loss)
+        grad_norm = self.engine.step(optimizer)
+        clock.mark("optimizer")
+        state.step += 1
+        state.tokens += self.config.train.global_batch_tokens
+        record = {"step": state.step, "tokens": state.tokens, **rates, "batch_sha256": batch.sha256}
+        return LaunchedStep(context, batch, before, clock, self.measure(loss, grad_norm, spike), record)
+
+    def measure(self, loss: Tensor, grad_norm: Tensor, spike: Tensor) -> OnTheWay:
+        """Send what the device finds out about a step to the host, without waiting for it."""
+        optimizer = self.optimizer
+        values = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "spike": spike,
+            "taken": optimizer.last_step_finite,
+            "balance_fallbacks": optimizer.last_step_fallbacks,
+            "cholesky_retries": optimizer.last_step_retries,
+        }
+        return OnTheWay({name: value.to(loss.device) for name, value in values.items()})
 
     def forward_backward(self, share: BatchShare) -> Tensor:
         """Compute the gradients of the mean loss over the global batch; return this rank's part of that mean."""
@@ -202,9 +240,9 @@ class Trainer:
 
         `module` is called instead of the engine's wrapped model, if given.
         """
-        tokens = rows.tokens.to(self.engine.device, torch.int64)
+        tokens = self.engine.to_device(rows.tokens).long()
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        lengths = rows.lengths.to(self.engine.device)
+        lengths = self.engine.to_device(rows.lengths)
         valid = torch.arange(labels.shape[1], device=self.engine.device) < lengths[:, None]
         data = self.config.data
         mask, positions = attention_inputs(
@@ -221,49 +259,48 @@ class Trainer:
 
     def set_learning_rates(self) -> dict[str, float]:
         """Set every group's learning rate for this step; return the rates to be logged."""
-        train = self.config.train
-        factor = lr_factor(self.config.schedule, self.state.tokens, train.global_batch_tokens, train.total_tokens)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        groups = self.optimizer.param_groups
-        lrs = {"lr": next((group for group in groups if group["role"] == "hidden"), groups[0])["lr"]}
-        own = self.config.optimizer.adamw.lrs()
-        for group in groups:
-            if group["kind"] == "adamw":
-                lrs[f"{group['role']}_lr" if group["role"] in own else "adamw_lr"] = group["lr"]
-        return lrs
+        return set_learning_rates(self.optimizer.param_groups, self.config, self.state.tokens)
 
-    def measure(self, loss: Tensor, grad_norm: Tensor) -> tuple[dict[str, Any], bool]:
-        """Count the step; return its record, and whether a stop was requested on any rank.
+    def stop_is_agreed(self) -> bool:
+        """Return whether a stop was requested on any rank; a collective of the hosts, not of the devices.
 
         Raises:
             OSError: the record of an earlier step could not be written on this rank.
             PeerError: it could not be written on another rank.
         """
-        flags = torch.tensor([self.stop_requested(), self._failure is not None], dtype=loss.dtype, device=loss.device)
-        loss_sum, stops, failures = self.engine.sum_over_ranks(torch.cat([loss[None], flags])).unbind()
-        optimizer = self.optimizer
-        reports = (grad_norm, optimizer.last_step_finite, optimizer.last_step_fallbacks, optimizer.last_step_retries)
-        values = torch.stack(
-            [loss_sum, stops, failures, *(report.to(loss.device, torch.float32) for report in reports)]
-        )
-        mean, stopping, failed, norm, taken, fallbacks, retries = values.tolist()
+        stopping, failed = self.engine.ranks.any(self.stop_requested(), self._failure is not None)
         if failed:
             self.raise_failure()
-        state = self.state
-        if taken:
-            state.skipped_in_a_row, state.train_loss = 0, mean
-        else:
-            state.skipped_in_a_row += 1
-            state.skipped_steps += 1
-        record = {"step": state.step, "tokens": state.tokens, "loss": mean, "grad_norm": norm}
-        record |= {"balance_fallbacks": int(fallbacks), "cholesky_retries": int(retries)}
-        if not taken:
-            record["skipped"] = True
-        return record, stopping > 0
+        return stopping
 
-    def report(self, record: dict[str, Any], context: StepContext) -> None:
-        """Run the hooks that are due, and hand the step's record to `log`."""
+    def finish(self, read: Sequence[tuple[LaunchedStep, dict[str, float]]], launched: LaunchedStep) -> bool:
+        """Report steps; return False if one of them was undone, and with it all later ones.
+
+        Args:
+            read: the steps whose values have been read, oldest first.
+            launched: the step that was launched last.
+        """
+        for step, values in read:
+            self.conclude(step, values)
+            if self.guards.rolls_back(values) and self.roll_back(step, values["loss"], launched):
+                return False
+            with self.saved_if_data_fails():  # validation reads data
+                self.report(step, step.context)
+        return True
+
+    def conclude(self, step: LaunchedStep, values: dict[str, float]) -> None:
+        """Count a step whose values have been read, and complete its record but for what hooks add."""
+        record = step.record
+        counts = {name: int(values[name]) for name in ("balance_fallbacks", "cholesky_retries")}
+        known = {"step": record["step"], "tokens": record["tokens"], "loss": values["loss"]}
+        known |= {"grad_norm": values["grad_norm"], **counts, **self.guards.count(values, self.state)}
+        step.record = known | record | step.clock.seconds()
+        if values["spike"] or not values["taken"]:
+            self.bad_batches.keep(step)
+
+    def report(self, step: LaunchedStep, context: StepContext) -> None:
+        """Run the hooks that are due after a step, and log its record."""
+        record, state = step.record, self.state
         try:
             for hook in self.hooks:
                 if hook.due(context.step, context.last):
@@ -271,15 +308,62 @@ class Trainer:
                     record |= hook.run(context)
         finally:
             self.enter("records", context.step)
-            self.state.validation_loss = record.get("validation_loss", self.state.validation_loss)
-            self.state.bits_per_byte = record.get("validation_bits_per_byte", self.state.bits_per_byte)
-            self.attempt(lambda: self.log(record))
+            state.validation_loss = record.get("validation_loss", state.validation_loss)
+            state.bits_per_byte = record.get("validation_bits_per_byte", state.bits_per_byte)
+            self.log_step(step)
+
+    def log_step(self, step: LaunchedStep) -> None:
+        """Hand a step's record to `log`."""
+        self.attempt(lambda: self.log(step.record, step.batch.position))
+
+    def roll_back(self, spike: LaunchedStep, loss: float, launched: LaunchedStep) -> bool:
+        """Return to the last checkpoint, and go on with the batch after that of `spike`; a collective.
+
+        Args:
+            spike: the step whose loss is a spike.
+            loss: its loss.
+            launched: the step that was launched last, whose batch has not been trained on if it is a later one.
+
+        Returns:
+            False if there is no checkpoint yet.
+        """
+        if not self._saved_step:
+            self.warn(f"step {spike.step}: the loss {loss:.4g} is a spike, but there is no checkpoint to roll back to")
+            return False
+        self.log_step(spike)
+        self.guards.check_rollbacks(spike.step, loss, self.state)
+        self.enter("roll back", spike.step)
+        self.settle()
+        rollbacks = self.state.rollbacks + 1
+        self.state = self.restore_last()
+        self.state.rollbacks = rollbacks
+        self.guards.restart(self.state)
+        self.late = LateRecords()
+        if launched is not spike:
+            self.batches.put_back(launched.batch, spike.batch.position)
+        self.batches.extend(spike.step - self.state.step)
+        self._saved_step = self.state.step
+        self.warn(
+            f"step {spike.step}: the loss {loss:.4g} is a spike: rolled back to step {self.state.step} "
+            f"({rollbacks} of at most {self.config.guards.max_rollbacks} times); the batches of steps "
+            f"{self.state.step + 1} to {spike.step} are left out"
+        )
+        return True
+
+    def save_state(self) -> None:
+        """Save a checkpoint; all launched steps must have been concluded. A collective."""
+        self.enter("save", self.state.step)
+        self.guards.compare_weights(self.engine, self.state.step, before_save=True)
+        self.state.loss_history = self.guards.history()
+        self._saved_step = self.state.step
+        self.save(self)
+        self.enter("records", self.state.step)
 
     def attempt(self, work: Callable[[], object]) -> None:
         """Do what may fail on one rank alone, such as writing a file; `work` must not communicate.
 
-        An error is kept as the failure of this rank. The other ranks learn of it with the next step's host sync, or
-        when the checkpoint has been saved.
+        An error is kept as the failure of this rank. The other ranks learn of it at the end of the next step, or when
+        the checkpoint has been saved.
         """
         try:
             work()
@@ -296,15 +380,14 @@ class Trainer:
         self.engine.ranks.together(check)
 
     def throughput(self, clock: PhaseClock) -> dict[str, float]:
-        """Return the throughput and timings of the last step; `mfu` only if the device's peak is known."""
-        seconds = clock.total()
+        """End a step; return its throughput and timings, with `mfu` only if the device's peak is known."""
+        seconds = clock.stop()
         self.state.train_seconds += seconds
         per_second = self.config.train.global_batch_tokens / seconds
         record = {
             "tokens_per_second": round(per_second, 1),
             "train_seconds": round(self.state.train_seconds, 3),
             "step_seconds": round(seconds, 6),
-            **clock.seconds(),
         }
         if self.peak_flops:
             peak = self.peak_flops * self.engine.world_size
@@ -316,12 +399,3 @@ class Trainer:
         if not self._checked:
             self.engine.check_in_step(batch.sha256, batch.share.rows)
             self._checked = True
-
-    def check_health(self) -> None:
-        """Raise a TrainingError if too many consecutive steps were skipped."""
-        if self.state.skipped_in_a_row >= self.config.train.max_skipped_steps:
-            raise TrainingError(
-                f"step {self.state.step}: gradients were not finite for {self.state.skipped_in_a_row} steps in a "
-                "row (train.max_skipped_steps); the weights are those before these steps. Lower the learning "
-                "rates or check the data"
-            )

@@ -54,6 +54,7 @@ WHOLE_SECTIONS = {
     "validation": "execution",
     "samples": "execution",
     "telemetry": "execution",
+    "guards": "execution",
     "checkpoint": "execution",
     "logging": "execution",
     "wandb": "execution",

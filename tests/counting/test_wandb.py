@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pretrain.run.wandb import NoTracker, SavedSteps
-from pretrain.training.trainer import Trainer
+from pretrain.training.guards import Guards
+from pretrain.training.state import TrainState
 from tests.counting.ranks import counted
 from tests.counting.where import configured, metrics, run_ranks, train
 
@@ -95,12 +96,12 @@ def test_steps_that_are_rolled_back_are_never_sent(tmp_path: Path, monkeypatch: 
     changes = SHORT | {"wandb.mode": "offline", "checkpoint.save_every_steps": 2}
     config = configured(str(tmp_path), changes)
 
-    def die(self: Trainer) -> None:
-        if self.state.step == 3:
+    def die(self: Guards, state: TrainState) -> None:
+        if state.step == 3:
             raise RuntimeError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "check_health", die)
+        patched.setattr(Guards, "check", die)
         with pytest.raises(RuntimeError, match="killed"):
             train(config)
     assert [line["step"] for line in metrics(config)] == [1, 2, 3]

@@ -23,6 +23,7 @@ import yaml
 from optimizers.polar import polar
 from pretrain.data.masks import attention_inputs
 from pretrain.model.attention import attend, choose_kernel
+from pretrain.slurm.health import gpu_problems
 from tests.conftest import REPOSITORY
 from tests.counting.counters import Operators
 from tests.counting.where import TINY, configured, merged, metrics, train
@@ -177,3 +178,21 @@ def test_two_ranks_over_nccl_equal_one(engine: dict[str, Any], tmp_path: Path) -
     one = by_command(tmp_path / "one", changes, 1)
     two = by_command(tmp_path / "two", changes | engine, 2)
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_the_check_of_a_node_finds_nothing_wrong_with_these_gpus() -> None:
+    problems, rates = gpu_problems(torch.cuda.device_count())
+    assert problems == []
+    assert len(rates) == torch.cuda.device_count()
+    assert min(rates) > 10
+    missing, _ = gpu_problems(torch.cuda.device_count() + 1)
+    assert "are needed" in missing[0]["text"]
+
+
+def test_the_check_of_a_node_notices_memory_in_use() -> None:
+    free, total = torch.cuda.mem_get_info()
+    held = torch.empty(max(0, free - total // 2), dtype=torch.uint8, device="cuda")
+    problems, _ = gpu_problems(1)
+    del held
+    torch.cuda.empty_cache()
+    assert "in use by other processes" in problems[0]["text"]

@@ -25,8 +25,8 @@ from tests.conftest import REPOSITORY
 from tests.distributed.ranks import run_ranks
 from tests.processes.launching import LAUNCHERS, SHORT, TIMEOUT_SECONDS, environment, launch, write_config
 
+# Two processes of torchrun itself with the plain engine: tests/test_cli.py.
 FAST = {
-    ("torchrun", "plain", 1),
     ("torchrun", "deepspeed", 1),
     ("deepspeed", "plain", 2),
 }

@@ -15,7 +15,8 @@ import pytest
 
 from pretrain.config import ConfigError, parse_config
 from pretrain.processes.errors import UserError
-from pretrain.training.trainer import Trainer
+from pretrain.training.guards import Guards
+from pretrain.training.state import TrainState
 from pretrain.watching import alerts
 from pretrain.watching.alerts import Alerts, read_webhook
 from tests.conftest import TINY, merged
@@ -166,14 +167,14 @@ def test_bad_settings_are_refused_without_showing_the_url(changes: dict[str, Any
 def test_a_run_that_fails_tells_why_and_keeps_the_url_to_itself(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def die(self: Trainer) -> None:
-        if self.state.step == 2:
+    def die(self: Guards, state: TrainState) -> None:
+        if state.step == 2:
             raise RuntimeError("kernel failed")
 
     monkeypatch.setenv("HOOK", server.url)
     config = configured(str(tmp_path), {"watch.webhook": "env:HOOK", "data.validation_fraction": 0.0})
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "check_health", die)
+        patched.setattr(Guards, "check", die)
         with pytest.raises(RuntimeError, match="kernel failed"):
             train(config)
     assert train(config, stop_at=3) == 75

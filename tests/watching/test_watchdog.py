@@ -155,10 +155,9 @@ def test_a_rank_that_computes_while_it_prepares_data_does_not_hang(
 def test_the_cpu_time_of_children_counts() -> None:
     code = "import sys, time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        before = cpu_seconds() - time.process_time()
         assert child.stdout
         child.stdout.readline()
-        assert cpu_seconds() - time.process_time() - before > 0.1
+        assert cpu_seconds() - time.process_time() > 0.2
         child.communicate()
 
 
