@@ -119,8 +119,7 @@ class Trainer:
 
     def train(self, stop_at: int | None) -> Literal["done", "stopped"]:
         """The loop of `fit`. What the device computes in a step is read after the next one has been launched."""
-        config = self.config
-        while self.state.step < config.total_steps:
+        while self.state.step < self.config.total_steps:
             self.enter("data", self.state.step + 1)
             clock = PhaseClock(self.engine.device)
             before = self.batches.position
@@ -134,7 +133,7 @@ class Trainer:
             self.check_ranks(batch)
 
             stop = self.stop_is_agreed() or (stop_at is not None and context.step >= stop_at)
-            saves = context.last or stop or context.step % config.checkpoint.save_every_steps == 0
+            saves = context.last or stop or context.step % self.config.checkpoint.save_every_steps == 0
             due = any(hook.due(context.step, context.last) for hook in self.hooks)
             read = self.late.take(all_of_them=saves or due or self.guards.must_know(self.state, len(self.late)))
             launched.record |= self.throughput(clock)
