@@ -20,6 +20,7 @@ from pretrain.run.folder import RunError, RunFolder
 from pretrain.run.identity import Identity
 from pretrain.sweep import load_sweep, plan_jobs
 from tests.conftest import REPOSITORY, SMALL_VOCABULARY, TINY, merged
+from tests.warm import warm_workers
 
 MakeConfig = Callable[..., Config]
 SHORT = SMALL_VOCABULARY | {"train.total_tokens": 6 * 768, "schedule.warmup_tokens": 0}
@@ -204,7 +205,8 @@ def test_what_is_free_is_free(tiny_config: MakeConfig, capsys: pytest.CaptureFix
     train(tiny_config(SHORT), stop_at=2)
     capsys.readouterr()
     free = {"data.workers": 1, "checkpoint.keep_last": 1, "train.activation_checkpointing": "full"}
-    assert train(tiny_config({**SHORT, **free, "logging.every_steps": 1, "validation.every_steps": 5})) == 0
+    with warm_workers():
+        assert train(tiny_config({**SHORT, **free, "logging.every_steps": 1, "validation.every_steps": 5})) == 0
     captured = capsys.readouterr()
     assert "warning" not in captured.out + captured.err
 

@@ -19,6 +19,12 @@ from pretrain.files import replace_text
 from pretrain.run.folder import RunFolder
 from pretrain.run.reader import Run
 
+QUIET: dict[str, Any] = {
+    **{"x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False},
+    **{"disable_git": True, "disable_code": True, "save_code": False, "console": "off"},
+}
+"""What wandb does not collect by itself: the command line, the address of the repository and its changes, and what is
+printed, all of which may hold secrets. The manifest has what matters of it."""
 TIMEOUT_SECONDS = 60
 """How long an online run waits for the server before it continues offline."""
 LOOK_SECONDS = 10.0
@@ -66,7 +72,7 @@ class WandbTracker:
                 dir=folder,
                 mode=mode,
                 config=config.resolved(),
-                settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, silent=True),
+                settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, silent=True, **QUIET),
             )
 
         try:

@@ -129,7 +129,6 @@ def test_a_killed_rank(runs: Runs, victim: int) -> None:
 def test_a_time_limit_with_a_notice(runs: Runs) -> None:
     number = runs.submit("limited", "--signal=B:USR1@120")
     runs.reach(10, "limited", number)
-    runs.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=+0")
     seconds = runs.cluster.command("squeue", "--noheader", "--job", str(number), "--format=%M").strip()
     minutes = int(seconds.split(":")[0]) + 2
     runs.cluster.command("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
@@ -149,6 +148,19 @@ def test_a_request_to_save_and_wait_again(runs: Runs) -> None:
     assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 1), job.output
     assert [attempt["exit_code"] for attempt in runs.record(number)] == [75, 0]
     runs.assert_undisturbed("paused")
+
+
+def test_a_preemption_with_grace(runs: Runs) -> None:
+    number = runs.submit("preempted")
+    runs.reach(10, "preempted", number)
+    urgent = runs.cluster.submit(
+        *("--partition=urgent", "--nodes=4", "--time=5", "--wrap=sleep 1"), directory=runs.folder, environment={}
+    )
+    assert runs.finish(urgent).state == "COMPLETED"
+    job = runs.finish(number)
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 1), job.output
+    assert [attempt["exit_code"] for attempt in runs.record(number)] == [75, 0]
+    runs.assert_undisturbed("preempted")
 
 
 @pytest.mark.parametrize("options", [("--signal=TERM",), ()])
