@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from pretrain.files import now
 from pretrain.processes.errors import UserError
+from pretrain.processes.redaction import redact
 
 TRIES = 3
 PAUSE_SECONDS = 1.0
@@ -64,7 +65,7 @@ class Alerts:
         """
         if self._thread is None:
             return
-        present = time.monotonic()
+        text, present = redact(text), time.monotonic()
         if present - self._sent.get(text, float("-inf")) < REPEAT_SECONDS:
             return
         self._sent[text] = present

@@ -72,7 +72,7 @@ def test_an_alert_says_what_happened_when_and_on_which_rank(server: Server) -> N
     told = Alerts(server.url, "a-run", 3)
     told.send("failed", "MemoryError: no memory", step=17)
     told.send("failed", "MemoryError: no memory", step=18)  # the same again
-    told.send("done", "after step 20", step=20)
+    told.send("done", "after step 20 of https://user:password@example.test/a?token=b", step=20)
     told.close()
     first, second = server.got
     host = socket.gethostname()
@@ -85,7 +85,7 @@ def test_an_alert_says_what_happened_when_and_on_which_rank(server: Server) -> N
         17,
     )
     assert first["time"].startswith("20")
-    assert second["kind"] == "done"
+    assert (second["kind"], second["message"]) == ("done", "after step 20 of https://example.test/a")
 
 
 @pytest.mark.parametrize(
