@@ -31,7 +31,7 @@ def config_file(tiny_config: MakeConfig, tmp_path: Path) -> Path:
     return file
 
 
-VERBS = (
+VERBS = ("check", "config", "data", "train", "status", "checkpoint", "slurm", "plan", "sweep", "export", "eval", "compare", "report")
     *("check", "config", "data", "train", "checkpoint", "slurm"),
     *("plan", "sweep", "export", "eval", "compare", "report"),
 )

@@ -55,6 +55,7 @@ FITTING: dict[str, list[Any]] = {
     ],
     "optimizer.row_blocks": [{}, {r"q_proj\.weight": 2, "k": [1, 2]}],
     "run.name": ["1e5", "0_1", ".5", "true", "a.b-C"],
+    "watch.webhook": [None, "env:_HOOK", "file:~/a b/é: #"],
 }
 # Keys that cannot change alone in the quickstart: they act with other settings only, or have to fit others.
 NEVER_ALONE = {
