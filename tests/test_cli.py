@@ -31,8 +31,8 @@ def config_file(tiny_config: MakeConfig, tmp_path: Path) -> Path:
     return file
 
 
-VERBS = ("check", "config", "data", "train", "status", "checkpoint", "slurm", "plan", "sweep", "export", "eval", "compare", "report")
-    *("check", "config", "data", "train", "checkpoint", "slurm"),
+VERBS = (
+    *("check", "config", "data", "train", "status", "checkpoint", "slurm"),
     *("plan", "sweep", "export", "eval", "compare", "report"),
 )
 
