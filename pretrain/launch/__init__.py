@@ -14,6 +14,7 @@ from pretrain.data import DamagedFileError
 from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
+from pretrain.launch.records import fetch_copy
 from pretrain.launch.setup import Setup, set_up
 from pretrain.launch.start import Start, choose_start
 from pretrain.launch.stops import Stops
@@ -95,6 +96,7 @@ def _train(
         long=True,  # it may wait for an earlier attempt of the same Slurm job
     )
     try:
+        ranks.on_rank_0(lambda: fetch_copy(setup, resume), long=True)
         start = choose_start(setup, resume, extend=extend)
         step = start.step
         if step >= config.total_steps:
@@ -151,6 +153,7 @@ def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_s
         except DamagedFileError as error:
             setup.folder.allow_repair(error.path)
             raise
+        state = trainer.state  # another one after a roll back
         reason = (stops.requests.reason if stops.agreed() else None) or "--stop-at"
         if outcome == "stopped":
             stops.requests.saved = True

@@ -18,7 +18,7 @@ from pretrain.data import StreamPosition, TokenStream, without_bytes
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
 from pretrain.launch.ancestor import Weights
-from pretrain.launch.records import open_run_folder, save_run
+from pretrain.launch.records import make_saver, open_run_folder, save_run
 from pretrain.launch.setup import Setup
 from pretrain.launch.start import Start, fill_stepped_weights
 from pretrain.launch.stops import Stops
@@ -73,16 +73,19 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
     def log(record: dict[str, Any], position: StreamPosition) -> None:
         if engine.rank == 0:
             setup.folder.check_lock()
-            setup.folder.metrics.append(record)
+            _append(setup, record)
         tracker.log(record)
         display.step(record)
         for line in notices.lines(record["step"], position):
             display.say(line)
 
+    saver = make_saver(setup, start.position if start.is_resume else None, opened)
+
     def save(trainer: Trainer) -> None:
         with stops.budget.saving():
             engine.ranks.on_rank_0(setup.folder.check_lock)
-            save_run(setup, trainer)
+            save_run(setup, trainer, saver)
+        stops.budget.save_seconds = max(stops.budget.save_seconds, saver.seconds)
 
     return Trainer(
         config,
@@ -94,10 +97,20 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
         hooks=hooks,
         log=log,
         save=save,
+        settle=saver.settle,
         restore_last=lambda: _restore_last(setup, start, optimizer, hooks),
         stop_requested=stops.after_step,
         warn=display.warn,
     )
+
+
+def _append(setup: Setup, record: dict[str, Any]) -> None:
+    """Append a line to metrics.jsonl; warn if it has to wait in memory, for example because the disk is full."""
+    metrics = setup.folder.metrics
+    waited = metrics.problem is not None
+    metrics.append(record)
+    if metrics.problem is not None and not waited:
+        setup.display.warn(f"{metrics.path}: {metrics.problem}; its lines wait in memory until it can be written")
 
 
 def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:

@@ -97,7 +97,7 @@ class Trainer:
             DataError: the data cannot be used, or a server of data does not answer, on this rank.
             TrainingError: too many consecutive steps were skipped, the run was rolled back too often, or the weights
                 differ between ranks.
-            OSError: a record could not be written on this rank.
+            OSError: a record, or the last checkpoint, could not be written on this rank.
             PeerError: one of these happened on another rank.
         """
         try:
