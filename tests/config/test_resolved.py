@@ -64,7 +64,14 @@ NEVER_ALONE = {
     *("optimizer.riemannian", "optimizer.running_norms"),
     *("model.architecture", "model.context_length", "model.embedding_dtype", "model.num_heads"),
     *("data.cache_dir", "data.cache_gib", "data.lock", "data.mirror"),
-    *("optimizer.adamw.head_lr", "init.take", "schedule.kind", "train.document_attention", "wandb.project"),
+    *(
+        "optimizer.adamw.head_lr",
+        "init.take",
+        "schedule.decay_start_tokens",
+        "schedule.kind",
+        "train.document_attention",
+        "wandb.project",
+    ),
 }
 # Text that other readers of YAML take for something else.
 TEXT = st.one_of(
