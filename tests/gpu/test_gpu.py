@@ -177,3 +177,24 @@ def test_two_ranks_over_nccl_equal_one(engine: dict[str, Any], tmp_path: Path) -
     one = by_command(tmp_path / "one", changes, 1)
     two = by_command(tmp_path / "two", changes | engine, 2)
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_a_step_is_launched_without_waiting_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the step nor its record: its values are read when the next step is on its way."""
+    from pretrain.training.trainer import Trainer
+
+    launch, launched = Trainer.launch, []
+
+    def watched(self: Trainer, *arguments: Any) -> Any:
+        launched.append(self.state.step)
+        if self.state.step < 3:  # kernels are chosen and memory is reserved in the first steps
+            return launch(self, *arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "launch", watched)
+    assert losses(tmp_path, GRAM | {"guards.on_loss_spike": "skip", "guards.spike_window": 8}, 12)
+    assert len(launched) == 12
