@@ -141,10 +141,15 @@ def _shared_tasks(
     return list(dict.fromkeys(wanted))
 
 
+def main_metric(task: TaskResult) -> Metric:
+    """Return the metric that a task is usually reported by: acc_norm where it has one."""
+    return "acc_norm" if "acc_norm" in task else "acc"
+
+
 def _metric(wanted: MetricChoice, tasks: Sequence[TaskResult]) -> Metric:
     if wanted != "auto":
         return wanted
-    return "acc_norm" if any("acc_norm" in task for task in tasks) else "acc"
+    return "acc_norm" if any(main_metric(task) == "acc_norm" for task in tasks) else "acc"
 
 
 def _problems(

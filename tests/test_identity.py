@@ -19,10 +19,11 @@ from pretrain.launch import train
 from pretrain.run.folder import RunError, RunFolder
 from pretrain.run.identity import Identity
 from pretrain.sweep import load_sweep, plan_jobs
-from tests.conftest import REPOSITORY, TINY, merged
+from tests.conftest import REPOSITORY, SMALL_VOCABULARY, TINY, merged
+from tests.warm import warm_workers
 
 MakeConfig = Callable[..., Config]
-SHORT = {"train.total_tokens": 6 * 768, "schedule.warmup_tokens": 0}
+SHORT = SMALL_VOCABULARY | {"train.total_tokens": 6 * 768, "schedule.warmup_tokens": 0}
 OLD = Path(__file__).parent / "config" / "index_fb900ae.json"
 
 
@@ -45,7 +46,7 @@ def test_a_run_is_resumed_with_its_files_elsewhere_and_its_licence_corrected(
         (tmp_path / mount / "text").mkdir(parents=True)
         for name in ("moby_dick.parquet", "sotu.parquet"):
             shutil.copyfile(REPOSITORY / "assets/corpus" / name, tmp_path / mount / "text" / name)
-        shutil.copyfile(REPOSITORY / "assets/tokenizer/tokenizer.json", tmp_path / mount / "t.json")
+        shutil.copyfile(REPOSITORY / "assets/tokenizer/tokenizer-2048.json", tmp_path / mount / "t.json")
 
     def on(mount: str, name: str, licence: str) -> Config:
         source = {"path": str(tmp_path / mount / "text"), "licence": licence}
@@ -204,7 +205,8 @@ def test_what_is_free_is_free(tiny_config: MakeConfig, capsys: pytest.CaptureFix
     train(tiny_config(SHORT), stop_at=2)
     capsys.readouterr()
     free = {"data.workers": 1, "checkpoint.keep_last": 1, "train.activation_checkpointing": "full"}
-    assert train(tiny_config({**SHORT, **free, "logging.every_steps": 1, "validation.every_steps": 5})) == 0
+    with warm_workers():
+        assert train(tiny_config({**SHORT, **free, "logging.every_steps": 1, "validation.every_steps": 5})) == 0
     captured = capsys.readouterr()
     assert "warning" not in captured.out + captured.err
 

@@ -20,9 +20,11 @@ from pretrain.data import load_tokenizer
 from pretrain.launch import train
 from pretrain.run.folder import RunError, RunFolder
 from pretrain.training.trainer import Trainer, TrainingError
+from tests.conftest import SMALL_VOCABULARY
+from tests.warm import warm_workers
 
 MakeConfig = Callable[..., Config]
-SHORT = {
+SHORT = SMALL_VOCABULARY | {
     "train.total_tokens": 6 * 768,
     "schedule.warmup_tokens": 0,
     "checkpoint.save_every_steps": 2,
@@ -170,7 +172,8 @@ def test_changed_data_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> Non
 def test_execution_keys_may_change(tiny_config: MakeConfig) -> None:
     train(tiny_config(SHORT), stop_at=2)
     changed = {"train.micro_batch_sequences": 12, "data.workers": 1, "checkpoint.keep_last": 1}
-    assert train(tiny_config({**SHORT, **changed})) == 0
+    with warm_workers():
+        assert train(tiny_config({**SHORT, **changed})) == 0
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(

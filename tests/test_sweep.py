@@ -25,7 +25,7 @@ from pretrain.processes.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from pretrain.run.folder import RunError, RunFolder
 from pretrain.run.json_lines import JsonLines
 from pretrain.sweep import format_status, load_sweep, plan_jobs, run_job, run_sweep, runner
-from tests.conftest import REPOSITORY, TINY, merged
+from tests.conftest import REPOSITORY, SMALL_VOCABULARY, TINY, merged
 
 AXES: dict[str, Any] = {
     "optimizer": {
@@ -43,8 +43,8 @@ ONE_OPTIMIZER: dict[str, Any] = {
 
 def write_sweep(folder: Path, **changes: Any) -> Path:
     """A sweep over a config of 6 steps; keyword arguments are keys of the sweep file."""
-    base = {"train.total_tokens": 6 * 768, "schedule.warmup_tokens": 0, "checkpoint.save_every_steps": 2}
-    (folder / "base.yaml").write_text(yaml.safe_dump(merged(TINY, base)))
+    steps = {"train.total_tokens": 6 * 768, "schedule.warmup_tokens": 0, "checkpoint.save_every_steps": 2}
+    (folder / "base.yaml").write_text(yaml.safe_dump(merged(TINY, SMALL_VOCABULARY | steps)))
     data = {"name": "tiny", "base": "base.yaml", "root": str(folder / "runs"), "axes": AXES} | changes
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))

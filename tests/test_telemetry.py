@@ -25,6 +25,7 @@ from pretrain.neurons.telemetry import load_arrays, measurements
 from pretrain.neurons.watched import Watched, watched_matrices
 from pretrain.run.json_lines import JsonLines
 from pretrain.training.validation import Validator
+from tests.conftest import SMALL_VOCABULARY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import metrics, run, tensors
 
@@ -38,7 +39,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": {"name": "adamw", "adamw": {"lr": 3e-3}}},
 }
 ON = {"telemetry.every_steps": 5, "telemetry.reference_step": 10, "telemetry.activation_sequences": 6}
-SHORT = {"train.total_tokens": 20 * 768, "schedule.warmup_tokens": 0, "validation.every_steps": 7}
+SHORT = SMALL_VOCABULARY | {"train.total_tokens": 20 * 768, "schedule.warmup_tokens": 0, "validation.every_steps": 7}
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 

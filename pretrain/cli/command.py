@@ -16,6 +16,7 @@ from pretrain.processes.environment import set_defaults
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED
 from pretrain.processes.failures import is_first_to_say, note_exit
 from pretrain.processes.failures import report as report_failure
+from pretrain.processes.output import drop_what_cannot_be_written, open_closed_streams
 
 VERBS = (check, config, data, train, slurm, plan, sweep, export, evaluate, compare, report)
 """The modules of the verbs, in the order of the help. Each has a function ``add`` that declares its arguments; what
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: for a command line that cannot be parsed, and for ``--help``.
     """
+    open_closed_streams()
     set_defaults()
     with _our_warnings():
         options = parse(arguments)
@@ -53,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BaseException as error:
             code = report_failure(error)
     note_exit(code)
+    drop_what_cannot_be_written()
     return code
 
 

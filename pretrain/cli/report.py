@@ -18,7 +18,8 @@ def add(verbs: Verbs) -> None:
         "report",
         help="write the HTML page of a run or a sweep",
         description="Write one self-contained HTML page about a run or a sweep, finished or not, and its numbers as "
-        "JSON next to it.",
+        "JSON next to it. It shows the results that `aurora eval --out RUN/eval/NAME` has written, with paired "
+        "differences between the runs of a sweep.",
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="the folder of a run or a sweep, or a sweep's file")
     parser.add_argument("--out", metavar="FILE", type=Path, help="the page to write (default: PATH/report.html)")
@@ -28,8 +29,9 @@ def add(verbs: Verbs) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the report and print where it is."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
+    from pretrain.cli.evaluated_runs import evaluations
     from pretrain.report.write import write_report
 
     path = read_sweep(options.path).folder if options.path.suffix in (".yaml", ".yml") else options.path
-    print(write_report(path, options.out))
+    print(write_report(path, options.out, evaluations))
     return 0

@@ -7,6 +7,11 @@ import warnings
 from typing import TYPE_CHECKING
 
 from pretrain.cli.arguments import add_config, positive
+from pretrain.processes.environment import world
+from pretrain.processes.exit_timer import exit_timer
+from pretrain.processes.failures import note_ready
+from pretrain.processes.parent import process_age
+from pretrain.processes.signals import NOTICE, StopRequests, stop_requests
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
@@ -18,8 +23,9 @@ def add(verbs: Verbs) -> None:
         "train",
         help="train a model, or resume a run",
         description="Train the model that CONFIG describes. If the run already has a checkpoint, training resumes "
-        "from the newest one. SIGINT (Ctrl-C) and SIGTERM stop the run after the current step, with a checkpoint; "
-        "the same command then continues it. To use several machines, start this verb with torchrun or with "
+        "from the newest one. SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1 and a file named STOP in the run folder stop "
+        "the run after the current step, with a checkpoint; the same command then continues it. A second signal ends "
+        "it immediately. To use several machines, start this verb with torchrun or with "
         "slurm/pretrain.sbatch.",
     )
     add_config(parser)
@@ -67,7 +73,12 @@ def run(options: argparse.Namespace) -> int:
         arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *stop, *extend]
         return run_processes(options.processes, arguments)
 
-    # Imported here: the parent of several processes does not train.
-    from pretrain.launch import train
+    requests = StopRequests(age=process_age())
+    notice = NOTICE if world().rank == 0 else None
+    with exit_timer(requests), stop_requests(requests, notice, first_only=True):
+        note_ready()
+        # Imported here: the parent of several processes does not train.
+        from pretrain.launch import train
 
-    return train(load_config(options.config, options.overrides), options.resume, options.stop_at, extend=options.extend)
+        config = load_config(options.config, options.overrides)
+        return train(config, options.resume, options.stop_at, extend=options.extend, requests=requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -15,15 +16,30 @@ from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
 from pretrain.launch.setup import Setup, set_up
 from pretrain.launch.start import Start, choose_start
+from pretrain.launch.stops import Stops
+from pretrain.launch.time_budget import time_budget
+from pretrain.model.cost import parameter_count
 from pretrain.processes.environment import settled
 from pretrain.processes.exit_codes import DONE, STOPPED
 from pretrain.processes.failures import report
-from pretrain.processes.signals import StopRequests, stop_requests
+from pretrain.processes.output import output_may_fail
+from pretrain.processes.parent import launched_before
+from pretrain.processes.signals import NOTICE, StopRequests, stop_requests
 from pretrain.run.folder import RunError
 from pretrain.training.epochs import packing_lines
 
+CHECKPOINT_BYTES = 12
+"""Of one parameter in a checkpoint, for a first estimate: its value and two moments in fp32."""
 
-def train(config: Config, resume: str = "auto", stop_at: int | None = None, *, extend: bool = False) -> int:
+
+def train(
+    config: Config,
+    resume: str = "auto",
+    stop_at: int | None = None,
+    *,
+    extend: bool = False,
+    requests: StopRequests | None = None,
+) -> int:
     """Train the run that `config` describes, from its newest checkpoint on if there is one.
 
     Args:
@@ -31,6 +47,8 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None, *, e
         resume: ``auto``, ``never``, or a checkpoint's folder.
         stop_at: save and stop after this step.
         extend: the run must exist, and `config` may only make it longer.
+        requests: the caller's, which handles signals itself; None: signals ask for a stop while steps are taken, if
+            this is the main thread.
 
     Returns:
         The exit code: 0 done, 75 stopped with a checkpoint saved.
@@ -40,11 +58,19 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None, *, e
         PeerError: another rank failed, and has raised its own error.
         TrainingError, OSError: training failed; saved checkpoints are untouched.
     """
-    with settled(config.engine.kind, on_gpu=torch.cuda.is_available()):
+    if is_ours := requests is None:
+        requests = StopRequests()
+    requests.seconds = config.run.stop_seconds
+    with (
+        output_may_fail("training"),
+        settled(config.engine.kind, on_gpu=torch.cuda.is_available()),
+        stopping(lambda: bool(requests)),
+    ):
         engine = make_engine(config)
         scratch = tempfile.TemporaryDirectory(prefix="aurora-")
         try:
-            code = _train(set_up(config, engine, Path(scratch.name)), resume, stop_at, extend)
+            setup = set_up(config, engine, Path(scratch.name))
+            code = _train(setup, resume, stop_at, extend, requests, is_ours)
             engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
             return code
         except BaseException as error:
@@ -56,14 +82,22 @@ def train(config: Config, resume: str = "auto", stop_at: int | None = None, *, e
             engine.close()
 
 
-def _train(setup: Setup, resume: str, stop_at: int | None, extend: bool) -> int:
+def _train(
+    setup: Setup, resume: str, stop_at: int | None, extend: bool, requests: StopRequests, handle_signals: bool
+) -> int:
     """Choose where to start, and train from there in the locked run folder."""
-    folder, display, ranks = setup.folder, setup.display, setup.engine.ranks
-    ranks.on_rank_0(folder.lock)
+    config, folder, display, ranks = setup.config, setup.folder, setup.display, setup.engine.ranks
+    age = launched_before(time.monotonic() - requests.started)
+    size = parameter_count(config.model)["total"] * CHECKPOINT_BYTES
+    stops = Stops(requests, setup, time_budget(config.run.max_seconds, age, size, display.warn))
+    ranks.on_rank_0(
+        lambda: folder.lock(config.run.lock_wait_seconds, lambda: bool(requests), display.say),
+        long=True,  # it may wait for an earlier attempt of the same Slurm job
+    )
     try:
         start = choose_start(setup, resume, extend=extend)
         step = start.step
-        if step >= setup.config.total_steps:
+        if step >= config.total_steps:
             longer = "; to extend it, raise train.total_tokens" if extend else ""
             display.say(f"{folder.path}: already complete at step {step}{longer}")
             return DONE
@@ -74,36 +108,59 @@ def _train(setup: Setup, resume: str, stop_at: int | None, extend: bool) -> int:
         if stop_at is not None and step >= stop_at:
             display.say(f"{folder.path}: already at step {step}, asked to stop at {stop_at}")
             return STOPPED
-        return _fit(setup, start, stop_at)
+        if stops.agreed():
+            display.say(f"not started because of {requests.reason}; start the same command again to continue")
+            return STOPPED
+        return _fit(setup, start, stop_at, stops, handle_signals)
     finally:
+        try:
+            stops.acknowledge()
+        except OSError as error:
+            display.warn(
+                f"{error.filename}: cannot be deleted ({error.strerror}) and will stop the next launch as well"
+            )
         folder.unlock()
 
 
-def _fit(setup: Setup, start: Start, stop_at: int | None) -> int:
+def _note_stop(setup: Setup, step: int, reason: str) -> None:
+    """Record on rank 0 why the run stopped; the checkpoint is saved, so a failure changes nothing."""
+    if setup.engine.rank == 0:
+        try:
+            setup.folder.mark_stopped(step, reason)
+        except (OSError, RunError) as error:
+            setup.display.warn(f"the reason of this stop is not recorded: {error}")
+
+
+def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_signals: bool) -> int:
     """Build everything, restore it from `start`, and train."""
-    config, display = setup.config, setup.display
-    notice = "stopping after this step" if setup.engine.rank == 0 else None
-    requests = StopRequests()
+    config, display, ranks = setup.config, setup.display, setup.engine.ranks
     with contextlib.ExitStack() as opened:
-        trainer = build_trainer(setup, start, requests, opened)
+        trainer = build_trainer(setup, start, stops, opened)
         state = trainer.state
         if start.weights:
             display.say(str(start))
         display.start(state.step, config.total_steps)
         opened.callback(display.close)
-        opened.enter_context(stopping(trainer.stop_requested))
-        with stop_requests(requests, notice, first_only=True, warn=display.warn):
-            try:
-                outcome = trainer.fit(stop_at)
-            except DamagedFileError as error:
-                setup.folder.allow_repair(error.path)
-                raise
+        opened.enter_context(stopping(stops.requested))
+        if handle_signals:
+            notice = NOTICE if setup.engine.rank == 0 else None
+            opened.enter_context(stop_requests(stops.requests, notice, first_only=True, warn=display.warn))
+        stops.budget.step_ended()
+        try:
+            outcome = "stopped" if stops.agreed() else trainer.fit(stop_at)
+        except DamagedFileError as error:
+            setup.folder.allow_repair(error.path)
+            raise
+        reason = (stops.requests.reason if stops.agreed() else None) or "--stop-at"
+        if outcome == "stopped":
+            stops.requests.saved = True
+            _note_stop(setup, state.step, reason)
     for line in packing_lines(trainer.batches.position, config.padded_length):
         display.say(line)
     if outcome == "stopped":
-        display.say(f"stopped after step {state.step}; start the same command again to continue")
+        display.say(f"stopped after step {state.step} because of {reason}; start the same command again to continue")
         return STOPPED
-    setup.engine.ranks.on_rank_0(lambda: setup.folder.mark_finished(state.step))
+    ranks.on_rank_0(lambda: setup.folder.mark_finished(state.step))
     display.say(
         f"done: {state.step} steps, {state.tokens:,} tokens, {state.train_seconds:,.0f} seconds of training; "
         f"everything is in {setup.folder.path}"

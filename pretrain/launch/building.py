@@ -21,12 +21,11 @@ from pretrain.launch.ancestor import Weights
 from pretrain.launch.records import open_run_folder, save_run
 from pretrain.launch.setup import Setup
 from pretrain.launch.start import Start, fill_stepped_weights
+from pretrain.launch.stops import Stops
 from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
 from pretrain.planning.summary import describe, routing_table
-from pretrain.processes.signals import StopRequests
-from pretrain.processes.torchrun import is_orphaned
 from pretrain.run.resume import rewind
 from pretrain.run.wandb import make_tracker
 from pretrain.training.epochs import EpochNotices
@@ -37,7 +36,7 @@ from pretrain.training.trainer import Trainer
 from pretrain.training.validation import Validator
 
 
-def build_trainer(setup: Setup, start: Start, requests: StopRequests, opened: contextlib.ExitStack) -> Trainer:
+def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.ExitStack) -> Trainer:
     """The trainer with all that it owns, in the state of `start`; what has to be closed goes to `opened`."""
     config, engine, display = setup.config, setup.engine, setup.display
     seed_everything(config.run.seed + engine.rank, config.run.deterministic)
@@ -73,11 +72,17 @@ def build_trainer(setup: Setup, start: Start, requests: StopRequests, opened: co
 
     def log(record: dict[str, Any], position: StreamPosition) -> None:
         if engine.rank == 0:
+            setup.folder.check_lock()
             setup.folder.metrics.append(record)
         tracker.log(record)
         display.step(record)
         for line in notices.lines(record["step"], position):
             display.say(line)
+
+    def save(trainer: Trainer) -> None:
+        with stops.budget.saving():
+            engine.ranks.on_rank_0(setup.folder.check_lock)
+            save_run(setup, trainer)
 
     return Trainer(
         config,
@@ -88,9 +93,9 @@ def build_trainer(setup: Setup, start: Start, requests: StopRequests, opened: co
         state=state,
         hooks=hooks,
         log=log,
-        save=lambda trainer: save_run(setup, trainer),
+        save=save,
         restore_last=lambda: _restore_last(setup, start, optimizer, hooks),
-        stop_requested=lambda: bool(requests) or is_orphaned(),
+        stop_requested=stops.after_step,
         warn=display.warn,
     )
 

@@ -2,7 +2,11 @@
 
 import sys
 
+from pretrain.processes.output import drop_what_cannot_be_written, open_closed_streams
 from pretrain.processes.torchrun import torchrun
 
 if __name__ == "__main__":
-    sys.exit(torchrun(sys.argv[1:]))
+    open_closed_streams()
+    code = torchrun(sys.argv[1:])
+    drop_what_cannot_be_written()
+    sys.exit(code)

@@ -29,6 +29,7 @@ from pretrain.processes.exit_codes import FAILED, INTERRUPTED
 
 ERROR_FILE = "error.json"
 EXIT_FILE = "exit-code"
+PID_FILE = "pid"
 _REPORTED = "_aurora_exit_code"  # an error's attribute: it has been reported, and this is the exit code
 
 LOST_CONNECTION = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error")
@@ -86,6 +87,14 @@ def note_exit(code: int) -> None:
     if folder is not None:
         with contextlib.suppress(OSError):
             (folder / EXIT_FILE).write_text(str(code))
+
+
+def note_ready() -> None:
+    """Tell the launcher that this process can be asked to stop, and which process it is."""
+    folder = _elastic_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            replace_text(folder / PID_FILE, str(os.getpid()))
 
 
 def is_first_to_say(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Requests to stop: what SIGINT and SIGTERM mean while there is something to save."""
+"""Requests to stop, and what SIGINT, SIGTERM, SIGHUP and SIGUSR1 mean while there is something to save."""
 
 from __future__ import annotations
 
@@ -6,21 +6,47 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C, a scheduler or `kill`, a closed terminal, and what Slurm sends before a time limit (``--signal=USR1@90``)."""
+
+PASSED_ON = signal.SIGUSR2
+"""What our launcher sends to its processes after it was asked to stop itself. It asks for a stop however often it
+arrives: Slurm signals the launcher and its processes alike, and that must not count as a second signal."""
+
+NOTICE = "stopping after this step, with a checkpoint; a second signal ends the run immediately"
+"""What is printed after the name of the first signal."""
 
 
 class StopRequests:
-    """How often this process was asked to stop."""
+    """The requests to stop that this process has received, from signals and from whatever else may ask.
 
-    def __init__(self) -> None:
+    Attributes:
+        count: number of requests; those after the first ask for an immediate end.
+        reason: who asked first; None before that.
+        started: when the work began that may be asked to stop, on the monotonic clock.
+        seconds: how long stopping may take after the first request; see `pretrain.processes.exit_timer`.
+        saved: everything is saved, and only the process has still to end.
+    """
+
+    def __init__(self, seconds: float = 600.0, age: float = 0.0) -> None:
         self.count = 0
+        self.reason: str | None = None
+        self.started = time.monotonic() - age
+        self.seconds = seconds
+        self.saved = False
 
     def __bool__(self) -> bool:
         return self.count > 0
+
+    def add(self, reason: str) -> None:
+        """Count a request."""
+        self.reason = self.reason or reason
+        self.count += 1
 
 
 @contextlib.contextmanager
@@ -31,38 +57,65 @@ def stop_requests(
     first_only: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Iterator[None]:
-    """Count SIGINT and SIGTERM instead of dying of them; the earlier handlers return at the end.
+    """Count `SIGNALS` and `PASSED_ON` instead of dying of them; the earlier handlers return at the end.
 
     Args:
-        requests: counts them.
+        requests: counts them; `PASSED_ON` counts only if nothing else has.
         notice: printed to standard error after the signal's name; None prints nothing.
         first_only: the earlier handlers return after the first request, so that a second one ends the process.
         warn: called with a line of text where handlers cannot be installed, which Python allows in the main thread
             only. Signals then do what they did before.
     """
     if threading.current_thread() is not threading.main_thread():
-        warn("not in the main thread: SIGINT and SIGTERM will not stop this work with a checkpoint")
+        warn("not in the main thread: signals will not stop this work with a checkpoint")
         yield
         return
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            # None: a handler that was not installed from Python, and that Python cannot put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
     def request(number: int, frame: FrameType | None) -> None:
-        requests.count += 1
-        if notice is not None:
-            # Not print: the signal may have interrupted one.
-            with contextlib.suppress(OSError):
-                os.write(2, f"\n{signal.Signals(number).name}: {notice}\n".encode())
+        requests.add(signal.Signals(number).name)
+        say(number, notice)
         if first_only:
             restore()
 
-    previous: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        signal.signal(number, request)
-    try:
+    def passed_on(number: int, frame: FrameType | None) -> None:
+        if not requests:
+            requests.add("a signal to the launcher")
+
+    with handled((PASSED_ON,), passed_on), handled(SIGNALS, request) as restore:
         yield
+
+
+@contextlib.contextmanager
+def handled(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[Callable[[], None]]:
+    """Handle signals; yield what puts the earlier handlers back, which also happens at the end.
+
+    SIGHUP and SIGINT stay ignored where they are ignored already: by ``nohup``, and by shells for background jobs.
+    Outside the main thread, where Python does not allow it, nothing is handled.
+    """
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            earlier = signal.getsignal(number)
+            if not (number in (signal.SIGHUP, signal.SIGINT) and earlier is signal.SIG_IGN):
+                before[number] = earlier
+
+    def restore() -> None:
+        for number, earlier in before.items():
+            # None: a handler that was not installed from Python, and that Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield restore
     finally:
         restore()
+
+
+def say(number: int, notice: str | None) -> None:
+    """Print a notice after a signal's name, from its handler: not by `print`, which the signal may have interrupted."""
+    if notice is not None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: {notice}\n".encode())

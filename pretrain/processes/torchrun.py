@@ -20,12 +20,12 @@ from typing import Any
 
 from pretrain.processes.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED, UNAVAILABLE
 from pretrain.processes.failures import EXIT_FILE, Failure, read_failures
-
-PARENT_VARIABLE = "AURORA_PARENT"
-"""Environment variable with the id of the process that a training process belongs to, for example a sweep's."""
+from pretrain.processes.output import output_may_fail
+from pretrain.processes.overseer import FROZEN_LOOKS, LaunchStoppedError, Overseer
+from pretrain.processes.parent import parent_of_what_starts
 
 SHUTDOWN_SECONDS = 600
-"""How long processes that were asked to stop may take to finish their step and save."""
+"""How long processes that torchrun itself sends a signal may take to end."""
 
 
 def free_port() -> int:
@@ -35,12 +35,6 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def is_orphaned() -> bool:
-    """Return whether the process that started this one, as recorded in `PARENT_VARIABLE`, has died."""
-    parent = os.environ.get(PARENT_VARIABLE)
-    return parent is not None and parent != str(os.getppid())
-
-
 def run_processes(count: int, arguments: Sequence[str]) -> int:
     """Run ``aurora ARGUMENTS`` on `count` processes that find each other on loopback; return the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
@@ -48,7 +42,28 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
 
 
 def torchrun(arguments: Sequence[str]) -> int:
-    """Run ``torchrun ARGUMENTS`` in this process; return the exit code of the processes that it started here."""
+    """Run ``torchrun ARGUMENTS`` in this process; return the exit code of the processes that it started here.
+
+    If they train, the first signal asks them to save and to stop, and the code is 75 when they have. A second signal
+    kills them. Processes that do something else receive the signal itself.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(output_may_fail("the run"))
+        overseer = Overseer()
+        if _starts_training(arguments):
+            stack.enter_context(overseer.at_work())
+        stack.enter_context(parent_of_what_starts())
+        try:
+            code, line = _run(arguments, overseer, stack)
+        except LaunchStoppedError as error:
+            code, line = error.exit_code, None if error.exit_code == STOPPED else f"ended by {error}"
+    if line is not None:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def _run(arguments: Sequence[str], overseer: Overseer, stack: contextlib.ExitStack) -> tuple[int, str | None]:
+    """The exit code, and a line to print or None; see `judge`."""
     # torchrun loads torch, which `aurora --help` does without.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -58,34 +73,38 @@ def torchrun(arguments: Sequence[str]) -> int:
     options = parse_args(list(arguments))
     if options.shutdown_timeout is None:
         options.shutdown_timeout = SHUTDOWN_SECONDS
-    with contextlib.ExitStack() as stack:
-        # Each process writes its error and its exit code there.
-        root = options.log_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-logs-"))
-        options.log_dir = root
-        earlier = set(_attempts(root))
-        ended = stack.enter_context(_ended_by_torchrun())
-        try:
-            run(options)
-        except ChildFailedError as error:
-            attempt = _newest_attempt(root, earlier)
-            code, line = judge(error.failures, read_failures(attempt) if attempt else [], ended)
-        except RendezvousError as error:
-            # Also when the node at which the others meet has ended first; its own exit code says why.
-            reason = f" ({error.__cause__})" if error.__cause__ else ""
-            code, line = FAILED, f"lost or never reached the other nodes: {error}{reason}"
-        except SignalException as error:
-            attempt = _newest_attempt(root, earlier)
-            code = _code_after_signal(error.sigval, attempt, options.nproc_per_node)
-            line = None if code in (DONE, STOPPED) else f"ended by {error.sigval.name}"
-        else:
-            return DONE
-    if line is not None:
-        print(f"error: {line}", file=sys.stderr, flush=True)
-    return code
+    if overseer.working:
+        options.signals_to_handle = "SIGQUIT"  # and no others: the overseer handles them
+    # Each process writes its error and its exit code there.
+    root = options.log_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-logs-"))
+    options.log_dir = root
+    earlier = set(_attempts(root))
+    overseer.attempt = lambda: _newest_attempt(root, earlier)
+    ended = stack.enter_context(_ended_by_torchrun())
+    try:
+        run(options)
+    except ChildFailedError as error:
+        attempt = _newest_attempt(root, earlier)
+        reports = read_failures(attempt) if attempt else []
+        return judge(error.failures, reports, ended | overseer.ended, overseer.frozen)
+    except RendezvousError as error:
+        # Also when the node at which the others meet has ended first; its own exit code says why.
+        reason = f" ({error.__cause__})" if error.__cause__ else ""
+        return FAILED, f"lost or never reached the other nodes: {error}{reason}"
+    except SignalException as error:
+        code = _code_after_signal(error.sigval, _newest_attempt(root, earlier), options.nproc_per_node)
+        return code, None if code in (DONE, STOPPED) else f"ended by {error.sigval.name}"
+    return DONE, None
+
+
+def _starts_training(arguments: Sequence[str]) -> bool:
+    """Whether torchrun's arguments start ``aurora train``, whose processes save when they are asked to stop."""
+    words = ["-m" if word == "--module" else word for word in arguments]
+    return any(words[i : i + 3] == ["-m", "pretrain", "train"] for i in range(len(words)))
 
 
 def judge(
-    failures: Mapping[int, Any], reports: Sequence[Failure], ended_by_launcher: set[int]
+    failures: Mapping[int, Any], reports: Sequence[Failure], ended_by_launcher: set[int], frozen: int | None = None
 ) -> tuple[int, str | None]:
     """What failed first, and the exit code that follows.
 
@@ -93,10 +112,15 @@ def judge(
         failures: torchrun's records by rank, with ``pid`` and ``exitcode``, in the order in which it saw them.
         reports: what the processes wrote themselves, as `read_failures` sorts them.
         ended_by_launcher: ids of the processes that the launcher sent a signal.
+        frozen: id of the process that the launcher ended because it was frozen, if any.
 
     Returns:
         The exit code, and a line to print; None if the processes have already printed everything.
     """
+    for rank, failure in failures.items():
+        if failure.pid == frozen:
+            where = f"rank {rank} on {socket.gethostname()}"
+            return FAILED, f"{where} was frozen (stopped, as by SIGSTOP) for {FROZEN_LOOKS} seconds and was ended"
     if reports and reports[0]["kind"] == "own":
         first = reports[0]
         if first["exit_code"] != FAILED:

@@ -4,7 +4,7 @@ Numbers are plain JSON numbers, shares are fractions between 0 and 1, losses are
 null.
 """
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from pretrain.run.reader import State
 
@@ -125,6 +125,56 @@ class Provenance(TypedDict):
     dates: list[str]
 
 
+class ScoreRow(TypedDict):
+    """The score of a run on an evaluation task."""
+
+    run: str
+    # Path of the result file in the run folder.
+    file: str
+    task: str
+    # "acc_norm" where the task has it, otherwise "acc".
+    metric: str
+    score: float
+    # Standard error over items; null for a single item.
+    stderr: float | None
+    num_items: int
+    num_items_in_split: int
+
+
+class DifferenceRow(TypedDict):
+    """Two runs on the items of one task; a difference is the run's score minus the baseline's."""
+
+    run: str
+    # The first run that has a result of this name.
+    baseline: str
+    task: str
+    metric: str
+    num_items: int
+    difference: float
+    # 95 % interval over items.
+    low: float
+    high: float
+    # Items that only the run gets right, and that only the baseline gets right.
+    won: int
+    lost: int
+    outcome: Literal["different", "equivalent", "undecided"]
+    # The outcome in words, such as "muon-1 is better".
+    verdict: str
+
+
+class Evaluations(TypedDict):
+    """The evaluation results in the folders of the runs."""
+
+    scores: list[ScoreRow]
+    differences: list[DifferenceRow]
+    # Results that cannot be read or compared, and why.
+    notes: list[str]
+    # Differences below this one count as none in the tests of equivalence.
+    margin: float
+    # What the verdicts cover.
+    scope: str
+
+
 class ReportResult(TypedDict):
     """The whole file."""
 
@@ -142,3 +192,5 @@ class ReportResult(TypedDict):
     final: list[FinalRow]
     tuned: list[TunedRow]
     timing: list[TimingRow]
+    # Absent if no run has a result in its folder eval/.
+    evaluations: NotRequired[Evaluations]

@@ -7,24 +7,30 @@ load() -> Sweep -> tables() -> ReportResult -> report.json
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pretrain.files import replace_text
 from pretrain.report.errors import ReportError
 from pretrain.report.page import render
-from pretrain.report.schema import ReportResult
+from pretrain.report.schema import Evaluations, ReportResult
 from pretrain.report.sweep import load
 from pretrain.report.tables import tables
 
 PAGE_FILE = "report.html"
 
 
-def write_report(path: Path, out: Path | None = None) -> Path:
+def write_report(
+    path: Path,
+    out: Path | None = None,
+    evaluations: Callable[[Mapping[str, Path]], Evaluations | None] = lambda runs: None,
+) -> Path:
     """Write the page for a run or sweep folder, and a JSON file of the same name; replace earlier ones.
 
     Args:
         path: the folder.
         out: the path of the page; None for report.html in the folder.
+        evaluations: returns the evaluation results of runs, given their folders by name; None if there are none.
 
     Returns:
         The path of the page.
@@ -35,6 +41,9 @@ def write_report(path: Path, out: Path | None = None) -> Path:
     """
     sweep = load(path)
     found = tables(sweep)
+    evaluated = evaluations({job.run.name: job.run.path for job in sweep.jobs if not job.is_waiting})
+    if evaluated is not None:
+        found["evaluations"] = evaluated
     page = render(sweep, found)
     target = out or path / PAGE_FILE
     if target.suffix != ".html":

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -31,11 +28,10 @@ class Display:
         """Print a line."""
         if self.silent:
             return
-        with self._while_read():
-            if self.bar is not None:
-                self.bar.write(text)
-            else:
-                print(text, flush=True)
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
 
     def warn(self, text: str) -> None:
         """Print a warning."""
@@ -50,8 +46,7 @@ class Display:
     def step(self, record: dict[str, Any]) -> None:
         """Show a step's record."""
         if self.bar is not None:
-            with self._while_read():
-                self.bar.update()
+            self.bar.update()
         due = record["step"] % self.every_steps == 0 or record["step"] in (1, self.total_steps)
         if self.silent or not (due or _UNUSUAL & record.keys()):
             return
@@ -60,22 +55,8 @@ class Display:
     def close(self) -> None:
         """Close the display at the end of training."""
         if self.bar is not None:
-            with self._while_read():
-                self.bar.close()
+            self.bar.close()
             self.bar = None
-
-    @contextlib.contextmanager
-    def _while_read(self) -> Iterator[None]:
-        """Turn the display off, instead of ending the run, if standard output is closed (``| head``)."""
-        try:
-            yield
-        except OSError as error:
-            self.silent, self.bar = True, None
-            with contextlib.suppress(OSError, ValueError):
-                # Otherwise flushing what Python has buffered would fail again at exit.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(f"warning: standard output failed ({error.strerror}); training continues silently\n")
 
 
 def step_line(record: dict[str, Any], total_steps: int) -> str:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from pretrain.files import now, replace_text
-from pretrain.processes.errors import UserError
 from pretrain.run.json_lines import JsonLines
+from pretrain.run.lock import RunError, RunLock, is_locked
 
 TOKENIZER_FILE = "tokenizer.json"
 """The run folder's copy of the tokenizer, so that an export needs no other files."""
 CONFIG_FILE = "config.yaml"
-LOCK_ATTEMPTS = 5
-
-
-class RunError(UserError):
-    """A run folder cannot be used as requested; the message names the key or file and says what to do."""
 
 
 class RunFolder:
@@ -38,7 +31,7 @@ class RunFolder:
         self.path = path
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.samples = JsonLines(path / "samples.jsonl")
-        self._lock: IO[str] | None = None
+        self._lock: RunLock | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -118,6 +111,15 @@ class RunFolder:
         """Record in the manifest how much of each source had been read at a step (`pretrain.run.provenance`)."""
         self.write_manifest({**(self.manifest() or {}), "provenance": {"step": step, "sources": list(sources)}})
 
+    @property
+    def stop_file(self) -> Path:
+        """A file that asks the run to stop; it stops one launch, which deletes it when it has stopped."""
+        return self.path / "STOP"
+
+    def mark_stopped(self, step: int, reason: str) -> None:
+        """Record in the manifest when and why the run was stopped on request; the next launch removes the record."""
+        self.write_manifest({**(self.manifest() or {}), "stopped": {"step": step, "reason": reason, "time": now()}})
+
     def mark_finished(self, step: int) -> None:
         """Record in the manifest that the run was completed at `step`."""
         self.write_manifest({**(self.manifest() or {}), "finished": {"step": step, "time": now()}})
@@ -130,43 +132,43 @@ class RunFolder:
         except RunError:
             return False
 
-    def lock(self) -> None:
-        """Create the folder and keep every other process from training in it until this one ends.
+    def lock(
+        self,
+        wait_seconds: float = 0.0,
+        stopped: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Create the folder and keep every other process from training in it; see `RunLock.acquire`.
 
         Raises:
             RunError: another process trains in it, or it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-            for attempt in range(LOCK_ATTEMPTS):
-                try:
-                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except BlockingIOError:
-                    if attempt + 1 == LOCK_ATTEMPTS:
-                        raise
-                    time.sleep(0.1)  # `is_locked` of another process may hold it for a moment
-        except BlockingIOError:
-            raise RunError(
-                f"{self.path}: another process is training in this run folder; wait for it or change run.name"
-            ) from None
+            self._lock = RunLock(self.path)
+            self._lock.acquire(wait_seconds, stopped, say)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written: {error}") from None
 
+    def check_lock(self) -> None:
+        """Make sure, before writing, that no other launch has taken the folder over.
+
+        Raises:
+            RunError: one has.
+        """
+        if self._lock is not None:
+            self._lock.check()
+
+    def claimant(self) -> str | None:
+        """Describe the later attempt of the same Slurm job that waits for this launch; None if there is none."""
+        return self._lock.claimant() if self._lock is not None else None
+
     def is_locked(self) -> bool:
         """Return whether a process is training in the folder; locks of other machines may not be visible."""
-        try:
-            with (self.path / ".lock").open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return False
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+        return is_locked(self.path)
 
     def unlock(self) -> None:
         """Release the lock."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None

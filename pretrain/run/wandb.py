@@ -7,6 +7,12 @@ from typing import Any, Protocol
 
 from pretrain.config import Config
 
+QUIET: dict[str, Any] = {
+    **{"x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False},
+    **{"disable_git": True, "disable_code": True, "save_code": False, "console": "off"},
+}
+"""What wandb does not collect by itself: the command line, the address of the repository and its changes, and what is
+printed, all of which may hold secrets. The manifest has what matters of it."""
 TIMEOUT_SECONDS = 60
 """How long an online run waits for the server before it continues offline."""
 
@@ -50,7 +56,7 @@ class WandbTracker:
                 dir=folder,
                 mode=mode,
                 config=config.resolved(),
-                settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, silent=True),
+                settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, silent=True, **QUIET),
             )
 
         try:

@@ -19,8 +19,9 @@ import torch
 
 from pretrain.files import replace_text
 from pretrain.processes.exit_codes import DONE, FAILED, STOPPED
+from pretrain.processes.output import output_may_fail
+from pretrain.processes.parent import PARENT_VARIABLE
 from pretrain.processes.signals import StopRequests, stop_requests
-from pretrain.processes.torchrun import PARENT_VARIABLE
 from pretrain.run.folder import RunError
 from pretrain.run.reader import job_file
 from pretrain.sweep.definition import Sweep
@@ -65,7 +66,8 @@ def run_sweep(sweep: Sweep, at_once: int | None = None) -> int:
     Returns:
         0 if all jobs are done, 1 if some failed (the others are done), 75 if stopped on request.
     """
-    return _Runner(sweep, at_once or default_at_once()).run()
+    with output_may_fail("the sweep"):
+        return _Runner(sweep, at_once or default_at_once()).run()
 
 
 def run_job(sweep: Sweep, index: int) -> int:
@@ -81,8 +83,8 @@ def run_job(sweep: Sweep, index: int) -> int:
     if jobs[index].config is None:
         last = sum(job.is_trial for job in jobs) - 1
         raise RunError(f"--index: job {index} waits for jobs 0 to {last}, which choose its values; run them first")
-    runner = _Runner(sweep, 1, only=jobs[index].run.path)
-    return runner.run()
+    with output_may_fail("the job"):
+        return _Runner(sweep, 1, only=jobs[index].run.path).run()
 
 
 class _Runner:

@@ -41,7 +41,7 @@ FITTING: dict[str, list[Any]] = {
     "checkpoint.keep_every_steps": [None, 50, 1000, 10**6],
     "schedule.warmup_tokens": [0, 4096],
     "schedule.decay_fraction": [0, 0.0, 0.5, 1],
-    "schedule.decay_start_tokens": [None, 4096, 2**18],
+    "schedule.decay_start_tokens": [None, 4096, 8192, 20480],
     "schedule.final_fraction": [0, 0.1, 1],
     "data.validation_fraction": [0, 0.0, 0.5],
     "data.sources.0.name": [None, "web"],

@@ -68,6 +68,7 @@ def test_two_processes_give_the_stream_of_none(setting: Setting) -> None:
     for process in processes:
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGHUP)
     state = stream.state()
     batches = first + drain(stream, 4)
     assert [batch.sha256() for batch in batches] == [batch.sha256() for batch in expected]

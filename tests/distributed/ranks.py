@@ -52,7 +52,9 @@ def _rank(rank: int, world_size: int, port: int, results: Any, work: Callable[..
         results.put((rank, None, traceback.format_exc()))
 
 
-def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, work: Callable[..., Any], *arguments: Any, timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[Any]:
     """`work(*arguments)` on each of `world_size` new processes; their results by rank.
 
     Raises:
@@ -68,7 +70,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> lis
     found: dict[int, Any] = {}
     try:
         for _ in processes:
-            rank, value, error = results.get(timeout=TIMEOUT_SECONDS)
+            rank, value, error = results.get(timeout=timeout_seconds)
             assert error is None, f"rank {rank} of {world_size}:\n{error}"
             found[rank] = value
     finally:

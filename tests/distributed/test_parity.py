@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from tests.conftest import SMALL_VOCABULARY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import distance, metrics, newest, run, run_with_fault
 
 STEPS = 10
-CHANGES: dict[str, Any] = {"train.total_tokens": STEPS * 768, "schedule.warmup_tokens": 0}
+CHANGES = SMALL_VOCABULARY | {"train.total_tokens": STEPS * 768, "schedule.warmup_tokens": 0}
 
 
 def test_two_ranks_equal_one_up_to_the_order_of_summation(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import SPEEDRUN
+from tests.conftest import SMALL_VOCABULARY, SPEEDRUN
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import metrics, newest, run, run_consuming_generators, tensors
 
@@ -47,7 +47,7 @@ def test_stopping_twice_changes_nothing(world_size: int, changes: dict[str, Any]
     """Faults of famous trainers: a replayed warm-up, a step at rate 0, a lost batch, a stream that restarts at the
     second resume. Data workers only read ahead: the run that is not stopped does without them."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    changes = {"train.total_tokens": STEPS * 768, **changes}
+    changes = {"train.total_tokens": STEPS * 768, **changes, **SMALL_VOCABULARY}
     assert set(run_ranks(world_size, run, str(whole), {**changes, "data.workers": 0})) == {0}
     for stop, code in ((5, 75), (11, 75), (None, 0)):
         assert set(run_ranks(world_size, run, str(parts), changes, stop)) == {code}
@@ -63,7 +63,7 @@ def test_stopping_twice_changes_nothing(world_size: int, changes: dict[str, Any]
 
 
 def test_every_random_generator_continues(tmp_path: Path) -> None:
-    changes = {"train.total_tokens": 8 * 768}
+    changes = {"train.total_tokens": 8 * 768, **SMALL_VOCABULARY}
     whole = run_ranks(2, run_consuming_generators, str(tmp_path / "whole"), changes, 8)
     parts = [run_ranks(2, run_consuming_generators, str(tmp_path / "parts"), changes, stop) for stop in (3, 5, 8)]
     for rank in range(2):

@@ -8,7 +8,9 @@ config. A comment on the line before a block changes this; a reader of the rende
     <!-- test: overrides KEY=VALUE -->  added to `train configs/quickstart.yaml`
     <!-- test: file NAME -->            written to this file, for the blocks after it
 
-`train configs/quickstart.yaml` trains the model of `SMALL` for as many steps as the page says.
+A block of nothing but commands of `aurora` is run without a shell, by processes that have their imports: it is the
+wheel's test that shows the program `aurora` to start. `train configs/quickstart.yaml` trains the model of `SMALL` for
+as many steps as the page says.
 """
 
 from __future__ import annotations
@@ -58,15 +60,23 @@ class Block:
         lines = re.sub(r"\s*\\\n\s*", " ", self.text).splitlines()
         return [line for line in (re.sub(r"(^|\s+)#.*$", "", line).strip() for line in lines) if line]
 
+    def small_commands(self) -> list[str]:
+        """The commands, with the model of `SMALL`."""
+        added = shlex.join([*SMALL, *self.directives.get("overrides", "").split()])
+        return [re.sub(r"\btrain configs/quickstart\.yaml", f"\\g<0> {added}", command) for command in self.commands()]
+
+    def verbs(self) -> list[list[str]] | None:
+        """The words behind `aurora` of each command, if the block has nothing else in it."""
+        commands = self.small_commands()
+        if any(not command.startswith("aurora ") or re.search(r"[$`|&;<>*?(){}~\\]", command) for command in commands):
+            return None
+        return [shlex.split(command)[1:] for command in commands]
+
     def script(self) -> str:
         """The block as a bash script that stops at the first command that fails."""
-        added = shlex.join([*SMALL, *self.directives.get("overrides", "").split()])
-        lines = ["set -eu"]
-        for command in self.commands():
-            small = re.sub(r"\btrain configs/quickstart\.yaml", f"\\g<0> {added}", command)
-            # 75: stopped as asked, with a checkpoint saved
-            lines.append(f"{small} || [ $? = 75 ]" if "--stop-at" in command else small)
-        return "\n".join(lines) + "\n"
+        # 75: stopped as asked, with a checkpoint saved
+        lines = [f"{line} || [ $? = 75 ]" if "--stop-at" in line else line for line in self.small_commands()]
+        return "\n".join(["set -eu", *lines]) + "\n"
 
 
 def pages() -> list[Path]:

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 
+from pretrain.cli import main
 from pretrain.cli.command import parse
 from pretrain.config import parse_config
 from pretrain.config.loader import read_yaml
 from pretrain.sweep import is_sweep_file, load_sweep
 from tests.conftest import REPOSITORY
+from tests.distributed.ranks import run_ranks
 from tests.docs.blocks import Block, blocks, pages
 
+TIMEOUT_SECONDS = 1200
 PAGES = {str(page.relative_to(REPOSITORY)): blocks(page) for page in pages()}
 SKIPPED = [block for found in PAGES.values() for block in found if "skip" in block.directives]
 
@@ -50,13 +53,26 @@ def _run(block: Block, folder: Path) -> None:
         else:
             parse_config(_overlay(read_yaml(REPOSITORY / "configs/quickstart.yaml"), read_yaml(file)))
         return
+    for words in block.verbs() or []:
+        (code,) = run_ranks(1, _aurora, folder, words, timeout_seconds=TIMEOUT_SECONDS)
+        assert code == 0 or (code == 75 and "--stop-at" in words), f"{where}: aurora {shlex.join(words)}: {code}"
+    if block.verbs():
+        return
     program = ["bash", "-c", block.script()] if block.language == "bash" else [sys.executable, "-c", block.text]
     # The checkout and its environment come first; the working directory holds nothing of it.
     paths = {"PYTHONPATH": str(REPOSITORY), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        program, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, timeout=1200
+        program, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
     )
     assert done.returncode == 0, f"{where}\n{block.text}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+
+
+def _aurora(folder: Path, words: list[str]) -> int:
+    """The command in a folder of its own, in a process that has its imports."""
+    os.chdir(folder)
+    # For the processes that it starts.
+    os.environ["PYTHONPATH"] = str(REPOSITORY)
+    return main(words)
 
 
 VERBS_OF_SCRIPTS = {
@@ -135,3 +151,5 @@ def test_a_script_stops_at_the_first_error_and_accepts_a_requested_stop() -> Non
     assert subprocess.run(["bash", "-c", first.script()]).returncode == 1
     assert "a.b=1 --stop-at 2 x.y=2 || [ $? = 75 ]" in second.script()
     assert "model.hidden_size=32" in second.script()
+    assert first.verbs() is None
+    assert second.verbs() is not None

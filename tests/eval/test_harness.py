@@ -72,6 +72,7 @@ def test_outcomes_are_those_of_log_likelihoods_computed_here(result: EvalResult,
     model, tokenizer = small_llama(), Tokenizer.from_file(str(TOKENIZER))
     for (pairs, choices, right), item in zip(questions(task), result["tasks"][task]["items"], strict=True):
         scores = [log_likelihood(model, tokenizer, *pair) for pair in pairs]
+        assert item["log_likelihoods"] == pytest.approx(scores, abs=2e-4)
         assert item["acc"] == int(scores.index(max(scores)) == right)
         if task == "hellaswag":
             by_length = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
@@ -108,6 +109,14 @@ def test_means_and_standard_errors_are_those_of_the_items(result: EvalResult) ->
             assert task[metric] == pytest.approx(mean)  # type: ignore[literal-required]
             variance = sum((value - mean) ** 2 for value in values) / (NUM_ITEMS - 1)
             assert task[f"{metric}_stderr"] == pytest.approx(math.sqrt(variance / NUM_ITEMS))  # type: ignore[literal-required]
+
+
+def test_items_name_their_source_where_the_data_set_does(result: EvalResult) -> None:
+    made = made_up_items()
+    sources = {name: [item.get("source") for item in task["items"]] for name, task in result["tasks"].items()}
+    assert sources.pop("hellaswag") == [item["source_id"] for item in made["hellaswag"]]
+    assert sources.pop("piqa") == [sha256(item["goal"].encode())[:16] for item in made["piqa"]]
+    assert {source for found in sources.values() for source in found} == {None}
 
 
 def test_two_evaluations_are_equal(result: EvalResult, model_folder: Path, fetched: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from eval.errors import EvalError
 from eval.results import check_out, read_result
+from pretrain.cli import main
 from tests.eval.results import a_result, write
 
 Change = Callable[[dict[str, Any]], None]
@@ -118,6 +119,27 @@ def test_a_result_that_covers_the_earlier_one_may_replace_it(tmp_path: Path) -> 
     check_out(folder, "/models/model", ["winogrande", "hellaswag"], None, "spread")
     check_out(tmp_path / "new" / "folder", "/models/other", ["piqa"], 1, "first")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_command_refuses_before_it_scores(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def scored(model: str, tasks: list[str], **_: Any) -> Any:
+        asked.append(tasks)
+        return a_result({"winogrande": [1]})
+
+    monkeypatch.setattr("eval.harness.evaluate", scored)
+    folder = write(tmp_path / "out", a_result(OUTCOMES))
+    before = read_result(folder)
+    command = ["eval", str(model_folder), "--tasks", "winogrande,", "--out", str(folder)]
+    assert main(command) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert (asked, read_result(folder)) == ([], before)
+    assert main([*command, "--overwrite"]) == 0
+    assert asked == [["winogrande"]]
+    assert read_result(folder) == a_result({"winogrande": [1]})
 
 
 def test_an_unreadable_file_is_not_overwritten(tmp_path: Path) -> None:

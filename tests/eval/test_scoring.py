@@ -110,6 +110,16 @@ def test_a_continuation_without_tokens_is_refused(model_folder: Path) -> None:
         lm._loglikelihood_tokens([(("a", ""), [1], [])])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_logits_are_not_finite_is_refused(model_folder: Path, value: float) -> None:
+    """All choices would tie, and the first one win: a broken model would score like one that guesses."""
+    model = small_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    with pytest.raises(EvalError, match="the model gives 3 of 3 texts a log-likelihood that is not a finite number"):
+        scorer(model, model_folder).loglikelihood(requests(random_pairs(3)[:3]))
+
+
 def test_models_that_change_their_logits_after_the_head_are_scored_right(model_folder: Path) -> None:
     """Only the head is cut short: a soft cap behind it still applies."""
 

@@ -23,6 +23,7 @@ import yaml
 from optimizers.polar import polar
 from pretrain.data.masks import attention_inputs
 from pretrain.model.attention import attend, choose_kernel
+from pretrain.slurm.health import gpu_problems
 from tests.conftest import REPOSITORY
 from tests.counting.counters import Operators
 from tests.counting.where import TINY, configured, merged, metrics, train
@@ -198,3 +199,21 @@ def test_a_step_is_launched_without_waiting_for_the_device(tmp_path: Path, monke
     monkeypatch.setattr(Trainer, "launch", watched)
     assert losses(tmp_path, GRAM | {"guards.on_loss_spike": "skip", "guards.spike_window": 8}, 12)
     assert len(launched) == 12
+
+
+def test_the_check_of_a_node_finds_nothing_wrong_with_these_gpus() -> None:
+    problems, rates = gpu_problems(torch.cuda.device_count())
+    assert problems == []
+    assert len(rates) == torch.cuda.device_count()
+    assert min(rates) > 10
+    missing, _ = gpu_problems(torch.cuda.device_count() + 1)
+    assert "are needed" in missing[0]["text"]
+
+
+def test_the_check_of_a_node_notices_memory_in_use() -> None:
+    free, total = torch.cuda.mem_get_info()
+    held = torch.empty(max(0, free - total // 2), dtype=torch.uint8, device="cuda")
+    problems, _ = gpu_problems(1)
+    del held
+    torch.cuda.empty_cache()
+    assert "in use by other processes" in problems[0]["text"]

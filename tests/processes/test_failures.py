@@ -281,3 +281,12 @@ def test_the_launcher_judges(
     assert found == code
     assert (said is None) == (line is None)
     assert line is None or line.format(host=HOST) in str(said)
+
+
+def test_the_launcher_names_the_rank_that_it_ended_because_it_was_frozen() -> None:
+    """The others lost the connection to it, or were ended by torchrun."""
+    ended = {0: Ended(1, 10), 5: Ended(-9, 11), 6: Ended(-15, 12)}
+    code, said = judge(ended, [told("lost", 0)], {11, 12}, frozen=11)
+    assert code == 1
+    assert said is not None
+    assert said.startswith(f"rank 5 on {HOST} was frozen (stopped, as by SIGSTOP) for 60 seconds")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ from pretrain.processes.torchrun import free_port
 from pretrain.run.folder import RunFolder
 from tests.conftest import REPOSITORY
 from tests.distributed.ranks import run_ranks
-from tests.processes.launching import LAUNCHERS, SHORT, environment, launch, write_config
+from tests.processes.launching import LAUNCHERS, SHORT, TIMEOUT_SECONDS, environment, launch, write_config
 
+# Two processes of torchrun itself with the plain engine: tests/test_cli.py.
 FAST = {
-    ("torchrun", "plain", 1),
     ("torchrun", "deepspeed", 1),
     ("deepspeed", "plain", 2),
 }
@@ -128,23 +130,121 @@ def test_engines_follow_each_other_in_one_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.long
-def test_a_signal_to_the_launcher_stops_all_processes_with_a_checkpoint_and_code_75(tmp_path: Path) -> None:
-    file = write_config(tmp_path, {"train.total_tokens": 4000 * 768, "logging.every_steps": 1})
-    command = [sys.executable, "-m", "pretrain", "train", str(file), "--processes", "2"]
+@contextlib.contextmanager
+def two_ranks_in_training(
+    folder: Path, launcher: Sequence[str] = ("-m", "pretrain"), count: Sequence[str] = ("--processes", "2")
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A launcher whose two ranks have trained a step, and the ids of the ranks; all of them are killed at the end."""
+    file = write_config(folder, {"train.total_tokens": 1700 * 768, "logging.every_steps": 1})
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
+        [sys.executable, *launcher, "train", str(file), *count],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment(),
     )
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step"):
-            process.send_signal(signal.SIGTERM)
-            break
-    out, error = process.communicate(timeout=240)
-    assert process.returncode == 75, error
+    ranks: list[int] = []
+    try:
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        found = subprocess.run(["pgrep", "--parent", str(process.pid), "--full", str(file)], capture_output=True)
+        ranks = [int(word) for word in found.stdout.split()]
+        assert len(ranks) == 2
+        yield process, ranks
+    finally:
+        for pid in (process.pid, *ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return [path.name for path in (folder / "runs/tiny/checkpoints").glob("step-*")]
+
+
+PROCESSES = ("-m", "pretrain.processes", "--standalone", "--nproc-per-node", "2", "-m", "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("number", "launcher"),
+    [
+        (signal.SIGUSR1, "--processes"),
+        pytest.param(signal.SIGTERM, "--processes", marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, "--processes", marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, "--processes", marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, "pretrain.processes", marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, "pretrain.processes", marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_to_the_launcher_stops_all_processes_with_a_checkpoint_and_code_75(
+    number: signal.Signals, launcher: str, tmp_path: Path
+) -> None:
+    started = two_ranks_in_training(tmp_path) if launcher == "--processes" else None
+    with started or two_ranks_in_training(tmp_path, PROCESSES, ()) as (process, ranks):
+        process.send_signal(number)
+        out, error = process.communicate(timeout=TIMEOUT_SECONDS)
+        assert process.returncode == 75, error
+        assert not any(map(is_alive, ranks))
     assert "stopped after step" in out
-    assert "SIGTERM: stopping after this step" in error
-    assert len(list((tmp_path / "runs/tiny/checkpoints").glob("step-*"))) == 1
+    assert f"{number.name}: stopping after this step" in error
+    assert len(checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.long
+def test_slurm_may_signal_the_launcher_and_its_processes_alike(tmp_path: Path) -> None:
+    with two_ranks_in_training(tmp_path) as (process, ranks):
+        for pid in (*ranks, process.pid):
+            os.kill(pid, signal.SIGTERM)
+        _, error = process.communicate(timeout=TIMEOUT_SECONDS)
+        assert process.returncode == 75, error
+    assert len(checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.long
+def test_one_rank_that_is_asked_stops_all(tmp_path: Path) -> None:
+    with two_ranks_in_training(tmp_path) as (process, ranks):
+        os.kill(ranks[1], signal.SIGUSR1)
+        out, error = process.communicate(timeout=TIMEOUT_SECONDS)
+        assert process.returncode == 75, error
+        assert "because of SIGUSR1" in out
+    assert len(checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.long
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    """They save, end, and leave the run folder to the next launch."""
+    with two_ranks_in_training(tmp_path) as (process, ranks):
+        process.kill()
+        process.communicate(timeout=TIMEOUT_SECONDS)  # until nobody holds the other end of its output
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while any(map(is_alive, ranks)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(is_alive, ranks))
+    assert len(checkpoints(tmp_path)) == 1
+    assert not RunFolder(tmp_path / "runs/tiny").is_locked()
+
+
+@pytest.mark.long
+def test_a_second_signal_to_the_launcher_ends_ranks_that_cannot_stop(tmp_path: Path) -> None:
+    with two_ranks_in_training(tmp_path) as (process, ranks):
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=TIMEOUT_SECONDS)
+        assert process.returncode == 128 + signal.SIGTERM, error
+        assert not any(map(is_alive, ranks))
 
 
 def test_training_outlives_the_reader_of_its_output(tmp_path: Path) -> None:

@@ -8,14 +8,18 @@ import threading
 
 import pytest
 
-from pretrain.processes.signals import SIGNALS, StopRequests, stop_requests
+from pretrain.processes.signals import PASSED_ON, SIGNALS, StopRequests, stop_requests
+
+
+def test_the_signals_of_people_terminals_and_schedulers_ask_for_a_stop() -> None:
+    assert set(SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_requests_are_counted_and_the_handlers_return(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    before = [signal.getsignal(each) for each in SIGNALS]
+    before = [signal.getsignal(each) for each in (*SIGNALS, PASSED_ON)]
     requests = StopRequests()
     with stop_requests(requests, "stopping soon"):
         assert not requests
@@ -23,7 +27,8 @@ def test_requests_are_counted_and_the_handlers_return(
         os.kill(os.getpid(), number)
         assert requests
         assert requests.count == 2
-    assert [signal.getsignal(each) for each in SIGNALS] == before
+        assert requests.reason == number.name
+    assert [signal.getsignal(each) for each in (*SIGNALS, PASSED_ON)] == before
     assert capfd.readouterr().err == f"\n{number.name}: stopping soon\n" * 2
 
 
@@ -38,6 +43,34 @@ def test_a_second_request_does_what_it_did_before(capfd: pytest.CaptureFixture[s
     with pytest.raises(KeyboardInterrupt):
         asked_twice()
     assert capfd.readouterr().err == ""
+
+
+def test_what_the_launcher_passes_on_counts_once_and_is_no_second_signal(capfd: pytest.CaptureFixture[str]) -> None:
+    """Slurm signals the launcher and its processes alike."""
+    requests = StopRequests()
+    with stop_requests(requests, "stopping soon", first_only=True):
+        for _ in range(3):
+            os.kill(os.getpid(), PASSED_ON)
+        assert requests.count == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), PASSED_ON)
+        assert requests.count == 2
+    assert capfd.readouterr().err == "\nSIGTERM: stopping soon\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "asks"), [(signal.SIGHUP, False), (signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)]
+)
+def test_what_nohup_and_shells_ignore_stays_ignored(number: signal.Signals, asks: bool) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        requests = StopRequests()
+        with stop_requests(requests, None):
+            os.kill(os.getpid(), number)
+            assert bool(requests) is asks
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_thread_says_that_it_cannot_be_asked() -> None:

@@ -17,12 +17,12 @@ from pretrain.data.prepared.prepare import prepare
 from pretrain.data.validation_sample import ValidationSample, sample_validation
 from pretrain.launch import train
 from pretrain.run.json_lines import JsonLines
-from tests.conftest import TINY, merged
+from tests.conftest import SMALL_VOCABULARY, TINY, merged
 from tests.data.corpus import make_texts, write_jsonl, write_parquet
 from tests.data.store import COMMIT, LINES, PARQUET, Store, fill
 from tests.distributed.ranks import run_ranks
 
-CHANGES = {
+CHANGES = SMALL_VOCABULARY | {
     "data": {"sources": [{"path": PARQUET}, {"path": LINES}], "lanes": 2, "validation_fraction": 0.1},
     "train.total_tokens": 4 * 768,
     "schedule.warmup_tokens": 768,

@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes on this machine, on loopback, everything of it in one folder."""
+"""A Slurm cluster whose nodes are all this machine, on loopback, everything of it in one folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from pretrain.processes.torchrun import free_port
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
-NODES = ("n0", "n1")
 WAIT_SECONDS = 60
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
@@ -40,7 +39,10 @@ ReturnToService=2
 JobRequeue=1
 SlurmdTimeout=15
 KillWait=5
-PartitionName=all Nodes=ALL Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=9 PreemptMode=OFF
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory={memory}\n"
 
@@ -55,30 +57,33 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Job:
-    """A job that has ended: its number, state, exit code, and what it wrote."""
+    """A job: its number, state, exit code, what it wrote, and how often it was requeued."""
 
     number: int
     state: str
     exit_code: int
     output: str
+    restarts: int
 
 
 class Cluster:
-    """munged, slurmctld and two slurmd, between `start` and `stop`.
+    """munged, slurmctld and a slurmd for each node, between `start` and `stop`.
 
     Args:
         folder: of configuration, state, sockets and logs.
+        nodes: how many there are.
         memory: of each node, in MB.
     """
 
-    def __init__(self, folder: Path, memory: int = 2000) -> None:
+    def __init__(self, folder: Path, nodes: int = 2, memory: int = 2000) -> None:
         self.folder = folder
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self.nodes = [f"n{index}" for index in range(nodes)]
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         # Slurm looks for itself under the name without the domain.
         host, file = socket.gethostname().partition(".")[0], folder / "slurm.conf"
         text = CONFIG.format(host=host, folder=folder, port=free_port())
-        text += "".join(NODE.format(name=n, host=host, port=free_port(), memory=memory) for n in NODES)
-        for name in ("state", "munge", *(f"spool-{node}" for node in NODES)):
+        text += "".join(NODE.format(name=n, host=host, port=free_port(), memory=memory) for n in self.nodes)
+        for name in ("state", "munge", *(f"spool-{node}" for node in self.nodes)):
             (folder / name).mkdir(parents=True)
         file.write_text(text)
         key = folder / "munge/key"
@@ -87,55 +92,64 @@ class Cluster:
         self._environment = os.environ | {"SLURM_CONF": str(file)}
 
     def start(self) -> None:
-        """Start the daemons; returns when both nodes take jobs."""
+        """Start the daemons; returns when all nodes take jobs."""
         munge = self.folder / "munge"
         files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
         places = [f"--{option}={munge / file}" for option, file in files.items()]
         # Forced, since it wants a socket that every user reaches, and this folder is root's alone.
-        self._start("munged", "--foreground", "--force", *places)
-        self._wait((munge / "socket").exists, "munged opens its socket")
+        self._start("munged", "munged", "--foreground", "--force", *places)
+        self.wait((munge / "socket").exists, "munged opens its socket")
         # The configuration is named with its absolute path: slurmctld changes its directory.
-        config = self._environment["SLURM_CONF"]
-        self._start("slurmctld", "-D", "-f", config)
-        for node in NODES:
-            self._start("slurmd", "-D", "-f", config, "-N", node)
-        self._wait(self._idle, "both nodes are idle")
+        self._start("slurmctld", "slurmctld", "-D", "-f", self._environment["SLURM_CONF"])
+        for node in self.nodes:
+            self.start_node(node)
+        self.wait(self.idle, "all nodes are idle")
 
-    def _start(self, *command: str) -> None:
+    def start_node(self, node: str) -> None:
+        """Start the daemon of a node."""
+        self._start(node, "slurmd", "-D", "-f", self._environment["SLURM_CONF"], "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """Kill the daemon of a node; what it has started keeps running."""
+        daemon = self._daemons.pop(node)
+        daemon.kill()
+        daemon.wait()
+
+    def _start(self, name: str, *command: str) -> None:
         # A daemon starts jobs: they must not inherit the terminal, nor the signals of one.
-        with open(self.folder / f"daemon-{len(self._daemons)}-{command[0]}.log", "wb") as log:
-            self._daemons.append(
-                subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=self._environment,
-                    start_new_session=True,
-                )
+        with open(self.folder / f"daemon-{name}.log", "ab") as log:
+            self._daemons[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
             )
 
-    def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + WAIT_SECONDS
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = WAIT_SECONDS) -> None:
+        """Wait until a condition holds."""
+        deadline = time.monotonic() + seconds
         while not condition():
             logs = sorted(self.folder.glob("daemon-*.log"))
             said = "\n".join(f"{log.name}:\n{log.read_text()[-2000:]}" for log in logs)
-            assert all(daemon.poll() is None for daemon in self._daemons), f"a daemon ended\n{said}"
-            assert time.monotonic() < deadline, f"{what}: not within {WAIT_SECONDS} s\n{said}"
+            assert all(daemon.poll() is None for daemon in self._daemons.values()), f"a daemon ended\n{said}"
+            assert time.monotonic() < deadline, f"{what}: not within {seconds} s\n{said}"
             time.sleep(0.2)
 
-    def _idle(self) -> bool:
+    def idle(self) -> bool:
+        """Whether all nodes take jobs."""
         shown = self.command("scontrol", "--oneliner", "show", "nodes", check=False)
-        return len(re.findall(r"\bState=IDLE\s", shown)) == len(NODES)
+        return len(re.findall(r"\bState=IDLE\s", shown)) == len(self.nodes)
 
     def stop(self) -> None:
         """Cancel what still runs, then end the daemons, the last started first."""
         try:
-            if len(self._daemons) == 2 + len(NODES):
+            if len(self._daemons) == 2 + len(self.nodes):
                 self.command("scancel", "--user=root", check=False)
-                self._wait(lambda: not self.command("squeue", "--noheader"), "no job is left")
+                self.wait(lambda: not self.command("squeue", "--noheader"), "no job is left")
         finally:
-            for daemon in reversed(self._daemons):
+            for daemon in reversed(self._daemons.values()):
                 daemon.terminate()
                 try:
                     daemon.wait(timeout=20)
@@ -157,19 +171,35 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
-    def run(self, *arguments: str, directory: Path, environment: Mapping[str, str], timeout_seconds: float) -> Job:
-        """Submit ``sbatch ARGUMENTS`` from `directory` and wait until the job has ended."""
-        log = self.folder / "job-%j.log"
-        command = ("sbatch", "--parsable", f"--output={log}", *arguments)
-        number = int(self.command(*command, directory=directory, environment=environment))
+    def submit(self, *arguments: str, directory: Path, environment: Mapping[str, str]) -> int:
+        """Submit ``sbatch ARGUMENTS`` from `directory`; return the job's number."""
+        command = ("sbatch", "--parsable", f"--output={self.log(None)}", *arguments)
+        return int(self.command(*command, directory=directory, environment=environment))
+
+    def log(self, number: int | None) -> Path:
+        """What a job writes."""
+        return self.folder / f"job-{'%j' if number is None else number}.log"
+
+    def job(self, number: int) -> Job:
+        """A job as it is now."""
+        shown = self.command("scontrol", "--oneliner", "show", "job", str(number))
+        found = re.search(r" JobState=(\w+) .* Restarts=(\d+) .* ExitCode=(\d+):(\d+)", shown)
+        assert found, shown
+        log = self.log(number)
+        return Job(number, found[1], int(found[3]), log.read_text() if log.exists() else "", int(found[2]))
+
+    def finish(self, number: int, timeout_seconds: float) -> Job:
+        """Wait until a job has ended; one that was requeued does not wait for its time."""
         deadline = time.monotonic() + timeout_seconds
         while True:
-            shown = self.command("scontrol", "--oneliner", "show", "job", str(number))
-            found = re.search(r" JobState=(\w+) .* ExitCode=(\d+):(\d+)", shown)
-            assert found, shown
-            output = Path(str(log).replace("%j", str(number)))
-            text = output.read_text() if output.exists() else ""
-            if found[1] in ENDED:
-                return Job(number, found[1], int(found[2]), text)
-            assert time.monotonic() < deadline, f"job {number} is {found[1]} after {timeout_seconds} s\n{shown}\n{text}"
+            job = self.job(number)
+            if job.state in ENDED:
+                return job
+            if job.state == "PENDING":
+                self.command("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
+            assert time.monotonic() < deadline, f"job {number} is {job.state} after {timeout_seconds} s\n{job.output}"
             time.sleep(0.5)
+
+    def run(self, *arguments: str, directory: Path, environment: Mapping[str, str], timeout_seconds: float) -> Job:
+        """Submit ``sbatch ARGUMENTS`` from `directory` and wait until the job has ended."""
+        return self.finish(self.submit(*arguments, directory=directory, environment=environment), timeout_seconds)

@@ -224,6 +224,14 @@ def test_the_notice_of_the_time_limit_is_passed_on_and_the_job_requeued(
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
+def test_a_repeated_notice_is_passed_on_once(cluster: Cluster, when_started: list[int]) -> None:
+    """A second request would end the ranks without a checkpoint."""
+    when_started += [signal.SIGUSR1, signal.SIGUSR1, signal.SIGUSR1]
+    counts = "trap 'echo x >>notices' USR1; touch started; for i in {1..10}; do sleep 0.1; done; exit 75"
+    assert cluster.run(counts) == 75
+    assert (cluster.folder / "notices").read_text() == "x\n"
+
+
 def test_signals_that_slurm_sends_to_all_processes_are_not_sent_twice(
     cluster: Cluster, when_started: list[int]
 ) -> None:

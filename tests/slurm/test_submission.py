@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -142,3 +143,17 @@ def test_what_slurm_says_is_passed_on(
     monkeypatch.setenv("PATH", str(folder))
     assert main(["slurm", "config.yaml", "--nodes", "1", *CPUS]) == 2
     assert "--dry-run" in capsys.readouterr().err
+
+
+def test_the_runbook_shows_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (REPOSITORY / "docs/guide/runbook.md").read_text()
+    blocks = r"```bash\n\s*aurora (slurm [^\n]* --dry-run)\n.*?```text\n(.*?)\n\s*```"
+    command, shown = re.findall(blocks, page, re.DOTALL)[0]
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("AURORA_VENV", raising=False)
+    monkeypatch.setattr(sys, "prefix", str(REPOSITORY / ".venv"))
+    assert main(shlex.split(command)) == 0
+    printed = capsys.readouterr().out.replace(f"{REPOSITORY}/", "")
+    assert [line.strip() for line in shown.splitlines()] == printed.splitlines()

@@ -1,0 +1,69 @@
+"""Standard output and error that cannot be written to end nothing; these processes load no torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+WORK = """
+import contextlib, logging, os, sys
+from pretrain.processes.output import drop_what_cannot_be_written, open_closed_streams, output_may_fail
+
+open_closed_streams()
+logging.basicConfig()
+with open(sys.argv[1], "w") as result, output_may_fail("training"):
+    assert result.fileno() > 2, "a file in the place of a standard stream"
+    for step in range(3):
+        print("step", step, "é")
+        print("flushed", flush=True)
+        sys.stderr.write("half a line")
+        logging.getLogger("a").warning("logged")
+    result.write("whole")
+with contextlib.suppress(OSError):
+    sys.stderr.write("at the end")
+with contextlib.suppress(OSError):
+    print("at the end", end="")
+drop_what_cannot_be_written()
+sys.exit(75)
+"""
+WARNING = "warning: standard output failed ({}); training continues silently\n"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "shown"),
+    [
+        ("", None),
+        (">&-", None),
+        ("2>&-", None),
+        ("<&- >&- 2>&-", ""),
+        (">/dev/full", WARNING.format("No space left on device")),
+        (">/dev/full 2>/dev/full", ""),
+        ("| true", WARNING.format("Broken pipe")),
+        ("2>&1 | true", ""),
+    ],
+)
+def test_work_continues_to_its_own_exit_code(redirection: str, shown: str | None, tmp_path: Path) -> None:
+    wait = "sleep 0.3; " if "|" in redirection else ""  # until the reader is gone
+    command = f'({wait}exec "$0" -c "$1" "$2") {redirection}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, WORK, str(tmp_path / "result")],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        timeout=60,
+    )
+    assert done.returncode == 75, done.stderr
+    assert (tmp_path / "result").read_text() == "whole"
+    if redirection == "":
+        assert done.stdout == "".join(f"step {step} é\nflushed\n" for step in range(3)) + "at the end"
+    if shown is not None:
+        assert done.stderr.count("warning: ") == shown.count("warning: ")
+        assert shown in done.stderr
+    assert "Traceback" not in done.stderr
