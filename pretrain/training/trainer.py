@@ -137,7 +137,8 @@ class Trainer:
             if saves:
                 self.save_state()
                 self.raise_failure()
-            self.guards.compare_weights(self.engine, self.state.step)
+            else:
+                self.guards.compare_weights(self.engine, self.state.step)
             self.guards.check(self.state)
             self.garbage.after_step()
             if stop and not context.last:
