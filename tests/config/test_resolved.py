@@ -39,6 +39,7 @@ FITTING: dict[str, list[Any]] = {
     "model.context_length": [256, 1024],
     "telemetry.reference_step": [1, 10, 500, 10**6],
     "checkpoint.keep_every_steps": [None, 50, 1000, 10**6],
+    "checkpoint.mirror": [None, "s3://bucket/runs", "file:///mnt/a b"],
     "schedule.warmup_tokens": [0, 4096],
     "schedule.decay_fraction": [0, 0.0, 0.5, 1],
     "schedule.decay_start_tokens": [None, 4096, 8192, 20480],
@@ -54,6 +55,7 @@ FITTING: dict[str, list[Any]] = {
     ],
     "optimizer.row_blocks": [{}, {r"q_proj\.weight": 2, "k": [1, 2]}],
     "run.name": ["1e5", "0_1", ".5", "true", "a.b-C"],
+    "watch.webhook": [None, "env:_HOOK", "file:~/a b/é: #"],
 }
 # Keys that cannot change alone in the quickstart: they act with other settings only, or have to fit others.
 NEVER_ALONE = {
