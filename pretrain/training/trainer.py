@@ -142,7 +142,8 @@ class Trainer:
             if saves:
                 self.save_state()
                 self.raise_failure()
-            self.guards.compare_weights(self.engine, self.state.step)
+            else:
+                self.guards.compare_weights(self.engine, self.state.step)
             self.guards.check(self.state)
             self.garbage.after_step()
             if stop and not context.last:
@@ -273,11 +274,9 @@ class Trainer:
         return stopping
 
     def finish(self, read: Sequence[tuple[LaunchedStep, dict[str, float]]], launched: LaunchedStep) -> bool:
-        """Report steps; return False if one of them was undone, and with it all later ones.
+        """Report steps whose values are known; return False if one of them was undone, all later ones too.
 
-        Args:
-            read: the steps whose values have been read, oldest first.
-            launched: the step that was launched last.
+        `launched` is the step that was launched last.
         """
         for step, values in read:
             self.conclude(step, values)
