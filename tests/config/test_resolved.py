@@ -65,6 +65,7 @@ NEVER_ALONE = {
     *("model.architecture", "model.context_length", "model.embedding_dtype", "model.num_heads"),
     *("data.cache_dir", "data.cache_gib", "data.lock", "data.mirror"),
     *(
+        "guards.max_rollbacks",
         "optimizer.adamw.head_lr",
         "init.take",
         "schedule.decay_start_tokens",
