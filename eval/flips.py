@@ -81,7 +81,7 @@ def _flip(row: TaskComparison, pair: Pair, won: bool, shown: dict[int, ItemView]
         "choices": [
             {
                 "text": text,
-                "correct": index == view.correct,
+                "correct": index in view.correct,
                 "baseline_log_likelihood": figures[0][index],
                 "log_likelihood": figures[1][index],
             }

@@ -48,8 +48,8 @@ class ItemView:
     prompt: str
     """What comes before the choices or, after an ellipsis, behind them."""
     choices: list[str]
-    correct: int
-    """Index of the correct choice."""
+    correct: frozenset[int]
+    """Index of the correct choice; a few tasks have several."""
     doc_hash: str
     """As in a result."""
 
@@ -204,7 +204,8 @@ def _item_view(task: Any, doc: Any) -> ItemView:
     prompt = f"... {task.doc_to_target(doc)}" if task.multiple_input else task.doc_to_text(doc)
     # As lm-eval computes the doc_hash of a sample.
     content = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    right = correct if isinstance(correct, int) else choices.index(correct)
+    answers = correct if isinstance(correct, list) else [correct]
+    right = frozenset(answer if isinstance(answer, int) else choices.index(answer) for answer in answers)
     return ItemView(prompt, choices, right, hash_string(content))
 
 

@@ -62,7 +62,7 @@ def check_out(out_dir: Path, model: str, tasks: Sequence[str], limit: int | None
     name, kept = earlier["model"]["name"], set(earlier["tasks"]) - set(tasks)
     lost = [
         f"it is of the model {name}" if name != model else "",
-        f"it has the tasks {', '.join(sorted(kept))}, too" if kept else "",
+        f"it also has {', '.join(sorted(kept))}" if kept else "",
         f"it is of {earlier['limit'] or 'all'} items a task, the new one of {limit}"
         if limit is not None and (earlier["limit"] is None or earlier["limit"] > limit)
         else "",

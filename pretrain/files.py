@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+NO_DATA = ("/dev", "/proc", "/sys")
+"""Folders of the kernel, whose files have no fixed contents; `/dev/shm` is memory that is used as a disk."""
+
 
 def sync(path: Path) -> None:
     """Wait until a file's contents, or a folder's entries, are on the disk."""
@@ -74,8 +77,10 @@ def irregular(path: str | os.PathLike[str]) -> bool:
     Raises:
         OSError: there is no such file, or it cannot be looked at.
     """
-    kept = stat.S_ISREG(os.stat(path).st_mode)
-    return not kept or os.path.realpath(path).startswith(("/dev/", "/proc/", "/sys/"))
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return True
+    real = os.path.realpath(path)
+    return real.startswith(tuple(f"{root}/" for root in NO_DATA)) and not real.startswith("/dev/shm/")
 
 
 def read_limited(path: Path, most: int = 64 << 20) -> bytes:

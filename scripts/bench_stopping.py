@@ -2,8 +2,8 @@
 """Measure how a run stops: from the signal to the complete checkpoint, and until its processes are gone.
 
     scripts/bench_stopping.py                                   the quickstart's model, one process
-    scripts/bench_stopping.py --processes 2 --signal USR1 --repeat 5
-    scripts/bench_stopping.py --config my.yaml train.micro_batch_sequences=4
+    scripts/bench_stopping.py --processes 2 --signal USR1 --repeat 5 train.micro_batch_sequences=8
+    scripts/bench_stopping.py --config my.yaml checkpoint.keep_last=2
 
 A run in a temporary folder takes some steps and saves once by itself, so that the time of a step and of a save are
 known; then its launcher receives the signal in the middle of a step. The bound is two steps and one and a half saves,
@@ -66,7 +66,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _observe(process: subprocess.Popen[bytes], folder: Path, number: signal.Signals) -> dict[str, Any]:
     while len(_records(folder)) < STEPS_BEFORE + 2:
         if process.poll() is not None:
-            raise SystemExit(f"the run ended by itself with code {process.returncode}")
+            output = (folder.parent / "output").read_text()[-2000:]
+            raise SystemExit(f"{output}\nthe run ended by itself with code {process.returncode}")
         time.sleep(POLL_SECONDS)
     earlier = set(_checkpoints(folder))
     steps = [record["step_seconds"] for record in _records(folder)[1:]]

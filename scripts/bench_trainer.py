@@ -24,21 +24,36 @@ from pretrain.data import TokenBatch, TokenStream, load_tokenizer
 from pretrain.data.prefetch import Prefetcher
 from pretrain.engine.plain import PlainEngine
 from pretrain.model.build import build_model
+from pretrain.neurons.telemetry import Telemetry
+from pretrain.neurons.watched import WatchedMatrices
 from pretrain.processes.errors import UserError
 from pretrain.run.json_lines import JsonLines
 from pretrain.run.manifest import environment
 from pretrain.training.trainer import Trainer
 
 
-def make_trainer(config: Config, engine: PlainEngine, log: Path) -> Trainer:
-    """Build a trainer as `aurora train` does, without checkpoints."""
+def make_trainer(config: Config, engine: PlainEngine, log: Path, *, telemetry: bool = False) -> Trainer:
+    """Build a trainer as `aurora train` does, without checkpoints and periodic work but, if asked for, telemetry."""
     optimizer = engine.build()
     stream = TokenStream(config.data, config.tokenizer, config.sequence_length)
     batches = Prefetcher(stream, config.global_batch_sequences, config.total_steps, engine.ranks, engine.ranks)
     eos_id = load_tokenizer(config.tokenizer).token_to_id(config.tokenizer.eos_token)
     assert eos_id is not None
+    hooks = []
+    if telemetry and config.telemetry.every_steps is not None:
+        model = engine.module.model
+        matrices = WatchedMatrices(model, optimizer, engine)
+        hooks.append(Telemetry(config.telemetry, model, matrices, log.parent / "telemetry", list, lambda line: None))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines = JsonLines(log)
     return Trainer(
-        config, engine, optimizer, batches, eos_id=eos_id, log=lambda record, _: JsonLines(log).append(record)
+        config,
+        engine,
+        optimizer,
+        batches,
+        eos_id=eos_id,
+        hooks=hooks,
+        log=lambda record, position: lines.append(record),
     )
 
 

@@ -106,6 +106,11 @@ def index_digest(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def index_text(index: Mapping[str, Any]) -> str:
+    """index.json of this content, as it is written."""
+    return json.dumps(index, indent=1)
+
+
 def index_problem(index: Any) -> str | None:
     """The first thing that is wrong with the content of an index.json, or None."""
     if not isinstance(index, dict) or not isinstance(index.get("format"), int):

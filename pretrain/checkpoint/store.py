@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,15 +22,31 @@ from pretrain.checkpoint.format import (
     dtype_of,
     fragment_key,
     index_problem,
+    index_text,
 )
+from pretrain.engine.ranks import Ranks
 from pretrain.files import file_sha256
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
+ALONE = Ranks()
+"""A process that shares its work with no other."""
+
+
 def folder_name(step: int) -> str:
     """``step-00000500``."""
     return f"step-{step:08d}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is that of a checkpoint."""
+    return _FOLDER.fullmatch(name) is not None
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by the name of its folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 class CheckpointReader:
@@ -49,37 +68,61 @@ class CheckpointReader:
         if not path.is_file():
             raise CheckpointError(f"{folder}: not a checkpoint (it has no {INDEX})")
         try:
-            self.index: Index = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            self.index: Index = json.loads(text)
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: damaged: {error}") from None
         if problem := index_problem(self.index):
             raise CheckpointError(f"{path}: {problem}")
+        if "digest" in self.index and text not in (index_text(self.index), json.dumps(self.index)):
+            raise CheckpointError(f"{path}: damaged: it is not written as this program writes it")  # 1e-05 and 1E-05
 
-    def verify(self) -> None:
+    def verify(self, ranks: Ranks = ALONE) -> None:
         """Compare every file with its checksum in the index, and its tensors with the records in the index.
 
-        Raises:
-            CheckpointError: naming the first file that is missing, cannot be read or differs.
-        """
-        for name, digest in self.index["files"].items():
-            path = self.folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path}: missing; this checkpoint cannot be used")
-            try:
-                found = file_sha256(path)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-            if found != digest:
-                raise CheckpointError(f"{path}: damaged (its sha256 is not the recorded one)")
-        self._compare_headers()
+        Args:
+            ranks: the processes that share the files out. With more than one this is a collective.
 
-    def _compare_headers(self) -> None:
-        """Compare what the files say of their tensors with the records: an index without a digest may say anything."""
+        Raises:
+            CheckpointError: naming each file that is missing, cannot be read or differs; on all ranks.
+        """
+        if problems := self.problems(ranks):
+            raise CheckpointError("\n".join(problems))
+
+    def problems(self, ranks: Ranks = ALONE) -> list[str]:
+        """Return what `verify` would raise, a line a file; empty if the checkpoint is intact."""
+        names = sorted(self.index["files"])
+        own = names[ranks.rank :: ranks.world_size]
+        with ThreadPoolExecutor(verifying_threads()) as pool:
+            found = [problem for problem in pool.map(self._file_problem, own) if problem]
+        found = [problem for part in ranks.gather(found) for problem in part]
+        if found:
+            return found
+        try:
+            self._compare_headers(own)
+        except CheckpointError as error:
+            found = [str(error)]
+        return [problem for part in ranks.gather(found) for problem in part]
+
+    def _file_problem(self, name: str) -> str | None:
+        """What is wrong with the contents of one file, or None."""
+        path = self.folder / name
+        try:
+            if not path.is_file():
+                return f"{path}: missing; this checkpoint cannot be used"
+            if file_sha256(path) != self.index["files"][name]:
+                return f"{path}: damaged (its sha256 is not the recorded one)"
+        except OSError as error:
+            return f"{path}: cannot be read: {error.strerror}"
+        return None
+
+    def _compare_headers(self, names: Collection[str]) -> None:
+        """Compare what files say of their tensors with the records: an index without a digest may say anything."""
         expected: dict[str, list[tuple[str, str, FragmentRecord, torch.dtype]]] = {}
         for name, slots in self.index["parameters"].items():
             for slot, record in slots.items():
                 for fragment in record["fragments"]:
-                    if fragment["length"]:
+                    if fragment["length"] and fragment["file"] in names:
                         expected.setdefault(fragment["file"], []).append((name, slot, fragment, dtype_of(record)))
         for file_name, entries in expected.items():
             path = self.folder / file_name
@@ -151,6 +194,12 @@ class CheckpointReader:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
+def verifying_threads() -> int:
+    """The number of files that one process hashes at the same time: its share of this machine's processors."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, len(os.sched_getaffinity(0)) // here))
+
+
 def recover_replaced(root: Path) -> list[Path]:
     """Give a checkpoint its name back if the process that was replacing it died in between; returns those.
 
@@ -166,37 +215,90 @@ def recover_replaced(root: Path) -> list[Path]:
     return found
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints under `root`, oldest first."""
+def list_unfinished(root: Path) -> list[Path]:
+    """What saves and deletions that did not end have left: ``step-N.tmp``, and ``step-N.old`` that was replaced."""
+    replaced = (folder for folder in root.glob("step-*.old") if folder.with_suffix("").exists())
+    return sorted([*root.glob("step-*.tmp"), *replaced])
+
+
+def clear_unfinished(root: Path) -> None:
+    """Delete what `list_unfinished` finds. Only the process that holds the run's lock may call this."""
+    recover_replaced(root)
+    for folder in list_unfinished(root):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def step_folders(root: Path) -> list[Path]:
+    """The folders under `root` with the name of a checkpoint, complete or not, oldest first."""
     if not root.is_dir():
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := _FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / INDEX).is_file()]
+    return [path for _, path in sorted(found)]
 
 
-def newest_intact(root: Path) -> tuple[CheckpointReader | None, list[str]]:
-    """The newest checkpoint whose files match their checksums, and a message for each newer one that is damaged."""
-    damaged = []
-    for folder in reversed(list_checkpoints(root)):
+def list_checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints under `root`, oldest first."""
+    return [path for path in step_folders(root) if (path / INDEX).is_file()]
+
+
+def newest_intact(root: Path, ranks: Ranks = ALONE) -> tuple[CheckpointReader | None, list[str]]:
+    """The newest checkpoint whose files match their checksums, and a message for each newer one that is damaged.
+
+    A checkpoint gets its name together with its index, so one without an index is damaged as well.
+
+    Args:
+        root: the folder of the checkpoints.
+        ranks: the processes that share the reading. With more than one this is a collective.
+    """
+    damaged: list[str] = []
+    for folder in reversed(ranks.on_rank_0(lambda: step_folders(root))):
+        reader, problem = None, None
         try:
             reader = CheckpointReader(folder)
-            reader.verify()
         except CheckpointError as error:
-            damaged.append(str(error))
-            continue
-        return reader, damaged
+            problem = str(error)
+        # All ranks look at the files, or none does.
+        problems = [found for found in ranks.gather(problem) if found]
+        if not problems and reader is not None:
+            problems = reader.problems(ranks)
+            if not problems:
+                return reader, damaged
+        damaged.append(problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more)")
     return None, damaged
 
 
-def prune(root: Path, keep_last: int, keep_every_steps: int | None) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every_steps`."""
-    removed = []
-    for folder in list_checkpoints(root)[:-keep_last]:
-        step = int(folder.name.removeprefix("step-"))
-        if keep_every_steps and step % keep_every_steps == 0:
-            continue
-        # The index first: what is left of an interrupted deletion is not a checkpoint.
-        (folder / INDEX).unlink()
-        shutil.rmtree(folder)
-        removed.append(folder)
+def prune(root: Path, keep_last: int, keep_every_steps: int | None, intact: Path | None = None) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every_steps`.
+
+    The newest intact checkpoint is never deleted. Only the process that holds the run's lock may call this.
+
+    Args:
+        root: the folder of the checkpoints.
+        keep_last: how many of the newest to keep.
+        keep_every_steps: also keep the multiples of this.
+        intact: a checkpoint known to be intact, such as the one just written, which stays; None: find out by reading.
+
+    Returns:
+        What was deleted.
+    """
+    removed = prunable(root, keep_last, keep_every_steps, intact)
+    for folder in removed:
+        # In one rename, so that what is left of an interrupted deletion does not look like a damaged checkpoint.
+        doomed = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
     return removed
+
+
+def prunable(root: Path, keep_last: int, keep_every_steps: int | None, intact: Path | None = None) -> list[Path]:
+    """Return what `prune` would delete."""
+    everything = list_checkpoints(root)
+    kept = [f for f in everything if keep_every_steps and step_of(f) % keep_every_steps == 0] + everything[-keep_last:]
+    removable = [folder for folder in everything if folder not in kept and folder != intact]
+    if removable and intact is None:
+        newest, _ = newest_intact(root)
+        if newest is None:
+            return []  # nothing is certain to be good: leave it all to people
+        removable = [folder for folder in removable if folder != newest.folder]
+    return removable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.checkpoint.format import (
@@ -24,10 +23,12 @@ from pretrain.checkpoint.format import (
     fragment_key,
     index_digest,
     index_problem,
+    index_text,
 )
-from pretrain.checkpoint.store import folder_name
+from pretrain.checkpoint.store import clear_unfinished, folder_name
+from pretrain.checkpoint.tensor_file import save_file
 from pretrain.engine.ranks import Ranks
-from pretrain.files import file_sha256, publish_folder, sync
+from pretrain.files import publish_folder, sync
 
 
 @dataclass(frozen=True)
@@ -72,33 +73,51 @@ def save_checkpoint(
     """
     final = root / folder_name(snapshot.step)
     partial = final.with_name(final.name + ".tmp")
+    own = list(fragments)
+    needed = sum(ranks.gather(sum(fragment.values.nbytes for fragment in own)))
 
     def prepare() -> None:
-        with _named(snapshot.step):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        with named(snapshot.step):
+            root.mkdir(parents=True, exist_ok=True)
+            clear_unfinished(root)
+            _check_space(root, needed)
+            partial.mkdir()
 
     def write() -> _Written:
-        with _named(snapshot.step):
-            return _write_rank(partial, ranks.rank, list(fragments), generators)
+        with named(snapshot.step):
+            return _write_rank(partial, ranks.rank, own, generators)
 
     def publish() -> None:
-        with _named(snapshot.step):
+        with named(snapshot.step):
             _publish(partial, final, build_index(snapshot, written))
 
-    ranks.on_rank_0(prepare)
-    written = ranks.together(write)
-    ranks.on_rank_0(publish)
+    try:
+        ranks.on_rank_0(prepare)
+        written = ranks.together(write)
+        ranks.on_rank_0(publish)
+    except Exception:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        raise
     return final
 
 
 @contextmanager
-def _named(step: int) -> Iterator[None]:
+def named(step: int) -> Iterator[None]:
     """Name the checkpoint in whatever goes wrong with its files."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(f"checkpoint of step {step} not saved: {error}") from error
+
+
+def _check_space(root: Path, needed: int) -> None:
+    """Find out before writing whether the disk has room, rather than fill it."""
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"No space left on device: {needed:,} bytes are needed, {free:,} are free", str(root)
+        )
 
 
 def _write_rank(folder: Path, rank: int, fragments: list[Fragment], generators: dict[str, Tensor]) -> _Written:
@@ -106,13 +125,10 @@ def _write_rank(folder: Path, rank: int, fragments: list[Fragment], generators: 
     state_file = f"state-{rank:05d}.safetensors"
     contents = {f"rng-{rank:05d}.safetensors": generators}
     if fragments:
-        state = {
-            fragment_key(f.name, f.slot, f.start): f.values.detach().reshape(-1).cpu().contiguous() for f in fragments
-        }
-        # Several parameters may share one step counter; safetensors does not save a tensor under two names.
-        contents[state_file] = {key: values.clone() if values.numel() == 1 else values for key, values in state.items()}
+        contents[state_file] = {fragment_key(f.name, f.slot, f.start): f.values.detach().reshape(-1) for f in fragments}
+    files = {}
     for name, tensors in contents.items():
-        save_file(tensors, folder / name)
+        files[name] = save_file(tensors, folder / name)
         sync(folder / name)
     slots = [
         (
@@ -124,7 +140,7 @@ def _write_rank(folder: Path, rank: int, fragments: list[Fragment], generators: 
         )
         for f in fragments
     ]
-    return _Written({name: file_sha256(folder / name) for name in contents}, slots)
+    return _Written(files, slots)
 
 
 def build_index(snapshot: Snapshot, written: Sequence[_Written]) -> Index:
@@ -168,6 +184,6 @@ def build_index(snapshot: Snapshot, written: Sequence[_Written]) -> Index:
 def _publish(partial: Path, final: Path, index: Index) -> None:
     """Write the index, make everything durable, and give the folder its name."""
     path = partial / INDEX
-    path.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    path.write_text(index_text(index), encoding="utf-8")
     sync(path)
     publish_folder(partial, final)

@@ -11,14 +11,28 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from pretrain.cli import check, compare, config, data, evaluate, export, plan, report, slurm, sweep, train
+from pretrain.cli import (
+    check,
+    checkpoint,
+    compare,
+    config,
+    data,
+    evaluate,
+    export,
+    plan,
+    report,
+    slurm,
+    status,
+    sweep,
+    train,
+)
 from pretrain.processes.environment import set_defaults
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED
 from pretrain.processes.failures import is_first_to_say, note_exit
 from pretrain.processes.failures import report as report_failure
 from pretrain.processes.output import drop_what_cannot_be_written, open_closed_streams
 
-VERBS = (check, config, data, train, slurm, plan, sweep, export, evaluate, compare, report)
+VERBS = (check, config, data, train, status, checkpoint, slurm, plan, sweep, export, evaluate, compare, report)
 """The modules of the verbs, in the order of the help. Each has a function ``add`` that declares its arguments; what
 carries a verb out is imported when it runs."""
 

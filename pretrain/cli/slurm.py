@@ -24,8 +24,8 @@ def add(verbs: Verbs) -> None:
         "slurm",
         help="check a config and submit it to Slurm",
         description="Check a config, its data, its lock of remote data and what it takes (see `check` and `plan`), "
-        "then submit it with slurm/pretrain.sbatch. Nothing is submitted that would be refused later, after waiting in "
-        "the queue. Prints the command and where to look. Uses no network besides Slurm's.",
+        "then submit it with slurm/pretrain.sbatch, so that mistakes are found before the job has waited in the queue. "
+        "Prints the command and where to look. Uses no network besides Slurm's.",
     )
     add_config(parser)
     parser.add_argument("--nodes", type=positive, required=True, metavar="N", help="machines")
@@ -51,6 +51,7 @@ def add(verbs: Verbs) -> None:
         help="another option of sbatch, for example --sbatch=--partition=h100; may be repeated",
     )
     parser.add_argument("--stop-at", type=positive, metavar="STEP", help="save after this step and stop")
+    parser.add_argument("--extend", action="store_true", help="continue a complete run whose budget has grown")
     parser.add_argument("--dry-run", action="store_true", help="check and print everything, submit nothing")
     parser.set_defaults(run=run)
 
@@ -66,10 +67,11 @@ def run(options: argparse.Namespace) -> int:
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
         config = load_config(options.config, options.overrides)
-    stop = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
+    more = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
+    more += ["--extend"] if options.extend else []
     submission = Submission(
         script=shipped("slurm/pretrain.sbatch"),
-        arguments=[locate(options.config), *options.overrides, *stop],
+        arguments=[locate(options.config), *options.overrides, *more],
         name=config.run.name,
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
@@ -77,7 +79,10 @@ def run(options: argparse.Namespace) -> int:
         options=_sbatch_options(options.sbatch),
         environment=_environment(),
     )
-    lines = [*_check(config, submission, options.device), *(f"warning: {warning.message}" for warning in noted)]
+    lines = [
+        *_check(config, submission, options.device, options.extend),
+        *(f"warning: {warning.message}" for warning in noted),
+    ]
     print("\n".join(dict.fromkeys(lines)))
     assigned = [f"{name}={shlex.quote(value)}" for name, value in submission.environment.items()]
     print(f"command   {' '.join([*assigned, shlex.join(submission.command())])}", flush=True)
@@ -97,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(config: Config, submission: Submission, device: str) -> list[str]:
+def _check(config: Config, submission: Submission, device: str, extend: bool) -> list[str]:
     """Check everything that would end the job after it has waited; return what there is to know.
 
     Raises:
@@ -114,8 +119,8 @@ def _check(config: Config, submission: Submission, device: str) -> list[str]:
 
     config.accumulation(submission.ranks)
     run = read_run(config.run_folder)
-    if run.state == "done":
-        raise SubmissionError(f"{run.path}: this run is complete; choose another run.name")
+    if run.state == "done" and not extend:
+        raise SubmissionError(f"{run.path}: this run is complete; choose another run.name, or add --extend")
     if RunFolder(config.run_folder).is_locked():
         raise SubmissionError(f"{run.path}: another process is training in this run folder; wait for it or stop it")
     inputs = check_config_inputs(config, online=False)

@@ -46,6 +46,13 @@ def add(verbs: Verbs) -> None:
         "--stop-at", type=positive, metavar="STEP", help="save a checkpoint after this step and exit with code 75"
     )
     parser.add_argument(
+        "--profile",
+        type=_steps,
+        metavar="STEPS",
+        help="record these steps, for example 10 or 10-12, with torch's profiler; the traces are written into "
+        "profile/ of the run folder",
+    )
+    parser.add_argument(
         "--processes",
         type=positive,
         default=1,
@@ -69,8 +76,10 @@ def run(options: argparse.Namespace) -> int:
             warnings.simplefilter("ignore")  # the first process repeats them
             load_config(options.config, options.overrides)  # report problems once, before any process starts
         stop = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
+        profile = [] if options.profile is None else ["--profile", "{}-{}".format(*options.profile)]
         extend = ["--extend"] if options.extend else []
-        arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *stop, *extend]
+        more = [*stop, *profile, *extend]
+        arguments = ["train", options.config, *options.overrides, "--resume", options.resume, *more]
         return run_processes(options.processes, arguments)
 
     requests = StopRequests(age=process_age())
@@ -81,4 +90,17 @@ def run(options: argparse.Namespace) -> int:
         from pretrain.launch import train
 
         config = load_config(options.config, options.overrides)
-        return train(config, options.resume, options.stop_at, extend=options.extend, requests=requests)
+        extend, profile = options.extend, options.profile
+        return train(config, options.resume, options.stop_at, extend=extend, profile=profile, requests=requests)
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """A step, or the first and the last one: ``10`` or ``10-12``."""
+    first, dash, last = text.partition("-")
+    try:
+        found = positive(first), positive(last if dash else first)
+    except argparse.ArgumentTypeError:
+        found = (1, 0)
+    if found[1] < found[0]:
+        raise argparse.ArgumentTypeError(f"expected a step or a range such as 10-12, got {text!r}")
+    return found

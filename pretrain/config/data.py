@@ -134,7 +134,7 @@ class DataConfig(Section):
     for any number of processes and workers, so it cannot change within a run. At most the number of read units of all
     sources; with fewer lanes than processes times workers, some workers stay idle."""
 
-    workers: Annotated[int, EXECUTION] = Field(default=0, ge=0)
+    workers: Annotated[int, EXECUTION] = Field(default=0, ge=0, le=1024)
     """Reading processes per training process. 0 reads in the training process itself, which then tokenizes between
     two steps. Each worker uses one core. Changes the speed, never the stream."""
 

@@ -10,7 +10,7 @@ from pretrain.shipped import locate
 
 def _integral(value: Any) -> Any:
     """Accept ``1e9`` for a whole number: YAML 1.2 reads it as a float."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
 # The bounds come first, inside the validator, so that the JSON schema shows them.

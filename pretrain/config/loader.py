@@ -9,8 +9,10 @@ import yaml
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.yaml_text import parse_yaml
+from pretrain.files import read_limited
 from pretrain.shipped import locate
 
+_MOST_BYTES = 16 << 20
 INCLUDE = "include"
 """The key of a config file that names another one, relative to its own folder."""
 
@@ -44,10 +46,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _read_one(found: Path, path: Path) -> dict[str, Any]:
     """The mapping in the file `found`, which messages call `path`."""
     try:
-        text = found.read_text(encoding="utf-8")
+        text = read_limited(found, _MOST_BYTES).decode()
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such config file"]) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError([f"{path}: cannot be read: {error}"]) from None
     try:
         data, duplicates = parse_yaml(text)

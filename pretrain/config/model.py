@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 from pretrain.config.base import RESULT, Section
 from pretrain.config.fields import PositiveFloat, PositiveInt
 
+# Far beyond any model, and small enough that its parameters can be counted.
+_LARGEST_SIZE, _MOST_LAYERS = 1 << 28, 4096
+
 
 class ModelConfig(Section):
     """The kind of model, its shape and its initialisation."""
@@ -77,7 +80,12 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
-        problems = []
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "context_length")
+        problems = [
+            f"{key}: expected at most {most:,}, got {getattr(self, key):,}"
+            for key in sizes
+            if getattr(self, key) > (most := _MOST_LAYERS if key == "num_layers" else _LARGEST_SIZE)
+        ]
         if self.hidden_size % self.num_heads:
             problems.append(f"hidden_size: expected a multiple of num_heads ({self.num_heads}), got {self.hidden_size}")
         elif (self.hidden_size // self.num_heads) % 2:

@@ -7,8 +7,12 @@ from typing import Any
 
 import yaml
 
+from pretrain.config.plain import shown, text_problems
 from pretrain.config.schema import is_section
 from pretrain.config.yaml_text import parse_yaml
+from pretrain.processes.redaction import redact
+
+_MOST_PARTS = 16
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -16,13 +20,16 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]
     problems = []
     for override in overrides:
         path, equals, text = override.partition("=")
-        if not equals or not all(path.split(".")):
-            problems.append(f"{override}: expected an override of the form section.key=value")
+        if of_text := text_problems([override]):
+            problems += [f"{shown(path)}: {problem.partition(': ')[2]}" for problem in of_text]
+            continue
+        if not equals or not all(path.split(".")) or path.count(".") > _MOST_PARTS:
+            problems.append(f"{redact(override[:200])}: expected an override of the form section.key=value")
             continue
         try:
             value, duplicates = parse_yaml(text)
         except (yaml.YAMLError, RecursionError, ValueError):
-            problems.append(f"{path}: the value {text!r} is not valid YAML")
+            problems.append(f"{path}: the value {redact(text[:200])!r} is not valid YAML")
             continue
         problems += [f"{path}: {duplicate}" for duplicate in duplicates]
         if problem := assign(data, path, value):

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pretrain.config.base import EXECUTION, Section
-from pretrain.config.fields import PositiveFloat, PositiveInt
+from pretrain.config.fields import PositiveInt
 
 
 class SamplesConfig(Section):
@@ -22,8 +22,8 @@ class SamplesConfig(Section):
     max_new_tokens: PositiveInt = 64
     """Tokens per sample."""
 
-    temperature: PositiveFloat = 0.8
-    """Sampling temperature."""
+    temperature: float = Field(default=0.8, ge=0.01, le=100)
+    """Sampling temperature. Near 0, the likeliest token always follows."""
 
     def ineffective(self) -> dict[str, str]:
         """Return every option but `every_steps` if no samples are written."""

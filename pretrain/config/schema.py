@@ -30,6 +30,7 @@ from pretrain.config.tokenizer import TokenizerConfig
 from pretrain.config.train import TrainConfig
 from pretrain.config.validation import ValidationConfig
 from pretrain.config.wandb import WandbConfig
+from pretrain.config.watch import WatchConfig
 from pretrain.config.yaml_text import dump_yaml
 
 
@@ -52,6 +53,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig)
 
     @property
     def sequence_length(self) -> int:

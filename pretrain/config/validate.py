@@ -17,8 +17,10 @@ from pretrain.config.effect import without_effect
 from pretrain.config.errors import ConfigError
 from pretrain.config.loader import read_yaml
 from pretrain.config.overrides import apply_overrides
+from pretrain.config.plain import text_problems, value_problems
 from pretrain.config.schema import Config
 from pretrain.processes.errors import did_you_mean
+from pretrain.processes.redaction import holds_secret
 
 MISSING = "required, but missing"
 
@@ -82,6 +84,11 @@ def parse_stored_config(data: Mapping[str, Any]) -> Config:
 
 def _parse(data: Mapping[str, Any], stored: bool) -> Config:
     """Validate section by section, so that a fault in one section does not hide those of another."""
+    try:
+        if not stored and (of_texts := text_problems(data)):
+            raise ConfigError(of_texts)
+    except ValueError as error:
+        raise ConfigError(str(error).splitlines()) from None
     problems = [
         f"{key}: unknown section{did_you_mean(key, Config.model_fields)}"
         for key in data
@@ -99,12 +106,20 @@ def _parse(data: Mapping[str, Any], stored: bool) -> Config:
         problems += found
         if section is not None:
             sections[name] = section
+    if not stored:
+        of_values = [f"{path}: {problem}" for path, problem in value_problems(data) if not _mentions(problems, path)]
+        problems += of_values
     problems += _cross_checks(sections)
     if not stored:
         problems += _given_without_effect(sections)
     if problems:
         raise ConfigError(problems)
     return Config.model_validate(sections, context=STORED if stored else None)
+
+
+def _mentions(problems: Sequence[str], path: str) -> bool:
+    """Whether one of some problems is about a key already."""
+    return any(problem.startswith(f"{path}: ") for problem in problems)
 
 
 def validate_section(model: Any, value: Any, name: str, stored: bool = False) -> tuple[Any, list[str]]:
@@ -186,9 +201,11 @@ def _messages(model: type[BaseModel], error: Any, section: str) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    """A value for a message; not one that holds a URL, in which there may be a password."""
+    """A value for a message; not one that holds a URL, in which there may be a password, or a token."""
     text = repr(value)
-    return text if "://" not in text else f"a {type(value).__name__} with a URL"
+    if "://" in text:
+        return f"a {type(value).__name__} with a URL"
+    return f"a {type(value).__name__} that is not shown" if holds_secret(text) else text
 
 
 def _lower_first(text: str) -> str:

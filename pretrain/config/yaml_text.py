@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from pretrain.config.plain import walk
+
 
 class _Loader(yaml.SafeLoader):
     """A SafeLoader for YAML 1.2 scalars that collects duplicate keys instead of dropping them."""
@@ -22,6 +24,8 @@ class _Loader(yaml.SafeLoader):
         self.duplicates: list[str] = []
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "expected a mapping", node.start_mark)
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
@@ -54,7 +58,36 @@ def _use_yaml_1_2_scalars() -> None:
         for used in (_Loader, _Dumper):
             used.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", pattern, list(_FIRST[kind]))
     # Leading zeros are decimal in YAML 1.2; PyYAML's own constructors would read octal and base 60.
-    _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+    _Loader.add_constructor("tag:yaml.org,2002:int", _number)
+    _Loader.add_constructor("tag:yaml.org,2002:bool", _boolean)
+    _Loader.add_constructor("tag:yaml.org,2002:float", _float)
+    for kind in ("binary", "timestamp", "omap", "pairs", "set"):  # none of them is plain data
+        _Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _refuse)
+
+
+def _refuse(loader: yaml.SafeLoader, node: yaml.Node) -> None:
+    raise yaml.constructor.ConstructorError(None, None, f"{node.tag} is not plain data", node.start_mark)
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(_matching(loader, node, "int").replace("_", ""))
+
+
+def _boolean(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> bool:
+    return _matching(loader, node, "bool").lower() == "true"
+
+
+def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    _matching(loader, node, "float")
+    return float(loader.construct_yaml_float(node))
+
+
+def _matching(loader: yaml.SafeLoader, node: yaml.ScalarNode, kind: str) -> str:
+    """The text of a scalar, which an explicit tag such as ``!!bool`` may have put on anything."""
+    text = str(loader.construct_scalar(node))
+    if not _PATTERN[kind].match(text):
+        raise yaml.constructor.ConstructorError(None, None, f"{text!r} is not of type !!{kind}", node.start_mark)
+    return text
 
 
 _use_yaml_1_2_scalars()
@@ -73,11 +106,14 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
     """Return the document in a text, and a message for each key that is given twice.
 
     Raises:
-        yaml.YAMLError, RecursionError, ValueError: it is not YAML.
+        yaml.YAMLError, RecursionError, ValueError: it is not YAML, or not plain data of a reasonable size.
     """
     loader = _Loader(text)
     try:
-        return loader.get_single_data(), loader.duplicates
+        data = loader.get_single_data()
+        for _ in walk(data):
+            pass
+        return data, loader.duplicates
     finally:
         loader.dispose()
 

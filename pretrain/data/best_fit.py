@@ -26,7 +26,7 @@ import numpy as np
 
 from pretrain.data.bad_rows import BadRow
 from pretrain.data.documents import Cursor
-from pretrain.data.packing import EpochEnd, Item, Lane, PackedSequence, ReaderTask
+from pretrain.data.packing import EpochEnd, Item, Lane, PackedSequence, Part, ReaderTask
 from pretrain.data.prepared.runs import TokenRun
 from pretrain.data.tokenizer import DocumentEncoder, Tokens
 
@@ -128,7 +128,7 @@ class _Document(NamedTuple):
     skipped: tuple[BadRow, ...]
     """Bad rows before it."""
     after: Cursor
-    """The position that follows it."""
+    """The position that follows it, in the same unit."""
 
 
 class BestFitLane(Lane):
@@ -224,6 +224,7 @@ class BestFitLane(Lane):
         tokens: Tokens = np.full(self._task.sequence_length + 1, self._encoder.eos_id, dtype=np.int32)
         length, documents, text_bytes, cut = 0, 0, 0, 0
         bad_rows: tuple[BadRow, ...] = ()
+        parts: list[Part] = []
         for piece in pieces:
             document = self._documents_of_window[piece.document]
             run, begin, end = document.run, document.begin + piece.begin, document.begin + piece.end
@@ -237,4 +238,7 @@ class BestFitLane(Lane):
             before, after = run.before(begin), run.before(end)
             documents += after[0] - before[0]
             text_bytes += after[1] - before[1]
-        return PackedSequence(self._lane, tokens, length, text_bytes, documents, bad_rows, self._cursor, cut)
+            if self._several:
+                parts.append(self._part(document.after, end - begin, after[0] - before[0], after[1] - before[1]))
+        cursor = self._cursor
+        return PackedSequence(self._lane, tokens, length, text_bytes, documents, bad_rows, cursor, cut, tuple(parts))

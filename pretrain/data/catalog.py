@@ -26,10 +26,10 @@ from pretrain.data.prepared.reading import TokenSource, cached_shards, token_sou
 from pretrain.data.resolve import Journal, resolve_source
 from pretrain.data.sources import list_files, open_bytes, size_of
 from pretrain.data.sources.retries import set_retry_minutes
-from pretrain.data.sources.secrets import redact
 from pretrain.data.tokenizer import separator_id, vocabulary_rows
 from pretrain.data.units import DataFile, TextRecipe, Unit
 from pretrain.files import file_sha256
+from pretrain.processes.redaction import redact
 
 _HASHED_BYTES = 1 << 20
 _MAX_NAMES = 64  # a column with more distinct values than this describes rows rather than sources

@@ -24,8 +24,8 @@ from pretrain.data.lock import RESOLVE, load_lock, locked_source
 from pretrain.data.mirror import fetch_file, mirror_path
 from pretrain.data.sources.hub import HubPath, commit_of, describe_hub, is_commit
 from pretrain.data.sources.retries import set_retry_minutes
-from pretrain.data.sources.secrets import redact
 from pretrain.files import replace_text, replacing
+from pretrain.processes.redaction import redact
 
 _PREFIX = "hf://"
 _PATH = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:/([\w./-]+\.json))?")

@@ -26,10 +26,11 @@ from pretrain.config.data import DataConfig, is_remote
 from pretrain.data.described import CatalogFile, CatalogSource
 from pretrain.data.errors import DataError
 from pretrain.data.prepared.layout import TokenizerNeeds
-from pretrain.data.sources.secrets import redact
-from pretrain.files import replacing
+from pretrain.files import read_limited, replacing
+from pretrain.processes.redaction import redact
 
 FORMAT = 1
+_MOST_BYTES = 4 << 30
 RESOLVE = "run `aurora data resolve` with this config again"
 
 
@@ -120,7 +121,7 @@ def load_lock(path: Path) -> Lock:
 
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_limited(path, _MOST_BYTES))
         version = found["format"]
         if version == FORMAT:
             records = found["sources"]

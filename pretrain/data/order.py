@@ -38,14 +38,18 @@ class Ring:
     """Its lanes, in the numbering of all lanes of the plan."""
     epochs: int | None
     """Epochs until it ends; None if it never does."""
-    _orders: dict[int, list[Unit]] = field(default_factory=dict, repr=False, compare=False)
+    _orders: dict[int, list[tuple[int, Unit]]] = field(default_factory=dict, repr=False, compare=False)
 
-    def lane_units(self, epoch: int, lane: int, seed: int) -> list[Unit]:
-        """Return the units that a lane reads in an epoch, in order: every n-th of the epoch's units, for n lanes."""
+    def lane_units(self, epoch: int, lane: int, seed: int) -> list[tuple[int, Unit]]:
+        """Return the units that a lane reads in an epoch, in order: every n-th of the epoch's units, for n lanes.
+
+        Each comes with the index of its source in the config.
+        """
         if epoch not in self._orders:
             while len(self._orders) >= _KEPT_ORDERS:
                 del self._orders[min(self._orders)]
-            self._orders[epoch] = epoch_order(self.units, seed, epoch)
+            named = {index: [(index, unit) for unit in units] for index, units in self.units.items()}
+            self._orders[epoch] = epoch_order(named, seed, epoch)
         return self._orders[epoch][lane - self.lanes.start :: len(self.lanes)]
 
 
@@ -76,7 +80,11 @@ class ReadPlan:
 
     def lane_units(self, epoch: int, lane: int) -> list[Unit]:
         """Return the units that a lane reads in an epoch, in order."""
-        return self.rings[self.ring_of(lane)].lane_units(epoch, lane, self.seed)
+        return [unit for _, unit in self.rings[self.ring_of(lane)].lane_units(epoch, lane, self.seed)]
+
+    def lane_sources(self, epoch: int, lane: int) -> list[int]:
+        """Return the source of each of these units, as its index in the config."""
+        return [source for source, _ in self.rings[self.ring_of(lane)].lane_units(epoch, lane, self.seed)]
 
     def used_rings(self, rings: Collection[int]) -> list[int]:
         """Return those of some rings that the first stage reads; the others are read when a later stage wants them."""

@@ -32,6 +32,17 @@ READ_AHEAD_BYTES = 64 << 20
 LANE_READ_AHEAD_BYTES = 4 << 20
 
 
+class Part(NamedTuple):
+    """What a source contributes to a sequence."""
+
+    source: int
+    """Its index in the config."""
+    tokens: int
+    """Targets."""
+    documents: int
+    text_bytes: int
+
+
 class PackedSequence(NamedTuple):
     """One training sequence and the position where its lane continues."""
 
@@ -51,6 +62,8 @@ class PackedSequence(NamedTuple):
     """The first token that is not yet a target."""
     cut: int = 0
     """Documents that begin here and are longer than a sequence; counted by best-fit packing only."""
+    parts: tuple[Part, ...] = ()
+    """What comes from which source, if those of several take turns in the lane; a source may occur more than once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +120,8 @@ class Lane:
         self._waiting: deque[tuple[Cursor, Cursor, TokenRun, tuple[BadRow, ...]]] = deque()
         self._used = self._cursor.token  # tokens of the first waiting run that have been packed
         self._last_token = encoder.eos_id  # before the first waiting run; a separator precedes the lane itself
+        self._several = len(task.plan.rings[task.plan.ring_of(lane)].units) > 1  # sources
+        self._sources: tuple[int, list[int]] = (-1, [])  # of the units of an epoch
         self._counted = (0, 0, 0)  # tokens of the first waiting run, and the documents and bytes before the last one
         self._documents: Iterator[Document | Tokenized] = iter(())
         self._documents_read = 0
@@ -188,15 +203,18 @@ class Lane:
         self._used = end
         self.pending -= length
         self._cursor = cursor = Cursor(position.epoch, position.unit, position.row, end, position.byte)
-        return PackedSequence(
-            self._lane,
-            run.tokens[begin - 1 : end],
-            length,
-            text_bytes - bytes_before,
-            documents - documents_before,
-            (),
-            cursor,
-        )
+        documents, text_bytes = documents - documents_before, text_bytes - bytes_before
+        tokens = run.tokens[begin - 1 : end]
+        if not self._several:
+            return PackedSequence(self._lane, tokens, length, text_bytes, documents, (), cursor)
+        part = self._part(position, length, documents, text_bytes)
+        return PackedSequence(self._lane, tokens, length, text_bytes, documents, (), cursor, 0, (part,))
+
+    def _part(self, position: Cursor, tokens: int, documents: int, text_bytes: int) -> Part:
+        """Return what the source of the unit at a position contributes."""
+        if self._sources[0] != position.epoch:
+            self._sources = position.epoch, self._task.plan.lane_sources(position.epoch, self._lane)
+        return Part(self._sources[1][position.unit], tokens, documents, text_bytes)
 
     def _wrong_data(self, cursor: Cursor) -> DataError:
         plan = self._task.plan
@@ -213,6 +231,7 @@ class Lane:
         sequence[length + 1 :] = self._encoder.eos_id
         filled, documents, text_bytes = 1, 0, 0
         bad_rows: tuple[BadRow, ...] = ()
+        parts: list[Part] = []
         while filled <= length:
             position, next_position, run, skipped = self._waiting[0]
             begin = self._used
@@ -224,6 +243,8 @@ class Lane:
             more_documents, more_bytes = self._count(run, begin, end)
             documents += more_documents
             text_bytes += more_bytes
+            if self._several:
+                parts.append(self._part(position, end - begin, more_documents, more_bytes))
             if end == len(run.tokens):
                 self._waiting.popleft()
                 self._used = 0
@@ -233,7 +254,8 @@ class Lane:
                 self._cursor = position._replace(token=end)
         self._last_token = int(sequence[length])
         self.pending -= length
-        return PackedSequence(self._lane, sequence, length, text_bytes, documents, bad_rows, self._cursor)
+        cursor = self._cursor
+        return PackedSequence(self._lane, sequence, length, text_bytes, documents, bad_rows, cursor, parts=tuple(parts))
 
     def _count(self, run: TokenRun, begin: int, end: int) -> tuple[int, int]:
         """Return the documents and bytes of some tokens of the first waiting run."""

@@ -36,7 +36,7 @@ def _place(ring: Ring, lane: int, cursor: Cursor, seed: int) -> dict[str, Any]:
     units = ring.lane_units(cursor.epoch, lane, seed)
     if cursor.unit >= len(units):
         return {"epoch": cursor.epoch, "end_of_epoch": True}
-    unit = units[cursor.unit]
+    _, unit = units[cursor.unit]
     place = {"epoch": cursor.epoch, "file": unit.file.path, "row": unit.part + cursor.row * unit.parts}
     if unit.row_group is not None:
         place["row_group"] = unit.row_group

@@ -8,7 +8,7 @@ from typing import Self
 from pretrain.data.mixture import Schedule
 from pretrain.data.order import Ring
 from pretrain.data.packing import PackedSequence
-from pretrain.data.state import LaneState, SourceState
+from pretrain.data.state import LaneState, SourceCounts, SourceState
 from pretrain.data.workers import Reader
 
 
@@ -26,6 +26,9 @@ class RingPosition:
     text_bytes: int
     bad_rows: int
     cut_documents: int
+    of_sources: tuple[SourceCounts, ...] | None
+    """Of each of its sources, in the order of the config, if it has several; None if a state without them was resumed.
+    """
     whole_epoch: bool
     """Whether this epoch is read from its beginning; not after a resume."""
     epoch_sequences: int = 0
@@ -48,6 +51,7 @@ class RingPosition:
             text_bytes=saved["text_bytes"],
             bad_rows=saved["bad_rows"],
             cut_documents=saved.get("cut_documents", 0),
+            of_sources=tuple(saved["of_sources"]) if "of_sources" in saved else None,
             whole_epoch=not resumed,
         )
 
@@ -67,6 +71,8 @@ class RingPosition:
         )
         if self.cut_documents:
             state["cut_documents"] = self.cut_documents
+        if self.of_sources is not None:
+            state["of_sources"] = list(self.of_sources)
         return state
 
     def copy(self) -> Self:
@@ -94,6 +100,19 @@ class RingPosition:
         self.documents += documents
         self.bad_rows += bad_rows
         self.cut_documents += cut_documents
+
+    def count_parts(self, parts: Sequence[Sequence[int]]) -> None:
+        """Count the tokens, documents and bytes of each source, by its index in the config."""
+        if self.of_sources is not None:
+            more = (parts[source] for source in self.ring.units)
+            self.of_sources = tuple(
+                SourceCounts(
+                    tokens=before["tokens"] + tokens,
+                    documents=before["documents"] + documents,
+                    text_bytes=before["text_bytes"] + text_bytes,
+                )
+                for before, (tokens, documents, text_bytes) in zip(self.of_sources, more, strict=True)
+            )
 
     def deal(self, count: int, ready: Sequence[int], wanted: Mapping[int, int], dealt: list[int]) -> list[int]:
         """Deal at most `count` rows to the lanes whose turn it is; see `take_turns`."""

@@ -27,6 +27,16 @@ class LaneState(TypedDict):
     """Where to look for the row in an uncompressed file of lines; see `Cursor`. Absent if it is not known."""
 
 
+class SourceCounts(TypedDict):
+    """What the sequences contained of one source."""
+
+    tokens: int
+    """Targets."""
+    documents: int
+    """Documents whose last token was a target, counted in each epoch."""
+    text_bytes: int
+
+
 class SourceState(TypedDict):
     """Position in one source."""
 
@@ -49,6 +59,9 @@ class SourceState(TypedDict):
     """Rows that were skipped before those documents, in the first epoch."""
     cut_documents: NotRequired[int]
     """Documents that best-fit packing had to cut, counted in each epoch; absent if there are none."""
+    of_sources: NotRequired[list[SourceCounts]]
+    """Without a mixture, where several sources count as one: those of each, in the order of the config. Absent if
+    there is a single one, or if they were not counted from the beginning of the run."""
 
 
 class StreamState(TypedDict):
@@ -81,6 +94,10 @@ def initial_state(plan: ReadPlan) -> StreamState:
         )
         for ring in plan.rings
     ]
+    nothing = SourceCounts(tokens=0, documents=0, text_bytes=0)
+    for source, ring in zip(sources, plan.rings, strict=True):
+        if len(ring.units) > 1:
+            source["of_sources"] = [nothing] * len(ring.units)
     mixture = MixtureState(stage=0, taken=[0] * len(sources))
     return StreamState(version=STATE_VERSION, mixture=mixture, sources=sources, sequences_emitted=0, text_bytes=0)
 

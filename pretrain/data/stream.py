@@ -277,19 +277,26 @@ class TokenStream:
         found: list[int] = []
         cursors: dict[int, Cursor] = {}
         bad: list[BadRow] = []
+        of_sources = np.zeros((sum(len(ring.ring.units) for ring in rings), 3), dtype=np.int64)
         for index, row in enumerate(own):
             lane = lanes[row]
-            _, tokens[index], length, text_bytes, documents, skipped, cursors[lane], cut = self._ready[lane].popleft()
+            item = self._ready[lane].popleft()
+            _, tokens[index], length, text_bytes, documents, skipped, cursors[lane], cut, parts = item
+            for source, *more in parts:
+                of_sources[source] += more
             found += length, text_bytes, documents, sum(one.rows for one in skipped) if skipped else 0, cut
             bad += skipped
         counts = np.zeros((len(lanes), 5), dtype=np.int64)
         if own:
             counts[own] = np.fromiter(found, np.int64, len(found)).reshape(-1, 5)
-        self._all_reduce(torch.from_numpy(counts))
+        both = np.concatenate([counts.ravel(), of_sources.ravel()])
+        self._all_reduce(torch.from_numpy(both))
+        counts, of_sources = both[: counts.size].reshape(-1, 5), both[counts.size :].reshape(-1, 3)
         ring_of = self._ring_of[lanes]
         for index, ring in enumerate(rings):
             of_ring = counts[ring_of == index]
             ring.count(len(of_ring), *of_ring.sum(axis=0).tolist())
+            ring.count_parts(of_sources.tolist())
         self._check_bad_rows(bad, sum(ring.bad_rows for ring in rings))
         trainers = assign(owners, size) if size > 1 else owners
         share = [row for row, trainer in enumerate(trainers) if trainer == rank]

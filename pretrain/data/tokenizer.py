@@ -13,7 +13,9 @@ from pretrain.config.data import TokenizerConfig
 from pretrain.data.errors import DataError
 from pretrain.data.hub_tokenizer import local_file
 from pretrain.data.tokenizer_checks import gives_separator_for_unknown, ids_or_none, random_part
+from pretrain.files import irregular
 
+_MOST_BYTES = 1 << 30
 Tokens = npt.NDArray[np.int32]
 
 
@@ -28,6 +30,8 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if not path.is_file():
         kind = "is a folder: name the tokenizer.json in it" if path.is_dir() else "no such file"
         raise DataError(f"tokenizer.path {config.path}: {kind}")
+    if irregular(path) or path.stat().st_size > _MOST_BYTES:
+        raise DataError(f"tokenizer.path {config.path}: is not a regular file, or larger than 1 GiB")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception

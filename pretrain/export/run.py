@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def open_checkpoint(source: Path) -> CheckpointReader:
         raise CheckpointError(
             "\n".join([*damaged, f"{source}: neither a checkpoint nor a run with an intact checkpoint"])
         )
+    for message in damaged:
+        warnings.warn(f"{message}; using {newest.folder.name}", stacklevel=2)
     return newest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,10 +15,12 @@ from pretrain.data import DamagedFileError
 from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
+from pretrain.launch.records import fetch_copy
 from pretrain.launch.setup import Setup, set_up
 from pretrain.launch.start import Start, choose_start
 from pretrain.launch.stops import Stops
 from pretrain.launch.time_budget import time_budget
+from pretrain.launch.watch import watching
 from pretrain.model.cost import parameter_count
 from pretrain.processes.environment import settled
 from pretrain.processes.exit_codes import DONE, STOPPED
@@ -26,6 +29,7 @@ from pretrain.processes.output import output_may_fail
 from pretrain.processes.parent import launched_before
 from pretrain.processes.signals import NOTICE, StopRequests, stop_requests
 from pretrain.run.folder import RunError
+from pretrain.training.dry_run import dry_run, wants_dry_run
 from pretrain.training.epochs import packing_lines
 
 CHECKPOINT_BYTES = 12
@@ -38,6 +42,7 @@ def train(
     stop_at: int | None = None,
     *,
     extend: bool = False,
+    profile: tuple[int, int] | None = None,
     requests: StopRequests | None = None,
 ) -> int:
     """Train the run that `config` describes, from its newest checkpoint on if there is one.
@@ -47,6 +52,7 @@ def train(
         resume: ``auto``, ``never``, or a checkpoint's folder.
         stop_at: save and stop after this step.
         extend: the run must exist, and `config` may only make it longer.
+        profile: the first and the last step of a trace by torch's profiler.
         requests: the caller's, which handles signals itself; None: signals ask for a stop while steps are taken, if
             this is the main thread.
 
@@ -69,7 +75,7 @@ def train(
         engine = make_engine(config)
         scratch = tempfile.TemporaryDirectory(prefix="aurora-")
         try:
-            setup = set_up(config, engine, Path(scratch.name))
+            setup = replace(set_up(config, engine, Path(scratch.name)), profile=profile)
             code = _train(setup, resume, stop_at, extend, requests, is_ours)
             engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
             return code
@@ -95,6 +101,7 @@ def _train(
         long=True,  # it may wait for an earlier attempt of the same Slurm job
     )
     try:
+        ranks.on_rank_0(lambda: fetch_copy(setup, resume), long=True)
         start = choose_start(setup, resume, extend=extend)
         step = start.step
         if step >= config.total_steps:
@@ -134,8 +141,8 @@ def _note_stop(setup: Setup, step: int, reason: str) -> None:
 def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_signals: bool) -> int:
     """Build everything, restore it from `start`, and train."""
     config, display, ranks = setup.config, setup.display, setup.engine.ranks
-    with contextlib.ExitStack() as opened:
-        trainer = build_trainer(setup, start, stops, opened)
+    with contextlib.ExitStack() as opened, watching(setup) as watch:
+        trainer = build_trainer(setup, start, stops, opened, watch)
         state = trainer.state
         if start.weights:
             display.say(str(start))
@@ -145,16 +152,21 @@ def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_s
         if handle_signals:
             notice = NOTICE if setup.engine.rank == 0 else None
             opened.enter_context(stop_requests(stops.requests, notice, first_only=True, warn=display.warn))
+        if wants_dry_run(trainer):
+            watch.enter("dry run", state.step)
+            dry_run(trainer)
         stops.budget.step_ended()
         try:
             outcome = "stopped" if stops.agreed() else trainer.fit(stop_at)
         except DamagedFileError as error:
             setup.folder.allow_repair(error.path)
             raise
+        state = trainer.state  # another one after a roll back
         reason = (stops.requests.reason if stops.agreed() else None) or "--stop-at"
         if outcome == "stopped":
             stops.requests.saved = True
             _note_stop(setup, state.step, reason)
+        watch.alerts.send("stopped" if outcome == "stopped" else "done", f"after step {state.step}", step=state.step)
     for line in packing_lines(trainer.batches.position, config.padded_length):
         display.say(line)
     if outcome == "stopped":

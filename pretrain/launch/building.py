@@ -18,10 +18,11 @@ from pretrain.data import StreamPosition, TokenStream, without_bytes
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
 from pretrain.launch.ancestor import Weights
-from pretrain.launch.records import open_run_folder, save_run
+from pretrain.launch.records import make_saver, open_run_folder, save_run
 from pretrain.launch.setup import Setup
 from pretrain.launch.start import Start, fill_stepped_weights
 from pretrain.launch.stops import Stops
+from pretrain.launch.watch import Watch
 from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
@@ -36,7 +37,7 @@ from pretrain.training.trainer import Trainer
 from pretrain.training.validation import Validator
 
 
-def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.ExitStack) -> Trainer:
+def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.ExitStack, watch: Watch) -> Trainer:
     """The trainer with all that it owns, in the state of `start`; what has to be closed goes to `opened`."""
     config, engine, display = setup.config, setup.engine, setup.display
     seed_everything(config.run.seed + engine.rank, config.run.deterministic)
@@ -57,32 +58,36 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
     )
     opened.callback(stream.close)
     notices = EpochNotices(stream.position, config.padded_length)
-    hooks = _make_hooks(setup, optimizer)
+    hooks = _make_hooks(setup, optimizer, watch)
     state = _restore(setup, start, optimizer, hooks)
     steps = config.total_steps - state.step
     batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
     opened.callback(batches.close)
     run_id = engine.ranks.on_rank_0(lambda: open_run_folder(setup, hooks, start.position, routing))
     tracker = engine.ranks.everywhere(
-        lambda: make_tracker(config, setup.folder.path, run_id, engine.rank, display.warn)
+        lambda: make_tracker(config, setup.folder, run_id, engine.rank, state.step, display.warn)
     )
     opened.callback(tracker.close)
     for line in [*summary, *describe_data(setup.inputs.budgets), *engine.describe()]:
         display.say(line)
 
     def log(record: dict[str, Any], position: StreamPosition) -> None:
+        record |= watch.memory()
         if engine.rank == 0:
             setup.folder.check_lock()
-            setup.folder.metrics.append(record)
+            _append(setup, record)
         tracker.log(record)
         display.step(record)
-        for line in notices.lines(record["step"], position):
+        for line in [*watch.lines(record), *notices.lines(record["step"], position)]:
             display.say(line)
+
+    saver = make_saver(setup, start.position if start.is_resume else None, opened)
 
     def save(trainer: Trainer) -> None:
         with stops.budget.saving():
             engine.ranks.on_rank_0(setup.folder.check_lock)
-            save_run(setup, trainer)
+            save_run(setup, trainer, saver)
+        stops.budget.save_seconds = max(stops.budget.save_seconds, saver.seconds)
 
     return Trainer(
         config,
@@ -94,13 +99,24 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
         hooks=hooks,
         log=log,
         save=save,
+        settle=saver.settle,
         restore_last=lambda: _restore_last(setup, start, optimizer, hooks),
         stop_requested=stops.after_step,
         warn=display.warn,
+        enter=watch.enter,
     )
 
 
-def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
+def _append(setup: Setup, record: dict[str, Any]) -> None:
+    """Append a line to metrics.jsonl; warn if it has to wait in memory, for example because the disk is full."""
+    metrics = setup.folder.metrics
+    waited = metrics.problem is not None
+    metrics.append(record)
+    if metrics.problem is not None and not waited:
+        setup.display.warn(f"{metrics.path}: {metrics.problem}; its lines wait in memory until it can be written")
+
+
+def _make_hooks(setup: Setup, optimizer: Aurora, watch: Watch) -> list[Hook]:
     """The periodic work that the config asks for."""
     config, engine, folder, show = setup.config, setup.engine, setup.folder, setup.display.say
 
@@ -116,7 +132,7 @@ def _make_hooks(setup: Setup, optimizer: Aurora) -> list[Hook]:
 
     hooks: list[Hook] = []
     validator = (
-        Validator(config, open_validation, engine.ranks, setup.validation)
+        Validator(config, open_validation, engine.ranks, setup.validation, watch.progress.tick)
         if config.data.validation_fraction > 0
         else None
     )

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.format import Fragment
 from pretrain.checkpoint.generators import random_generators
+from pretrain.checkpoint.host_copy import share_of
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.state import fragments, group_settings
-from pretrain.checkpoint.store import CheckpointReader, prune
-from pretrain.checkpoint.writer import Snapshot, save_checkpoint
+from pretrain.checkpoint.store import CheckpointReader, prune, step_folders
+from pretrain.checkpoint.writer import Snapshot
 from pretrain.data import hub_tokenizer
 from pretrain.files import replacing
 from pretrain.launch.ancestor import as_facts
 from pretrain.launch.setup import Setup
 from pretrain.run.data_lock import keep_lock
-from pretrain.run.folder import TOKENIZER_FILE
+from pretrain.run.folder import TOKENIZER_FILE, RunError
 from pretrain.run.manifest import git_commit, write_manifest
 from pretrain.run.provenance import source_records
 from pretrain.run.resume import rewind
@@ -74,11 +78,79 @@ def open_run_folder(
     return run_id
 
 
-def save_run(setup: Setup, trainer: Trainer) -> None:
-    """Save a checkpoint, then delete those that are no longer kept."""
+def open_mirror(setup: Setup) -> Mirror | None:
+    """Return the place of the run's copies, if the config names one; on rank 0.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    keep = setup.config.checkpoint
+    if keep.mirror is None:
+        return None
+    return Mirror(f"{keep.mirror.rstrip('/')}/{setup.config.run.name}", keep.keep_last, setup.display.warn)
+
+
+def fetch_copy(setup: Setup, resume: str) -> None:
+    """Download the newest copy of a checkpoint if the run's own folder has no checkpoint; on rank 0.
+
+    Raises:
+        CheckpointError: there are copies, but none can be used.
+        RunError: there are copies, though the run must be new.
+    """
+    mirror, root = open_mirror(setup), setup.folder.checkpoints
+    if mirror is None or step_folders(root):
+        return
+    if resume == "auto":
+        found = mirror.fetch_newest(root)
+        if found is not None:
+            setup.display.say(f"{root}: no checkpoint; downloaded {found.name} from {mirror.url}")
+    elif resume == "never" and mirror.steps():
+        raise RunError(
+            f"{mirror.url}: holds copies of a run of this name; continue it with --resume auto, or choose another "
+            "run.name"
+        )
+
+
+def make_saver(setup: Setup, reader: CheckpointReader | None, opened: contextlib.ExitStack) -> Saver:
+    """Return what saves the run's checkpoints and deletes those that are no longer kept; a collective.
+
+    What has to be waited for at the end goes to `opened`.
+    """
+    engine, folder, keep = setup.engine, setup.folder, setup.config.checkpoint
+    mirror = open_mirror(setup) if engine.rank == 0 else None
+    if mirror is not None:
+        opened.callback(mirror.settle)
+
+    def prepare() -> None:
+        if not folder.manifest_path.exists():
+            raise OSError(f"{folder.path} is not there any more; was its disk unmounted?")
+        folder.check_lock()
+        # A resume from this checkpoint needs the lines up to its step.
+        folder.metrics.flush()
+        folder.samples.flush()
+
+    def finish(path: Path, snapshot: Snapshot) -> None:
+        prune(folder.checkpoints, keep.keep_last, keep.keep_every_steps, intact=path)
+        if mirror is not None:
+            mirror.push(folder.checkpoints)
+        folder.record_sources(snapshot.step, snapshot.provenance["sources"])
+
+    return Saver(
+        folder.checkpoints,
+        keep,
+        engine.new_ranks() if keep.asynchronous else engine.ranks,
+        newest=reader.folder if reader else None,
+        prepare=prepare,
+        finish=finish,
+        say=setup.display.say,
+        warn=setup.display.warn,
+    )
+
+
+def save_run(setup: Setup, trainer: Trainer, saver: Saver) -> None:
+    """Save a checkpoint of the trainer's present state; see `Saver.save`."""
     engine, optimizer = setup.engine, trainer.optimizer
     data_state = dict(trainer.batches.state())
-    sources = source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets)
     snapshot = Snapshot(
         step=trainer.state.step,
         counters=asdict(trainer.state),
@@ -90,21 +162,12 @@ def save_run(setup: Setup, trainer: Trainer) -> None:
             "git_commit": git_commit() if engine.rank == 0 else None,  # rank 0 writes the index
             "precision": str(engine.precision),
             "data": setup.inputs.data,
-            "sources": sources,
+            "sources": source_records(setup.config.data, setup.inputs.data, data_state, setup.inputs.budgets),
             **as_facts(setup.ancestry),
         },
     )
-    own: Iterable[Fragment] = itertools.chain(
-        fragments(engine.module.model, optimizer, engine.held), *(hook.fragments() for hook in trainer.hooks)
-    )
-    # Where every rank holds everything, rank 0 writes it.
-    writes = engine.held is not None or engine.rank == 0
-    path = save_checkpoint(setup.folder.checkpoints, snapshot, own if writes else (), random_generators(), engine.ranks)
-    keep = setup.config.checkpoint
-
-    def finish() -> None:
-        prune(setup.folder.checkpoints, keep.keep_last, keep.keep_every_steps)
-        setup.folder.record_sources(trainer.state.step, sources)
-
-    engine.ranks.on_rank_0(finish)
-    setup.display.say(f"saved {path}")
+    held = fragments(engine.module.model, optimizer, engine.held)
+    # Where every rank holds everything, each writes an equal share.
+    own = share_of(held, engine.rank, engine.world_size) if engine.held is None else held
+    of_hooks = (hook.fragments() for hook in trainer.hooks)
+    saver.save(snapshot, itertools.chain(own, *of_hooks), random_generators(), engine.ranks)

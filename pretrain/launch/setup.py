@@ -38,6 +38,8 @@ class Setup:
     """That of remote and prepared sources."""
     ancestry: list[AncestorRecord]
     """What the run was started from, nearest first; empty if from initial weights."""
+    profile: tuple[int, int] | None = None
+    """The first and the last step of a trace by torch's profiler."""
 
     @property
     def eos_id(self) -> int:

@@ -68,7 +68,7 @@ def choose_start(setup: Setup, resume: str, *, extend: bool) -> Start:
         ConfigError, FolderError: see `find_ancestor` and `check_ancestor`.
     """
     ranks, display = setup.engine.ranks, setup.display
-    source, notes = ranks.on_rank_0(lambda: choose_checkpoint(setup.folder, resume, setup.identity, extend=extend))
+    source, notes = choose_checkpoint(setup.folder, resume, setup.identity, ranks, extend=extend)
     reader = ranks.everywhere(lambda: CheckpointReader(source)) if source else None
     record = None
     if reader is not None:

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 AttentionMask: TypeAlias = Tensor | BlockMask | None
 """None: causal over the whole sequence. Bool [B, 1, T, T]: true where a query (third dimension) may attend. Integers
@@ -236,5 +235,6 @@ def _attend_in_transformers(
     return attend(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
 
+# Without a function for masks of that name, the library makes none: it would first read positions back from the device,
+# in every forward pass, to see whether a row has several documents. `attention_inputs` gives a mask where one is needed.
 AttentionInterface.register(TRANSFORMERS_NAME, _attend_in_transformers)
-AttentionMaskInterface.register(TRANSFORMERS_NAME, sdpa_mask)

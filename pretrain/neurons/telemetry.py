@@ -49,6 +49,8 @@ class Telemetry(Hook):
         show: prints a line on rank 0.
     """
 
+    phase = "telemetry"
+
     def __init__(
         self,
         settings: TelemetryConfig,

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from pretrain.processes.errors import UserError
+from pretrain.processes.redaction import redact
 
 LAUNCHER = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -38,7 +39,7 @@ HARMLESS = {
 }
 """Variables of Accelerate that stay, with what they do."""
 
-NEUTRAL = ("", "0", "no", "none", "false", "off")
+NEUTRAL = ("", "0", "no", "none", "false", "off", "strict")
 """Values, in lower case, that ask for nothing."""
 
 
@@ -85,6 +86,8 @@ REFUSED = {
     "ACCELERATE_IN_TPU_POD": "it asks for TPUs, which are not supported",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "it would round fp32 matrix products to TF32, whatever train.precision says",
     "NVIDIA_TF32_OVERRIDE": "it would round fp32 matrix products to TF32, whatever train.precision says",
+    "ONEDNN_DEFAULT_FPMATH_MODE": "it may round fp32 matrix products on CPUs, whatever train.precision says",
+    "DNNL_DEFAULT_FPMATH_MODE": "it may round fp32 matrix products on CPUs, whatever train.precision says",
 }
 """Switches that contradict every config, or that torch has read before this program can unset them."""
 
@@ -128,7 +131,7 @@ def settled(engine: str, on_gpu: bool) -> Iterator[None]:
     Raises:
         LaunchError: for variables that can only be refused.
     """
-    if problems := _problems(engine):
+    if problems := _problems(engine, on_gpu):
         raise LaunchError("\n".join(problems))
     several = world().size > 1
     before = {name: value for name, value in os.environ.items() if _is_ours(name)}
@@ -137,7 +140,9 @@ def settled(engine: str, on_gpu: bool) -> Iterator[None]:
         del os.environ[name]
     for name in dropped:
         if (why := _warning(name, before, on_gpu)) and world().rank == 0:
-            warnings.warn(f"{name}={before[name]} in the environment is ignored: {why}", UserWarning, stacklevel=3)
+            warnings.warn(
+                f"{name}={redact(before[name])} in the environment is ignored: {why}", UserWarning, stacklevel=3
+            )
     try:
         yield
     finally:
@@ -163,9 +168,9 @@ def _is_neutral(value: str) -> bool:
     return value.lower() in NEUTRAL
 
 
-def _problems(engine: str) -> list[str]:
+def _problems(engine: str, on_gpu: bool) -> list[str]:
     problems = [
-        f"{name}={os.environ[name]} in the environment: {why}; unset it"
+        f"{name}={redact(os.environ[name])} in the environment: {why}; unset it"
         for name, why in REFUSED.items()
         if not _is_neutral(os.environ.get(name, ""))
     ]
@@ -174,6 +179,11 @@ def _problems(engine: str) -> list[str]:
         problems.append(
             f"{name}={os.environ[name]} in the environment: it asks for DeepSpeed, but engine.kind is {engine}; "
             "set engine.kind=deepspeed, or launch without DeepSpeed"
+        )
+    device, found = "cuda" if on_gpu else "cpu", os.environ.get("DS_ACCELERATOR", "")
+    if engine == "deepspeed" and found not in ("", device):
+        problems.append(
+            f"DS_ACCELERATOR={redact(found)} in the environment: expected {device}, on which this run trains; unset it"
         )
     rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]

@@ -38,6 +38,21 @@ class PeerError(RuntimeError):
         return PeerError, (self.rank, self.host, self.text, self.exit_code)
 
 
+class HangError(RuntimeError):
+    """The run made no progress for too long; raised nowhere, since the thread that would raise it hangs.
+
+    Args:
+        text: which rank hangs, and where; further lines tell where the others are.
+        rank: the rank that hangs.
+        host: its machine.
+        launch: identifies the launch of the run, in which every rank comes to the same conclusion.
+    """
+
+    def __init__(self, text: str, *, rank: int, host: str, launch: str) -> None:
+        self.rank, self.host, self.launch = rank, host, launch
+        super().__init__(text)
+
+
 def nearest(got: object, known: Iterable[object], at_most: int = 1) -> list[str]:
     """Return the known names that resemble `got`, the nearest first."""
     return difflib.get_close_matches(str(got), [str(name) for name in known], n=at_most)

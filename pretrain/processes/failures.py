@@ -24,7 +24,7 @@ from typing import Any, Literal, TypedDict
 
 from pretrain.files import replace_text
 from pretrain.processes.environment import world
-from pretrain.processes.errors import PeerError, UserError
+from pretrain.processes.errors import HangError, PeerError, UserError
 from pretrain.processes.exit_codes import FAILED, INTERRUPTED
 
 ERROR_FILE = "error.json"
@@ -68,6 +68,9 @@ def report(error: BaseException) -> int:
     elif isinstance(error, KeyboardInterrupt):
         if is_first_to_say("interrupted"):
             _print("error: interrupted")
+    elif isinstance(error, HangError):
+        if is_first_to_say(f"launch {error.launch} hangs"):
+            _print(f"error: {error}")
     elif isinstance(error, PeerError):
         # On its own host the other process has printed its error itself.
         if error.host != socket.gethostname() and is_first_to_say(str(error)):
@@ -136,6 +139,8 @@ def _describe(error: BaseException) -> Failure:
         failure["exit_code"] = error.exit_code
     elif isinstance(error, KeyboardInterrupt):
         failure["exit_code"] = INTERRUPTED
+    elif isinstance(error, HangError):
+        failure["rank"], failure["host"] = error.rank, error.host
     elif isinstance(error, PeerError):
         of_peer = {"rank": error.rank, "host": error.host, "text": error.text, "exit_code": error.exit_code}
         failure |= Failure(kind="peer", time=failure["time"], **of_peer)  # type: ignore[typeddict-item]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -23,6 +24,9 @@ class Display:
         self.silent = rank != 0
         self.every_steps = every_steps
         self.bar: tqdm[Any] | None = None
+        self.on_warning: Callable[[str], None] = lambda text: None
+        """Called with each warning of rank 0."""
+        self._rank = rank
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -36,6 +40,8 @@ class Display:
     def warn(self, text: str) -> None:
         """Print a warning."""
         self.say(f"warning: {text}")
+        if self._rank == 0:
+            self.on_warning(text)
 
     def start(self, step: int, total_steps: int) -> None:
         """Start the display of a training that continues after `step`."""

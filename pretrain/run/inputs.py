@@ -31,6 +31,7 @@ from pretrain.data.catalog import Locked
 from pretrain.data.estimate import source_tokens
 from pretrain.data.hub_tokenizer import local_file
 from pretrain.data.text_count import TextCount
+from pretrain.data.tokenizer_checks import ids_or_none
 from pretrain.files import file_sha256
 
 
@@ -84,6 +85,7 @@ def check_inputs(
             update={"path": str(local_file(config.tokenizer.path, config.data))}
         )
         problems += tokenizer_problems(catalog, tokenizer, located)
+        problems += _prompt_problems(config, tokenizer)
         sha256 = file_sha256(Path(located.path))
         warnings += vocabulary_warning(config, rows)
         if not problems and all(source.files and (online or source.pinned is None) for source in catalog.sources):
@@ -93,3 +95,20 @@ def check_inputs(
     if problems:
         raise ConfigError(problems)
     return Inputs(catalog, dict(fingerprint(config.data, catalog)), sha256, tuple(budgets), tuple(warnings))
+
+
+def _prompt_problems(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """The prompts that would fail at the first sample."""
+    if config.samples.every_steps is None:
+        return []
+    problems = []
+    for index, prompt in enumerate(config.samples.prompts):
+        ids = ids_or_none(tokenizer, prompt)
+        if ids is None:
+            problems.append(f"samples.prompts.{index}: {config.tokenizer.path} cannot encode {prompt[:80]!r}")
+        elif len(ids) + 1 >= config.model.context_length:
+            problems.append(
+                f"samples.prompts.{index}: expected fewer than model.context_length ({config.model.context_length}) - "
+                f"1 tokens, so that something can follow, got {len(ids)}"
+            )
+    return problems

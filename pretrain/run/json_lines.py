@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,51 @@ def finite_or_none(value: Any) -> Any:
 
 
 class JsonLines:
-    """An append-only file of JSON objects, each with a ``step``."""
+    """An append-only file of JSON objects, each with a ``step``. Several threads may append to it.
+
+    Attributes:
+        problem: why the last lines are not in the file yet, for example because the disk is full; None if they are.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.problem: OSError | None = None
+        self._unwritten: list[str] = []
+        self._lock = threading.Lock()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Append one line and flush it to the operating system. NaN and infinity become null."""
+        """Append one line and flush it to the operating system. NaN and infinity become null.
+
+        If the file cannot be written, the line stays in memory until the next call of `append` or `flush`.
+        """
         line = json.dumps({key: finite_or_none(value) for key, value in record.items()}, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with self._lock:
+            self._unwritten.append(line + "\n")
+        with contextlib.suppress(OSError):
+            self.flush()
+
+    def flush(self) -> None:
+        """Append the lines that are kept in memory.
+
+        Raises:
+            OSError: they could not be written, and are still kept; the file is as it was.
+        """
+        with self._lock:
+            if not self._unwritten:
+                return
+            size = None
+            try:
+                size = self.path.stat().st_size if self.path.exists() else 0
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(self._unwritten)
+            except OSError as error:
+                self.problem = error
+                if size is not None:
+                    with contextlib.suppress(OSError):
+                        os.truncate(self.path, size)  # part of a line would spoil the next one
+                raise
+            self.problem = None
+            self._unwritten.clear()
 
     def read(self) -> list[dict[str, Any]]:
         """Return all complete records, without a line that a crash cut off."""
@@ -39,6 +76,7 @@ class JsonLines:
 
         The file is replaced atomically after the moved records have been synced to disk.
         """
+        self.flush()
         if not self.path.exists():
             return 0
         kept: list[str] = []

@@ -86,18 +86,20 @@ class RunLock:
             OSError: it cannot be written.
         """
         begun = time.monotonic()
-        claimed = False
+        patient_until, claimed = begun + SHORT_WAIT_SECONDS, False
         try:
             while (holder := self._try()) is not None:
-                waited = time.monotonic() - begun
+                moment = time.monotonic()
                 is_earlier = self._is_earlier_attempt(holder)
                 if is_earlier and not claimed:
                     claimed = True
                     replace_text(self.folder / CLAIM_FILE, json.dumps(self.own))
                     who = f"{_describe(holder)}, an earlier attempt of this job"
                     say(f"waiting up to {wait_seconds:g} seconds for {who}")
-                if waited >= (wait_seconds if is_earlier else SHORT_WAIT_SECONDS):
-                    self._refuse(holder, waited if is_earlier else None)
+                if is_earlier:
+                    patient_until = moment + SHORT_WAIT_SECONDS  # it clears its record before it releases the lock
+                if moment >= (begun + wait_seconds if is_earlier else patient_until):
+                    self._refuse(holder, moment - begun if is_earlier else None)
                 if stopped():
                     raise WaitStoppedError(f"{self.folder}: stopped while {_describe(holder)} was training there")
                 time.sleep(POLL_SECONDS)

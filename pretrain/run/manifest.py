@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from pretrain.config import Config
 from pretrain.files import now, replace_text
 from pretrain.model.cost import parameter_count
+from pretrain.processes.redaction import is_secret_name, redact_source
 from pretrain.run.folder import CONFIG_FILE, RunFolder
 
 PACKAGES = (
@@ -34,6 +37,25 @@ PACKAGES = (
 """The packages whose version can change what a run computes, reads or stores."""
 DISTRIBUTION = "aurora-pretrain"
 
+VARIABLES = frozenset(
+    {
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"),
+        *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_JOB_PARTITION"),
+        *("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_RESTART_COUNT"),
+        *("SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING"),
+        *("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTHONHASHSEED"),
+        *("PYTHONOPTIMIZE", "LD_PRELOAD", "LANG", "LC_ALL", "HF_ENDPOINT", "HF_HUB_OFFLINE", "MKL_CBWR"),
+        *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
+    }
+)
+"""The variables of the environment that a manifest records: an allow-list, since others may hold secrets."""
+VARIABLE_FAMILIES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "KMP_", "TORCHINDUCTOR_", "ONEDNN_", "DNNL_")
+"""Prefixes of more of them."""
+CHANGES = "+changes"
+"""Follows the commit if the working tree differs from it."""
+_MOST_OF_A_VALUE = 500
+_MOST_OF_A_DIFF = 256 << 10
+
 
 def write_manifest(folder: RunFolder, config: Config, facts: dict[str, Any], launch: dict[str, Any]) -> None:
     """Write config.yaml and the manifest, with `launch` appended to the manifest's list of launches.
@@ -43,13 +65,19 @@ def write_manifest(folder: RunFolder, config: Config, facts: dict[str, Any], lau
         config: the resolved config.
         facts: what the run consists of (identity, data fingerprint, routing table), the same at each launch, and what
             it has read so far; the parameter counts and the number of steps are added, for `pretrain.run.reader`.
-        launch: what this launch runs on; time, code, versions and hardware are added.
+        launch: what this launch runs on; time, code, versions, hardware, command and environment are added. Of each
+            difference to the commit there is one copy, under ``git_diffs``.
 
     Raises:
         RunError: the manifest of an earlier launch cannot be read.
         OSError: it cannot be written.
     """
-    launches = (folder.manifest() or {}).get("launches", [])
+    earlier = folder.manifest() or {}
+    launches, diffs = earlier.get("launches", []), earlier.get("git_diffs", {})
+    here = environment()
+    if (diff := git_diff()) is not None:
+        here["git_diff"] = hashlib.sha256(diff.encode()).hexdigest()[:16]
+        diffs = {**diffs, here["git_diff"]: diff}
     replace_text(folder.path / CONFIG_FILE, config.to_yaml())
     folder.write_manifest(
         {
@@ -57,13 +85,14 @@ def write_manifest(folder: RunFolder, config: Config, facts: dict[str, Any], lau
             **facts,
             "parameters": parameter_count(config.model),
             "total_steps": config.total_steps,
-            "launches": [*launches, {**environment(), **launch}],
+            **({"git_diffs": diffs} if diffs else {}),
+            "launches": [*launches, {**here, **launch}],
         }
     )
 
 
 def environment() -> dict[str, Any]:
-    """Time, code, versions and hardware of this process."""
+    """Time, code, versions, hardware, command and environment of this process, without secrets."""
     hardware: dict[str, Any] = {
         "machine": platform.machine(),
         "processor": _cpu_name(),
@@ -78,7 +107,17 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in PACKAGES},
         "hardware": hardware,
+        "command": redact_source(shlex.join(sys.argv)),
+        "variables": {name: _recorded(os.environ[name]) for name in sorted(os.environ) if _is_recorded(name)},
     }
+
+
+def _is_recorded(name: str) -> bool:
+    return (name in VARIABLES or name.startswith(VARIABLE_FAMILIES)) and not is_secret_name(name)
+
+
+def _recorded(value: str) -> str:
+    return redact_source(value.encode(errors="backslashreplace").decode())[:_MOST_OF_A_VALUE]
 
 
 @functools.cache
@@ -91,28 +130,49 @@ def git_commit() -> str | None:
     return commit_of(Path(__file__))
 
 
+@functools.cache
+def git_diff() -> str | None:
+    """Return how the running code differs from its commit; None if it does not, or there is none. Cached as well."""
+    commit = git_commit()
+    return diff_of(Path(__file__)) if commit is not None and commit.endswith(CHANGES) else None
+
+
+def diff_of(module: Path) -> str | None:
+    """Return the difference of the tracked files to the commit, without secrets and not longer than 256 KiB."""
+    shown = ("--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short")
+    diff = _git(module, "diff", *shown, "HEAD", "--", ":/")
+    if diff is None:
+        return None
+    diff = redact_source(diff)
+    rest = len(diff) - _MOST_OF_A_DIFF
+    return diff if rest <= 0 else f"{diff[:_MOST_OF_A_DIFF]}\n[{rest:,} more characters]"
+
+
 def commit_of(module: Path) -> str | None:
     """Return the commit of the repository with our source, given one of its modules; None if there is none."""
     root = module.parents[2]
     name = module.relative_to(root).as_posix()
-
-    def git(*arguments: str) -> str | None:
-        # In a git hook, GIT_DIR and other variables are set and may point to another repository.
-        variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-        command = ["git", "-C", str(module.parent), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=variables)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
     # The module must be tracked, at this path: a copy in site-packages inside another repository is neither.
-    if not _is_our_project(root) or git("ls-files", "--full-name", "--error-unmatch", module.name) != name:
+    if not _is_our_project(root) or _git(module, "ls-files", "--full-name", "--error-unmatch", module.name) != name:
         return None
-    commit = git("rev-parse", "HEAD")
+    commit = _git(module, "rev-parse", "HEAD")
     if not commit:
         return None
-    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return commit + (CHANGES if _git(module, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(module: Path, *arguments: str) -> str | None:
+    """What git prints in the folder of a module; None if it fails."""
+    # In a git hook, GIT_DIR and other variables are set and may point to another repository.
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", "-C", str(module.parent), *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True, env=variables
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _is_our_project(root: Path) -> bool:

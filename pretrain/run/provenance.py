@@ -55,8 +55,8 @@ def source_records(
 ) -> list[SourceRecord]:
     """Describe every source of a run, in the order of the config.
 
-    Without a mixture the stream counts all sources as one: they have no counts of their own then, and a last record
-    describes all of them together.
+    A state of an older version that was saved without a mixture has counts of all sources together only: they have none
+    of their own then, and a last record describes all of them.
 
     Args:
         config: the sources.
@@ -118,11 +118,14 @@ def _together(records: Sequence[SourceRecord]) -> SourceRecord:
 
 
 def _counts(state: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """What the stream has counted, for each of its rings; nothing if the state has no counts."""
+    """What the stream has counted, for each source or for all together; nothing if the state has no counts."""
     if not state:
         return []
     if "sources" in state:
-        return list(state["sources"])
+        of_rings = list(state["sources"])
+        if len(of_rings) == 1 and "of_sources" in of_rings[0]:
+            return [{**counts, "epoch": of_rings[0]["epoch"]} for counts in of_rings[0]["of_sources"]]
+        return of_rings
     return [state] if "epoch" in state else []  # version 1, which counted epochs only
 
 

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from pretrain.processes.exit_codes import DONE, STOPPED
 from pretrain.run.folder import CONFIG_FILE, RunError, RunFolder
+from pretrain.watching.heartbeat import FOLDER as HEARTBEATS
+from pretrain.watching.heartbeat import Heartbeat, heartbeat_file, read_heartbeats
 
 State = Literal["done", "running", "stopped", "failed", "pending"]
 """The state of a run.
@@ -157,9 +159,10 @@ class Run:
         return "stopped" if self.manifest or self.records else "pending"
 
     def _was_written_just_now(self) -> bool:
-        files = (self.folder.metrics.path, self.folder.manifest_path)
-        written = [file.stat().st_mtime for file in files if file.exists()]
-        return bool(written) and time.time() - max(written) < QUIET_SECONDS
+        beats = (heartbeat_file(self.path / HEARTBEATS, rank) for rank in self.heartbeats)
+        files = (self.folder.metrics.path, self.folder.manifest_path, *beats)
+        ages = [age for file in files if (age := age_of(file)) is not None]
+        return bool(ages) and min(ages) < QUIET_SECONDS
 
     @property
     def final_loss(self) -> float | None:
@@ -189,6 +192,20 @@ class Run:
             if match := re.fullmatch(r"step-(\d+)", path.stem):
                 files[int(match[1])] = path
         return dict(sorted(files.items()))
+
+    @cached_property
+    def heartbeats(self) -> dict[int, Heartbeat]:
+        """What the ranks that are running say of themselves, and those that died without removing it."""
+        return read_heartbeats(self.path / HEARTBEATS)
+
+    @cached_property
+    def checkpoints(self) -> dict[int, Path]:
+        """Step -> index of each complete checkpoint in the run folder, in ascending order."""
+        found = {}
+        for path in self.folder.checkpoints.glob("step-*/index.json"):
+            if match := re.fullmatch(r"step-(\d{8,})", path.parent.name):
+                found[int(match[1])] = path
+        return dict(sorted(found.items()))
 
     def section(self, name: str) -> dict[str, Any]:
         """A section of the config; empty if absent."""
@@ -290,6 +307,14 @@ def computed_parameters(config: dict[str, Any]) -> dict[str, int] | None:
 
     model, _ = validate_section(ModelConfig, config.get("model") or {}, "model", stored=True)
     return None if model is None else parameter_count(model)
+
+
+def age_of(file: Path) -> float | None:
+    """Return the seconds since a file was written, by this machine's clock; None if there is no such file."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return None
 
 
 def is_number(value: Any) -> bool:

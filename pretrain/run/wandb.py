@@ -1,14 +1,36 @@
-"""Logging of step records to Weights & Biases."""
+"""Logging of step records to Weights & Biases.
+
+A step is sent once a checkpoint holds it. So a restart, or a roll-back to the last checkpoint, never repeats a step
+that was sent, and each step appears once, with the values that count. What was not sent before a process died is read
+from metrics.jsonl at the next launch.
+"""
 
 from __future__ import annotations
 
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from pretrain.config import Config
+from pretrain.files import replace_text
+from pretrain.run.folder import RunFolder
+from pretrain.run.reader import Run
 
+QUIET: dict[str, Any] = {
+    **{"x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False},
+    **{"disable_git": True, "disable_code": True, "save_code": False, "console": "off"},
+}
+"""What wandb does not collect by itself: the command line, the address of the repository and its changes, and what is
+printed, all of which may hold secrets. The manifest has what matters of it."""
 TIMEOUT_SECONDS = 60
 """How long an online run waits for the server before it continues offline."""
+LOOK_SECONDS = 10.0
+"""How often the tracker looks for a new checkpoint."""
+NOTE = "aurora-sent.json"
+"""The last step that was sent, in wandb's folder of the run."""
 
 
 class Tracker(Protocol):
@@ -50,7 +72,7 @@ class WandbTracker:
                 dir=folder,
                 mode=mode,
                 config=config.resolved(),
-                settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, silent=True),
+                settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, silent=True, **QUIET),
             )
 
         try:
@@ -70,8 +92,88 @@ class WandbTracker:
         self.run.finish()
 
 
-def make_tracker(config: Config, folder: Path, run_id: str, rank: int, warn: Any) -> Tracker:
-    """Return the tracker that `wandb.mode` asks for."""
+class SavedSteps:
+    """Hands records on to a tracker once a checkpoint holds their steps.
+
+    Args:
+        tracker: gets each step once.
+        note: the file that holds the last step that was sent.
+        saved: returns the step of the newest checkpoint.
+        start: the step after which this launch trains.
+        earlier: the records up to `start`, read from metrics.jsonl only if some of them were not sent.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        note: Path,
+        saved: Callable[[], int],
+        start: int,
+        earlier: Callable[[], Iterable[dict[str, Any]]],
+    ) -> None:
+        self.tracker, self._note, self._saved = tracker, note, saved
+        self._held: deque[dict[str, Any]] = deque()
+        self._sent, self._looked = self._read_note(), time.monotonic()
+        if self._sent < start:
+            self._held.extend(record for record in earlier() if record.get("step", 0) <= start)
+            self._send(start)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Hold the record of one step; send those that a checkpoint holds by now."""
+        while self._held and self._held[-1]["step"] >= record["step"]:
+            self._held.pop()  # rolled back
+        self._held.append(record)
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._send(self._saved())
+            self._looked = time.monotonic()
+
+    def close(self) -> None:
+        """Send what a checkpoint holds, and finish."""
+        try:
+            self._send(self._saved())
+        finally:
+            self.tracker.close()
+
+    def _send(self, step: int) -> None:
+        before = self._sent
+        while self._held and self._held[0]["step"] <= step:
+            record = self._held.popleft()
+            if record["step"] > self._sent:
+                self.tracker.log(record)
+                self._sent = record["step"]
+        if self._sent > before:
+            replace_text(self._note, json.dumps({"step": self._sent}))
+
+    def _read_note(self) -> int:
+        try:
+            return int(json.loads(self._note.read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+
+def make_tracker(config: Config, folder: RunFolder, run_id: str, rank: int, start: int, warn: Any) -> Tracker:
+    """Return the tracker that `wandb.mode` asks for.
+
+    Args:
+        config: the run's.
+        folder: the run folder, where offline data goes.
+        run_id: the same for every launch of the run.
+        rank: of this process; only rank 0 logs.
+        start: the step after which this launch trains.
+        warn: prints a warning.
+    """
     if config.wandb.mode == "disabled" or rank != 0:
         return NoTracker()
-    return WandbTracker(config, folder, run_id, warn)
+    note = folder.path / "wandb" / NOTE
+    sent_by_older_version = not note.exists() and any(folder.path.glob("wandb/*run-*"))
+    tracker = WandbTracker(config, folder.path, run_id, warn)
+    note.parent.mkdir(exist_ok=True)
+    if sent_by_older_version:  # which sent each step immediately
+        replace_text(note, json.dumps({"step": start}))
+    return SavedSteps(
+        tracker,
+        note,
+        saved=lambda: max(Run(folder, {}, {}).checkpoints, default=0),
+        start=start,
+        earlier=lambda: Run(folder, {}, {}).records,
+    )

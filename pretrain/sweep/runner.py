@@ -21,7 +21,7 @@ from pretrain.files import replace_text
 from pretrain.processes.exit_codes import DONE, FAILED, STOPPED
 from pretrain.processes.output import output_may_fail
 from pretrain.processes.parent import PARENT_VARIABLE
-from pretrain.processes.signals import StopRequests, stop_requests
+from pretrain.processes.signals import PASSED_ON, StopRequests, stop_requests
 from pretrain.run.folder import RunError
 from pretrain.run.reader import job_file
 from pretrain.sweep.definition import Sweep
@@ -167,10 +167,13 @@ class _Runner:
         return _Running(job, process, log, time.monotonic(), gpu)
 
     def pass_on_requests(self) -> None:
-        """Pass each stop request on to every training process; a second request makes it exit immediately."""
+        """Pass each stop request on to every training process; a second request makes it exit immediately.
+
+        The first one does not count if the process has received one already: Slurm signals all processes of a job.
+        """
         for running in self.running:
             while running.asked < self.requests.count:
-                running.process.send_signal(signal.SIGTERM)
+                running.process.send_signal(signal.SIGTERM if running.asked else PASSED_ON)
                 running.asked += 1
 
     def collect(self) -> bool:

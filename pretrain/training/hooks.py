@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -37,6 +37,9 @@ class Hook:
     A hook with state of its own saves it as fragments of the checkpoint. All methods are called on every rank, unless
     they say otherwise.
     """
+
+    phase: ClassVar[str]
+    """What the hook's work is called where people see what the run is doing."""
 
     def before_step(self, context: StepContext) -> None:
         """Prepare for the optimizer step that is about to be taken."""

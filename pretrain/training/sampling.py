@@ -27,6 +27,8 @@ class Sampler(Hook):
         show: prints a line on rank 0.
     """
 
+    phase = "samples"
+
     def __init__(
         self,
         settings: SamplesConfig,

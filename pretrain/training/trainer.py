@@ -28,7 +28,7 @@ from pretrain.training.garbage import GarbageCollector
 from pretrain.training.guards import Guards, TrainingError
 from pretrain.training.hooks import Hook, StepContext
 from pretrain.training.records import LateRecords, LaunchedStep, OnTheWay
-from pretrain.training.schedule import lr_factor
+from pretrain.training.schedule import set_learning_rates
 from pretrain.training.state import TrainState
 from pretrain.training.timing import PhaseClock
 
@@ -53,6 +53,7 @@ class Trainer:
             the counters of that checkpoint.
         stop_requested: called on every rank after each step; if it returns True on any rank, all ranks stop.
         warn: prints a warning on rank 0.
+        enter: called with the name of each phase of a step when it begins, and the number of the step.
     """
 
     def __init__(
@@ -71,12 +72,13 @@ class Trainer:
         restore_last: Callable[[], TrainState] = TrainState,
         stop_requested: Callable[[], bool] = lambda: False,
         warn: Callable[[str], None] = lambda text: None,
+        enter: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self.config, self.engine, self.optimizer, self.batches = config, engine, optimizer, batches
         self.eos_id = eos_id
         self.state = state or TrainState()
         self.hooks, self.log, self.save, self.settle = hooks, log, save, settle
-        self.restore_last, self.stop_requested, self.warn = restore_last, stop_requested, warn
+        self.restore_last, self.stop_requested, self.warn, self.enter = restore_last, stop_requested, warn, enter
         self.guards = Guards(config, self.state, engine.device)
         self.garbage = GarbageCollector(config.guards.gc_every_steps)
         self.bad_batches = BadBatches(config, engine.rank, warn)
@@ -97,7 +99,7 @@ class Trainer:
             DataError: the data cannot be used, or a server of data does not answer, on this rank.
             TrainingError: too many consecutive steps were skipped, the run was rolled back too often, or the weights
                 differ between ranks.
-            OSError: a record could not be written on this rank.
+            OSError: a record, or the last checkpoint, could not be written on this rank.
             PeerError: one of these happened on another rank.
         """
         try:
@@ -106,17 +108,19 @@ class Trainer:
         except Exception as error:
             try:
                 self.flush(self.late.take(all_of_them=True, arrived_only=True))
+                self.enter("save", self.state.step)
                 self.settle()
             except Exception as other:
                 error.add_note(f"what was still to be written failed as well: {other}")
             raise
+        self.enter("save", self.state.step)
         self.settle()
         return outcome
 
     def train(self, stop_at: int | None) -> Literal["done", "stopped"]:
         """The loop of `fit`. What the device computes in a step is read after the next one has been launched."""
-        config = self.config
-        while self.state.step < config.total_steps:
+        while self.state.step < self.config.total_steps:
+            self.enter("data", self.state.step + 1)
             clock = PhaseClock(self.engine.device)
             before = self.batches.position
             with self.saved_if_data_fails():
@@ -124,11 +128,12 @@ class Trainer:
             clock.mark("data")
             context = self.context(self.state.step + 1)
             launched = self.launch(batch, before, context, clock)
+            self.enter("records", context.step)
             self.late.add(launched)
             self.check_ranks(batch)
 
             stop = self.stop_is_agreed() or (stop_at is not None and context.step >= stop_at)
-            saves = context.last or stop or context.step % config.checkpoint.save_every_steps == 0
+            saves = context.last or stop or context.step % self.config.checkpoint.save_every_steps == 0
             due = any(hook.due(context.step, context.last) for hook in self.hooks)
             read = self.late.take(all_of_them=saves or due or self.guards.must_know(self.state, len(self.late)))
             launched.record |= self.throughput(clock)
@@ -137,7 +142,8 @@ class Trainer:
             if saves:
                 self.save_state()
                 self.raise_failure()
-            self.guards.compare_weights(self.engine, self.state.step)
+            else:
+                self.guards.compare_weights(self.engine, self.state.step)
             self.guards.check(self.state)
             self.garbage.after_step()
             if stop and not context.last:
@@ -186,6 +192,7 @@ class Trainer:
         rates = self.set_learning_rates()
         part = self.forward_backward(batch.share)
         clock.mark("forward_backward")
+        self.enter("optimizer", context.step)
         for hook in self.hooks:
             hook.before_step(context)
         loss = self.engine.sum_over_ranks(part)
@@ -216,7 +223,9 @@ class Trainer:
         micro_batches = self.micro_batches(share)
         for index, rows in enumerate(micro_batches):
             with self.engine.accumulate(last=index == len(micro_batches) - 1):
+                self.enter("forward", self.state.step + 1)
                 loss = self.loss_sum(rows) / share.global_targets
+                self.enter("backward", self.state.step + 1)
                 self.engine.backward(loss)
             total += loss.detach()
         return total
@@ -250,17 +259,7 @@ class Trainer:
 
     def set_learning_rates(self) -> dict[str, float]:
         """Set every group's learning rate for this step; return the rates to be logged."""
-        train = self.config.train
-        factor = lr_factor(self.config.schedule, self.state.tokens, train.global_batch_tokens, train.total_tokens)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        groups = self.optimizer.param_groups
-        lrs = {"lr": next((group for group in groups if group["role"] == "hidden"), groups[0])["lr"]}
-        own = self.config.optimizer.adamw.lrs()
-        for group in groups:
-            if group["kind"] == "adamw":
-                lrs[f"{group['role']}_lr" if group["role"] in own else "adamw_lr"] = group["lr"]
-        return lrs
+        return set_learning_rates(self.optimizer.param_groups, self.config, self.state.tokens)
 
     def stop_is_agreed(self) -> bool:
         """Return whether a stop was requested on any rank; a collective of the hosts, not of the devices.
@@ -275,11 +274,9 @@ class Trainer:
         return stopping
 
     def finish(self, read: Sequence[tuple[LaunchedStep, dict[str, float]]], launched: LaunchedStep) -> bool:
-        """Report steps; return False if one of them was undone, and with it all later ones.
+        """Report steps whose values are known; return False if one of them was undone, all later ones too.
 
-        Args:
-            read: the steps whose values have been read, oldest first.
-            launched: the step that was launched last.
+        `launched` is the step that was launched last.
         """
         for step, values in read:
             self.conclude(step, values)
@@ -305,8 +302,10 @@ class Trainer:
         try:
             for hook in self.hooks:
                 if hook.due(context.step, context.last):
+                    self.enter(hook.phase, context.step)
                     record |= hook.run(context)
         finally:
+            self.enter("records", context.step)
             state.validation_loss = record.get("validation_loss", state.validation_loss)
             state.bits_per_byte = record.get("validation_bits_per_byte", state.bits_per_byte)
             self.log_step(step)
@@ -331,6 +330,7 @@ class Trainer:
             return False
         self.log_step(spike)
         self.guards.check_rollbacks(spike.step, loss, self.state)
+        self.enter("roll back", spike.step)
         self.settle()
         rollbacks = self.state.rollbacks + 1
         self.state = self.restore_last()
@@ -350,10 +350,12 @@ class Trainer:
 
     def save_state(self) -> None:
         """Save a checkpoint; all launched steps must have been concluded. A collective."""
+        self.enter("save", self.state.step)
         self.guards.compare_weights(self.engine, self.state.step, before_save=True)
         self.state.loss_history = self.guards.history()
         self._saved_step = self.state.step
         self.save(self)
+        self.enter("records", self.state.step)
 
     def attempt(self, work: Callable[[], object]) -> None:
         """Do what may fail on one rank alone, such as writing a file; `work` must not communicate.

@@ -24,7 +24,10 @@ class Validator(Hook):
         open_stream: opens the validation stream, which rank 0 reads alone.
         ranks: the processes of the run.
         given: the validation set of remote or prepared sources; None: the split is read from the stream.
+        tick: called for every batch that is read or computed, as a sign of life.
     """
+
+    phase = "validation"
 
     def __init__(
         self,
@@ -32,11 +35,12 @@ class Validator(Hook):
         open_stream: Callable[[], TokenStream],
         ranks: Ranks,
         given: ValidationSet | None = None,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings: ValidationConfig = config.validation
         self.rows = self.settings.batch_sequences or config.train.micro_batch_sequences
         self.max_sequences = max(1, self.settings.max_tokens // config.sequence_length)
-        self._open_stream, self._ranks, self._given = open_stream, ranks, given
+        self._open_stream, self._ranks, self._given, self._tick = open_stream, ranks, given, tick
         self._batches: list[TokenBatch] | None = None
         self.text_bytes = 0
 
@@ -56,7 +60,7 @@ class Validator(Hook):
     def _read(self) -> tuple[list[TokenBatch], int]:
         stream = self._open_stream()
         try:
-            return list(_drain(stream, self.rows, self.max_sequences)), stream.text_bytes
+            return list(self._drain(stream)), stream.text_bytes
         finally:
             stream.close()
 
@@ -73,19 +77,20 @@ class Validator(Hook):
             loss = context.loss_sum(batches[min(index, len(batches) - 1)], engine.module)
             if index < len(batches):
                 total += loss.double().cpu()
+            self._tick()
         engine.module.train()
         nats = sum(engine.ranks.gather(total.item()))
         loss = nats / sum(batch.num_targets for batch in batches)
         return {"validation_loss": loss, "validation_bits_per_byte": nats / math.log(2) / self.text_bytes}
 
-
-def _drain(stream: TokenStream, rows: int, max_sequences: int) -> Iterator[TokenBatch]:
-    """Yield batches of at most `rows` sequences until the stream ends or `max_sequences` are read."""
-    left = max_sequences
-    while left > 0:
-        try:
-            batch = stream.next_batch(min(rows, left))
-        except StopIteration:
-            return
-        left -= len(batch.lengths)
-        yield batch.slice(slice(None))
+    def _drain(self, stream: TokenStream) -> Iterator[TokenBatch]:
+        """Yield batches of at most `rows` sequences until the stream ends or `max_sequences` are read."""
+        left = self.max_sequences
+        while left > 0:
+            try:
+                batch = stream.next_batch(min(self.rows, left))
+            except StopIteration:
+                return
+            self._tick()
+            left -= len(batch.lengths)
+            yield batch.slice(slice(None))

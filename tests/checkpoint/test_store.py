@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,11 +122,20 @@ def test_a_missing_file_is_found(tmp_path: Path) -> None:
         CheckpointReader(folder).verify()
 
 
-def test_a_folder_without_an_index_does_not_exist(tmp_path: Path) -> None:
-    (save(tmp_path, 10) / "index.json").unlink()
+def test_an_unfinished_folder_does_not_exist(tmp_path: Path) -> None:
     (tmp_path / "step-00000020.tmp").mkdir()
     assert list_checkpoints(tmp_path) == []
     assert newest_intact(tmp_path) == (None, [])
+
+
+def test_a_deleted_index_is_named(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (save(tmp_path, 10) / "index.json").unlink()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005"]
+    reader, damaged = newest_intact(tmp_path)
+    assert reader is not None
+    assert reader.index["step"] == 5
+    assert damaged == [f"{tmp_path / 'step-00000010'}: not a checkpoint (it has no index.json)"]
 
 
 def test_the_old_checkpoint_stays_until_the_new_one_is_complete(
@@ -250,15 +261,23 @@ def test_no_value_of_the_index_can_be_changed_or_deleted(tmp_path: Path) -> None
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_no_bit_of_the_index_can_flip(tmp_path_factory: pytest.TempPathFactory, position: float, bit: int) -> None:
     folder = save(tmp_path_factory.mktemp("bit"), 10)
-    intact = CheckpointReader(folder).index
+    CheckpointReader(folder).verify()
     content = bytearray((folder / INDEX).read_bytes())
     content[int(position * len(content))] ^= 1 << bit
     (folder / INDEX).write_bytes(content)
-    try:
-        found = CheckpointReader(folder).index
-    except CheckpointError:
-        return
-    assert json.dumps(found) == json.dumps(intact)  # the bit was one of white space
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        CheckpointReader(folder)
+
+
+def test_a_number_written_in_another_way_is_noticed(tmp_path: Path) -> None:
+    """One bit makes 1e-05 into 1E-05, which is the same number."""
+    values = dataclasses.replace(snapshot(10), counters={"step": 10, "train_loss": 1e-05})
+    folder = save_checkpoint(tmp_path, values, fragments(), {"r": torch.zeros(1)}, Ranks())
+    text = (folder / INDEX).read_text()
+    assert text.count("1e-05") == 1
+    (folder / INDEX).write_text(text.replace("1e-05", "1E-05"))
+    with pytest.raises(CheckpointError, match=r"index\.json: damaged"):
+        CheckpointReader(folder)
 
 
 RECORDS = ("parameters", "w", "weight", "fragments")
@@ -384,3 +403,59 @@ def test_a_file_that_cannot_be_read_counts_as_damaged(tmp_path: Path, monkeypatc
     assert reader is not None
     assert reader.index["step"] == 5
     assert "Input/output error" in damaged[0]
+
+
+def test_the_last_good_checkpoint_is_never_deleted(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        save(tmp_path, step)
+    for step in (15, 20):
+        (tmp_path / f"step-{step:08d}" / "state-00000.safetensors").write_bytes(b"")
+    assert prune(tmp_path, keep_last=2, keep_every_steps=None) == [tmp_path / "step-00000005"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000010", "step-00000015", "step-00000020"]
+    (tmp_path / "step-00000010" / "rng-00000.safetensors").unlink()
+    assert prune(tmp_path, keep_last=1, keep_every_steps=None) == []  # people may save what can be saved
+    save(tmp_path, 3)
+    assert prune(tmp_path, 1, None, intact=tmp_path / "step-00000003") == [
+        tmp_path / "step-00000010",
+        tmp_path / "step-00000015",
+    ]
+
+
+def test_a_deletion_that_was_interrupted_does_not_look_like_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (5, 10):
+        save(tmp_path, step)
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.shutil, "rmtree", lambda folder, ignore_errors=False: None if ignore_errors else dies())
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, 1, None)
+    reader, damaged = newest_intact(tmp_path)
+    assert reader is not None
+    assert (reader.index["step"], damaged) == (10, [])
+    assert [path.name for path in store.list_unfinished(tmp_path)] == ["step-00000005.tmp"]
+    store.clear_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_files_are_read_by_several_threads_and_every_damaged_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, 5)
+    together = threading.Barrier(2)
+
+    def hashed(path: Path) -> str:
+        together.wait(60)  # passes only if two files are read at the same time
+        return "0" * 64
+
+    monkeypatch.setattr(store, "file_sha256", hashed)
+    monkeypatch.setattr(store, "verifying_threads", lambda: 2)
+    with pytest.raises(CheckpointError) as raised:
+        CheckpointReader(folder).verify()
+    assert [line.partition(": ")[0] for line in str(raised.value).splitlines()] == [
+        str(folder / name) for name in ("rng-00000.safetensors", "state-00000.safetensors")
+    ]

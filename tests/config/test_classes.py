@@ -58,6 +58,7 @@ WHOLE_SECTIONS = {
     "checkpoint": "execution",
     "logging": "execution",
     "wandb": "execution",
+    "watch": "execution",
 }
 
 

@@ -39,9 +39,10 @@ FITTING: dict[str, list[Any]] = {
     "model.context_length": [256, 1024],
     "telemetry.reference_step": [1, 10, 500, 10**6],
     "checkpoint.keep_every_steps": [None, 50, 1000, 10**6],
+    "checkpoint.mirror": [None, "s3://bucket/runs", "file:///mnt/a b"],
     "schedule.warmup_tokens": [0, 4096],
     "schedule.decay_fraction": [0, 0.0, 0.5, 1],
-    "schedule.decay_start_tokens": [None, 4096, 2**18],
+    "schedule.decay_start_tokens": [None, 4096, 8192, 20480],
     "schedule.final_fraction": [0, 0.1, 1],
     "data.validation_fraction": [0, 0.0, 0.5],
     "data.sources.0.name": [None, "web"],
@@ -54,6 +55,7 @@ FITTING: dict[str, list[Any]] = {
     ],
     "optimizer.row_blocks": [{}, {r"q_proj\.weight": 2, "k": [1, 2]}],
     "run.name": ["1e5", "0_1", ".5", "true", "a.b-C"],
+    "watch.webhook": [None, "env:_HOOK", "file:~/a b/é: #"],
 }
 # Keys that cannot change alone in the quickstart: they act with other settings only, or have to fit others.
 NEVER_ALONE = {
@@ -62,7 +64,14 @@ NEVER_ALONE = {
     *("optimizer.riemannian", "optimizer.running_norms"),
     *("model.architecture", "model.context_length", "model.embedding_dtype", "model.num_heads"),
     *("data.cache_dir", "data.cache_gib", "data.lock", "data.mirror"),
-    *("optimizer.adamw.head_lr", "init.take", "schedule.kind", "train.document_attention", "wandb.project"),
+    *(
+        "optimizer.adamw.head_lr",
+        "init.take",
+        "schedule.decay_start_tokens",
+        "schedule.kind",
+        "train.document_attention",
+        "wandb.project",
+    ),
 }
 # Text that other readers of YAML take for something else.
 TEXT = st.one_of(

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from pretrain.run.wandb import NoTracker, SavedSteps
+from pretrain.training.guards import Guards
+from pretrain.training.state import TrainState
 from tests.counting.ranks import counted
 from tests.counting.where import configured, metrics, run_ranks, train
 
@@ -86,3 +89,50 @@ def test_only_rank_0_logs(tmp_path: Path) -> None:
     run_ranks(2, counted, str(tmp_path), changes, 2)
     [file] = offline_runs(configured(str(tmp_path), changes).run_folder)
     assert [line["step"] for line in history(file)] == [1, 2]
+
+
+def test_steps_that_are_rolled_back_are_never_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that dies leaves the steps after its last checkpoint to the next one; each step is sent once."""
+    changes = SHORT | {"wandb.mode": "offline", "checkpoint.save_every_steps": 2}
+    config = configured(str(tmp_path), changes)
+
+    def die(self: Guards, state: TrainState) -> None:
+        if state.step == 3:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Guards, "check", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config)
+    assert [line["step"] for line in metrics(config)] == [1, 2, 3]
+    [first] = offline_runs(config.run_folder)
+    assert [line["step"] for line in history(first)] == [1, 2]
+    # What a process that is killed has not sent yet is sent by the next one.
+    (config.run_folder / "wandb" / "aurora-sent.json").write_text('{"step": 1}')
+    assert train(config) == 0
+    second = next(file for file in offline_runs(config.run_folder) if file != first)
+    assert [line["step"] for line in history(second)] == [2, 3, 4]
+
+
+def test_a_roll_back_within_a_launch_drops_what_was_held(tmp_path: Path) -> None:
+    sent: list[tuple[int, float]] = []
+
+    class Recorder(NoTracker):
+        def log(self, record: dict[str, Any]) -> None:
+            sent.append((record["step"], record["loss"]))
+
+    note, saved = tmp_path / "note.json", 0
+    tracker = SavedSteps(Recorder(), note, lambda: saved, 0, list)
+    for step, loss in [(1, 1.0), (2, 2.0), (3, 9.0), (4, 9.0), (3, 3.0), (4, 4.0), (5, 5.0)]:
+        tracker.log({"step": step, "loss": loss})
+    assert sent == []
+    saved = 4
+    tracker.close()
+    assert sent == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    # A launch from an older checkpoint does not repeat them.
+    tracker = SavedSteps(Recorder(), note, lambda: saved, 2, list)
+    for step in (3, 4, 5):
+        tracker.log({"step": step, "loss": float(step)})
+    saved = 5
+    tracker.close()
+    assert sent[4:] == [(5, 5.0)]

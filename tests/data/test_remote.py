@@ -15,9 +15,9 @@ from pretrain.data.errors import DataUnavailableError
 from pretrain.data.sources import http, list_files, open_bytes, retries
 from pretrain.data.sources.hub import HubPath
 from pretrain.data.sources.retries import TransientError, patient, retrying
-from pretrain.data.sources.secrets import redact
 from pretrain.data.units import DataFile
 from pretrain.processes.exit_codes import UNAVAILABLE
+from pretrain.processes.redaction import redact
 from tests.data.corpus import drain, make_setting, make_texts, rows, write_jsonl, write_parquet
 from tests.data.hub_server import FAULTS, Hub, hub_server
 

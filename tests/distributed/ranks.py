@@ -52,13 +52,10 @@ def _rank(rank: int, world_size: int, port: int, results: Any, work: Callable[..
         results.put((rank, None, traceback.format_exc()))
 
 
-def run_ranks(
-    world_size: int, work: Callable[..., Any], *arguments: Any, timeout_seconds: float = TIMEOUT_SECONDS
-) -> list[Any]:
-    """`work(*arguments)` on each of `world_size` new processes; their results by rank.
+def start_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> tuple[list[Any], Any]:
+    """Start `work(*arguments)` on each of `world_size` new processes; the processes by rank, and their results.
 
-    Raises:
-        AssertionError: with the traceback of a rank that failed, or if one does not end in time.
+    The results are a queue of (rank, value, traceback of an error).
     """
     port, results = free_port(), CONTEXT.Queue()
     processes = [
@@ -67,6 +64,18 @@ def run_ranks(
     ]
     for process in processes:
         process.start()
+    return processes, results
+
+
+def run_ranks(
+    world_size: int, work: Callable[..., Any], *arguments: Any, timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[Any]:
+    """`work(*arguments)` on each of `world_size` new processes; their results by rank.
+
+    Raises:
+        AssertionError: with the traceback of a rank that failed, or if one does not end in time.
+    """
+    processes, results = start_ranks(world_size, work, *arguments)
     found: dict[int, Any] = {}
     try:
         for _ in processes:

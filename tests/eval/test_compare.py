@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from eval.compare import compare
+from eval.compare import DEFAULT_MARGIN, compare
 from eval.compare_schema import SCOPE, ComparedModel, Comparison, Flip, TaskComparison
 from eval.compare_tables import HEADS, latex_text, markdown_text, render, verdict
 from eval.errors import EvalError
@@ -19,6 +19,7 @@ from eval.flips import flipped_items
 from eval.harness import evaluate
 from eval.results import write_result
 from pretrain.cli import main
+from pretrain.cli.command import build_parser
 from tests.eval.conftest import export_model, made_up_items, small_llama
 from tests.eval.results import a_result, write
 from tests.eval.test_harness import check_against
@@ -353,6 +354,10 @@ def test_the_verdict_in_words() -> None:
 
 
 # --- the command --------------------------------------------------------------------------------
+
+
+def test_the_commands_margin_is_the_functions() -> None:
+    assert build_parser().parse_args(["compare", "a", "b"]).margin == DEFAULT_MARGIN
 
 
 def test_the_command_prints_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

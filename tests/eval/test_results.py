@@ -99,7 +99,7 @@ def test_a_file_full_of_problems_shows_ten(tmp_path: Path) -> None:
     ("model", "tasks", "limit", "selection", "message"),
     [
         ("/models/other", ["winogrande", "hellaswag"], None, "first", "it is of the model /models/model"),
-        ("/models/model", ["winogrande"], None, "first", "it has the tasks hellaswag, too"),
+        ("/models/model", ["winogrande"], None, "first", "it also has hellaswag"),
         ("/models/model", ["winogrande", "hellaswag"], 2, "first", "it is of 3 items a task, the new one of 2"),
         ("/models/model", ["winogrande", "hellaswag"], 3, "spread", "its items were selected by 'first'"),
     ],

@@ -180,6 +180,27 @@ def test_two_ranks_over_nccl_equal_one(engine: dict[str, Any], tmp_path: Path) -
     assert two == pytest.approx(one, rel=1e-4)
 
 
+def test_a_step_is_launched_without_waiting_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the step nor its record: its values are read when the next step is on its way."""
+    from pretrain.training.trainer import Trainer
+
+    launch, launched = Trainer.launch, []
+
+    def watched(self: Trainer, *arguments: Any) -> Any:
+        launched.append(self.state.step)
+        if self.state.step < 3:  # kernels are chosen and memory is reserved in the first steps
+            return launch(self, *arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "launch", watched)
+    assert losses(tmp_path, GRAM | {"guards.on_loss_spike": "skip", "guards.spike_window": 8}, 12)
+    assert len(launched) == 12
+
+
 def test_the_check_of_a_node_finds_nothing_wrong_with_these_gpus() -> None:
     problems, rates = gpu_problems(torch.cuda.device_count())
     assert problems == []

@@ -15,6 +15,7 @@ from pretrain.config import Config, load_config
 from pretrain.model.build import build_model
 from pretrain.model.cost import flops_per_token, parameter_count
 from pretrain.model.loss import IGNORED, LossModel
+from tests.counting.counters import Operators
 
 MakeConfig = Callable[..., Config]
 REPOSITORY = Path(__file__).parents[2]
@@ -121,6 +122,16 @@ def test_the_shipped_configs_build_with_the_counted_parameters(name: str) -> Non
     assert sum(p.numel() for p in model.parameters()) == counts["total"]
     inner = counts["blocks"] + counts["norms"]
     assert inner == pytest.approx({"quickstart": 4.2e6, "aurora-1.1b": 1.095e9}[name], rel=0.01)
+
+
+def test_a_forward_pass_reads_nothing_back_from_the_device(tiny_config: MakeConfig) -> None:
+    """Each value that Python asks for makes the host wait for all that it has launched on a GPU."""
+    config = tiny_config()
+    module = LossModel(build_model(config.model, seed=1), config.train)
+    inputs, labels = batch()
+    with Operators("_local_scalar_dense", "nonzero") as operators:
+        module(inputs, labels).backward()
+    assert operators.calls == []
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -164,8 +164,8 @@ MUTATIONS = (
     Mutation(
         "nothing-kept-for-good",
         "pretrain/checkpoint",
-        "if keep_every_steps and step % keep_every_steps == 0:",
-        "if False:",
+        "if keep_every_steps and step_of(f) % keep_every_steps == 0",
+        "if False",
         (COUNTING + "test_run.py::test_as_many_checkpoints_are_written_and_kept_as_asked",),
         "checkpoint.keep_every_steps keeps nothing",
     ),

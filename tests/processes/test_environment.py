@@ -105,6 +105,32 @@ def test_what_contradicts_every_config_is_refused(
         pass
 
 
+@pytest.mark.parametrize("name", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
+def test_rounding_on_cpus_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "BF16")
+    with pytest.raises(LaunchError, match=f"{name}=BF16 in the environment: it may round"), settled("plain", False):
+        pass
+    monkeypatch.setenv(name, "STRICT")
+    with settled("plain", False):
+        pass
+
+
+def test_another_accelerator_of_deepspeed_is_refused_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    with pytest.raises(LaunchError, match="DS_ACCELERATOR=xpu in the environment: expected cpu"):
+        said("deepspeed")
+    assert said("plain")[1] == []
+    for device, on_gpu in (("cuda", True), ("cpu", False)):
+        monkeypatch.setenv("DS_ACCELERATOR", device)
+        assert said("deepspeed", on_gpu=on_gpu)[1] == []
+
+
+def test_a_warning_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, {"ACCELERATE_NEW_SETTING": "https://user:hunter2hunter2@host"})
+    (line,) = said()[1]
+    assert "hunter2" not in line
+
+
 def test_several_processes_keep_what_their_launcher_says_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, TORCHRUN | {"PMI_SIZE": "4", "PMI_RANK": "2"})
     assert world() == World(1, 1, 2)

@@ -19,7 +19,7 @@ from pretrain.run.lock import RunError, RunLock, is_locked
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(lock, "SHORT_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "SHORT_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(lock, "SILENCE_SECONDS", 0.2)
 
 
@@ -89,6 +89,27 @@ def test_only_an_earlier_attempt_of_the_same_job_is_waited_for(
     assert len(said) == 1
     assert "an earlier attempt of this job" in said[0]
     assert not (tmp_path / lock.CLAIM_FILE).exists()
+    other.check()
+
+
+def test_the_moment_between_clearing_the_record_and_releasing_the_lock_is_waited_out(
+    attempt: Callable[..., RunLock], tmp_path: Path
+) -> None:
+    holder, other = attempt("7", 0), attempt("7", 1)
+    holder.acquire()
+
+    def release_slowly() -> None:
+        while holder.claimant() is None:
+            time.sleep(0.01)
+        time.sleep(2 * lock.SHORT_WAIT_SECONDS)
+        (tmp_path / lock.LOCK_FILE).write_text("")
+        time.sleep(lock.SHORT_WAIT_SECONDS / 2)
+        holder.release()
+
+    thread = threading.Thread(target=release_slowly)
+    thread.start()
+    other.acquire(wait_seconds=60)
+    thread.join()
     other.check()
 
 

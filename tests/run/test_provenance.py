@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -14,13 +15,16 @@ import yaml
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.config import Config
 from pretrain.config.data import DataConfig
-from pretrain.data import TokenStream, fingerprint
+from pretrain.config.tokenizer import TokenizerConfig
+from pretrain.data import TokenStream, fingerprint, state
+from pretrain.data.order import ReadPlan
 from pretrain.data.prepared.prepare import prepare
+from pretrain.data.tokenizer import DocumentEncoder
 from pretrain.export.run import export_checkpoint
 from pretrain.launch import train
 from pretrain.run.provenance import TOGETHER, as_table, datasets_of, source_records
 from tests.conftest import REPOSITORY
-from tests.data.corpus import make_texts, write_jsonl
+from tests.data.corpus import drain, make_texts, write_jsonl
 from tests.data.store import COMMIT, LINES, PARQUET, Store, fill
 
 MakeConfig = Callable[..., Config]
@@ -88,10 +92,51 @@ def test_every_source_of_a_mixture_has_counts_of_its_own(
     assert "| MIT |" in row
 
 
-def test_sources_that_were_read_as_one_are_counted_together(
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_sources_that_are_read_as_one_have_counts_of_their_own(
+    packing: str, tiny_config: MakeConfig, sources: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    data = {"sources": sources, "lanes": 4, "packing": packing}
+    config = tiny_config({"data": data, "train.total_tokens": 5 * 768})
+    assert train(config, stop_at=3) == 75
+    assert train(config) == 0
+    whale, short = manifest_of(config)["sources"]
+    [(documents, tokens, epochs)] = read_so_far(config, 5).values()
+    assert (whale["documents"] + short["documents"], whale["tokens"] + short["tokens"]) == (documents, tokens)
+    assert (whale["completed_epochs"], short["completed_epochs"]) == (epochs, epochs)
+    assert min(whale["documents"], short["documents"]) > 0
+
+
+def test_a_whole_epoch_of_sources_that_are_read_as_one_is_counted_exactly(tmp_path: Path) -> None:
+    """On several workers too."""
+    tokenizer = TokenizerConfig(path=str(REPOSITORY / "assets/tokenizer/tokenizer.json"))
+    texts = [[text for text in make_texts(seed, 30 * seed) if text] for seed in (1, 2, 3)]
+    paths = [write_jsonl(tmp_path / f"{index}.jsonl", source) for index, source in enumerate(texts)]
+    config = DataConfig(sources=[{"path": str(path)} for path in paths], lanes=2, validation_fraction=0.0)
+    encoder = DocumentEncoder.load(tokenizer)
+    for workers in (0, 2):
+        stream = TokenStream(config.model_copy(update={"workers": workers}), tokenizer, 7, epochs=2)
+        drain(stream, 5)
+        found = stream.state()["sources"][0]["of_sources"]
+        stream.close()
+        assert [one["documents"] for one in found] == [2 * len(source) for source in texts]
+        assert [one["text_bytes"] for one in found] == [2 * sum(len(t.encode()) for t in source) for source in texts]
+        assert [one["tokens"] for one in found] == [2 * sum(map(len, encoder.encode(source))) for source in texts]
+
+
+def test_what_an_older_version_counted_together_stays_together(
     tiny_config: MakeConfig, sources: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     config = tiny_config({"data": {"sources": sources, "lanes": 4}, "train.total_tokens": 5 * 768})
+    initial = state.initial_state
+
+    def without_sources(plan: ReadPlan) -> state.StreamState:
+        found = initial(plan)
+        del found["sources"][0]["of_sources"]
+        return found
+
+    with mock.patch("pretrain.data.stream.initial_state", without_sources):
+        assert train(config, stop_at=3) == 75
     assert train(config) == 0
     whale, short, both = manifest_of(config)["sources"]
     assert both["name"] == TOGETHER

@@ -129,7 +129,6 @@ def test_a_killed_rank(runs: Runs, victim: int) -> None:
 def test_a_time_limit_with_a_notice(runs: Runs) -> None:
     number = runs.submit("limited", "--signal=B:USR1@120")
     runs.reach(10, "limited", number)
-    runs.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=+0")
     seconds = runs.cluster.command("squeue", "--noheader", "--job", str(number), "--format=%M").strip()
     minutes = int(seconds.split(":")[0]) + 2
     runs.cluster.command("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
@@ -151,21 +150,34 @@ def test_a_request_to_save_and_wait_again(runs: Runs) -> None:
     runs.assert_undisturbed("paused")
 
 
+def test_a_preemption_with_grace(runs: Runs) -> None:
+    number = runs.submit("preempted")
+    runs.reach(10, "preempted", number)
+    urgent = runs.cluster.submit(
+        *("--partition=urgent", "--nodes=4", "--time=5", "--wrap=sleep 1"), directory=runs.folder, environment={}
+    )
+    assert runs.finish(urgent).state == "COMPLETED"
+    job = runs.finish(number)
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 1), job.output
+    assert [attempt["exit_code"] for attempt in runs.record(number)] == [75, 0]
+    runs.assert_undisturbed("preempted")
+
+
 @pytest.mark.parametrize("options", [("--signal=TERM",), ()])
-def test_a_cancelled_job_saves_and_stays_stopped(runs: Runs, options: tuple[str, ...]) -> None:
+def test_a_cancelled_job_stays_stopped_and_the_same_command_continues_it(runs: Runs, options: tuple[str, ...]) -> None:
     root = f"cancelled-{len(options)}"
     number = runs.submit(root)
     runs.reach(10, root, number)
     runs.cluster.command("scancel", *options, str(number))
     job = runs.finish(number)
-    assert job.state == ("FAILED" if options else "CANCELLED"), job.output
-    assert job.restarts == 0
-    assert runs.record(number)[-1]["exit_code"] == 75, job.output
-    step = runs.step(root)
-    assert 10 <= step < STEPS
+    if options:
+        assert (job.state, job.exit_code) == ("FAILED", 75), job.output
+    else:  # Slurm leaves it KillWait seconds
+        assert job.state == "CANCELLED", job.output
+    assert 10 <= runs.step(root) < STEPS
     time.sleep(3)
-    assert runs.cluster.job(number).state == job.state
-    assert runs.step(root) == step
+    assert (runs.cluster.job(number).state, job.restarts) == (job.state, 0)
+    step = runs.step(root)
     again = runs.finish(runs.submit(root))
     assert (again.state, again.exit_code) == ("COMPLETED", 0), again.output
     assert f"(step {step})" in again.output
@@ -193,6 +205,8 @@ def test_a_node_whose_daemon_dies_while_its_ranks_train_on(runs: Runs) -> None:
     runs.cluster.kill_node(node)
     try:
         runs.wait(lambda: runs.cluster.job(number).restarts == 1, number)
+        runs.cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+        runs.wait(lambda: runs.cluster.job(number).state == "RUNNING", number)  # on other nodes
     finally:
         runs.cluster.start_node(node)
     job = runs.finish(number)

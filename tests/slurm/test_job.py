@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 
 from pretrain.cli import slurm_job
+from pretrain.launch.time_budget import time_budget
+from pretrain.processes.signals import PASSED_ON, StopRequests
+from pretrain.run.folder import RunFolder
 from pretrain.slurm import controller
 from pretrain.slurm.attempts import Attempts, Verdict
 from pretrain.slurm.controller import SlurmError, job_status
 from pretrain.slurm.supervisor import Job, JobError, Supervisor, Work
+from pretrain.sweep import runner as runner_module
 from tests.processes.launching import write_config
 
 STATUS = (
@@ -391,3 +395,36 @@ def test_the_step_is_that_of_the_newest_complete_checkpoint(
     assert slurm_job.main(["--", *work, "-m", "pretrain", "train", "config.yaml", "--stop-at", "3", "run.seed=7"]) == 1
     assert "newest checkpoint: step 4" in capsys.readouterr().out
     assert cluster.requeued
+
+
+def test_a_run_that_its_time_budget_stopped_is_requeued(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that stopped for another reason: --stop-at, a STOP file, run.max_seconds."""
+    write_config(cluster.folder)
+    run = RunFolder(cluster.folder / "runs/tiny")
+    run.path.mkdir(parents=True)
+    work = ["srun", "bash", "-c", "exit 75", "x", "-m", "pretrain", "train", "config.yaml"]
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 60))
+    by_limit = time_budget(None, 0.0, 0, print).reason
+    for reason, requeued in (("--stop-at", False), ("", False), (by_limit, True), (f"{by_limit} on rank 1", True)):
+        run.mark_stopped(3, reason)
+        (cluster.folder / "asked").unlink(missing_ok=True)
+        assert slurm_job.main(["--", *work]) == 75
+        assert cluster.requeued == requeued, reason
+    assert time_budget(10.0, 0.0, 0, print).reason != by_limit
+
+
+def test_a_sweep_does_not_ask_its_runs_a_second_time(tmp_path: Path) -> None:
+    """They have the signal from Slurm already, and a second request would end them without a checkpoint."""
+    sent: list[int] = []
+
+    class Process:
+        send_signal = staticmethod(sent.append)
+
+    runner = runner_module._Runner.__new__(runner_module._Runner)
+    runner.requests = StopRequests()
+    runner.running = [runner_module._Running(None, Process(), tmp_path, 0.0)]  # type: ignore[arg-type]
+    for expected in ([PASSED_ON], [PASSED_ON, signal.SIGTERM]):
+        runner.requests.add("SIGUSR1")
+        runner.pass_on_requests()
+        runner.pass_on_requests()
+        assert sent == expected

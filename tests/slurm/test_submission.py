@@ -129,6 +129,8 @@ def test_runs_that_are_complete_or_in_training_are_not_submitted(
     assert main(["slurm", "config.yaml", "--nodes", "1", *CPUS]) == 2
     assert "complete" in capsys.readouterr().err
     assert not (folder / "given").exists()
+    assert main(["slurm", "config.yaml", "--nodes", "1", *CPUS, "--extend"]) == 0
+    assert given(folder)[-2:] == ["config.yaml", "--extend"]
 
 
 def test_what_slurm_says_is_passed_on(

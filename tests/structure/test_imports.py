@@ -30,7 +30,7 @@ LEVELS = (
     ("pretrain.neurons", "pretrain.sweep", "pretrain.report", "pretrain.export"),
     ("pretrain.training",),
     ("pretrain.run",),
-    ("pretrain.data", "pretrain.checkpoint", "pretrain.planning"),
+    ("pretrain.data", "pretrain.checkpoint", "pretrain.planning", "pretrain.watching"),
     ("pretrain.engine",),
     ("pretrain.model",),
     ("pretrain.config",),

@@ -70,6 +70,7 @@ def test_losses_that_are_not_finite_are_no_spikes_and_not_remembered() -> None:
     for loss in noisy(40):
         for bad in (math.nan, math.inf, -math.inf):
             assert not bool(poisoned.observe(torch.tensor(bad)))
+            assert poisoned.losses() == clean.losses()
         assert bool(poisoned.observe(torch.tensor(loss))) == bool(clean.observe(torch.tensor(loss)))
     assert poisoned.losses() == clean.losses()
     assert len(clean.losses()) == 16

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from pretrain.data.errors import DataError
 from pretrain.data.split import Hashes
+from pretrain.files import read_limited
 
 INDEX_FILE = "index.json"
 PLAN_FILE = "plan.json"
@@ -33,6 +34,7 @@ TOKENS_SUFFIX = ".tokens"
 DOCUMENTS_SUFFIX = ".documents"
 VERSION = 1
 _FORMAT = "aurora-prepared"
+_MOST_INDEX_BYTES = 1 << 30
 
 Offsets = npt.NDArray[np.uint64]
 
@@ -173,7 +175,7 @@ def load_index(folder: str) -> Index:
     """
     path = Path(folder) / INDEX_FILE
     try:
-        contents = path.read_bytes()
+        contents = read_limited(path, _MOST_INDEX_BYTES)
     except FileNotFoundError:
         raise DataError(
             f"{folder}: has no {INDEX_FILE}: either it was not prepared completely, then repeat the command `aurora "

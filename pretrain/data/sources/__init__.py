@@ -14,8 +14,8 @@ from pretrain.data.sources.http import Address, list_url, open_url
 from pretrain.data.sources.hub import list_hub, open_hub
 from pretrain.data.sources.local import list_local, open_local
 from pretrain.data.sources.objects import list_objects, open_object
-from pretrain.data.sources.secrets import redact
 from pretrain.data.units import DataFile
+from pretrain.processes.redaction import redact
 
 __all__ = ["list_files", "open_bytes", "size_of"]
 

@@ -21,8 +21,8 @@ import httpx2
 from pretrain.config.source_path import path_problem
 from pretrain.data.errors import DataError
 from pretrain.data.sources.retries import TransientError, patience, retrying
-from pretrain.data.sources.secrets import redact
 from pretrain.data.units import DataFile
+from pretrain.processes.redaction import redact
 
 BUFFER_BYTES = 1 << 16
 _FIRST_PART = 1 << 16

@@ -31,8 +31,8 @@ from pretrain.data.sources.http import (
 )
 from pretrain.data.sources.names import Pattern, choose
 from pretrain.data.sources.retries import TransientError, retrying
-from pretrain.data.sources.secrets import redact
 from pretrain.data.units import DataFile
+from pretrain.processes.redaction import redact
 
 T = TypeVar("T")
 

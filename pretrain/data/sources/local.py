@@ -1,10 +1,10 @@
 """Files of this machine: a file, a folder or a glob."""
 
 import errno
+import functools
 import glob
 import logging
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import BinaryIO
 from pretrain.data.errors import DataError
 from pretrain.data.sources.names import Pattern, choose, is_hidden, some
 from pretrain.data.units import DataFile
+from pretrain.files import NO_DATA, irregular
 
 logger = logging.getLogger(__name__)
 
-_NO_DATA = ("/dev", "/proc", "/sys")
 # A folder may be linked to from several others, but folders full of links to one another have no end in practice.
 _MOST_VISITS = 100
 
@@ -87,6 +87,11 @@ def _walk(folder: str, enters_hidden: bool, depth: int | None = None) -> Iterato
         here = _identity(place)
         if here is None or here in above:
             continue
+        if here[0] in _kernel_devices():
+            raise DataError(
+                f"{folder}: {os.path.realpath(place)} belongs to the kernel and is not a folder of data: name the "
+                "folders that hold data"
+            )
         visits[here] += 1
         if visits[here] > _MOST_VISITS:
             raise DataError(
@@ -101,6 +106,13 @@ def _walk(folder: str, enters_hidden: bool, depth: int | None = None) -> Iterato
                 yield f"{name}/"
             else:
                 todo.append((f"{name}/", None if levels is None else levels - 1, above | {here}))
+
+
+@functools.cache
+def _kernel_devices() -> frozenset[int]:
+    """The file systems of `NO_DATA`, where they are mounted."""
+    found = {os.stat(root).st_dev for root in NO_DATA if os.path.isdir(root)}
+    return frozenset(found - {os.stat("/").st_dev})
 
 
 def _identity(folder: str) -> tuple[int, int] | None:
@@ -144,7 +156,7 @@ def regular_file(path: str) -> DataFile:
     except OSError as error:
         gone = f", a link to {os.readlink(path)}" if os.path.islink(path) else ""
         raise DataError(f"{path}{gone}: cannot be read: {error}") from error
-    if not stat.S_ISREG(found.st_mode) or os.path.realpath(path).startswith(tuple(f"{root}/" for root in _NO_DATA)):
+    if irregular(path):
         raise DataError(f"{path}: is not a regular file, so its contents are not fixed: copy the data into a file")
     return DataFile(path, found.st_size)
 

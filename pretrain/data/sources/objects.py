@@ -16,8 +16,8 @@ from pretrain.data.errors import DataError
 from pretrain.data.sources.http import BUFFER_BYTES, PartReader, RemoteStream
 from pretrain.data.sources.names import Pattern, choose
 from pretrain.data.sources.retries import TransientError, patience, retrying
-from pretrain.data.sources.secrets import redact
 from pretrain.data.units import DataFile
+from pretrain.processes.redaction import redact
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pretrain.data.errors import DataUnavailableError, ReadingStoppedError
-from pretrain.data.sources.secrets import redact
 from pretrain.processes.environment import world
+from pretrain.processes.redaction import redact
 
 logger = logging.getLogger(__name__)
 

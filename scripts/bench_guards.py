@@ -1,0 +1,95 @@
+"""What guards and telemetry cost: throughput with all of them on, compared with all of them off.
+
+Two trainers in one process, built as `aurora train` does, alternate in an order that changes every round. On: loss
+spikes are skipped, weights are hashed every `--compare-every` steps (one process compares with nobody, but reads all
+weights as each of many does), garbage is collected on time, and neurons are measured as the config says. A round has
+as many steps as lie between two measurements, unless `--steps` says otherwise. Prints one JSON line with the medians
+over the rounds of the ratio on / off (higher is better), in wall-clock time and in CPU time of the process: the latter
+is the better measure on a machine that does other work as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from bench_trainer import make_trainer
+
+from pretrain.config import Config, load_config
+from pretrain.engine.plain import PlainEngine
+from pretrain.processes.errors import UserError
+from pretrain.run.manifest import environment
+from pretrain.training.trainer import Trainer
+
+
+def configs(path: str, overrides: list[str], compare_every: int) -> dict[str, Config]:
+    """Return the config with everything on, and with everything off."""
+    on = ["guards.on_loss_spike=skip", f"guards.compare_weights_every_steps={compare_every}"]
+    off = ["guards.on_loss_spike=ignore", "guards.gc_every_steps=null", "telemetry={}"]
+    return {"on": load_config(path, [*overrides, *on]), "off": load_config(path, [*overrides, *off])}
+
+
+def seconds(trainer: Trainer, steps: int) -> dict[str, float]:
+    """Return the time that some steps take, on the clock on the wall and of the CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    trainer.fit(stop_at=trainer.state.step + steps)
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps of each side per round (default: telemetry.every_steps)")
+    parser.add_argument("--compare-every", type=int, default=100, help="steps between hashes (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        sides = configs(options.config, options.overrides, options.compare_every)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    steps = options.steps or sides["on"].telemetry.every_steps or 10
+    engines = {name: PlainEngine(config) for name, config in sides.items()}
+    ratios = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {
+            name: make_trainer(config, engines[name], Path(folder) / name / "metrics.jsonl", telemetry=True)
+            for name, config in sides.items()
+        }
+        for index in range(options.rounds + 1):
+            order = list(sides) if index % 2 else list(sides)[::-1]
+            took = {name: seconds(trainers[name], steps) for name in order}
+            if index:  # the first round warms up
+                for clock in ("wall", "cpu"):
+                    ratios[clock].append(took["off"][clock] / took["on"][clock])
+        for trainer in trainers.values():
+            trainer.batches.close()
+    result = {
+        "benchmark": "guards and telemetry on / off, tokens per second",
+        "config": options.config,
+        "overrides": options.overrides,
+        "telemetry_every_steps": sides["on"].telemetry.every_steps,
+        "compare_weights_every_steps": options.compare_every,
+        **{f"{clock}_ratio_median": round(statistics.median(found), 4) for clock, found in ratios.items()},
+        **{f"{clock}_ratio_lowest": round(min(found), 4) for clock, found in ratios.items()},
+        "rounds": options.rounds,
+        "steps": steps,
+        "precision": str(engines["on"].precision),
+        **{key: environment()[key] for key in ("git_commit", "hardware")},
+    }
+    print(json.dumps(result))
+    for engine in engines.values():
+        engine.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""A run outlives a full disk, a disk that goes away, and a disk that can only be read."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from pretrain.checkpoint import writer
+from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact
+from pretrain.config import Config
+from pretrain.launch import train
+from pretrain.run.folder import RunError
+from pretrain.run.json_lines import JsonLines
+from pretrain.training.trainer import Trainer
+from tests.distributed.ranks import run_ranks
+from tests.distributed.scenarios import metrics, run
+
+MakeConfig = Callable[..., Config]
+SHORT = {
+    "train.total_tokens": 8 * 768,
+    "schedule.warmup_tokens": 0,
+    "data.validation_fraction": 0.0,
+    "checkpoint.save_every_steps": 2,
+}
+
+
+def saved(root: Path) -> list[int]:
+    return [CheckpointReader(folder).index["step"] for folder in list_checkpoints(root)]
+
+
+def await_saves() -> None:
+    """Wait until no checkpoint is being written."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(60)
+
+
+def at_step(number: int, work: Callable[[], object]) -> Any:
+    """Do something in the middle of a training, before the step after `number`."""
+    rates = Trainer.set_learning_rates
+
+    def patched(self: Trainer) -> dict[str, float]:
+        if self.state.step == number:
+            work()
+        return rates(self)
+
+    return mock.patch.object(Trainer, "set_learning_rates", patched)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, tiny_config: MakeConfig) -> None:
+    """A save of step 2 is written only when step 4 is reached, which a save that blocks would never see."""
+    reached, write, seen = threading.Event(), writer._write_rank, []
+
+    def waits(folder: Path, *arguments: Any) -> Any:
+        if "step-00000002" in folder.name:
+            seen.append(reached.wait(60))
+        return write(folder, *arguments)
+
+    with mock.patch.object(writer, "_write_rank", waits), at_step(3, reached.set):
+        assert train(tiny_config(SHORT), stop_at=4) == 75
+    assert seen == [True]
+    assert saved(tiny_config().run_folder / "checkpoints") == [2, 4]
+
+
+def fails_on_one_rank(root: str, changes: dict[str, Any], step: int, rank: int) -> int:
+    """Train on ranks of which one cannot write the checkpoint of a step."""
+    write = writer._write_rank
+
+    def breaks(folder: Path, *arguments: Any) -> Any:
+        if int(os.environ["RANK"]) == rank and folder.name == f"step-{step:08d}.tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        return write(folder, *arguments)
+
+    with mock.patch.object(writer, "_write_rank", breaks):
+        return run(root, changes)
+
+
+def test_all_ranks_outlive_an_error_of_the_disk_on_one(tmp_path: Path) -> None:
+    changes = {**SHORT, "checkpoint.keep_last": 9}
+    assert run_ranks(2, fails_on_one_rank, str(tmp_path), changes, 4, 1) == [0, 0]
+    root = tmp_path / "tiny" / "checkpoints"
+    assert saved(root) == [2, 6, 8]
+    assert sorted(path.name for path in root.iterdir()) == [f"step-{step:08d}" for step in (2, 6, 8)]
+    reader = CheckpointReader(root / "step-00000008")
+    reader.verify()
+    # Both ranks wrote their share.
+    assert {"state-00000.safetensors", "state-00001.safetensors"} <= reader.index["files"].keys()
+    sizes = [(reader.folder / f"state-0000{rank}.safetensors").stat().st_size for rank in range(2)]
+    assert max(sizes) / min(sizes) < 1.2
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of a few megabytes."""
+    folder.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_and_is_emptied_again(
+    tmp_path: Path, tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saves and metrics fail from step 3 to step 6; the run ends with all of its lines."""
+    with small_disk(tmp_path / "disk", 24) as disk:
+        ballast = disk / "ballast"
+
+        def fill() -> None:
+            await_saves()
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 12))
+
+        config = tiny_config({**SHORT, "run.root": str(disk / "runs")})
+        with at_step(3, fill), at_step(6, ballast.unlink):
+            assert train(config) == 0
+        out = capsys.readouterr().out
+        assert "warning: checkpoint of step 4 not saved: [Errno 28] No space left on device" in out
+        assert "the newest checkpoint is step-00000002" in out
+        assert metrics(disk / "runs", "step") == [[step] for step in range(1, 9)]
+        assert saved(config.run_folder / "checkpoints")[-1] == 8
+        reader, damaged = newest_intact(config.run_folder / "checkpoints")
+        assert reader is not None
+        assert damaged == []
+
+
+def test_a_run_whose_last_state_is_not_saved_does_not_end_well(
+    tmp_path: Path, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, write = tiny_config(SHORT), writer._write_rank
+
+    def full(folder: Path, *arguments: Any) -> Any:
+        if folder.name >= "step-00000005":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(folder, *arguments)
+
+    monkeypatch.setattr(writer, "_write_rank", full)
+    with pytest.raises(OSError, match="checkpoint of step 5 not saved"):
+        train(config, stop_at=5)
+    assert saved(config.run_folder / "checkpoints") == [2, 4]
+    monkeypatch.undo()
+    assert train(config) == 0
+    assert metrics(config.run_folder.parent, "step") == [[step] for step in range(1, 9)]
+
+
+def test_a_disk_that_goes_away_is_not_replaced_by_the_folder_below_it(
+    tmp_path: Path, tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `umount -l`: the root of the runs is an empty folder of another disk, and comes back later."""
+    config = tiny_config(SHORT)
+    folder, aside = config.run_folder, tmp_path / "aside"
+    root = folder.parent
+
+    def unmount() -> None:
+        await_saves()
+        root.rename(aside)
+        root.mkdir()
+
+    def mount() -> None:
+        await_saves()
+        root.rmdir()  # it is empty: nothing was written to the disk below
+        aside.rename(root)
+
+    with at_step(3, unmount), at_step(5, mount):
+        assert train(config) == 0
+    out = capsys.readouterr().out
+    assert f"checkpoint of step 4 not saved: {folder} is not there any more; was its disk unmounted?" in out
+    assert out.count("its lines wait in memory until it can be written") == 1
+    assert saved(folder / "checkpoints") == [6, 8]
+    assert metrics(root, "step") == [[step] for step in range(1, 9)]
+
+
+def test_a_folder_that_can_only_be_read_is_refused_before_training(tmp_path: Path, tiny_config: MakeConfig) -> None:
+    with small_disk(tmp_path / "disk", 24) as disk:
+        config = tiny_config({**SHORT, "run.root": str(disk)})
+        assert train(config, stop_at=2) == 75
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(RunError, match="cannot be written"):
+            train(config)
+        reader, damaged = newest_intact(config.run_folder / "checkpoints")  # reading needs no more
+        assert reader is not None
+        assert damaged == []
+
+
+def test_a_checkpoint_is_not_complete_before_the_lines_up_to_its_step(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, flush = tiny_config(SHORT), JsonLines.flush
+    full: list[bool] = []
+
+    def fails(self: JsonLines) -> None:
+        if full and self.path.name == "metrics.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(self)
+
+    def fill() -> None:
+        await_saves()
+        full.append(True)
+
+    monkeypatch.setattr(JsonLines, "flush", fails)
+    with at_step(3, fill), pytest.raises(OSError, match="checkpoint of step 4 not saved"):
+        train(config, stop_at=4)
+    assert saved(config.run_folder / "checkpoints") == [2]
+
+
+def test_lines_wait_until_the_file_can_be_written(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        file = JsonLines(disk / "metrics.jsonl")
+        file.append({"step": 1})
+        ballast = disk / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as full:
+            while True:
+                full.write(bytes(1 << 12))
+        for step in (2, 3):
+            file.append({"step": step, "text": "x" * 5000})  # more than what is left of the file's last page
+        assert file.problem is not None
+        with pytest.raises(OSError, match="No space left"):
+            file.flush()
+        assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1]
+        ballast.unlink()
+        file.append({"step": 4})
+        assert file.problem is None
+        assert [record["step"] for record in file.read()] == [1, 2, 3, 4]
