@@ -49,7 +49,7 @@ def attempt(
     # Of a small file, much is still to be read after three steps.
     http._FIRST_PART = http._LARGEST_PART = http.BUFFER_BYTES = 2048
     compression._BUFFER_BYTES = 2048
-    reading.REFILL_BYTES = 1 << 13
+    reading.REFILL_BYTES = 1 << 11
     set_patience(type(patience())(first_wait_seconds=0.01, longest_wait_seconds=0.05, silence_seconds=2))
     reported = Trainer.report
 
@@ -158,7 +158,7 @@ def test_a_signal_while_the_server_is_dead_saves_and_stops(ranks: int, files: di
         assert record(stopped) == record(parse_config(whole))
 
 
-READ_LITTLE_AHEAD = "from pretrain.data import reading\nreading.REFILL_BYTES = 1 << 13\n"
+READ_LITTLE_AHEAD = "from pretrain.data import reading\nreading.REFILL_BYTES = 1 << 11\n"
 
 
 def outage(config: dict[str, Any], endpoint: str, stop_at: int, scripts: str) -> int:

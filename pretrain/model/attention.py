@@ -235,6 +235,7 @@ def _attend_in_transformers(
     return attend(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
 
-# Without a function for masks of that name, the library makes none: it would first read positions back from the device,
-# in every forward pass, to see whether a row has several documents. `attention_inputs` gives a mask where one is needed.
+# Without a function for masks of that name, the library makes none: it would first read positions back from the
+# device, in every forward pass, to see whether a row has several documents. `attention_inputs` gives what masks are
+# needed.
 AttentionInterface.register(TRANSFORMERS_NAME, _attend_in_transformers)
