@@ -268,7 +268,7 @@ def _train(config: dict[str, Any]) -> int:
 def test_ranks_validate_on_one_set_that_rank_0_draws(tmp_path: Path, drawn: list[ValidationSample]) -> None:
     """Prepared data on two ranks: the same set, and nearly the same loss, as on one."""
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(1, 400))
-    tokenizer = TokenizerConfig(path=TINY["tokenizer"]["path"])
+    tokenizer = TokenizerConfig(path=SMALL_VOCABULARY["tokenizer.path"])
     prepare(DataConfig(sources=[{"path": str(path)}], lanes=1), tokenizer, tmp_path / "out")
     changes = {**CHANGES, "run.root": str(tmp_path / "runs"), "train.total_tokens": 2304}
     changes["data"] = {"sources": [{"path": str(tmp_path / "out")}], "lanes": 1, "validation_fraction": 0.1}
