@@ -1,4 +1,4 @@
-"""Saving during training: behind the steps that follow, and past errors of the disk."""
+"""Save while training continues, and keep training after disk errors."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class CheckpointReader:
         if problem := index_problem(self.index):
             raise CheckpointError(f"{path}: {problem}")
         if "digest" in self.index and text not in (index_text(self.index), json.dumps(self.index)):
-            raise CheckpointError(f"{path}: damaged: it is not written as this program writes it")  # 1e-05 and 1E-05
+            raise CheckpointError(f"{path}: damaged: its text is not what this program writes")  # 1e-05 and 1E-05
 
     def verify(self, ranks: Ranks = ALONE) -> None:
         """Compare every file with its checksum in the index, and its tensors with the records in the index.

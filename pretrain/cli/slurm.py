@@ -154,7 +154,7 @@ def _environment() -> dict[str, str]:
 
 
 def _sbatch_options(given: list[str]) -> list[str]:
-    """Refuse what would end the options of sbatch: the script would get them, or be another one."""
+    """Reject options after which sbatch would take the next word as the script."""
     from pretrain.slurm.submission import SubmissionError
 
     for option in given:

@@ -135,7 +135,7 @@ def _note_stop(setup: Setup, step: int, reason: str) -> None:
         try:
             setup.folder.mark_stopped(step, reason)
         except (OSError, RunError) as error:
-            setup.display.warn(f"the reason of this stop is not recorded: {error}")
+            setup.display.warn(f"the reason for this stop could not be written to the manifest: {error}")
 
 
 def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_signals: bool) -> int:

@@ -100,7 +100,7 @@ def judge(code: int, *, by_slurm: bool, stalled: int, limit: int) -> Verdict:
         return Verdict(False, "stopped on request; submit the same command again to continue")
     reason = {
         STOPPED: "stopped for Slurm, with a checkpoint saved",
-        UNAVAILABLE: "a server of data did not answer",
+        UNAVAILABLE: "a data server did not answer",
     }.get(code, f"failed with exit code {code}")
     return may_restart(reason, stalled, limit)
 

@@ -78,7 +78,7 @@ class Job:
         def number(name: str, default: str) -> int:
             value = environment.get(name) or default
             if not re.fullmatch(r"[0-9]{1,10}", value):
-                raise JobError(f"{name}: expected a number, got {value!r}")
+                raise JobError(f"{name}: expected a whole number of at most 10 digits, got {value!r}")
             return int(value)
 
         needed = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "AURORA_LOGS", "AURORA_CACHE", "AURORA_RENDEZVOUS_HOST")

@@ -85,7 +85,7 @@ def examine(reports: Mapping[str, Report], nodes: Sequence[str], seconds: float)
     if len(nodes) > 1 and len(bad) == len(nodes):
         node = nodes[0]
         return Findings(
-            problem=f"all {len(nodes)} nodes fail the check, so it is not a matter of single nodes; {node}: "
+            problem=f"all {len(nodes)} nodes fail the check, so the cause is not a single node; {node}: "
             f"{'; '.join(bad[node])}",
             hopeless=True,
         )

@@ -105,7 +105,7 @@ class Guards:
             ranks = "; ".join(f"rank {rank} ({where})" for rank, where in differing.items())
             raise TrainingError(
                 f"step {step}: the weights of these ranks are not those of the others: {ranks}. Their hardware has "
-                "computed or stored something else. Nothing has been saved since; exclude their machines and resume "
+                "computed or stored wrong values. Nothing has been saved since; exclude their machines and resume "
                 "from the last checkpoint"
             )
 

@@ -111,7 +111,7 @@ class Trainer:
                 self.enter("save", self.state.step)
                 self.settle()
             except Exception as other:
-                error.add_note(f"what was still to be written failed as well: {other}")
+                error.add_note(f"writing the pending metrics or checkpoint also failed: {other}")
             raise
         self.enter("save", self.state.step)
         self.settle()
@@ -287,7 +287,7 @@ class Trainer:
         return True
 
     def conclude(self, step: LaunchedStep, values: dict[str, float]) -> None:
-        """Count a step whose values have been read, and complete its record but for what hooks add."""
+        """Count a step whose values have been read, and complete its record except for what hooks add."""
         record = step.record
         counts = {name: int(values[name]) for name in ("balance_fallbacks", "cholesky_retries")}
         known = {"step": record["step"], "tokens": record["tokens"], "loss": values["loss"]}
@@ -315,7 +315,7 @@ class Trainer:
         self.attempt(lambda: self.log(step.record, step.batch.position))
 
     def roll_back(self, spike: LaunchedStep, loss: float, launched: LaunchedStep) -> bool:
-        """Return to the last checkpoint, and go on with the batch after that of `spike`; a collective.
+        """Return to the last checkpoint and continue with the batch after that of `spike`; a collective.
 
         Args:
             spike: the step whose loss is a spike.

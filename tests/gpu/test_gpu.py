@@ -3,8 +3,8 @@
     python -m pytest -q tests/gpu                  one GPU: a few minutes
     CUDA_VISIBLE_DEVICES=0,1 python -m pytest -q tests/gpu    two GPUs: NCCL as well
 
-Those for one GPU were run once, on an H200 with torch 2.11, which the variable-length attention kernel needs to be newer
-than; docs/state.md says what passed. A failure is news: please report it with the output of
+Those for one GPU were run once, on an H200 with torch 2.11; the variable-length attention kernel needs a newer one, and
+docs/state.md says what passed. A failure is news: please report it with the output of
 `python -m torch.utils.collect_env`.
 """
 
