@@ -160,7 +160,7 @@ def test_a_save_behind_the_steps_counts_in_full_and_the_steps_go_on() -> None:
     for _ in range(30):
         clock.now += 1
         budget.step_ended()
-    budget.saved()
+    budget.save_took(30.5)
     assert budget.save_seconds == 30.5
     assert budget.step_seconds < 2.5
 

@@ -110,11 +110,13 @@ class Mirror:
 
     def _make_equal(self, root: Path) -> None:
         local, copies = list_checkpoints(root), self.steps()
+        if not local:
+            return  # the folder is gone, unmounted for example: the copies are all that is left
         for folder in reversed(local):
             if not self._is_copied(folder, copies):
                 self._copy(folder)
         # Nothing is deleted before the newest copy is complete.
-        newest = step_of(local[-1]) if local else 0
+        newest = step_of(local[-1])
         names = {folder.name for folder in local}
         others = [Path(name) for name in copies if name not in names and step_of(Path(name)) < newest]
         passed = [name for name in copies if name not in names and step_of(Path(name)) > newest]  # of a run gone back
@@ -141,6 +143,7 @@ class Mirror:
             if folder.exists():
                 raise
             # The run has deleted it meanwhile; a newer one is complete and asked for.
+            self._delete(folder.name)
 
     def _delete(self, name: str) -> None:
         """Delete a copy, or what an interrupted upload has left, the index first."""

@@ -85,10 +85,10 @@ class Saver:
             PeerError: they have on another rank.
             Exception: what else ended the save before this one, or this one if saves are synchronous.
         """
-        self._wait()
+        self.wait()
         if not self.settings.asynchronous:
             self._write(snapshot, fragments, generators)
-            self._wait()
+            self.wait()
             return
         copies = ranks.everywhere(lambda: self._copy.take(fragments))
         # A daemon: a thread that waits for a rank which is gone must not keep the process alive.
@@ -105,7 +105,7 @@ class Saver:
             PeerError: it has on another rank.
             Exception: what else ended the last save.
         """
-        self._wait()
+        self.wait()
         if self._failure is not None:
             raise self._failure
 
@@ -114,8 +114,8 @@ class Saver:
         """Whether a save is being written at the moment."""
         return self._thread is not None and self._thread.is_alive()
 
-    def _wait(self) -> None:
-        """Wait for the save in flight, and raise what must end the run."""
+    def wait(self) -> None:
+        """Wait for the save in flight; raises what must end the run, as `save` does."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from optimizers import Aurora
 from pretrain.checkpoint.format import CheckpointError
 from pretrain.checkpoint.generators import restore_generators, seed_everything
+from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.state import copy_weights, load_state, load_tensors, load_weights
 from pretrain.checkpoint.store import CheckpointReader, newest_intact
 from pretrain.data import StreamPosition, TokenStream, without_bytes
@@ -87,7 +87,10 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
         with stops.budget.saving():
             engine.ranks.on_rank_0(setup.folder.check_lock)
             save_run(setup, trainer, saver)
-        stops.budget.save_seconds = max(stops.budget.save_seconds, saver.seconds)
+
+    def stop_requested() -> bool:
+        stops.budget.save_took(saver.seconds)
+        return stops.after_step()
 
     return Trainer(
         config,
@@ -100,8 +103,8 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
         log=log,
         save=save,
         settle=saver.settle,
-        restore_last=lambda: _restore_last(setup, start, optimizer, hooks),
-        stop_requested=stops.after_step,
+        restore_last=lambda: _restore_last(setup, start, saver, optimizer, hooks),
+        stop_requested=stop_requested,
         warn=display.warn,
         enter=watch.enter,
     )
@@ -190,23 +193,21 @@ def _restore(setup: Setup, start: Start, optimizer: Aurora, hooks: Iterable[Hook
         raise CheckpointError(f"{reader.folder}: its counters are not those of a run: {error}") from None
 
 
-def _restore_last(setup: Setup, start: Start, optimizer: Aurora, hooks: Iterable[Hook]) -> TrainState:
+def _restore_last(setup: Setup, start: Start, saver: Saver, optimizer: Aurora, hooks: Iterable[Hook]) -> TrainState:
     """Return to the newest intact checkpoint in the middle of training, but for the data; return its counters.
 
     A branch that has saved none returns to where it began.
     """
     engine, folder = setup.engine, setup.folder
-
-    def find() -> tuple[Path | None, list[str]]:
-        newest, damaged = newest_intact(folder.checkpoints)
-        found = newest or start.position
-        return found.folder if found else None, damaged
-
-    source, damaged = engine.ranks.on_rank_0(find)
-    if source is None:
+    saver.wait()
+    engine.ranks.on_rank_0(folder.check_lock)
+    newest, damaged = newest_intact(folder.checkpoints, engine.ranks)
+    found = newest or start.position
+    if found is None:
         raise CheckpointError("\n".join([*damaged, f"{folder.checkpoints}: no intact checkpoint to roll back to"]))
-    reader = engine.ranks.everywhere(lambda: CheckpointReader(source))
-    state = _restore(setup, Start(reader, reader, reader, is_resume=True), optimizer, hooks)
+    reader = engine.ranks.everywhere(lambda: CheckpointReader(found.folder))
+    is_resume = start.is_resume or newest is not None
+    state = _restore(setup, Start(reader, reader, reader, is_resume=is_resume), optimizer, hooks)
     engine.refresh(_loader(setup, reader))
 
     def discard() -> None:

@@ -130,6 +130,7 @@ def make_saver(setup: Setup, reader: CheckpointReader | None, opened: contextlib
         folder.samples.flush()
 
     def finish(path: Path, snapshot: Snapshot) -> None:
+        folder.check_lock()  # writing may have taken minutes
         prune(folder.checkpoints, keep.keep_last, keep.keep_every_steps, intact=path)
         if mirror is not None:
             mirror.push(folder.checkpoints)

@@ -35,7 +35,6 @@ class TimeBudget:
     clock: Callable[[], float] = time.monotonic
     step_seconds: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
-    _save_began: float = field(default=0.0, init=False)
     _since: float | None = field(default=None, init=False)
 
     def step_ended(self) -> None:
@@ -49,19 +48,16 @@ class TimeBudget:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Learn how long the save in this block takes, which does not count as part of a step.
-
-        If it is still written behind the steps that follow, call `saved` at its end.
-        """
-        self._save_began = begun = self.clock()
+        """Learn how long the save in this block takes, which does not count as part of a step."""
+        begun = self.clock()
         yield
-        self.saved()
+        self.save_took(self.clock() - begun)
         if self._since is not None:
             self._since += self.clock() - begun
 
-    def saved(self) -> None:
-        """Learn that what was saved last is complete; may be called from the thread that writes it."""
-        self.save_seconds = max(self.clock() - self._save_began, self.save_seconds)
+    def save_took(self, seconds: float) -> None:
+        """Learn how long a save took in all, with what was written behind the steps that followed."""
+        self.save_seconds = max(seconds, self.save_seconds)
 
     def is_spent(self) -> bool:
         """Whether this is the last moment to save."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 from pretrain.processes.exit_codes import BAD_INPUT
@@ -63,3 +64,13 @@ def did_you_mean(got: object, known: Iterable[object]) -> str:
     names = [str(name) for name in known]
     near = nearest(got, names)
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names)}"
+
+
+@contextlib.contextmanager
+def noted(error: BaseException) -> Iterator[None]:
+    """Add what fails in this block to an error that is about to be raised, as a note, instead of raising it."""
+    try:
+        yield
+    except Exception as other:
+        if other is not error:
+            error.add_note(f"after this error, another one: {type(other).__name__}: {other}")

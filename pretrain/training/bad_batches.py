@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain.config import Config
@@ -42,7 +43,7 @@ class BadBatches:
             self._write(step)
             for old in sorted(self.folder.glob(f"step-*-rank-{self._rank:05d}.safetensors"))[: -self._most]:
                 old.unlink(missing_ok=True)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors' own error also means a full disk
             self._warn(f"the batch of step {step.step} could not be kept for inspection: {error}")
 
     def _write(self, step: LaunchedStep) -> None:

@@ -21,7 +21,7 @@ from pretrain.engine.base import Engine
 from pretrain.model.cost import flops_per_token
 from pretrain.model.loss import IGNORED
 from pretrain.planning.devices import peak_flops
-from pretrain.processes.errors import PeerError
+from pretrain.processes.errors import PeerError, noted
 from pretrain.processes.exit_codes import BAD_INPUT, STOPPED, UNAVAILABLE
 from pretrain.training.bad_batches import BadBatches
 from pretrain.training.garbage import GarbageCollector
@@ -106,12 +106,13 @@ class Trainer:
             with self.garbage.in_charge():
                 outcome = self.train(stop_at)
         except Exception as error:
-            try:
+            # What can still be written is: each of these may fail for the same reason.
+            with noted(error):
                 self.flush(self.late.take(all_of_them=True, arrived_only=True))
+            with noted(error):
                 self.enter("save", self.state.step)
+            with noted(error):
                 self.settle()
-            except Exception as other:
-                error.add_note(f"writing the pending metrics or checkpoint also failed: {other}")
             raise
         self.enter("save", self.state.step)
         self.settle()
@@ -168,7 +169,7 @@ class Trainer:
             if "step_seconds" in step.record:  # the error did not interrupt it
                 self.conclude(step, values)
                 self.log_step(step)
-        return not any(self.guards.rolls_back(values) for _, values in read)
+        return not self._saved_step or not any(self.guards.rolls_back(values) for _, values in read)
 
     def context(self, step: int) -> StepContext:
         """Return the context of a step for the hooks."""
@@ -331,7 +332,6 @@ class Trainer:
         self.log_step(spike)
         self.guards.check_rollbacks(spike.step, loss, self.state)
         self.enter("roll back", spike.step)
-        self.settle()
         rollbacks = self.state.rollbacks + 1
         self.state = self.restore_last()
         self.state.rollbacks = rollbacks

@@ -76,7 +76,7 @@ def test_an_error_comes_with_the_batch_that_it_belongs_to(tmp_path: Path, tokeni
     path = write_jsonl(tmp_path / "a.jsonl", ["the sea " * 800] * 300)  # more than is read at once
     path.write_bytes(path.read_bytes() + b'{"text": \n')
     setting = make_setting(tokenizer, path, lanes=1, epochs=None, sequence_length=4096)
-    stream, batches = setting.open(), prefetcher(setting.open(), 1)
+    stream, batches = setting.open(), prefetcher(setting.open(), 1, batches=1000)
     with pytest.raises(DataError):
         drain(stream, 1)
     found = [batches.next_batch() for _ in range(stream.position.sequences)]
