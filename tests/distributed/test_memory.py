@@ -58,7 +58,7 @@ def measure(root: str, changes: dict[str, Any]) -> dict[str, int]:
             found["peak"] = max(found["peak"], resident() - before)
             time.sleep(0.002)
 
-    def count(setup: Any, trainer: Any) -> None:
+    def count(setup: Any, trainer: Any, saver: Any) -> None:
         engine, seen = trainer.engine, {0}
 
         def add(part: str, tensor: Any) -> None:
