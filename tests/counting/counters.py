@@ -75,7 +75,8 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         sizes = [value.numel() for value in _tensors([result])]
-        self.largest = max([self.largest, *sizes])
+        # A file is written from views of bytes.
+        self.largest = max([self.largest, *(v.numel() for v in _tensors([result]) if v.dtype != torch.uint8)])
         name = func.overloadpacket.__name__
         if name in self.names:
             self.calls.append(Operator(name, tuple(t.dtype for t in _tensors(args)), max(sizes, default=0)))
