@@ -340,9 +340,9 @@ def test_a_controller_that_stays_away_or_knows_no_job_is_an_error(
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"AURORA_REQUEUES": "many"}, "AURORA_REQUEUES: expected a number"),
-        ({"AURORA_CHECK_SECONDS": "-1"}, "AURORA_CHECK_SECONDS: expected a number"),
-        ({"AURORA_CHECK_SECONDS": "a[$(touch hacked)]"}, "AURORA_CHECK_SECONDS: expected a number"),
+        ({"AURORA_REQUEUES": "many"}, "AURORA_REQUEUES: expected a whole number"),
+        ({"AURORA_CHECK_SECONDS": "-1"}, "AURORA_CHECK_SECONDS: expected a whole number"),
+        ({"AURORA_CHECK_SECONDS": "a[$(touch hacked)]"}, "AURORA_CHECK_SECONDS: expected a whole number"),
         ({"SLURM_JOB_ID": ""}, "SLURM_JOB_ID not set"),
         ({"AURORA_LOGS": ""}, "AURORA_LOGS not set"),
     ],
