@@ -43,6 +43,12 @@ def put(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
+@pytest.fixture(autouse=True)
+def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that trained with DeepSpeed in this process has left one."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+
+
 def said(engine: str = "plain", *, on_gpu: bool = False) -> tuple[set[str], list[str]]:
     """What is left of the variables that are looked after, and the warnings."""
     before = dict(os.environ)
