@@ -77,6 +77,7 @@ def train(
         try:
             setup = replace(set_up(config, engine, Path(scratch.name)), profile=profile)
             code = _train(setup, resume, stop_at, extend, requests, is_ours)
+            requests.saved = code == STOPPED  # and everything that had to be waited for is closed
             engine.ranks.gather(None)  # together: a launcher stops the other processes when the first one ends
             return code
         except BaseException as error:
@@ -164,9 +165,10 @@ def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_s
         state = trainer.state  # another one after a roll back
         reason = (stops.requests.reason if stops.agreed() else None) or "--stop-at"
         if outcome == "stopped":
-            stops.requests.saved = True
             _note_stop(setup, state.step, reason)
-        watch.alerts.send("stopped" if outcome == "stopped" else "done", f"after step {state.step}", step=state.step)
+        if setup.engine.rank == 0:
+            event = "stopped" if outcome == "stopped" else "done"
+            watch.alerts.send(event, f"after step {state.step}", step=state.step)
     for line in packing_lines(trainer.batches.position, config.padded_length):
         display.say(line)
     if outcome == "stopped":

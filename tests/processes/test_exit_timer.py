@@ -34,10 +34,6 @@ with exit_timer.exit_timer(requests), stop_requests(requests, None, first_only=T
 """
 
 
-def _heed_hangups() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
-
-
 def start(seconds: float, state: str = "", **environment: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, str(seconds), state],
@@ -46,7 +42,6 @@ def start(seconds: float, state: str = "", **environment: str) -> subprocess.Pop
         text=True,
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-        preexec_fn=_heed_hangups,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
