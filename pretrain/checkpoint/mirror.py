@@ -26,7 +26,7 @@ class Mirror:
         warn: prints a warning. An upload that fails is a warning, and the next one makes up for it.
 
     Raises:
-        CheckpointError: the store's library is not installed, or there is no such kind of store.
+        CheckpointError: the store's library is not installed, or this kind of store is not known.
     """
 
     def __init__(self, url: str, keep_last: int = 1, warn: Callable[[str], None] = lambda line: None) -> None:

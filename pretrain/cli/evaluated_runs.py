@@ -19,7 +19,7 @@ from pretrain.report.schema import DifferenceRow, Evaluations, ScoreRow
 
 
 def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
-    """Return scores and paired differences of runs, given their folders by name; None if there is no result.
+    """Return scores and paired differences of runs, given their folders by name; None without results.
 
     What cannot be read or compared becomes a note: the report is of the runs, too.
     """

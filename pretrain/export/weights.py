@@ -167,7 +167,7 @@ class HuggingFaceWeights:
 
         Raises:
             FolderError: the file cannot be read, or a weight is not finite.
-            KeyError: there is no such weight, or a slot other than ``weight``.
+            KeyError: the weight does not exist, or the slot is not ``weight``.
         """
         if slot != "weight":
             raise KeyError(slot)

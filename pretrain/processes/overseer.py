@@ -150,7 +150,7 @@ def _state_and_parent(pid: int) -> tuple[str, int]:
     """The state of a process, as ps shows it, and its parent's id.
 
     Raises:
-        OSError, ValueError: there is no such process.
+        OSError, ValueError: the process does not exist.
     """
     state, parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:2]
     return state, int(parent)

@@ -310,7 +310,7 @@ def computed_parameters(config: dict[str, Any]) -> dict[str, int] | None:
 
 
 def age_of(file: Path) -> float | None:
-    """Return the seconds since a file was written, by this machine's clock; None if there is no such file."""
+    """Return the seconds since a file was written, by this machine's clock; None if the file does not exist."""
     try:
         return time.time() - file.stat().st_mtime
     except OSError:

@@ -104,7 +104,7 @@ def boot_id() -> str:
 
 
 def start_ticks(pid: int) -> int:
-    """Return when a process of this machine was started, in ticks; -1 if there is no such process."""
+    """Return when a process of this machine was started, in ticks; -1 if it does not exist."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(_stat(pid)[19])
     return -1

@@ -47,7 +47,7 @@ class Progress:
         self.now = Moment(phase, step, before.marks + 1, before.ticks)
 
     def tick(self) -> None:
-        """Show that a long phase goes on."""
+        """Show that a long phase still makes progress."""
         self.now = self.now._replace(ticks=self.now.ticks + 1)
 
     @property
