@@ -84,7 +84,7 @@ def _notes(result: EvalResult) -> Iterator[str]:
         yield f"{', '.join(names)}: {text}"
     for name, task in tasks.items():
         if task["num_truncated_requests"]:
-            yield f"{name}: {task['num_truncated_requests']:,} texts were longer than the context and lost their beginning"
+            yield f"{name}: {task['num_truncated_requests']:,} texts exceeded the context and lost their beginning"
 
 
 def _by_note(tasks: Mapping[str, TaskResult]) -> dict[str, list[str]]:
