@@ -64,7 +64,11 @@ class Evaluation:
         started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         with quiet(self.progress and source.kind == "hub"):
             network, tokenizer, identity = load_model(
-                source, dtype=dtype, device=self.device, trust_remote_code=trust_remote_code
+                source,
+                dtype=dtype,
+                device=self.device,
+                trust_remote_code=trust_remote_code,
+                progress=self.progress,
             )
             used = str(network.dtype).removeprefix("torch.")
             with closing(self._cache(identity, used)) if self.scores else nullcontext() as cache:
@@ -227,7 +231,7 @@ def check_request(
     if limit is not None and limit < 1:
         raise EvalError(f"limit is {limit}; expected at least 1 item per task, or no limit for all items")
     if batch_size != "auto" and batch_size < 1:
-        raise EvalError(f"batch_size is {batch_size}; expected at least 1")
+        raise EvalError(f"batch_size is {batch_size}; expected at least 1, or 'auto'")
     if selection not in get_args(Selection):
         raise EvalError(f"selection is {selection!r}; expected one of {', '.join(get_args(Selection))}")
     check_tasks(choices, items, package)
@@ -244,6 +248,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or (default if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:  # builds of torch without CUDA raise AssertionError
         raise EvalError(f"cannot use device {name or default!r}: {str(error).splitlines()[0]}") from error
     return device
