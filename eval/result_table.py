@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from eval.compare import main_metric
@@ -82,9 +83,13 @@ def _notes(result: EvalResult) -> Iterator[str]:
     yield f"items: {source.get('package', 'from the Hub')}"
     for text, names in _by_note(tasks).items():
         yield f"{', '.join(names)}: {text}"
+    owners = {name: group for group, found in result.get("groups", {}).items() for name in found["tasks"]}
+    truncated: Counter[str] = Counter()
     for name, task in tasks.items():
-        if task["num_truncated_requests"]:
-            yield f"{name}: {task['num_truncated_requests']:,} texts exceeded the context and lost their beginning"
+        truncated[owners.get(name, name)] += task["num_truncated_requests"]
+    for name, count in truncated.items():
+        if count:
+            yield f"{name}: {count:,} texts exceeded the context and lost their beginning"
 
 
 def _by_note(tasks: Mapping[str, TaskResult]) -> dict[str, list[str]]:

@@ -408,7 +408,7 @@ def test_tasks_that_need_generated_text_are_refused(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(tasks, "TaskManager", Manager)
     with (
-        pytest.raises(EvalError, match="gsm8k is not scored by the likelihood of given answers.*generate_until"),
+        pytest.raises(EvalError, match=r"gsm8k is not scored by the likelihood of given answers.*generate_until"),
         tasks.loaded_tasks(["gsm8k"], items="hub"),
     ):
         pass

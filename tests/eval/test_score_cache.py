@@ -78,7 +78,7 @@ def test_a_damaged_line_is_ignored_wherever_it_is(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "eval-scores").write_text("a file")
-    with pytest.raises(EvalError, match="cannot keep scores in .*--no-cache"):
+    with pytest.raises(EvalError, match=r"cannot keep scores in .*--no-cache"):
         ScoreCache(tmp_path, SETTINGS).add({"a": (-1.0, True)})
 
 
