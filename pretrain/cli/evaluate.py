@@ -48,11 +48,15 @@ def add(verbs: Verbs) -> None:
         help="replace an earlier result in DIR even if it is of another model, or has more tasks or items",
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="sequences per forward pass (default: %(default)s)"
+        "--batch-size",
+        type=_batch_size,
+        default="auto",
+        metavar="N",
+        help="texts per forward pass; auto: as many as suit the device and fit into its memory (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="dtype of the weights; auto: the dtype that the model was saved in (default: %(default)s)",
     )
@@ -65,6 +69,10 @@ def add(verbs: Verbs) -> None:
         help="allow code that comes with a Hub model to run (default: never)",
     )
     parser.set_defaults(run=run)
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
 
 
 def run(options: argparse.Namespace) -> int:
