@@ -14,7 +14,10 @@ import torch
 from safetensors import safe_open
 
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
+from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.config import Config, ConfigError
+from pretrain.data import DataError
+from pretrain.data.prefetch import Prefetcher
 from pretrain.launch import train
 from pretrain.run.folder import RunFolder
 from pretrain.training.trainer import Trainer, TrainingError
@@ -172,6 +175,63 @@ def test_without_a_checkpoint_a_spike_is_trained_on(
     assert train(config, stop_at=13) == 75
     assert "no checkpoint to roll back to" in capsys.readouterr().out
     assert [line["step"] for line in lines(config)] == list(range(1, 14))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_where_no_save_has_succeeded_a_spike_is_trained_on(
+    asynchronous: bool,
+    tiny_config: MakeConfig,
+    plant: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first save was due and failed; the next one succeeds, and later spikes are rolled back to it."""
+    saves: list[int] = []
+
+    def first_fails(root: Path, snapshot: Any, *arguments: Any) -> Path:
+        saves.append(snapshot.step)
+        if len(saves) == 1:
+            raise OSError(28, "No space left on device", str(root))
+        return save_checkpoint(root, snapshot, *arguments)
+
+    monkeypatch.setattr("pretrain.checkpoint.saver.save_checkpoint", first_fails)
+    changes = {"guards.on_loss_spike": "roll_back", "checkpoint.save_every_steps": 10}
+    config = tiny_config(BASE | changes | {"checkpoint.asynchronous": asynchronous})
+    plant({11: 1000.0, 13: 1000.0, 24: 1000.0})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"total_tokens": 24 * 192})})
+    assert train(config) == 0
+    assert saves[0] == 10
+    assert capsys.readouterr().out.count("no checkpoint to roll back to") == 2
+    assert [line["step"] for line in lines(config)] == list(range(1, 25))
+    assert counters(config, 24)["rollbacks"] == 1
+
+
+def test_bad_data_where_no_save_has_succeeded_ends_a_run_with_its_steps_saved(
+    tiny_config: MakeConfig, plant: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also right after a spike, which there is nothing to roll back to."""
+    saves: list[int] = []
+
+    def first_fails(root: Path, snapshot: Any, *arguments: Any) -> Path:
+        saves.append(snapshot.step)
+        if len(saves) == 1:
+            raise OSError(28, "No space left on device", str(root))
+        return save_checkpoint(root, snapshot, *arguments)
+
+    def no_more(self: Any) -> Any:
+        if len(seen) == 11:
+            raise DataError("row 7: bad")
+        return next_batch(self)
+
+    next_batch = Prefetcher.next_batch
+    monkeypatch.setattr(Prefetcher, "next_batch", no_more)
+    monkeypatch.setattr("pretrain.checkpoint.saver.save_checkpoint", first_fails)
+    config = tiny_config(BASE | {"guards.on_loss_spike": "roll_back", "checkpoint.save_every_steps": 10})
+    seen = plant({11: 1000.0})
+    with pytest.raises(DataError, match="row 7"):
+        train(config)
+    assert saves == [10, 11]
+    assert [path.name for path in list_checkpoints(config.run_folder / "checkpoints")] == ["step-00000011"]
 
 
 def test_bad_batches_are_kept_with_the_places_of_their_documents(tiny_config: MakeConfig, plant: Any) -> None:
