@@ -177,47 +177,40 @@ def test_without_a_checkpoint_a_spike_is_trained_on(
     assert [line["step"] for line in lines(config)] == list(range(1, 14))
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_where_no_save_has_succeeded_a_spike_is_trained_on(
-    asynchronous: bool,
-    tiny_config: MakeConfig,
-    plant: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The first save was due and failed; the next one succeeds, and later spikes are rolled back to it."""
-    saves: list[int] = []
+@pytest.fixture
+def saves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that are saved; the first save fails for want of room."""
+    found: list[int] = []
 
     def first_fails(root: Path, snapshot: Any, *arguments: Any) -> Path:
-        saves.append(snapshot.step)
-        if len(saves) == 1:
+        found.append(snapshot.step)
+        if len(found) == 1:
             raise OSError(28, "No space left on device", str(root))
         return save_checkpoint(root, snapshot, *arguments)
 
     monkeypatch.setattr("pretrain.checkpoint.saver.save_checkpoint", first_fails)
-    changes = {"guards.on_loss_spike": "roll_back", "checkpoint.save_every_steps": 10}
-    config = tiny_config(BASE | changes | {"checkpoint.asynchronous": asynchronous})
+    return found
+
+
+ROLLING_BACK = BASE | {"guards.on_loss_spike": "roll_back", "checkpoint.save_every_steps": 10}
+
+
+def test_where_no_save_has_succeeded_a_spike_is_trained_on(
+    tiny_config: MakeConfig, plant: Any, saves: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once a save has succeeded, later spikes are rolled back to it."""
+    config = tiny_config(ROLLING_BACK | {"train.total_tokens": 24 * 192})
     plant({11: 1000.0, 13: 1000.0, 24: 1000.0})
-    config = config.model_copy(update={"train": config.train.model_copy(update={"total_tokens": 24 * 192})})
     assert train(config) == 0
-    assert saves[0] == 10
+    assert saves == [10, 20, 24]
     assert capsys.readouterr().out.count("no checkpoint to roll back to") == 2
     assert [line["step"] for line in lines(config)] == list(range(1, 25))
     assert counters(config, 24)["rollbacks"] == 1
 
 
-def test_bad_data_where_no_save_has_succeeded_ends_a_run_with_its_steps_saved(
-    tiny_config: MakeConfig, plant: Any, monkeypatch: pytest.MonkeyPatch
+def test_bad_data_after_a_spike_that_there_is_no_way_back_from_ends_a_run_with_its_steps_saved(
+    tiny_config: MakeConfig, plant: Any, saves: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also right after a spike, which there is nothing to roll back to."""
-    saves: list[int] = []
-
-    def first_fails(root: Path, snapshot: Any, *arguments: Any) -> Path:
-        saves.append(snapshot.step)
-        if len(saves) == 1:
-            raise OSError(28, "No space left on device", str(root))
-        return save_checkpoint(root, snapshot, *arguments)
-
     def no_more(self: Any) -> Any:
         if len(seen) == 11:
             raise DataError("row 7: bad")
@@ -225,8 +218,7 @@ def test_bad_data_where_no_save_has_succeeded_ends_a_run_with_its_steps_saved(
 
     next_batch = Prefetcher.next_batch
     monkeypatch.setattr(Prefetcher, "next_batch", no_more)
-    monkeypatch.setattr("pretrain.checkpoint.saver.save_checkpoint", first_fails)
-    config = tiny_config(BASE | {"guards.on_loss_spike": "roll_back", "checkpoint.save_every_steps": 10})
+    config = tiny_config(ROLLING_BACK)
     seen = plant({11: 1000.0})
     with pytest.raises(DataError, match="row 7"):
         train(config)
