@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,16 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         metavar="section.key=value",
         help="values that take precedence over the file's, for example optimizer.lr=0.01",
     )
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add RUN, as `path`."""
+    parser.add_argument("path", metavar="RUN", type=Path, help="the folder of a run")
+
+
+def add_run_or_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add RUN_OR_CHECKPOINT, as `path`."""
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path, help="the folder of a run or a checkpoint")
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:

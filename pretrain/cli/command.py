@@ -41,7 +41,7 @@ exit codes:
   0    done
   1    failed; a traceback says where
   2    bad input: one message per problem, nothing was trained or overwritten
-  69   a server of data did not answer for data.retry_minutes; what was trained is saved, and the same command continues
+  69   a data server did not answer for data.retry_minutes; what was trained is saved, and the same command continues
   75   stopped on request, with a checkpoint saved; the same command continues
   130  interrupted, with nothing to save"""
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.cli.arguments import add_run_or_checkpoint
+
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
 
@@ -18,7 +20,7 @@ def add(verbs: Verbs) -> None:
         description="Write the weights of a checkpoint as a Hugging Face folder, with tokenizer and model card. "
         "Given a run, exports its newest checkpoint.",
     )
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", type=Path, help="the folder of a run or a checkpoint")
+    add_run_or_checkpoint(parser)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; an earlier export is replaced")
     parser.set_defaults(run=run)
 
@@ -28,6 +30,6 @@ def run(options: argparse.Namespace) -> int:
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.export.run import export_checkpoint
 
-    reader = export_checkpoint(options.source, options.out)
+    reader = export_checkpoint(options.path, options.out)
     print(f"exported {reader.folder} to {options.out}")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
         log=log,
         save=save,
         settle=saver.settle,
-        restore_last=lambda: _restore_last(setup, start, saver, optimizer, hooks),
+        last_checkpoint=lambda: _last_checkpoint(setup, start, saver, optimizer, hooks),
         stop_requested=stop_requested,
         warn=display.warn,
         enter=watch.enter,
@@ -193,30 +193,38 @@ def _restore(setup: Setup, start: Start, optimizer: Aurora, hooks: Iterable[Hook
         raise CheckpointError(f"{reader.folder}: its counters are not those of a run: {error}") from None
 
 
-def _restore_last(setup: Setup, start: Start, saver: Saver, optimizer: Aurora, hooks: Iterable[Hook]) -> TrainState:
-    """Return to the newest intact checkpoint in the middle of training, but for the data; return its counters.
+def _last_checkpoint(
+    setup: Setup, start: Start, saver: Saver, optimizer: Aurora, hooks: Sequence[Hook]
+) -> Callable[[], TrainState] | None:
+    """Find the newest intact checkpoint in the middle of training; return what restores all but the data from it.
 
-    A branch that has saved none returns to where it began.
+    A branch that has saved none returns to where it began; None if the run began with the first step. A collective.
     """
     engine, folder = setup.engine, setup.folder
     saver.wait()
     engine.ranks.on_rank_0(folder.check_lock)
     newest, damaged = newest_intact(folder.checkpoints, engine.ranks)
+    for problem in damaged:
+        setup.display.warn(problem)
     found = newest or start.position
     if found is None:
-        raise CheckpointError("\n".join([*damaged, f"{folder.checkpoints}: no intact checkpoint to roll back to"]))
+        return None
     reader = engine.ranks.everywhere(lambda: CheckpointReader(found.folder))
     is_resume = start.is_resume or newest is not None
-    state = _restore(setup, Start(reader, reader, reader, is_resume=is_resume), optimizer, hooks)
-    engine.refresh(_loader(setup, reader))
 
-    def discard() -> None:
-        rewind(folder, state.step)
-        for hook in hooks:
-            hook.rewind(state.step)
+    def restore() -> TrainState:
+        state = _restore(setup, Start(reader, reader, reader, is_resume=is_resume), optimizer, hooks)
+        engine.refresh(_loader(setup, reader))
 
-    engine.ranks.on_rank_0(discard)
-    return state
+        def discard() -> None:
+            rewind(folder, state.step)
+            for hook in hooks:
+                hook.rewind(state.step)
+
+        engine.ranks.on_rank_0(discard)
+        return state
+
+    return restore
 
 
 def _restore_generators(setup: Setup, reader: CheckpointReader) -> None:
