@@ -1,0 +1,147 @@
+"""The models: tokens, parameters, FLOPs and licences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pretrain.comparison.document import DASH, EMPTY, NOT_RUN, Cell, Part, Table
+from pretrain.comparison.facts import Facts, Figure, ModelFacts
+from pretrain.comparison.measured import Measured
+from pretrain.comparison.sources import Sources
+from pretrain.model.cost import flops_per_token, parameter_count
+
+FORMULA = (
+    "Training FLOPs are tokens x (6 x multiplied weights + 6 x layers x hidden size x sequence length). The multiplied "
+    "weights are the matrices of the blocks and the head; the embedding is a look-up. The second term is causal "
+    "attention; it is left out where the length of the training sequences is not known. Where the shape is not known "
+    "either, they are 6 x tokens x parameters without embeddings, a lower bound. The work of teachers, of pruning and "
+    "of the optimizer is not counted."
+)
+_SUPPOSED = "6ND, lower bound"
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of a training.
+
+    Attributes:
+        value: their number.
+        counted: how they were counted, in a few words.
+        sources: names of the sources of what they were computed from.
+    """
+
+    value: float
+    counted: str
+    sources: tuple[str, ...]
+
+
+def training_flops(model: ModelFacts | None) -> Flops | None:
+    """Return the training FLOPs that published figures imply; None if the tokens or the size are not known."""
+    if model is None or model.tokens is None:
+        return None
+    tokens = model.tokens
+    if model.shape is not None:
+        length = model.shape.training_sequence
+        per_token = flops_per_token(model.shape.config(), length or 0)
+        counted = "6ND with attention" if length else "6ND without attention"
+        return Flops(tokens.value * per_token, counted, (tokens.source, model.shape.source))
+    size = model.parameters_without_embeddings
+    return Flops(6 * tokens.value * size.value, _SUPPOSED, (tokens.source, size.source)) if size else None
+
+
+def models_part(facts: Facts, measured: Measured, sources: Sources) -> Part:
+    """Return the part about the models."""
+    published = Table(
+        "As published",
+        ("Model", "Optimizer", "Tokens", "Parameters", "Without embeddings", "Training FLOPs", "Licence"),
+        [_published_row(label, place, facts.models.get(label), sources) for label, place in measured["models"].items()],
+        frozenset({2, 3, 4, 5}),
+    )
+    loaded = Table(
+        "As loaded for the evaluation",
+        ("Model", "Weights", "Parameters", "Without embeddings", "Tokens", "Context", "Dtype", "Items", "Date"),
+        [_loaded_row(label, measured) for label in measured["models"]],
+        frozenset({2, 3, 4, 5}),
+    )
+    notes = [
+        FORMULA,
+        "Published parameters follow from the published shape where there is one. Loaded parameters are counted in "
+        "the weights; tied embeddings count once. Loaded tokens are from the record that a run of ours leaves in its "
+        "checkpoints.",
+    ]
+    return Part("models", "Models", tables=[published, loaded], notes=notes)
+
+
+def _published_row(label: str, place: str, model: ModelFacts | None, sources: Sources) -> list[Cell]:
+    name = Cell(label, label, "; ".join(filter(None, [place, model.note if model else ""])))
+    if model is None:
+        return [name, *[EMPTY] * 6]
+    flops = training_flops(model)
+    return [
+        name,
+        Cell(model.optimizer, model.optimizer),
+        _figure(model.tokens, sources),
+        *_parameters(model, sources),
+        EMPTY
+        if flops is None
+        else Cell(scientific(flops.value), flops.value, flops.counted, sources.cite(*flops.sources)),
+        EMPTY
+        if model.licence is None
+        else Cell(model.licence.name, model.licence.name, model.licence.note, sources.cite(model.licence.source)),
+    ]
+
+
+def _parameters(model: ModelFacts, sources: Sources) -> list[Cell]:
+    """Return the cells of the parameters with and without embeddings: stated ones, or those of the shape."""
+    cells = [_figure(model.parameters, sources), _figure(model.parameters_without_embeddings, sources)]
+    if model.shape is not None:
+        counts = parameter_count(model.shape.config())
+        computed = (counts["total"], counts["total"] - counts["embedding"] - counts["head"])
+        cited = sources.cite(model.shape.source)
+        of_shape = [Cell(short_count(value), value, model.shape.note, cited) for value in computed]
+        cells = [own if own is not EMPTY else other for own, other in zip(cells, of_shape, strict=True)]
+    return cells
+
+
+def _figure(figure: Figure | None, sources: Sources) -> Cell:
+    if figure is None:
+        return EMPTY
+    return Cell(short_count(figure.value), figure.value, figure.note, sources.cite(figure.source))
+
+
+def _loaded_row(label: str, measured: Measured) -> list[Cell]:
+    found = measured["results"].get(label)
+    if found is None:
+        return [Cell(label, label), Cell(NOT_RUN), *[EMPTY] * 7]
+    without, tokens = found.get("parameters_without_embeddings"), found.get("tokens")
+    return [
+        Cell(label, label),
+        Cell(found["origin"], found["origin"]),
+        Cell(short_count(found["parameters"]), found["parameters"]),
+        EMPTY if without is None else Cell(short_count(without), without),
+        EMPTY if tokens is None else Cell(short_count(tokens), tokens),
+        Cell(f"{found['context_length']:,}", found["context_length"]),
+        Cell(found["dtype"], found["dtype"]),
+        Cell(found["items"], found["items"]),
+        Cell(found["date"], found["date"]),
+    ]
+
+
+def flops_of(facts: Facts, measured: Measured) -> Mapping[str, Flops]:
+    """Return the training FLOPs of each model for which they are known."""
+    found = {label: training_flops(facts.models.get(label)) for label in measured["models"]}
+    return {label: flops for label, flops in found.items() if flops is not None}
+
+
+def short_count(value: float) -> str:
+    """Format 36e12 as "36T" and 1_720_567_808 as "1.72B"."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}" if value < 1e3 * size else f"{value / size:,.0f}{letter}"
+    return f"{value:g}"
+
+
+def scientific(value: float | None) -> str:
+    """Format 7.64e20 as "7.64e20"."""
+    return DASH if value is None else f"{value:.2e}".replace("e+", "e")
