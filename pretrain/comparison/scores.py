@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pretrain.comparison.document import DASH, EMPTY, NOT_RUN, Cell, Chart, Mark, Part, Table
@@ -40,10 +41,10 @@ def score_part(facts: Facts, measured: Measured, sources: Sources) -> Part:
 
 
 def tasks_of(facts: Facts, measured: Measured) -> list[str]:
-    """Return the tasks that have a score: measured ones first."""
+    """Return the tasks that have a score: measured ones first, then those with the most published scores."""
     names = [task for result in measured["results"].values() for task in result["tasks"]]
-    names += [score.task for label in measured["models"] for score in _published(facts, label)]
-    return list(dict.fromkeys(names))
+    published = Counter(score.task for label in measured["models"] for score in _published(facts, label))
+    return list(dict.fromkeys([*names, *(task for task, _ in published.most_common())]))
 
 
 def _published(facts: Facts, label: str) -> Sequence[Score]:

@@ -12,10 +12,10 @@ from pretrain.comparison.sources import Sources
 from pretrain.model.cost import flops_per_token, parameter_count
 
 FORMULA = (
-    "Training FLOPs are tokens x (6 x multiplied weights + 6 x layers x hidden size x sequence length). The multiplied "
+    "Training FLOPs are tokens × (6 × multiplied weights + 6 × layers × hidden size × sequence length). The multiplied "
     "weights are the matrices of the blocks and the head; the embedding is a look-up. The second term is causal "
     "attention; it is left out where the length of the training sequences is not known. Where the shape is not known "
-    "either, they are 6 x tokens x parameters without embeddings, a lower bound. The work of teachers, of pruning and "
+    "either, they are 6 × tokens × parameters without embeddings, a lower bound. The work of teachers, of pruning and "
     "of the optimizer is not counted."
 )
 _SUPPOSED = "6ND, lower bound"
@@ -77,19 +77,15 @@ def _published_row(label: str, place: str, model: ModelFacts | None, sources: So
     name = Cell(label, label, "; ".join(filter(None, [place, model.note if model else ""])))
     if model is None:
         return [name, *[EMPTY] * 6]
-    flops = training_flops(model)
-    return [
-        name,
-        Cell(model.optimizer, model.optimizer),
-        _figure(model.tokens, sources),
-        *_parameters(model, sources),
-        EMPTY
-        if flops is None
-        else Cell(scientific(flops.value), flops.value, flops.counted, sources.cite(*flops.sources)),
-        EMPTY
-        if model.licence is None
-        else Cell(model.licence.name, model.licence.name, model.licence.note, sources.cite(model.licence.source)),
-    ]
+    flops, licence = training_flops(model), model.licence
+    cost, of_licence = EMPTY, EMPTY
+    if flops is not None:
+        remark = "; ".join(filter(None, (flops.counted, model.shape.note if model.shape else "")))
+        cost = Cell(scientific(flops.value), flops.value, remark, sources.cite(*flops.sources))
+    if licence is not None:
+        of_licence = Cell(licence.name, licence.name, licence.note, sources.cite(licence.source))
+    sizes = (_figure(model.tokens, sources), *_parameters(model, sources))
+    return [name, Cell(model.optimizer, model.optimizer), *sizes, cost, of_licence]
 
 
 def _parameters(model: ModelFacts, sources: Sources) -> list[Cell]:
@@ -99,7 +95,7 @@ def _parameters(model: ModelFacts, sources: Sources) -> list[Cell]:
         counts = parameter_count(model.shape.config())
         computed = (counts["total"], counts["total"] - counts["embedding"] - counts["head"])
         cited = sources.cite(model.shape.source)
-        of_shape = [Cell(short_count(value), value, model.shape.note, cited) for value in computed]
+        of_shape = [Cell(short_count(value), value, "", cited) for value in computed]
         cells = [own if own is not EMPTY else other for own, other in zip(cells, of_shape, strict=True)]
     return cells
 
