@@ -36,18 +36,25 @@ class Flops:
     sources: tuple[str, ...]
 
 
-def training_flops(model: ModelFacts | None) -> Flops | None:
-    """Return the training FLOPs that published figures imply; None if the tokens or the size are not known."""
-    if model is None or model.tokens is None:
+def training_flops(model: ModelFacts | None, recorded_tokens: int | None = None) -> Flops | None:
+    """Return the training FLOPs that published figures imply; None if the tokens or the size are not known.
+
+    Args:
+        model: the published figures.
+        recorded_tokens: the tokens that the weights themselves record, which take precedence over published ones.
+    """
+    if model is None or (model.tokens is None and recorded_tokens is None):
         return None
-    tokens = model.tokens
+    tokens, cited = float(recorded_tokens or 0), []
+    if recorded_tokens is None and model.tokens is not None:
+        tokens, cited = model.tokens.value, [model.tokens.source]
     if model.shape is not None:
         length = model.shape.training_sequence
         per_token = flops_per_token(model.shape.config(), length or 0)
         counted = "6ND with attention" if length else "6ND without attention"
-        return Flops(tokens.value * per_token, counted, (tokens.source, model.shape.source))
+        return Flops(tokens * per_token, counted, (*cited, model.shape.source))
     size = model.parameters_without_embeddings
-    return Flops(6 * tokens.value * size.value, _SUPPOSED, (tokens.source, size.source)) if size else None
+    return Flops(6 * tokens * size.value, _SUPPOSED, (*cited, size.source)) if size else None
 
 
 def models_part(facts: Facts, measured: Measured, sources: Sources) -> Part:
@@ -125,9 +132,14 @@ def _loaded_row(label: str, measured: Measured) -> list[Cell]:
 
 
 def flops_of(facts: Facts, measured: Measured) -> Mapping[str, Flops]:
-    """Return the training FLOPs of each model for which they are known."""
-    found = {label: training_flops(facts.models.get(label)) for label in measured["models"]}
-    return {label: flops for label, flops in found.items() if flops is not None}
+    """Return the training FLOPs of each model for which they are known; of a run of ours, for its recorded tokens."""
+    found = {}
+    for label in measured["models"]:
+        result = measured["results"].get(label)
+        flops = training_flops(facts.models.get(label), result.get("tokens") if result is not None else None)
+        if flops is not None:
+            found[label] = flops
+    return found
 
 
 def short_count(value: float) -> str:

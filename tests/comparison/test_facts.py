@@ -14,11 +14,12 @@ from pretrain.comparison.errors import ComparisonError
 from pretrain.comparison.facts import Facts, cited, read_facts
 from pretrain.comparison.sizes import training_flops
 from pretrain.config import load_config
-from pretrain.model.cost import flops_per_token
+from pretrain.model.cost import flops_per_token, parameter_count
 from tests.comparison.files import MODELS, facts
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = REPOSITORY / "configs/eval/paper.yaml"
+FIGURES = {"value", "scores", "ratio", "vocab_size"}
 FILE = REPOSITORY / "configs/eval/facts/paper.yaml"
 
 
@@ -42,9 +43,7 @@ def mappings(value: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]
 def test_every_published_figure_of_ours_has_a_source() -> None:
     """Independent of how the file is validated: wherever a value, a score or a name stands, a known source stands."""
     data = yaml.safe_load(FILE.read_text())
-    figures = [
-        (where, part) for where, part in mappings(data) if {"value", "scores", "ratio", "vocab_size"} & set(part)
-    ]
+    figures = [(where, part) for where, part in mappings(data) if FIGURES & set(part)]
     assert len(figures) > 30
     for where, part in figures:
         assert part.get("source") in data["sources"], where
@@ -72,8 +71,6 @@ def test_the_shapes_give_the_published_numbers_of_parameters() -> None:
     for label, total in (("qwen3-1.7b-base", 1.7), ("smollm2-1.7b", 1.7), ("llama-3.2-1b", 1.2), ("tinyllama-3t", 1.1)):
         shape = shipped().models[label].shape
         assert shape is not None
-        from pretrain.model.cost import parameter_count
-
         assert parameter_count(shape.config())["total"] / 1e9 == pytest.approx(total, abs=0.05), label
 
 
