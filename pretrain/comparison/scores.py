@@ -127,8 +127,8 @@ def chart_part(facts: Facts, measured: Measured) -> Part | None:
         notes=[
             "Filled dots: measured, with 95 % interval. Hollow diamonds: published. Crosses: published scores of one "
             "AdamW model on different texts, with 6ND FLOPs (see the influence of the text). The horizontal axis is "
-            "logarithmic; the vertical one does not start at 0. The FLOPs of a run of ours are those of the tokens that "
-            "it has recorded."
+            "logarithmic; the vertical one does not start at 0. The FLOPs of a run of ours are those of the tokens "
+            "that it has recorded."
         ],
     )
 
