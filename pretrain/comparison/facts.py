@@ -218,7 +218,8 @@ def read_facts(path: Path, labels: Iterable[str]) -> Facts:
         problems = [f"{path}: {problem}" for problem in _problems(facts, list(labels))]
     if problems:
         raise ComparisonError("\n".join(problems))
-    return facts  # type: ignore[no-any-return]
+    found: Facts = facts
+    return found
 
 
 def _problems(facts: Facts, labels: list[str]) -> Iterator[str]:

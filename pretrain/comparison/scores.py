@@ -105,18 +105,18 @@ def plain_score(value: float | None) -> str:
 
 
 def chart_part(facts: Facts, measured: Measured) -> Part | None:
-    """Return the part with scores against training FLOPs; None if no score has a known cost."""
+    """Return the part with scores against training FLOPs; None if no task has two scores of models of known cost."""
     flops = flops_of(facts, measured)
     letters = {label: _letter(place) for place, label in enumerate(measured["models"])}
-    charts, drawn = [], set()
+    charts, drawn = [], set[str]()
     for task in tasks_of(facts, measured):
-        marks = []
-        for label, cost in flops.items():
-            own = _marks(letters[label], label, task, cost.value, facts, measured)
-            drawn |= {label} if own else set()
-            marks += own
-        if marks:
+        by_model = {
+            label: _marks(letters[label], label, task, cost.value, facts, measured) for label, cost in flops.items()
+        }
+        marks = [mark for own in by_model.values() for mark in own]
+        if len(marks) > 1:
             charts.append(Chart(task, [*marks, *_by_data(facts, task)]))
+            drawn |= {label for label, own in by_model.items() if own}
     if not charts:
         return None
     return Part(
