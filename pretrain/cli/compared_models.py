@@ -193,6 +193,10 @@ def _measured(result: EvalResult) -> MeasuredModel:
     }
     if "parameters_without_embeddings" in identity:
         found["parameters_without_embeddings"] = identity["parameters_without_embeddings"]
+    if "bos" in identity:
+        found["bos"] = identity["bos"]
+    if "bits_per_byte" in result:
+        found["bits_per_byte"] = {text: bits["bits_per_byte"] for text, bits in result["bits_per_byte"].items()}
     if "provenance" in identity:
         found["tokens"] = identity["provenance"]["tokens"]
     return found
@@ -223,7 +227,7 @@ def _task(name: str, tasks: Sequence[TaskResult], shots: int) -> MeasuredTask:
     # The interval of a difference from a model that gets nothing right is that of the score.
     paired = PairedOutcomes([0] * len(outcomes), outcomes, sources if len(sources) == len(items) else None)
     low, high = paired.interval()
-    return {
+    found: MeasuredTask = {
         "metric": metric,
         "score": paired.difference,
         "low": max(0.0, low),
@@ -233,3 +237,6 @@ def _task(name: str, tasks: Sequence[TaskResult], shots: int) -> MeasuredTask:
         "split": tasks[0]["split"],
         "shots": tasks[0].get("num_fewshot", shots),
     }
+    if "note" in tasks[0]:
+        found["note"] = tasks[0]["note"]
+    return found

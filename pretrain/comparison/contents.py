@@ -6,7 +6,7 @@ from pretrain.comparison.document import Cell, Document, Part, Table
 from pretrain.comparison.facts import Facts
 from pretrain.comparison.implied import data_part, efficiency_part
 from pretrain.comparison.measured import Measured
-from pretrain.comparison.scores import chart_part, score_part
+from pretrain.comparison.scores import bits_part, chart_part, score_part
 from pretrain.comparison.sizes import models_part
 from pretrain.comparison.sources import Sources
 
@@ -21,6 +21,7 @@ def contents(facts: Facts, measured: Measured) -> Document:
     sources = Sources(facts)
     parts = [
         score_part(facts, measured, sources),
+        bits_part(measured),
         _pairs_part(measured),
         chart_part(facts, measured),
         models_part(facts, measured, sources),

@@ -16,6 +16,8 @@ class MeasuredTask(TypedDict):
     split: str
     # Solved examples in the prompt.
     shots: int
+    # How the items differ from those of published scores. Absent if they do not, or if that is unknown.
+    note: NotRequired[str]
 
 
 class MeasuredModel(TypedDict):
@@ -32,6 +34,10 @@ class MeasuredModel(TypedDict):
     # Where the weights come from, with the revision if there is one.
     origin: str
     dtype: str
+    # What stands before each text: "none" or the token. Absent in results of earlier versions.
+    bos: NotRequired[str]
+    # Name of a held-out text -> bits per byte. Absent if none was measured.
+    bits_per_byte: NotRequired[dict[str, float]]
     context_length: int
     # "packaged" or "hub".
     items: str

@@ -40,6 +40,27 @@ def score_part(facts: Facts, measured: Measured, sources: Sources) -> Part:
     )
 
 
+def bits_part(measured: Measured) -> Part | None:
+    """Return the part about bits per byte; None if none were measured."""
+    found = {label: result.get("bits_per_byte", {}) for label, result in measured["results"].items()}
+    texts = list(dict.fromkeys(text for bits in found.values() for text in bits))
+    if not texts:
+        return None
+    rows = [
+        [Cell(label, label), *(_bits(found.get(label, {}).get(text)) for text in texts)] for label in measured["models"]
+    ]
+    return Part(
+        "bits",
+        "Bits per byte on held-out texts",
+        tables=[Table("", ("Model", *texts), rows, frozenset(range(1, len(texts) + 1)))],
+        notes=["Measured. Fewer are better. Unlike a loss per token, they do not depend on the tokenizer."],
+    )
+
+
+def _bits(value: float | None) -> Cell:
+    return Cell(NOT_RUN) if value is None else Cell(f"{value:.4f}", value)
+
+
 def tasks_of(facts: Facts, measured: Measured) -> list[str]:
     """Return the tasks that have a score: measured ones first, then those with the most published scores."""
     names = [task for result in measured["results"].values() for task in result["tasks"]]
@@ -74,7 +95,8 @@ def _measured(found: MeasuredTask) -> Cell:
 
 def _items(found: MeasuredTask) -> str:
     part = "" if found["num_items"] == found["num_items_in_split"] else f" of {found['num_items_in_split']:,}"
-    return f"{found['num_items']:,}{part} items, {found['split']}"
+    items = f"{found['num_items']:,}{part} items, {found['split']}"
+    return f"{items}; {found['note']}" if "note" in found else items
 
 
 def _published_cell(scores: Sequence[Score], sources: Sources) -> Cell:

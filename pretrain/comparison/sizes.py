@@ -125,7 +125,7 @@ def _loaded_row(label: str, measured: Measured) -> list[Cell]:
         EMPTY if without is None else Cell(short_count(without), without),
         EMPTY if tokens is None else Cell(short_count(tokens), tokens),
         Cell(f"{found['context_length']:,}", found["context_length"]),
-        Cell(found["dtype"], found["dtype"]),
+        Cell(found["dtype"], found["dtype"], f"BOS: {found['bos']}" if "bos" in found else ""),
         Cell(found["items"], found["items"]),
         Cell(found["date"], found["date"]),
     ]

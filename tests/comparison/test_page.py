@@ -187,12 +187,14 @@ def test_what_the_weights_carry_is_shown_apart_from_what_is_published(tmp_path: 
         "parameters": 1_234_000_000,
         "parameters_without_embeddings": 1_000_000_000,
         "revision": "abc123",
+        "bos": "<s>",
         "provenance": {"run_name": "r", "step": 10, "tokens": 5_000_000},
     }
     write_result(tmp_path, "theirs", {"hellaswag": [0, 1]}, "org/theirs", model=more)
     html, _ = make(config, str(tmp_path))
     loaded = rows(html, "As loaded for the evaluation")["theirs"]
     assert loaded["Weights"] == "org/theirs @ abc123"
+    assert loaded["Dtype"] == "float32 BOS: <s>"
     assert (loaded["Parameters"], loaded["Without embeddings"], loaded["Tokens"]) == ("1.23B", "1B", "5M")
     published = rows(html, "As published")["theirs"]
     assert "1.23B" not in published["Parameters"]
@@ -200,6 +202,27 @@ def test_what_the_weights_carry_is_shown_apart_from_what_is_published(tmp_path: 
     # FLOPs of what was measured are those of the tokens that it has seen.
     planned, seen = (float(row["Training FLOPs"].split()[0]) for row in (published, rows(html, "hellaswag")["theirs"]))
     assert planned / seen == pytest.approx(36e12 / 5e6, rel=0.01)
+
+
+def test_bits_per_byte_are_a_table_of_their_own(tmp_path: Path) -> None:
+    config = write_files(tmp_path, facts())
+    bits = {"bits_per_byte": 0.8125, "bytes": 10, "tokens": 5, "documents": 1, "context": 128}
+    write_result(tmp_path, "theirs", {"hellaswag": [0, 1]}, "org/theirs", bits_per_byte={"prose": bits})
+    write_result(tmp_path, "third", {"hellaswag": [0, 1]}, "org/third")
+    html, markdown = make(config, str(tmp_path))
+    found = {row["Model"]: row["prose"] for row in Tables(html).found[""]}
+    assert found == {"ours": "not run", "theirs": "0.8125", "third": "not run"}
+    assert "| theirs | 0.8125 |" in markdown
+    assert "Bits per byte" not in make(config)[0]
+
+
+def test_items_that_differ_from_the_published_ones_are_marked(tmp_path: Path) -> None:
+    config = write_files(tmp_path, facts())
+    result = a_result({"hellaswag": [0, 1]})
+    result["tasks"]["hellaswag"] |= {"note": "validation split", "num_fewshot": 10}
+    write(tmp_path / "third", result)
+    cell = rows(make(config, str(tmp_path))[0], "hellaswag")["third"]["Setting"]
+    assert cell == "acc_norm, 10 shots 2 items, validation; validation split"
 
 
 def test_the_parts_of_a_group_appear_as_one_task(tmp_path: Path) -> None:
