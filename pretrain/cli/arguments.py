@@ -42,6 +42,25 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_margin(parser: argparse.ArgumentParser) -> None:
+    """Add the margin of the test of equivalence."""
+    parser.add_argument(
+        "--margin",
+        type=_margin,
+        default=0.02,
+        metavar="M",
+        help="differences of scores below M count as equivalent (default: %(default)s, 2 percentage points)",
+    )
+
+
+def named_path(word: str) -> tuple[str | None, Path]:
+    """Split NAME=PATH; a path that exists is not split."""
+    label, separator, path = word.partition("=")
+    if Path(word).exists() or not separator or not label or not path:
+        return None, Path(word)
+    return label, Path(path)
+
+
 def task_names(text: str) -> list[str]:
     """Names separated by commas; a comma too many does no harm."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -74,4 +93,14 @@ def above_0(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _margin(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a difference of scores above 0 and below 1, got {text!r}")
     return value

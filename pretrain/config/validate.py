@@ -213,11 +213,15 @@ def _lower_first(text: str) -> str:
 
 
 def _fields_at(model: Any, loc: Sequence[int | str]) -> list[str]:
-    """Names of the fields of the section found by walking `loc` from `model`."""
+    """Names of the fields of the section found by walking `loc` from `model`, past places in lists and mappings."""
+    is_key = False
     for part in loc:
-        if isinstance(part, int):
+        if isinstance(part, int) or is_key:
+            is_key = False
             continue
-        model = section_in(model.model_fields[part].annotation)
+        annotation = model.model_fields[part].annotation
+        is_key = typing.get_origin(annotation) is dict
+        model = section_in(annotation)
     return list(model.model_fields)
 
 
