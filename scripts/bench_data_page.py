@@ -37,8 +37,8 @@ _FOOT = """
    figure is that of row groups of the stated size; compressed lines are decompressed from their beginning.
 5. `datasets` reads the same files, with the same tokenizer and packing, in two ways: with its own `map` and a tokenizer
    of transformers, as its documentation shows, and with the fastest call of `tokenizers`, by hand. mosaicml-streaming
-   and litdata read the same tokens in their own formats, in order, in a Python of their own, and stack them into batches
-   of the same shape. They neither count documents and bytes nor take turns among lanes.
+   and litdata read the same tokens in their own formats, in order, in a Python of their own, and stack them into
+   batches of the same shape. They neither count documents and bytes nor take turns among lanes.
 6. Memory is that of a process without workers that reads all of the text. A start is what happens between the config
    and the first batch: the lock is read, the mirror checked, the sources surveyed and their epochs estimated, the
    catalog pickled and unpickled as for another rank, the order of an epoch computed, a batch read.
