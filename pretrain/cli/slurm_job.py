@@ -69,7 +69,13 @@ def _work_of(command: Sequence[str], ranks: int) -> Work:
         jobs = plan_jobs(sweep) if options.index is None else plan_jobs(sweep)[options.index : options.index + 1]
         folders = [job.config.run_folder for job in jobs if job.config]
         return Work(sweep.file.name, lambda: _last_step(folders))
-    return Work(f"eval-{Path(options.model).name}", lambda: 0)
+    out = options.out or Path(options.model) / "eval"
+    return Work(f"eval-{Path(options.model).name}", lambda: _results(out) if options.every_checkpoint else 0)
+
+
+def _results(out: Path) -> int:
+    """How many checkpoints have been evaluated."""
+    return sum(1 for _ in out.glob("step-*/results.json"))
 
 
 def _last_step(folders: Sequence[Path]) -> int:
