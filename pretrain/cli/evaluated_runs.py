@@ -1,8 +1,8 @@
 """The evaluation results in run folders, for the report.
 
 A run keeps its results below its folder ``eval``: RUN/eval/NAME/results.json, or RUN/eval/results.json. Results of the
-same name are compared between runs. Those of its checkpoints (RUN/eval/step-N/results.json, or
-RUN/eval/NAME/step-N/results.json) are series; of each, the newest result is compared that all runs with the series have.
+same name are compared between runs. Those of its checkpoints (RUN/eval/step-N/results.json or
+RUN/eval/NAME/step-N/results.json) are series; of each, the newest step that all runs have is compared.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
     series: dict[str, dict[str, dict[int, Path]]] = {}
     for run, folder in runs.items():
         newest: dict[str, tuple[int, str, EvalResult]] = {}
-        for file in _files(folder):
+        for file in result_files(folder):
             name = str(file.relative_to(folder))
             try:
                 result = read_result(file)
@@ -73,7 +73,7 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
     }
 
 
-def _files(run: Path) -> list[Path]:
+def result_files(run: Path) -> list[Path]:
     """The results in a run folder."""
     folder = run / "eval"
     deeper = [file for depth in ("*", "*/step-*") for file in sorted(folder.glob(f"{depth}/{RESULT_FILE}"))]
