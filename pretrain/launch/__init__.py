@@ -32,6 +32,7 @@ from pretrain.processes.signals import NOTICE, StopRequests, stop_requests
 from pretrain.run.folder import RunError
 from pretrain.training.dry_run import dry_run, wants_dry_run
 from pretrain.training.epochs import packing_lines
+from pretrain.training.start_validation import StartValidation
 from pretrain.training.trainer import Trainer
 
 CHECKPOINT_BYTES = 12
@@ -192,6 +193,10 @@ def _take_steps(
         if wants_dry_run(trainer):
             watch.enter("dry run", state.step)
             dry_run(trainer)
+        for hook in trainer.hooks:
+            if isinstance(hook, StartValidation):
+                watch.enter(hook.phase, state.step)
+                hook.measure(trainer.context(state.step))
         stops.budget.step_ended()
         try:
             outcome = "stopped" if stops.agreed() else trainer.fit(stop_at)
