@@ -43,8 +43,10 @@ class ScoreQueue:
             OSError: it cannot be written.
         """
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone(), self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({AXIS: step, **values}) + "\n")
+        with self._alone():
+            cut_off = self._file.exists() and not self._file.read_bytes().endswith(b"\n")  # by a crash
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write("\n" * cut_off + json.dumps({AXIS: step, **values}) + "\n")
 
     def send(self, log: Callable[[dict[str, Any]], None]) -> int:
         """Call `log` for each result that has not been sent; return how many there were.
