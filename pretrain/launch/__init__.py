@@ -15,7 +15,7 @@ from pretrain.data import DamagedFileError
 from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
-from pretrain.launch.following import FinishScores, following
+from pretrain.launch.follower import FinishScores, following
 from pretrain.launch.records import fetch_copy
 from pretrain.launch.setup import Setup, set_up
 from pretrain.launch.start import Start, choose_start
