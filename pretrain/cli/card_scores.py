@@ -6,11 +6,10 @@ import warnings
 
 from eval.compare import main_metric
 from eval.errors import EvalError
-from eval.results import read_result
+from eval.results import RESULT_FILE, read_result
 from eval.schema import EvalResult
 from pretrain.checkpoint.format import index_digest
 from pretrain.checkpoint.store import CheckpointReader
-from pretrain.cli.evaluated_runs import result_files
 from pretrain.export.card import CardScore
 
 
@@ -23,7 +22,8 @@ def card_scores(checkpoint: CheckpointReader) -> list[CardScore]:
     index = checkpoint.index
     digest = index.get("digest") or index_digest(index)
     best: dict[str, CardScore] = {}
-    for file in result_files(checkpoint.folder.absolute().parent.parent):
+    run = checkpoint.folder.absolute().parent.parent
+    for file in sorted((run / "eval").rglob(RESULT_FILE)):
         try:
             result = read_result(file)
         except EvalError as error:
@@ -53,7 +53,7 @@ def _card_scores(result: EvalResult) -> list[CardScore]:
                 value=task[metric],
                 stderr=task["acc_stderr"] if metric == "acc" else task.get("acc_norm_stderr"),
                 num_items=task["num_items"],
-                num_fewshot=result["num_fewshot"],
+                num_fewshot=task.get("num_fewshot", result["num_fewshot"]),
                 split=f"{task['num_items_in_split']:,} ({task['split']}{origin})",
             )
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.cli.arguments import add_series, add_tasks, positive
+from pretrain.processes.environment import world
 
 if TYPE_CHECKING:
     from eval.schema import EvalResult
@@ -76,9 +77,14 @@ def run(options: argparse.Namespace) -> int:
     from eval.errors import EvalError
 
     if options.every_checkpoint:
-        from pretrain.cli.series import evaluate_checkpoints
+        from pretrain.cli.series import Request, check_run, evaluate_checkpoints
 
-        return evaluate_checkpoints(options, functools.partial(evaluate_model, options))
+        if world().size > 1:
+            raise EvalError("--every-checkpoint evaluates with one process: start it without torchrun")
+        check_run(run_folder := Path(options.model), options.follow)
+        request = Request(dict.fromkeys(options.tasks, 0), options.limit, options.selection, options.items)
+        evaluate_checkpoints(run_folder, options, request, functools.partial(evaluate_model, options))
+        return 0
     for name in ("follow", "every_steps"):
         if getattr(options, name):
             raise EvalError(f"--{name.replace('_', '-')}: has an effect with --every-checkpoint only")
@@ -110,7 +116,9 @@ def evaluate_model(options: argparse.Namespace, model: str | Path, out: Path, ov
     with contextlib.ExitStack() as stack:
         if ours:
             folder = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-export-")), "model")
-            print(f"evaluating {export_checkpoint(source, Path(folder)).folder}", flush=True)
+            checkpoint = export_checkpoint(source, Path(folder)).folder
+            if checkpoint != source:
+                print(f"evaluating {checkpoint}", flush=True)
             model = folder
         result = evaluate(
             model,

@@ -35,7 +35,7 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
     series: dict[str, dict[str, dict[int, Path]]] = {}
     for run, folder in runs.items():
         newest: dict[str, tuple[int, str, EvalResult]] = {}
-        for file in result_files(folder):
+        for file in _files(folder):
             name = str(file.relative_to(folder))
             try:
                 result = read_result(file)
@@ -73,7 +73,7 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
     }
 
 
-def result_files(run: Path) -> list[Path]:
+def _files(run: Path) -> list[Path]:
     """The results in a run folder."""
     folder = run / "eval"
     deeper = [file for depth in ("*", "*/step-*") for file in sorted(folder.glob(f"{depth}/{RESULT_FILE}"))]

@@ -10,10 +10,10 @@ import argparse
 import contextlib
 import fcntl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from eval.errors import EvalError
 from eval.results import RESULT_FILE, read_result
@@ -21,9 +21,7 @@ from eval.schema import EvalResult
 from pretrain.checkpoint.format import INDEX, CheckpointError, index_digest
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, step_of
 from pretrain.cli.log_scores import ScoreLog
-from pretrain.processes.environment import world
 from pretrain.processes.errors import UserError
-from pretrain.processes.exit_codes import DONE
 from pretrain.processes.parent import is_orphaned
 from pretrain.run.folder import RunFolder
 from pretrain.run.reader import read_run
@@ -43,7 +41,8 @@ Need = Literal["new", "more", "another"]
 class Request:
     """What a checkpoint's result must hold."""
 
-    tasks: Sequence[str]
+    shots: Mapping[str, int]
+    """Task, or group of tasks -> number of solved examples in its prompts."""
     limit: int | None
     """Items of each task; None: all."""
     selection: str
@@ -54,11 +53,19 @@ class Request:
         """Return whether a result is of the checkpoint with this digest, and has all that is asked for."""
         return (
             is_of(result, digest)
-            and set(self.tasks) <= result["tasks"].keys()
+            and all(_shots(result, name) == shots for name, shots in self.shots.items())
             and result["limit"] == self.limit
             and (self.limit is None or result["selection"] == self.selection)
             and result["items_source"]["kind"] == self.items
         )
+
+
+def _shots(result: EvalResult, name: str) -> int | None:
+    """The number of solved examples with which a result has a task or a group of tasks; None if it has not."""
+    found: Mapping[str, Any] = result
+    group = found.get("groups", {}).get(name)
+    task = found["tasks"].get(group["tasks"][0] if group else name)
+    return None if task is None else int(task.get("num_fewshot", found["num_fewshot"]))
 
 
 def is_of(result: EvalResult, digest: str) -> bool:
@@ -67,33 +74,33 @@ def is_of(result: EvalResult, digest: str) -> bool:
     return provenance is None or provenance.get("checkpoint_sha256", digest) == digest
 
 
-def evaluate_checkpoints(options: argparse.Namespace, evaluate: Callable[[Path, Path, bool], EvalResult]) -> int:
-    """Evaluate the checkpoints of a run as the options of `aurora eval` say; return the exit code.
+def evaluate_checkpoints(
+    run: Path,
+    options: argparse.Namespace,
+    request: Request,
+    evaluate: Callable[[Path, Path, bool], EvalResult],
+) -> None:
+    """Evaluate the checkpoints of a run.
 
     Args:
-        options: see `pretrain.cli.arguments.add_series`.
-        evaluate: see `CheckpointSeries`.
+        run: the run folder.
+        options: with those of `pretrain.cli.arguments.add_series`, and `out` and `overwrite`.
+        request: what a result must hold.
+        evaluate: see `CheckpointSeries`; returns the result.
 
     Raises:
-        EvalError: the model is not a run, a result would be lost, or a checkpoint is damaged.
+        EvalError: it is not a run, a result would be lost, or a checkpoint is damaged.
     """
-    run = Path(options.model)
-    if world().size > 1:
-        raise EvalError("--every-checkpoint: evaluates with one process, started by itself and not by torchrun")
-    check_run(run, options.follow)
     out = options.out or run / "eval"
-    request = Request(options.tasks, options.limit, options.selection, options.items)
-    log = None
+    log = ScoreLog(run, say) if options.log and (run / "manifest.json").exists() else None
 
     def evaluate_and_log(checkpoint: Path, target: Path, overwrite: bool) -> None:
         nonlocal log
         result = evaluate(checkpoint, target, overwrite or options.overwrite)
         if options.log:
-            log = log or ScoreLog(run, say)
+            log = log or ScoreLog(run, say)  # the run has appeared
             log.add(result)
 
-    if options.log and not options.follow:
-        log = ScoreLog(run, say)
     series = CheckpointSeries(run, out, request, evaluate_and_log, every_steps=options.every_steps)
     with alone(out):
         try:
@@ -101,7 +108,6 @@ def evaluate_checkpoints(options: argparse.Namespace, evaluate: Callable[[Path, 
         finally:
             if log is not None:
                 log.send()  # what was left to a training process that has ended since
-    return DONE
 
 
 def say(text: str) -> None:

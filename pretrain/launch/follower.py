@@ -37,15 +37,23 @@ class Follower:
         run: the run folder, with its manifest.
         settings: the section `evaluation`.
         log_scores: whether scores are logged to the run's wandb run.
+        say: prints a line.
         warn: prints a warning.
 
     Raises:
         OSError: the process could not be started.
     """
 
-    def __init__(self, run: Path, settings: EvaluationConfig, log_scores: bool, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: Path,
+        settings: EvaluationConfig,
+        log_scores: bool,
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
         self.log_path = run / "eval" / LOG_FILE
-        self._command, self._warn = command_of(run, settings, log_scores), warn
+        self._command, self._say, self._warn = command_of(run, settings, log_scores), say, warn
         self.log_path.parent.mkdir(exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THIS_PROCESS)}
         with self.log_path.open("ab") as log, parent_of_what_starts():
@@ -56,6 +64,8 @@ class Follower:
 
     def finish(self, stopped: Callable[[], bool]) -> None:
         """Wait until the last checkpoint of a finished run has been scored; end the process if `stopped`."""
+        if self._process.poll() is None:
+            self._say(f"waiting for the scores of the last checkpoints: see {self.log_path}")
         while not stopped():
             try:
                 code = self._process.wait(POLL_SECONDS)
@@ -106,7 +116,8 @@ def following(setup: Setup) -> Iterator[FinishScores]:
         yield lambda stopped: None
         return
     try:
-        follower = Follower(setup.folder.path, config.evaluation, config.wandb.mode != "disabled", display.warn)
+        logs = config.wandb.mode != "disabled"
+        follower = Follower(setup.folder.path, config.evaluation, logs, display.say, display.warn)
     except OSError as error:
         display.warn(f"checkpoints are not scored: the process could not be started: {error}")
         yield lambda stopped: None

@@ -22,7 +22,7 @@ from pretrain.files import replace_text
 from pretrain.run.folder import RunFolder
 from tests.eval.results import a_result, write
 
-REQUEST = Request(["winogrande"], None, "first", "packaged")
+REQUEST = Request({"winogrande": 0}, None, "first", "packaged")
 
 
 def checkpoint(run: Path, step: int, of: str = "first training") -> Path:
@@ -102,9 +102,10 @@ def test_each_checkpoint_is_evaluated_once_oldest_first(run: Path) -> None:
 def test_a_result_that_lacks_a_task_or_items_is_not_enough(run: Path) -> None:
     work(run, Evaluator())
     for request in (
-        Request(["winogrande", "piqa"], None, "first", "packaged"),
-        Request(["winogrande"], 1, "first", "packaged"),
-        Request(["winogrande"], None, "first", "hub"),
+        Request({"winogrande": 0, "piqa": 0}, None, "first", "packaged"),
+        Request({"winogrande": 5}, None, "first", "packaged"),
+        Request({"winogrande": 0}, 1, "first", "packaged"),
+        Request({"winogrande": 0}, None, "first", "hub"),
     ):
         more = Evaluator()
         CheckpointSeries(run, run / "eval", request, more, say=lambda text: None).work(False, 0.0)
