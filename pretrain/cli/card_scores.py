@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any, cast
 
 from eval.compare import main_metric
 from eval.errors import EvalError
@@ -53,7 +55,7 @@ def _card_scores(result: EvalResult) -> list[CardScore]:
                 value=task[metric],
                 stderr=task["acc_stderr"] if metric == "acc" else task.get("acc_norm_stderr"),
                 num_items=task["num_items"],
-                num_fewshot=task.get("num_fewshot", result["num_fewshot"]),
+                num_fewshot=cast(Mapping[str, Any], task).get("num_fewshot", result["num_fewshot"]),
                 split=f"{task['num_items_in_split']:,} ({task['split']}{origin})",
             )
         )

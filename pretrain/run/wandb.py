@@ -39,8 +39,13 @@ class Tracker(Protocol):
     """A destination for step records in addition to metrics.jsonl."""
 
     def log(self, record: dict[str, Any]) -> None: ...  # noqa: D102
-    def log_scores(self, scores: dict[str, Any]) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
+
+
+class ScoreTracker(Tracker, Protocol):
+    """A destination for evaluations as well."""
+
+    def log_scores(self, scores: dict[str, Any]) -> None: ...  # noqa: D102
 
 
 class NoTracker:
@@ -97,8 +102,9 @@ class WandbTracker:
 
     def log_scores(self, scores: dict[str, Any]) -> None:
         """Log the evaluation of a checkpoint, on an axis of its own: see `AXIS`."""
-        for name in scores.keys() - self._of_scores - {AXIS}:
-            self.run.define_metric(name, step_metric=AXIS, step_sync=False)
+        for name in sorted(scores.keys() - self._of_scores):
+            # Otherwise they would fall under "*" above, and wandb would add a step to them, at which nothing happened.
+            self.run.define_metric(name, step_metric=None if name == AXIS else AXIS, step_sync=False)
             self._of_scores.add(name)
         self.run.log(scores)
 
@@ -121,7 +127,7 @@ class SavedSteps:
 
     def __init__(
         self,
-        tracker: Tracker,
+        tracker: ScoreTracker,
         note: Path,
         saved: Callable[[], int],
         start: int,
