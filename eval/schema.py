@@ -6,6 +6,8 @@ in the case that its comment describes.
 
 from typing import Literal, NotRequired, TypedDict
 
+from eval.validity_schema import BitsPerByte, Overlap, Subset
+
 SCHEMA_VERSION = 1
 
 
@@ -27,6 +29,10 @@ class ItemOutcome(TypedDict):
     source: NotRequired[str]
     # Log-likelihood of each choice, not divided by its length. Absent in results of earlier versions.
     log_likelihoods: NotRequired[list[float]]
+    # Whether greedy decoding would give the choice, for each. Absent in results of earlier versions.
+    greedy: NotRequired[list[bool]]
+    # Whether the item shares text with the training data. Absent if nobody looked.
+    overlap: NotRequired[bool]
 
 
 class TaskResult(TypedDict):
@@ -49,6 +55,10 @@ class TaskResult(TypedDict):
     acc_norm_stderr: NotRequired[float | None]
     # Requests (one per choice of an item) whose text was longer than the model's context and lost its beginning.
     num_truncated_requests: int
+    # Scores with and without the items that occur in the training data. Absent if nobody looked.
+    overlap: NotRequired[Overlap]
+    # Scores on subsets of the items, by name. Absent if none was asked for.
+    subsets: NotRequired[dict[str, Subset]]
     # One outcome per item, by ascending doc_id.
     items: list[ItemOutcome]
 
@@ -101,6 +111,8 @@ class EvalResult(TypedDict):
     model: ModelIdentity
     # By task name, in the requested order.
     tasks: dict[str, TaskResult]
+    # By name of the text, in the requested order. Absent if none was asked for.
+    bits_per_byte: NotRequired[dict[str, BitsPerByte]]
     items_source: ItemsSource
     # Number of solved examples in the prompt: always 0.
     num_fewshot: int

@@ -21,6 +21,7 @@ from pretrain.cli import (
     export,
     plan,
     report,
+    result,
     slurm,
     status,
     sweep,
@@ -32,7 +33,7 @@ from pretrain.processes.failures import is_first_to_say, note_exit
 from pretrain.processes.failures import report as report_failure
 from pretrain.processes.output import drop_what_cannot_be_written, open_closed_streams
 
-VERBS = (check, config, data, train, status, checkpoint, slurm, plan, sweep, export, evaluate, compare, report)
+VERBS = (check, config, data, train, status, checkpoint, slurm, plan, sweep, export, evaluate, result, compare, report)
 """The modules of the verbs, in the order of the help. Each has a function ``add`` that declares its arguments; what
 carries a verb out is imported when it runs."""
 

