@@ -26,24 +26,18 @@ TYPES: dict[str, Any] = {
 }
 
 
+KEYWORDS = {"$schema", "$defs", "$ref", "title", "description", "type", "properties", "required", "items", "anyOf"}
+KEYWORDS |= {"enum", "const", "additionalProperties", "prefixItems", "minItems", "maxItems"}
+
+
 def violations(schema: dict[str, Any], value: Any, root: dict[str, Any], where: str = "") -> Iterator[str]:
     """What of the value the schema forbids: an interpreter of the keywords that ours use."""
-    known = {"$schema", "$defs", "$ref", "title", "description", "type", "properties", "required", "items"}
-    assert set(schema) <= known | {
-        "anyOf",
-        "enum",
-        "const",
-        "additionalProperties",
-        "prefixItems",
-        "minItems",
-        "maxItems",
-    }
+    assert set(schema) <= KEYWORDS
     if "$ref" in schema:
         yield from violations(root["$defs"][schema["$ref"].removeprefix("#/$defs/")], value, root, where)
     if "type" in schema:
-        right = isinstance(value, TYPES[schema["type"]]) and (
-            not isinstance(value, bool) or schema["type"] == "boolean"
-        )
+        right = isinstance(value, TYPES[schema["type"]])
+        right = right and (schema["type"] == "boolean" or not isinstance(value, bool))
         if not right:
             yield f"{where}: not {schema['type']}"
             return

@@ -139,9 +139,8 @@ def test_items_spread_over_the_split_keep_their_numbers(
     write_lm_eval_files(spread, tmp_path, **fetched)
     _, results, samples = read(tmp_path)
     assert [sample["doc_id"] for sample in samples["winogrande"]] == [0, 5, 11, 17]
-    assert [sample["acc"] for sample in samples["winogrande"]] == [
-        i["acc"] for i in spread["tasks"]["winogrande"]["items"]
-    ]
+    outcomes = [item["acc"] for item in spread["tasks"]["winogrande"]["items"]]
+    assert [sample["acc"] for sample in samples["winogrande"]] == outcomes
     assert results["results"]["winogrande"]["acc,none"] == spread["tasks"]["winogrande"]["acc"]
 
 
