@@ -5,7 +5,10 @@ The comment above a key becomes its description. Keys that are not declared are 
 
 from __future__ import annotations
 
+import ast
 import inspect
+import sys
+import textwrap
 import types
 from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -75,17 +78,21 @@ def _of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 def _comments(kind: Any) -> dict[str, str]:
     """The comment above each key of a TypedDict. A comment above several keys belongs to the first of them."""
+    source = textwrap.dedent(inspect.getsource(kind))
     found: dict[str, str] = {}
     lines: list[str] = []
-    for base in (kind, *getattr(kind, "__orig_bases__", ())):
-        if base is not kind and not is_typeddict(base):
+    for line in map(str.strip, source.splitlines()):
+        name, colon, _ = line.partition(":")
+        if line.startswith("#"):
+            lines.append(line.removeprefix("#").strip())
             continue
-        for line in map(str.strip, inspect.getsource(base).splitlines()):
-            name, colon, _ = line.partition(":")
-            if line.startswith("#"):
-                lines.append(line.removeprefix("#").strip())
-                continue
-            if colon and name.isidentifier() and lines:
-                found.setdefault(name, " ".join(lines))
-            lines = []
+        if colon and name.isidentifier() and lines:
+            found[name] = " ".join(lines)
+        lines = []
+    # A TypedDict does not know which ones it extends; its source does.
+    (declaration,) = ast.parse(source).body
+    names = [base.id for base in getattr(declaration, "bases", []) if isinstance(base, ast.Name)]
+    for base in (vars(sys.modules[kind.__module__]).get(name) for name in names):
+        if is_typeddict(base):
+            found = {**_comments(base), **found}
     return found

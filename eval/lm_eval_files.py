@@ -188,7 +188,7 @@ def _write(result: EvalResult, report: dict[str, Any], folder: Path) -> list[Pat
         raise EvalError(f"cannot write to {folder}: {error}") from error
     tracker = EvaluationTracker(output_path=str(folder))
     facts = tracker.general_config_tracker
-    facts.log_experiment_args("hf", report["config"]["model_args"], None, None, True)
+    facts.log_experiment_args("hf", report["config"]["model_args"], None, None, None)
     facts.start_time = time.perf_counter() - result["seconds"]
     samples = report.pop("samples")
     before = set(folder.rglob("*"))

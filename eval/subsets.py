@@ -92,7 +92,7 @@ def read_subset(request: str) -> SubsetList:
         if request not in HUB_SUBSETS:
             known = ", ".join(HUB_SUBSETS)
             raise EvalError(
-                f"unknown subset {request!r}{did_you_mean(request, HUB_SUBSETS)}: known is {known}; NAME=FILE reads one"
+                f"unknown subset {request!r}{did_you_mean(request, HUB_SUBSETS)} (known: {known}; NAME=FILE reads one)"
             )
         return _from_hub(request, HUB_SUBSETS[request])
     if not _NAME.fullmatch(name) or not _NAME.fullmatch(task):

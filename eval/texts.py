@@ -91,7 +91,7 @@ def _read(word: str, cache: Path | None, package: ItemPackage, progress: bool) -
     if not path.exists():
         known = ", ".join(package.texts)
         raise EvalError(
-            f"no text {word!r}{did_you_mean(word, package.texts)}: neither one of the package ({known}) nor a file"
+            f"no text {word!r}{did_you_mean(word, package.texts)} (neither a file nor one of the package: {known})"
         )
     if not _NAME.fullmatch(label):
         raise EvalError(

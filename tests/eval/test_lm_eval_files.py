@@ -104,8 +104,9 @@ def test_they_are_those_of_an_evaluation_by_lm_eval(
         tasks=TASKS,
         batch_size=8,
         device="cpu",
-        limit=LIMIT,
+        limit=float(LIMIT),
         gen_kwargs={},
+        fewshot_as_multiturn=None,
         task_manager=TaskManager(include_path=str(definitions), include_defaults=False),
         evaluation_tracker=tracker,
     )
