@@ -52,13 +52,13 @@ def verdict(row: TaskComparison) -> str:
     return f"undecided (could show {row['smallest_difference']:.3f})"
 
 
-def _cells(row: TaskComparison) -> list[str]:
+def _cells(row: TaskComparison, part: str | None = None) -> list[str]:
     low, high = row["interval"]
     exact = " exact" if row["interval_method"] == "exact" else ""
     part = "" if row["num_items"] == row["num_items_in_split"] else f" of {row['num_items_in_split']:,}"
     sources = "" if row["num_sources"] == row["num_items"] else f" ({row['num_sources']:,} sources)"
     return [
-        f"{row['task']}, {row['part']}" if "part" in row else row["task"],
+        row["task"] if part is None else f"{row['task']}, {part}",
         row["metric"],
         f"{row['num_items']:,}{part}{sources}",
         f"{row['baseline_score']:.4f}",
@@ -121,7 +121,7 @@ def _groups(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
             f"{model['label']} against {baseline}",
             [
                 *(_cells(row) for row in comparison["comparisons"] if row["model"] == model["label"]),
-                *(_cells(row) for row in comparison.get("parts", []) if row["model"] == model["label"]),
+                *(_cells(row, row["part"]) for row in comparison.get("parts", []) if row["model"] == model["label"]),
                 *(_bits_cells(row) for row in comparison.get("bits_per_byte", []) if row["model"] == model["label"]),
             ],
         )

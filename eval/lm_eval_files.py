@@ -33,7 +33,7 @@ from eval.schema import EvalResult, ItemOutcome
 _BOOTSTRAP_ITERATIONS = 100_000  # the command's default; metrics that are means do not need it
 
 
-class _Recorded(LM):  # type: ignore[misc]
+class _Recorded(LM):
     """A model that gives every request the score that a result has for it."""
 
     def __init__(self, result: EvalResult, items: Mapping[str, Sequence[ItemOutcome]]) -> None:
