@@ -55,12 +55,12 @@ def verdict(row: TaskComparison) -> str:
 def _cells(row: TaskComparison, part: str | None = None) -> list[str]:
     low, high = row["interval"]
     exact = " exact" if row["interval_method"] == "exact" else ""
-    part = "" if row["num_items"] == row["num_items_in_split"] else f" of {row['num_items_in_split']:,}"
+    of_all = "" if row["num_items"] == row["num_items_in_split"] else f" of {row['num_items_in_split']:,}"
     sources = "" if row["num_sources"] == row["num_items"] else f" ({row['num_sources']:,} sources)"
     return [
         row["task"] if part is None else f"{row['task']}, {part}",
         row["metric"],
-        f"{row['num_items']:,}{part}{sources}",
+        f"{row['num_items']:,}{of_all}{sources}",
         f"{row['baseline_score']:.4f}",
         f"{row['score']:.4f}",
         f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{exact}",

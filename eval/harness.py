@@ -290,8 +290,7 @@ def _load_tasks(names: Sequence[str], items_folder: Path | None, scratch: Path, 
         write_task_definitions(items_folder, names, scratch, package=package)
         manager = TaskManager(include_path=str(scratch), include_defaults=False)
     else:
-        write_controls(names, scratch)
-        manager = TaskManager(include_path=str(scratch))
+        manager = TaskManager(include_path=str(scratch)) if write_controls(names, scratch) else TaskManager()
         _check_names(names, manager.all_tasks, "lm-eval knows")
     try:
         tasks: dict[str, Any] = manager.load(list(names))["tasks"]

@@ -10,9 +10,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from eval.compare import compare
 from eval.compare_tables import render
+from eval.controls import write_controls
 from eval.errors import EvalError
 from eval.harness import evaluate, item_texts
 from eval.identities import ItemIdentity, item_identities
@@ -363,3 +365,14 @@ def test_bits_per_byte_of_other_texts_are_refused(tmp_path: Path) -> None:
     other["bits_per_byte"]["sea"]["per_document"][3]["doc_hash"] = "another"
     with pytest.raises(EvalError, match="sea: one and two are not of the same text"):
         compare([one, write(tmp_path / "two", other)])
+
+
+def test_with_items_from_the_hub_the_control_is_lm_evals_task_without_the_prompt(tmp_path: Path) -> None:
+    assert write_controls(["winogrande", "hellaswag_no_context"], tmp_path)
+    assert not write_controls(["winogrande"], tmp_path)
+    [file] = tmp_path.iterdir()
+    definition = yaml.safe_load(file.read_text())
+    assert definition.keys() == {"include", "task", "doc_to_text", "tag"}
+    included = yaml.load(Path(definition["include"]).read_text().replace("!function", ""), yaml.SafeLoader)
+    assert (included["dataset_path"], included["doc_to_choice"]) == ("Rowan/hellaswag", "choices")
+    assert (definition["task"], definition["doc_to_text"]) == ("hellaswag_no_context", "")
