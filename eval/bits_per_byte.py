@@ -19,17 +19,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerBase
 
 from eval.errors import EvalError
 from eval.ratios import ratio_of_sums
+from eval.scoring import ContinuationScorer, TokenRequest
+from eval.sharing import Team
 from eval.texts import HeldOutText
 from eval.validity_schema import BitsPerByte, DocumentBits
 
-_LOGITS_BYTES = 512 << 20  # of one forward pass: every position is scored, so all logits are needed
 _DOCUMENTS_AT_A_TIME = 512
 
 
@@ -43,7 +44,12 @@ class Window(NamedTuple):
 
 
 def measure_bits_per_byte(
-    scorer: HFLM, text: HeldOutText, *, places: Sequence[int] | None = None, stride: int | None = None
+    scorer: ContinuationScorer,
+    text: HeldOutText,
+    *,
+    places: Sequence[int] | None = None,
+    stride: int | None = None,
+    team: Team | None = None,
 ) -> BitsPerByte:
     """Measure a model on a text.
 
@@ -52,6 +58,7 @@ def measure_bits_per_byte(
         text: the documents.
         places: positions of the documents to score, ascending; None for all.
         stride: tokens that a window advances over a document longer than the context; None for half of the context.
+        team: the processes that share the documents, each of which is scored once; None for this one alone.
 
     Raises:
         EvalError: the stride is out of range, the model has no token to start from, or it gives a text a probability
@@ -61,17 +68,19 @@ def measure_bits_per_byte(
     step = max(1, context // 2) if stride is None else stride
     if not 1 <= step <= context:
         raise EvalError(f"stride is {step}; expected 1 to {context:,} tokens, the context of the model")
-    start = scorer.prefix_token_id
-    if start is None:
+    first_token = scorer.prefix_token_id
+    if first_token is None:
         raise EvalError("bits per byte need a token before the text, but the tokenizer has neither BOS nor EOS")
     chosen = [text.documents[place] for place in (range(len(text.documents)) if places is None else places)]
-    per_document: list[DocumentBits] = []
-    changed = 0
-    for first in range(0, len(chosen), _DOCUMENTS_AT_A_TIME):
-        part = chosen[first : first + _DOCUMENTS_AT_A_TIME]
-        encoded = _encode(scorer.tokenizer, part)
-        changed += sum(_decode(scorer.tokenizer, ids) != one for one, ids in zip(part, encoded, strict=True))
-        per_document += _score(scorer, part, encoded, start, step)
+    ranks = (team or Team()).ranks
+    own = _share(chosen, ranks.rank, ranks.world_size)
+    found: dict[int, tuple[DocumentBits, bool]] = {}
+    for start in range(0, len(own), _DOCUMENTS_AT_A_TIME):
+        part = own[start : start + _DOCUMENTS_AT_A_TIME]
+        found |= zip(part, _score(scorer, [chosen[place] for place in part], first_token, step), strict=True)
+    for other in ranks.gather(found):
+        found |= other
+    per_document = [found[place][0] for place in range(len(chosen))]
     ratio, stderr = ratio_of_sums([one["bits"] for one in per_document], [one["bytes"] for one in per_document])
     return {
         "bits_per_byte": ratio,
@@ -82,8 +91,8 @@ def measure_bits_per_byte(
         "documents_in_text": len(text.documents),
         "context": context,
         "stride": step,
-        "first_token": str(scorer.tokenizer.convert_ids_to_tokens(start)),
-        "documents_changed_by_tokenizer": changed,
+        "first_token": str(scorer.tokenizer.convert_ids_to_tokens(first_token)),
+        "documents_changed_by_tokenizer": sum(changed for _, changed in found.values()),
         "sha256": hashlib.sha256("".join(one["doc_hash"] for one in per_document).encode()).hexdigest(),
         "origin": text.origin,
         "per_document": per_document,
@@ -101,28 +110,45 @@ def document_windows(tokens: int, context: int, stride: int) -> Iterator[Window]
         yield Window(end - 1 - context, begin, end)
 
 
+def _share(documents: Sequence[str], rank: int, size: int) -> list[int]:
+    """The positions of the documents that a process scores: all have about as much text."""
+    by_length = sorted(range(len(documents)), key=lambda place: (-len(documents[place]), place))
+    return sorted(by_length[rank::size])
+
+
 def _score(
-    scorer: HFLM, texts: Sequence[str], encoded: Sequence[list[int]], start: int, stride: int
-) -> Iterator[DocumentBits]:
-    context = scorer.max_length
+    scorer: ContinuationScorer, texts: Sequence[str], first_token: int, stride: int
+) -> Iterator[tuple[DocumentBits, bool]]:
+    """Yield the bits of each document, and whether the tokenizer changed its text."""
+    encoded = _encode(scorer.tokenizer, texts)
     hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-    requests: list[tuple[tuple[str, str], list[int], list[int]]] = []
+    requests: list[TokenRequest] = []
     owners: list[int] = []
     for place, ids in enumerate(encoded):
-        for window in document_windows(len(ids), context, stride):
-            before = [start] if window.context < 0 else ids[window.context : window.begin]
-            # A scorer may remember scores by the text of a request, so the name says exactly what is scored.
+        for window in document_windows(len(ids), scorer.max_length, stride):
+            before = [first_token] if window.context < 0 else ids[window.context : window.begin]
+            # Scores are kept by the text of a request, so this one says exactly what is scored.
             name = (f"{hashes[place]} from {window.context}", f"tokens {window.begin} to {window.end} of {len(ids)}")
             requests.append((name, before, ids[window.begin : window.end]))
             owners.append(place)
-    longest = max((len(before) + len(own) - 1 for _, before, own in requests), default=1)
-    rows = max(1, _LOGITS_BYTES // (4 * longest * scorer.vocab_size))
     bits = [0.0] * len(texts)
-    scores = scorer._loglikelihood_tokens(requests, override_bs=rows)
+    with _separate_rows(scorer):
+        scores = scorer._loglikelihood_tokens(requests)
     for owner, (log_likelihood, _) in zip(owners, scores, strict=True):
         bits[owner] -= log_likelihood / math.log(2)
     for text, digest, ids, own in zip(texts, hashes, encoded, bits, strict=True):
-        yield {"doc_hash": digest, "bytes": len(text.encode()), "tokens": len(ids), "bits": own}
+        document: DocumentBits = {"doc_hash": digest, "bytes": len(text.encode()), "tokens": len(ids), "bits": own}
+        yield document, _decode(scorer.tokenizer, ids) != text
+
+
+@contextmanager
+def _separate_rows(scorer: ContinuationScorer) -> Iterator[None]:
+    """Documents have nothing but the start token in common, which is not worth a row with several of them."""
+    before, scorer.shares = scorer.shares, False
+    try:
+        yield
+    finally:
+        scorer.shares = before
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

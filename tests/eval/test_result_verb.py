@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from eval import identities, lm_eval_files
-from eval.harness import evaluate, item_texts
+from eval.harness import evaluate
+from eval.item_texts import item_texts
 from eval.overlap_report import text_hash
 from eval.results import read_result, write_result
 from pretrain.cli import held_out, main
