@@ -18,7 +18,7 @@ def format_table(result: EvalResult) -> str:
     the items that overlap with the training data, and on subsets. Bits per byte follow, and what a reader needs to
     compare the figures with others.
     """
-    rows = [("task", "items", "shots", "acc", "acc_norm")]
+    rows: list[tuple[str, ...]] = [("task", "items", "shots", "acc", "acc_norm")]
     grouped = {name for group in result.get("groups", {}).values() for name in group["tasks"]}
     for name, group in result.get("groups", {}).items():
         rows.append(_group_row(name, group, result["tasks"][group["tasks"][0]]))
@@ -126,10 +126,10 @@ def _notes(result: EvalResult) -> Iterator[str]:
             yield f"{name}: a control; above chance it shows what {CONTROLS[name].of} gives away without its context"
         if "overlap" in task and not task["overlap"]["complete"]:
             yield f"{name}: the report of overlap covers a part of the training text; more items may occur in it"
-    for name, text in result.get("bits_per_byte", {}).items():
-        if text["documents_changed_by_tokenizer"]:
+    for name, found in result.get("bits_per_byte", {}).items():
+        if found["documents_changed_by_tokenizer"]:
             yield (
-                f"{name}: the tokenizer changes the text of {text['documents_changed_by_tokenizer']:,} documents, so"
+                f"{name}: the tokenizer changes the text of {measured['documents_changed_by_tokenizer']:,} documents, so"
                 " their bits are too few; bytes are those of the original text"
             )
 
