@@ -127,10 +127,11 @@ def _notes(result: EvalResult) -> Iterator[str]:
         if "overlap" in task and not task["overlap"]["complete"]:
             yield f"{name}: the report of overlap covers a part of the training text; more items may occur in it"
     for name, found in result.get("bits_per_byte", {}).items():
-        if found["documents_changed_by_tokenizer"]:
+        changed = found["documents_changed_by_tokenizer"]
+        if changed:
             yield (
-                f"{name}: the tokenizer changes the text of {measured['documents_changed_by_tokenizer']:,} documents, so"
-                " their bits are too few; bytes are those of the original text"
+                f"{name}: the tokenizer changes the text of {changed:,} documents, so their bits are too few; bytes are"
+                " those of the original text"
             )
 
 
