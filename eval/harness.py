@@ -148,7 +148,9 @@ class Evaluation:
         }
         names = list(dict.fromkeys(choice.name for choice in self.tasks.choices.values()))
         total = sum(map(len, chosen.values()))
-        say(self.progress, f"evaluating {model} on {total:,} items of {', '.join(names)} ({self.device})")
+        processes = self.team.ranks.world_size
+        where = f"{processes} processes on {self.device.type}" if processes > 1 else str(self.device)
+        say(self.progress, f"evaluating {model} on {total:,} items of {', '.join(names)} ({where})")
         self.tasks.restart()
         report: Mapping[str, Any] = run_lm_eval(
             scorer,

@@ -189,7 +189,7 @@ def _cached(name: str, revision: str | None, silence: _Silence) -> Snapshot:
 def _download(name: str, revision: str | None, info: ModelInfo, with_code: bool) -> Snapshot:
     # By its branch, so that the cache knows the branch's commit; everything else by that commit.
     try:
-        config = Path(hf_hub_download(name, "config.json", revision=revision))
+        config = _fetch(name, "config.json", revision)
     except RemoteEntryNotFoundError as error:
         raise EvalError(f"{name} is not a model that transformers can load: it has no config.json") from error
     folder = config.parent
@@ -199,10 +199,14 @@ def _download(name: str, revision: str | None, info: ModelInfo, with_code: bool)
     if weights is None:
         raise EvalError(f"{name} has no weights: none of {', '.join(_WEIGHTS)}")
     for wanted in [*_matching(names, patterns), weights]:
-        hf_hub_download(name, wanted, revision=folder.name)
+        _fetch(name, wanted, folder.name)
     for piece in weight_files(folder):
-        hf_hub_download(name, piece, revision=folder.name)
+        _fetch(name, piece, folder.name)
     return Snapshot(folder, folder.name, "")
+
+
+def _fetch(name: str, file: str, revision: str | None) -> Path:
+    return Path(hf_hub_download(name, file, revision=revision))
 
 
 def _matching(names: Collection[str], patterns: Collection[str]) -> list[str]:

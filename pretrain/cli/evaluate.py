@@ -172,12 +172,13 @@ def run(options: argparse.Namespace) -> int:
     from pretrain.processes.torchrun import run_processes
 
     plan = _plan(options)
-    _check(plan, options)
     if options.processes > 1 and world().size == 1:
         return run_processes(options.processes, ["eval", *_arguments(options)])
 
+    # The parent of several processes loads neither torch nor lm-eval.
     from eval.sharing import joined_team
 
+    _check(plan, options)
     with joined_team() as team:
         _evaluate(plan, options, team)
     return 0

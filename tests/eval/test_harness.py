@@ -186,7 +186,11 @@ def test_a_result_says_what_was_evaluated_and_with_what(result: EvalResult, mode
         "source": "folder",
         "name": str(model_folder.resolve()),
         "weights_sha256": {"model.safetensors": sha256(weights)},
+        "sha256": result["model"]["sha256"],  # tests/eval/test_models.py
+        "dtype": "float32",
+        "bos": "none",
         "parameters": small_llama().num_parameters(),
+        "parameters_without_embeddings": small_llama().num_parameters() - 2 * 8192 * 32,
         "context_length": 128,
         "provenance": {"run_name": "tiny", "step": 40, "tokens": 30_720},
     }
