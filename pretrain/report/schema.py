@@ -6,9 +6,11 @@ null.
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+from pretrain.report.judgement import Outcome
 from pretrain.run.reader import State
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: claims have the verdict "undecided", and are judged by pretrain/report/judgement.py."""
 
 
 class Summary(TypedDict):
@@ -38,9 +40,13 @@ class ClaimResult(TypedDict):
     half_width: float | None
     # seed -> its value; null if there is none, with the reason in the note.
     numbers: dict[str, float | None]
-    # "holds" only if every seed's value and the whole interval lie on the right side of the threshold.
-    verdict: Literal["holds", "does not hold", "not tested"]
+    # By the rules of pretrain/report/judgement.py; "not tested" if no seed has a value.
+    verdict: Outcome
+    # Why it is undecided, contradicted or not tested; seeds without a value, and why.
     note: str
+    # Why the values decide nothing, whichever side they lie on: points that are true by construction, tuned values at
+    # the edge of those tried.
+    reservations: list[str]
 
 
 class FinalRow(TypedDict):
@@ -189,6 +195,10 @@ class ReportResult(TypedDict):
     jobs: list[JobRow]
     provenance: Provenance
     claims: list[ClaimResult]
+    # Config keys that differ between the seeds of every series, and what the intervals over seeds therefore cover, in
+    # words. Empty if no series has two runs.
+    varied_keys: list[str]
+    intervals_cover: str
     final: list[FinalRow]
     tuned: list[TunedRow]
     timing: list[TimingRow]

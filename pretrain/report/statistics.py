@@ -13,6 +13,7 @@ from scipy.stats import t as student
 Array = NDArray[np.float64]
 Curve = tuple[Array, Array]
 CONFIDENCE = 0.95
+_ROUNDING = 1e-9  # values whose range is below this share of the largest one differ by rounding only
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,14 @@ class Interval:
         mean: the mean.
         half_width: half-width of the 95 % interval; None with a single value.
         count: number of values.
+        is_degenerate: whether there are several values and they agree up to rounding. The width of the interval is then
+            no measure of certainty.
     """
 
     mean: float
     half_width: float | None
     count: int
+    is_degenerate: bool = False
 
     @property
     def low(self) -> float:
@@ -51,7 +55,9 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     if count < 2:
         return Interval(mean, None, count)
     quantile = float(student.ppf((1 + CONFIDENCE) / 2, count - 1))
-    return Interval(mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(count), count)
+    half_width = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
+    is_degenerate = max(values) - min(values) <= _ROUNDING * max(map(abs, values))
+    return Interval(mean, half_width, count, is_degenerate)
 
 
 def log2_slope(labels: Sequence[float], values: Sequence[float]) -> float:
