@@ -117,8 +117,11 @@ class JobRow(TypedDict):
     chosen: bool
     # Why its timings are not usable; empty if they are.
     disturbances: list[str]
-    # Number of steps skipped because the gradients were not finite.
+    # Number of steps that did not change the weights, and how many of them for which reason.
     skipped_steps: int
+    skipped_because: dict[str, int]
+    # Number of steps whose loss was a spike, skipped or not.
+    loss_spikes: int
 
 
 class Provenance(TypedDict):
@@ -138,13 +141,59 @@ class ScoreRow(TypedDict):
     # Path of the result file in the run folder.
     file: str
     task: str
-    # "acc_norm" where the task has it, otherwise "acc".
+    # The task's main metric: "acc_norm" where the task has it, otherwise "acc".
     metric: str
     score: float
     # Standard error over items; null for a single item.
     stderr: float | None
     num_items: int
     num_items_in_split: int
+    # Number of solved examples in the prompt.
+    num_fewshot: int
+    # The suite that was asked for; null if the tasks were named one by one.
+    suite: str | None
+    # The group that the task is one of, such as "mmlu" for its subjects; null without one. A group has a row as well.
+    group: str | None
+    # The task's other figures, by name: metrics such as "perplexity" and, after a colon, scores on some of the items,
+    # such as "acc_norm: without overlap".
+    other: dict[str, float]
+
+
+class SeriesRow(TypedDict):
+    """The score of one checkpoint of a run on an evaluation task, by run, series, task and step."""
+
+    run: str
+    # Folder of the checkpoints' results in the folder eval/ of the run; "." for eval/ itself.
+    series: str
+    # Of the checkpoint.
+    step: int
+    # Target tokens trained on; null if the result does not say.
+    tokens: int | None
+    task: str
+    # As in ScoreRow.
+    metric: str
+    score: float
+    # 95 % interval over items (Wilson's score interval).
+    low: float
+    high: float
+    num_items: int
+
+
+class BitsRow(TypedDict):
+    """Bits per byte of a run on a held-out text."""
+
+    run: str
+    # Path of the result file in the run folder.
+    file: str
+    # Step of the checkpoint; null if the file is not that of a checkpoint of a series.
+    step: int | None
+    # Name of the text.
+    text: str
+    bits_per_byte: float
+    # Standard error over documents; null if it is not known.
+    stderr: float | None
+    bytes: int
+    documents: int
 
 
 class DifferenceRow(TypedDict):
@@ -172,6 +221,10 @@ class Evaluations(TypedDict):
     """The evaluation results in the folders of the runs."""
 
     scores: list[ScoreRow]
+    # Every checkpoint that has a result in a folder step-N; scores and differences have the newest ones.
+    series: list[SeriesRow]
+    # Of every result, also of the older checkpoints.
+    bits_per_byte: list[BitsRow]
     differences: list[DifferenceRow]
     # Results that cannot be read or compared, and why.
     notes: list[str]
@@ -179,6 +232,14 @@ class Evaluations(TypedDict):
     margin: float
     # What the verdicts cover.
     scope: str
+
+
+class SampleRow(TypedDict):
+    """Text that the model wrote during training."""
+
+    step: int
+    prompt: str
+    text: str
 
 
 class ReportResult(TypedDict):
@@ -202,5 +263,7 @@ class ReportResult(TypedDict):
     final: list[FinalRow]
     tuned: list[TunedRow]
     timing: list[TimingRow]
+    # What a single run wrote, oldest first; absent for a sweep and for a run that wrote nothing.
+    samples: NotRequired[list[SampleRow]]
     # Absent if no run has a result in its folder eval/.
     evaluations: NotRequired[Evaluations]

@@ -7,6 +7,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+from pretrain.report.errors import ReportError
 from pretrain.report.schema import (
     SCHEMA_VERSION,
     ClaimResult,
@@ -14,6 +15,7 @@ from pretrain.report.schema import (
     JobRow,
     Provenance,
     ReportResult,
+    SampleRow,
     Summary,
     TimingRow,
 )
@@ -22,7 +24,7 @@ from pretrain.report.statistics import mean_interval
 from pretrain.report.sweep import Job, Series, Sweep
 from pretrain.report.tuning import ends, tuned_rows
 from pretrain.report.verdicts import Verdict, evaluate
-from pretrain.run.reader import Run
+from pretrain.run.reader import Run, is_number
 
 LOSS = "validation_loss"
 PHASES = ("data", "forward_backward", "optimizer")
@@ -31,7 +33,7 @@ PHASES = ("data", "forward_backward", "optimizer")
 def tables(sweep: Sweep) -> ReportResult:
     """Return all the numbers on the page."""
     varied = varied_keys(sweep)
-    return {
+    found: ReportResult = {
         "schema_version": SCHEMA_VERSION,
         "kind": sweep.kind,
         "name": sweep.name,
@@ -48,6 +50,22 @@ def tables(sweep: Sweep) -> ReportResult:
         "tuned": [row for series in sweep.series for row in tuned_rows(sweep, series)],
         "timing": [_timing_row(series) for series in sweep.series],
     }
+    if sweep.kind == "run" and (samples := _samples(sweep.jobs[0].run)):
+        found["samples"] = samples
+    return found
+
+
+def _samples(run: Run) -> list[SampleRow]:
+    """Return the samples that a run has written, oldest first."""
+    try:
+        records = run.folder.samples.read()
+    except OSError as error:
+        raise ReportError(f"{run.folder.samples.path}: cannot be read: {error.strerror}") from None
+    return [
+        {"step": record["step"], "prompt": record["prompt"], "text": record["text"]}
+        for record in records
+        if is_number(record.get("step")) and all(isinstance(record.get(key), str) for key in ("prompt", "text"))
+    ]
 
 
 def summary(values: Mapping[str, float | None]) -> Summary | None:
@@ -153,6 +171,8 @@ def _job_row(sweep: Sweep, job: Job) -> JobRow:
         "chosen": job.chosen,
         "disturbances": job.run.disturbances,
         "skipped_steps": job.run.skipped_steps,
+        "skipped_because": job.run.skipped_because,
+        "loss_spikes": sum(bool(record.get("loss_spike")) for record in job.run.records),
     }
 
 
