@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import median_low
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
@@ -80,7 +80,7 @@ def _ends(found: Summary) -> tuple[float, float]:
 def _limits(found: Sequence[Summary]) -> tuple[float, float]:
     """Return limits that include 0 and all differences, except those that would make the others invisible."""
     reach = [max(map(abs, _ends(summary))) for summary in found]
-    most = _OUTLIER * median(reach) or max(reach)
+    most = _OUTLIER * median_low(reach) or max(reach)
     kept = [_ends(summary) for summary, far in zip(found, reach, strict=True) if far <= most]
     low, high = min(0.0, *(ends[0] for ends in kept)), max(0.0, *(ends[1] for ends in kept))
     margin = 0.08 * (high - low) or 0.01
