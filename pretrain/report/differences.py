@@ -45,26 +45,26 @@ def difference_panels(rows: Sequence[FinalRow], arranged: Arrangement) -> list[P
     drawn: list[tuple[str, Drawn]] = []
     for group in arranged.groups:
         names = {series.name for series in group.series}
-        members = [(row, row["difference"]) for row in rows if row["series"] in names]
-        drawn.append((group.name, [(row, found) for row, found in members if found is not None]))
+        found = [(row, row["difference"]) for row in rows if row["series"] in names]
+        drawn.append((group.name, [(row, difference) for row, difference in found if difference is not None]))
     drawn = [(name, members) for name, members in drawn if members]
     if not drawn:
         return []
-    low, high = _limits([found for _, members in drawn for _, found in members])
+    low, high = _limits([difference for _, members in drawn for _, difference in members])
     panels = []
     for number, (name, members) in enumerate(drawn):
         with figure(3.8, 0.85 + _ROW * len(members)) as (canvas, axes):
             axes.set_xlim(low, high)
             axes.set_ylim(len(members) - 0.35, -0.75)
             axes.axvline(0, color=AXIS, linewidth=1)
-            for place, (row, found) in enumerate(members):
-                _draw(axes, place, row["series"], found, arranged.styles[row["series"]])
+            for place, (row, difference) in enumerate(members):
+                _draw(axes, place, row["series"], difference, arranged.styles[row["series"]])
             axes.yaxis.set_major_locator(NullLocator())
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
             axes.tick_params(length=3)
             axes.spines["left"].set_visible(False)
-            axes.set_xlabel(f"validation loss minus the baseline's, {NATS}")
+            axes.set_xlabel(NATS)
             title = "Final validation loss minus the baseline's"
             panels.append(Panel(name or title, to_svg(canvas, f"difference-{number}", f"{title} {name}".strip())))
     return panels

@@ -172,6 +172,7 @@ def open_page(tab: Tab, page: Path, width: int, height: int = 900, scheme: str =
     """Open a page in a window of this size and a colour scheme."""
     tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
     tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    tab.events[:] = [e for e in tab.events if e.get("method") != "Page.loadEventFired"]  # of an earlier page
     tab.call("Page.navigate", url=page.as_uri())
     tab.wait_for("Page.loadEventFired")
 
