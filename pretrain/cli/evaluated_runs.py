@@ -126,7 +126,7 @@ def wilson_interval(share: float, items: int, z: float = 1.959964) -> tuple[floa
     """Return the score interval of a proportion (Wilson 1927, JASA 22); `z` is 1.96 for 95 %."""
     centre = (share + z * z / (2 * items)) / (1 + z * z / items)
     half = z / (1 + z * z / items) * math.sqrt(share * (1 - share) / items + z * z / (4 * items * items))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding, for 0 and 1
 
 
 def _scores(run: str, file: str, result: EvalResult) -> list[ScoreRow]:
