@@ -203,7 +203,7 @@ class _Scores:
     def __init__(self, requests: Sequence[TokenRequest], texts: Sequence[Text], store: ScoreStore | None) -> None:
         self._store = store
         self._keys = [request_key(*text) if store and text else None for text, _, _ in requests]
-        known = store.known({key for key in self._keys if key}) if store else {}
+        known: Mapping[str | None, Score] = dict(store.known({key for key in self._keys if key})) if store else {}
         self._log_likelihoods = torch.zeros(len(requests), dtype=torch.float64)
         self._greedy = torch.ones(len(requests), dtype=torch.bool)
         self._tokens = torch.tensor([len(continuation) for _, _, continuation in requests])
