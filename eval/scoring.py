@@ -203,13 +203,13 @@ class _Scores:
     def __init__(self, requests: Sequence[TokenRequest], texts: Sequence[Text], store: ScoreStore | None) -> None:
         self._store = store
         self._keys = [request_key(*text) if store and text else None for text, _, _ in requests]
-        known: Mapping[str | None, Score] = dict(store.known({key for key in self._keys if key})) if store else {}
+        known = store.known({key for key in self._keys if key}) if store else {}
         self._log_likelihoods = torch.zeros(len(requests), dtype=torch.float64)
         self._greedy = torch.ones(len(requests), dtype=torch.bool)
         self._tokens = torch.tensor([len(continuation) for _, _, continuation in requests])
         """Number of tokens of each that are still to be scored."""
         for index, key in enumerate(self._keys):
-            if key in known:
+            if key is not None and key in known:
                 self._log_likelihoods[index], self._greedy[index] = known[key]
                 self._tokens[index] = 0
         self._is_known = self._tokens == 0
