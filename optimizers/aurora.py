@@ -208,7 +208,9 @@ class Aurora(Optimizer):
     def _mark_used(self, kind: str, own: dict[str, Any], inherited: dict[str, Any], full: dict[str, Any]) -> None:
         """Notes which of the constructor's options act in this group, and why the others do not."""
         without = {} if kind == "adamw" else options.ineffective(full)
-        self._used.update(key for key in inherited if key not in without)
+        # A wrapper may put the options of the constructor into the groups as well.
+        repeated = {key for key, value in self._options.items() if key in own and binding.same(own[key], value)}
+        self._used.update(key for key in {*inherited, *repeated} if key not in without)
         self._idle.update((key, without[key]) for key in inherited if key in without)
         given = {*own, *inherited}
         if kind != "adamw" and self._preset is not None and not given.issuperset(options.PRESETS[self._preset]):
@@ -269,7 +271,7 @@ class Aurora(Optimizer):
         if self._has_begun:
             return
         model = None if self._model is None else self._model()
-        binding.refuse_stale(work, model)
+        binding.refuse_stale(work, model, {row.name for row in self._routes or ()})
         if any(params for _, params in work):
             self._has_begun = True
             for group, _ in work:

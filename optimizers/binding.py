@@ -9,7 +9,7 @@ import gc
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,17 @@ Work = Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]]
 
 
 def listed(params: Any) -> Any:
-    """Parameters as torch wants them: iterators as lists, everything else as it is, so that torch can refuse it."""
-    return params if isinstance(params, Tensor | set | list) else list(params)
+    """Parameters as a list; a set as it is, so that torch can refuse it."""
+    if isinstance(params, Tensor):
+        return [params]
+    return params if isinstance(params, set | list) else list(params)
+
+
+def same(first: object, second: object) -> bool:
+    """Whether two values of an option are one. The values of tensors are not read."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return first is second
+    return first == second
 
 
 def with_kinds(params: Any) -> tuple[Any, options.GroupKind]:
@@ -131,12 +140,17 @@ def refuse_flattened(work: Work, ndims: Sequence[Sequence[int]]) -> None:
             )
 
 
-def refuse_stale(work: Work, model: nn.Module | None) -> None:
+def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str]) -> None:
     """Refuse parameters without a gradient that are no longer those of the model. Without a model, and where its
     parameters are those of the groups, a first step without any gradient is a warning.
 
+    Args:
+        work: of the first step.
+        model: that the groups were made of, if it is known and still alive.
+        names: of its parameters; others were added to the optimizer later.
+
     Raises:
-        OptionError: naming them.
+        OptionError: naming the first.
     """
     cure = "Make the optimizer after the model is wrapped (fully_shard, for example), or wrap both together"
     if model is not None:
@@ -173,7 +187,7 @@ def _is_matrix(p: Tensor) -> bool:
 
 def _entries(params: Any) -> list[tuple[str, Tensor]]:
     """Tensors with their names, "" for none. What is not a tensor is left for torch to refuse."""
-    pairs = [entry if isinstance(entry, tuple) else ("", entry) for entry in _as_list(params)]
+    pairs = [entry if isinstance(entry, tuple) else ("", entry) for entry in params]
     return [(str(pair[0]), pair[1]) for pair in pairs if len(pair) == 2 and isinstance(pair[1], Tensor)]
 
 
@@ -181,10 +195,6 @@ def _with_list(group: dict[str, Any]) -> dict[str, Any]:
     """A group whose parameters can be read twice; one with blocks or views is one of matrices."""
     kind = {"kind": "matrix"} if {"row_blocks", "views"} & group.keys() else {}
     return {**kind, **group, **({"params": listed(group["params"])} if "params" in group else {})}
-
-
-def _as_list(params: Any) -> Iterable[Any]:
-    return [params] if isinstance(params, Tensor) else params
 
 
 def _warn_of_matrices(matrices: Sequence[tuple[str, Tensor]]) -> None:

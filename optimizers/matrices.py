@@ -327,7 +327,7 @@ def check_params(group: Mapping[str, Any]) -> None:
         key = "views" if group.get("row_blocks") is None else "row_blocks"
         raise OptionError(f"{key} in a group of kind {group['kind']!r}: only matrices have blocks")
     for name, p, view in zip(param_names(group), group["params"], views(group), strict=True):
-        _refuse_sharded(name, p)
+        refuse_sharded(name, p)
         if not p.is_floating_point():
             raise OptionError(f"{name} has dtype {p.dtype}: expected a real floating point tensor")
         if is_matrix and not _fits(view, p.ndim):
@@ -345,8 +345,12 @@ def _fits(view: View | None, ndim: int) -> bool:
     return ndim >= 3 if view == "flat" else ndim == (3 if view == "stack" else 2)
 
 
-def _refuse_sharded(name: str, p: Tensor) -> None:
-    """Refuse parameters of which this process has a part only, or several in one."""
+def refuse_sharded(name: str, p: Tensor) -> None:
+    """Refuse a parameter of which this process has a part only, or several in one.
+
+    Raises:
+        OptionError: a DTensor, or a flat parameter of FSDP1.
+    """
     works = (
         "Aurora works on parameters that are whole on every process (one process, DistributedDataParallel, "
         "ZeroRedundancyOptimizer) and on the shards of DeepSpeed's ZeRO (optimizers.sharded)"

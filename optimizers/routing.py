@@ -18,6 +18,7 @@ from . import options
 from .blocks import View, blocks, row_blocks, row_shape, views
 from .directions import Form, form, lr_scale, treats
 from .fields import OptionError, did_you_mean
+from .matrices import refuse_sharded
 from .recognise import Role, Seen, examine
 
 RowBlocks = int | list[int]
@@ -100,6 +101,7 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
     seen = examine(model)
     rows = []
     for p, names in _names(model).items():
+        refuse_sharded(names[0], p)
         if not p.requires_grad:
             rows.append(_row(names[0], tuple(p.shape), "frozen", None, "requires_grad is False"))
             continue
