@@ -159,7 +159,7 @@ def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str]) ->
             name
             for group, _ in work
             for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
-            if p.grad is None and p not in current
+            if name in names and p.grad is None and p not in current
         ]
         if lost:
             raise OptionError(

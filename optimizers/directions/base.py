@@ -147,6 +147,15 @@ def form(m: int, n: int) -> Form:
     return "tall" if m > n else "wide" if m < n else "square"
 
 
+NEARLY_SQUARE = 1.03
+"""Matrices with fewer than 3 % more rows than columns, or columns than rows, count as square for aurora."""
+
+
+def nearly_square(m: int, n: int) -> bool:
+    """Whether one side of an m x n matrix is less than 3 % longer than the other."""
+    return max(m, n) < NEARLY_SQUARE * min(m, n)
+
+
 def balances(scope: str, shape_form: str) -> bool:
     """Whether a scope includes matrices of this form; aurora leaves the others to muon."""
     return shape_form != "square" and scope in ("all", shape_form)

@@ -183,9 +183,19 @@ def _quintic_exact(x: Tensor, dtype: torch.dtype) -> Tensor:
     On one machine it repeats the released code bit for bit; between machines the summation order of the products
     differs. It has the range of the released code: it fails below about 1e-8 and above about 1e18.
     """
+    if not len(x):
+        return x.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    factors = torch.stack([iterations.released_quintic(matrix.mT if tall else matrix) for matrix in x.to(dtype)])
-    return factors.mT if tall else factors
+    # One at a time, each in memory of its own, whose alignment the products depend on.
+    rounded = (matrix.to(dtype, copy=True) for matrix in x)
+    wide = [iterations.released_quintic(matrix.mT if tall else matrix) for matrix in rounded]
+    factors = [factor.mT if tall else factor for factor in wide]
+    # Stacked with the strides that each of them has: whatever sums over it next depends on them.
+    first = factors[0]
+    stacked = first.new_empty_strided((len(x), *first.shape), (first.numel(), *first.stride()))
+    for target, factor in zip(stacked, factors, strict=True):
+        target.copy_(factor)
+    return stacked
 
 
 BACKENDS: dict[str, Backend] = {

@@ -459,29 +459,3 @@ def test_distributed_checkpoint_state_dicts_go_round(form: str) -> None:
     set_state_dict(twin, other, model_state_dict=weights, optim_state_dict=copy.deepcopy(state))
     assert other.param_groups[0]["lr"] == 0.01
     assert all(map(torch.equal, train(model, optimizer, 3), train(twin, other, 3)))
-
-
-def test_hugging_faces_trainer_makes_it_from_class_and_options(tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    from tests.optimizers.test_standalone import Regression
-
-    x = torch.randn(32, 8)
-    data = [{"x": row, "labels": row[:4] - row[4:]} for row in x]
-    arguments = TrainingArguments(
-        str(tmp_path),
-        max_steps=20,
-        per_device_train_batch_size=16,
-        logging_steps=5,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        lr_scheduler_type="constant",
-        weight_decay=0.01,
-    )
-    trainer = Trainer(Regression(), arguments, train_dataset=data, optimizer_cls_and_kwargs=(Aurora, {"lr": 0.02}))  # type: ignore[arg-type]
-    quietly(trainer.train)
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert losses[-1] < 0.8 * losses[0]
-    assert {group["kind"] for group in trainer.optimizer.param_groups} == {"mixed"}
