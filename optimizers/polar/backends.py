@@ -190,12 +190,10 @@ def _quintic_exact(x: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = (matrix.to(dtype, copy=True) for matrix in x)
     wide = [iterations.released_quintic(matrix.mT if tall else matrix) for matrix in rounded]
     factors = [factor.mT if tall else factor for factor in wide]
-    # Stacked with the strides that each of them has: whatever sums over it next depends on them.
-    first = factors[0]
-    stacked = first.new_empty_strided((len(x), *first.shape), (first.numel(), *first.stride()))
-    for target, factor in zip(stacked, factors, strict=True):
-        target.copy_(factor)
-    return stacked
+    # Stacked in the layout that each of them has: how the next sum over their rows rounds depends on it.
+    if factors[0].is_contiguous():
+        return torch.stack(factors)
+    return torch.stack([factor.mT for factor in factors]).mT
 
 
 BACKENDS: dict[str, Backend] = {
