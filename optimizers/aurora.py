@@ -100,6 +100,9 @@ class Aurora(Optimizer):
     _model: weakref.ref[nn.Module] | None
     _routes: list[Route] | None
     _has_begun: bool
+    _used: set[str]
+    _idle: dict[str, str]
+    _ndims: list[list[int]]
 
     def __init__(
         self,

@@ -34,9 +34,10 @@ class Place(NamedTuple):
     """Which part of which parameter a matrix of a stack is."""
 
     name: str
-    """The parameter's name in its group's `param_names`; "parameter 3" in a group without names."""
+    """The parameter's name in its group's `param_names`; "parameter 3" in a group without names. With the number of the
+    matrix, as in "experts[2]", if it is a stack of them."""
     area: Rectangle
-    """Rows and columns of the parameter."""
+    """Rows and columns of the parameter's matrix."""
 
 
 DirectionObserver = Callable[[Place, Tensor], None]

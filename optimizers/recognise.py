@@ -129,6 +129,7 @@ def _held(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor, 
         return Seen(
             "hidden", True, f"{PLAIN}, stored as inputs x outputs", view="in_out", fused=_parts(path, p.mT, parent)
         )
+    fused: tuple[int, ...] | None
     if isinstance(module, nn.MultiheadAttention):
         fused = (len(p) // 3,) * 3 if name == "in_proj_weight" else None
         return Seen("hidden", True, PLAIN + (", q, k and v" if fused else ""), fused=fused)
