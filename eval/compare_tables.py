@@ -267,7 +267,7 @@ def latex_text(text: str) -> str:
 
 def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
     """Return the rows of each model as text, in the columns HEADS, with a title."""
-    return [(title, [_cells(row) for row in rows]) for title, rows in _groups(comparison)]
+    return _groups(comparison)
 
 
 def explanations(comparison: Comparison) -> list[str]:
