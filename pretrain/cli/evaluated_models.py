@@ -29,7 +29,7 @@ def as_model(source: str, team: Team) -> Iterator[str]:
         return
     # A run may save a newer checkpoint at any moment.
     checkpoint = team.ranks.on_rank_0(lambda: open_checkpoint(Path(source)).folder.resolve(), long=True)
-    if team.ranks.rank == 0:
+    if team.ranks.rank == 0 and checkpoint != Path(source).resolve():
         print(f"evaluating {checkpoint}", flush=True)
     index = (checkpoint / INDEX).read_bytes()
     name = hashlib.sha256(str(checkpoint).encode() + b"\n" + index).hexdigest()[:32]

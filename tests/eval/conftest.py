@@ -149,6 +149,14 @@ def fetched(tmp_path_factory: pytest.TempPathFactory, arrow_files: dict[str, byt
     return {"cache": cache, "package": package_of(arrow_files, "not needed"), "progress": False}
 
 
+def cache_with_items(fetched: Mapping[str, Any], folder: Path) -> Path:
+    """A cache of its own, in which the made-up items have been fetched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "eval-items").exists():
+        (folder / "eval-items").symlink_to(Path(fetched["cache"]) / "eval-items")
+    return folder
+
+
 def small_llama(context_length: int = 128, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(

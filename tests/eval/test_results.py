@@ -138,7 +138,7 @@ def test_the_command_refuses_before_it_scores(
         asked.append([task.name for task in tasks])
         yield Prepared()
 
-    monkeypatch.setattr("eval.harness.evaluation", evaluation)
+    monkeypatch.setattr("pretrain.cli.evaluation_run.evaluation", evaluation)
     folder = write(tmp_path / "out", a_result(OUTCOMES))
     before = read_result(folder)
     command = ["eval", str(model_folder), "--tasks", "winogrande,", "--out", str(folder)]

@@ -17,7 +17,7 @@ from eval.harness import evaluate, evaluation
 from eval.schema import EvalResult
 from eval.score_cache import ScoreCache, ScoreSettings
 from eval.scoring import Score
-from tests.eval.conftest import export_model, small_llama
+from tests.eval.conftest import cache_with_items, export_model, small_llama
 from tests.eval.forked import run_forked
 
 SETTINGS: ScoreSettings = {
@@ -92,11 +92,7 @@ def models(model_folder: Path, tmp_path: Path) -> list[Path]:
 
 def options(fetched: Mapping[str, Any], cache: Path) -> dict[str, Any]:
     """Arguments of `evaluate` with made-up items, in a cache of its own."""
-    items = cache / "eval-items"
-    if not items.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        items.symlink_to(Path(fetched["cache"]) / "eval-items")
-    return {**fetched, "cache": cache, "batch_size": BATCH, "keep_scores": True}
+    return {**fetched, "cache": cache_with_items(fetched, cache), "batch_size": BATCH, "keep_scores": True}
 
 
 def unchanging(result: EvalResult) -> dict[str, Any]:

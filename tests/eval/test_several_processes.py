@@ -18,7 +18,7 @@ from eval.schema import EvalResult
 from eval.score_cache import ScoreCache
 from eval.scoring import ContinuationScorer, Score
 from eval.sharing import divide, joined_team
-from tests.eval.conftest import NUM_ITEMS
+from tests.eval.conftest import NUM_ITEMS, cache_with_items
 from tests.eval.forked import run_ranks
 
 TASKS = ["hellaswag", "winogrande", "piqa"]
@@ -85,9 +85,7 @@ def shared(model: Path, given: dict[str, Any], counted: Path) -> Callable[[], Ev
 
 
 def own_cache(fetched: Mapping[str, Any], cache: Path) -> dict[str, Any]:
-    cache.mkdir()
-    (cache / "eval-items").symlink_to(Path(fetched["cache"]) / "eval-items")
-    return {**fetched, "cache": cache, "batch_size": 4, "keep_scores": True}
+    return {**fetched, "cache": cache_with_items(fetched, cache), "batch_size": 4, "keep_scores": True}
 
 
 def same(one: EvalResult, other: EvalResult) -> None:

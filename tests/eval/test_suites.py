@@ -10,9 +10,9 @@ from typing import Any, get_args
 
 import pytest
 
-import eval.harness
 from eval.config import EvalConfig, ModelSection, load_eval_config
 from eval.errors import EvalError
+from eval.harness import evaluation
 from eval.models import DType
 from eval.results import read_result
 from eval.score_cache import ScoreCache
@@ -23,7 +23,7 @@ from eval.tasks import check_tasks
 from pretrain.cli.command import main
 from pretrain.config import ConfigError
 from pretrain.shipped import shipped
-from tests.eval.conftest import export_model, small_llama
+from tests.eval.conftest import cache_with_items, export_model, small_llama
 
 # --- suites -------------------------------------------------------------------------------------
 
@@ -132,12 +132,10 @@ def test_dtypes_of_configs_are_those_of_models() -> None:
 @pytest.fixture
 def made_up(fetched: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """`aurora eval` with made-up items and a cache of its own."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "eval-items").symlink_to(Path(fetched["cache"]) / "eval-items")
+    cache = cache_with_items(fetched, tmp_path / "cache")
     monkeypatch.setenv("AURORA_CACHE", str(cache))
-    real = eval.harness.evaluation
-    monkeypatch.setattr(eval.harness, "evaluation", partial(real, package=fetched["package"]))
+    made_up = partial(evaluation, package=fetched["package"])
+    monkeypatch.setattr("pretrain.cli.evaluation_run.evaluation", made_up)
     return {"cache": cache}
 
 
@@ -221,19 +219,31 @@ def test_a_config_without_models_needs_some(tmp_path: Path, capsys: pytest.Captu
 def test_processes_get_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr("pretrain.processes.torchrun.run_processes", lambda *arguments: started.append(arguments) or 75)
-    words = ["org/name", "--tasks", "piqa,boolq", "--limit", "3", "--no-cache", "--out", str(tmp_path / "out")]
+    words = [
+        "org/name",
+        "--tasks",
+        "piqa,boolq",
+        "--limit",
+        "3",
+        "--shots",
+        "0",
+        "--no-cache",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(["eval", *words, "--processes", "3"]) == 75
     ((count, arguments),) = started
     assert count == 3
     asked: list[Any] = []
 
     @contextmanager
-    def evaluation(tasks: list[TaskChoice], **settings: Any) -> Iterator[Any]:
+    def refuse(tasks: list[TaskChoice], **settings: Any) -> Iterator[Any]:
         asked.append((tasks, settings))
         raise EvalError("enough")
         yield
 
-    monkeypatch.setattr(eval.harness, "evaluation", evaluation)
+    monkeypatch.setattr("pretrain.cli.evaluation_run.evaluation", refuse)
+    assert "--shots" in arguments
     assert [main(arguments), main(["eval", *words])] == [2, 2]
     assert asked[0] == asked[1]
     assert [task.name for task in asked[0][0]] == ["piqa", "boolq"]
