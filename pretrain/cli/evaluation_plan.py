@@ -9,6 +9,7 @@ from typing import Any
 
 from eval.config import EvalConfig, ModelSection, load_eval_config
 from eval.suites import DEFAULT_SUITE, TaskChoice, choose, suite
+from pretrain.cli.held_out import VALIDATION
 from pretrain.processes.errors import UserError
 
 
@@ -93,12 +94,13 @@ def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
     from eval.harness import check_request
     from eval.models import locate_model
     from eval.results import check_out
-    from eval.texts import text_name
+    from eval.texts import text_name, text_problems
     from pretrain.export.run import is_run_or_checkpoint
 
     asked = plan.settings
     check_request(plan.tasks, asked["limit"], asked["batch_size"], asked["items"], asked["selection"])
-    problems = []
+    # The validation split of a run is not a file.
+    problems = text_problems([word for word in plan.texts if word != VALIDATION])
     for model in plan.models:
         try:
             name = model.source if is_run_or_checkpoint(Path(model.source)) else locate_model(model.source).name
