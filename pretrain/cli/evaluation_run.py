@@ -40,7 +40,7 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
             if writes and len(plan.models) > 1:
                 _say(f"[{number}/{len(plan.models)}] {model.name}: {model.source}")
             try:
-                results[model.name] = result = _result(prepared, plan, model, model.source, options, team)
+                results[model.name] = result = _result(prepared, plan, model, model.source, team)
             except UserError as error:
                 # Several processes must not part ways.
                 if len(plan.models) == 1 or team.ranks.world_size > 1:
@@ -71,10 +71,10 @@ def evaluate_checkpoints_of(plan: Plan, options: argparse.Namespace) -> None:
 
     def evaluate(checkpoint: Path, out: Path, overwrite: bool) -> EvalResult:
         if not overwrite:
-            texts = [text_name(word) for word in options.bits_per_byte or []]
+            texts = [text_name(word) for word in plan.texts]
             check_out(out, str(checkpoint), plan.tasks, asked["limit"], asked["selection"], texts)
         with _prepared(plan, options, team) as prepared:
-            result = _result(prepared, plan, plan.models[0], str(checkpoint), options, team)
+            result = _result(prepared, plan, plan.models[0], str(checkpoint), team)
         _write(result, out, options)
         return result
 
@@ -88,14 +88,12 @@ def _prepared(plan: Plan, options: argparse.Namespace, team: Team) -> AbstractCo
     return evaluation(plan.tasks, **plan.settings, keep_scores=not options.no_cache, progress=progress, team=team)
 
 
-def _result(
-    prepared: Evaluation, plan: Plan, model: ModelSection, source: str, options: argparse.Namespace, team: Team
-) -> EvalResult:
+def _result(prepared: Evaluation, plan: Plan, model: ModelSection, source: str, team: Team) -> EvalResult:
     """Evaluate `source` with the settings of a model of the plan."""
     with as_model(source, team) as name:
-        texts = held_out_texts(options.bits_per_byte or [], Path(source) if name != source else None)
+        texts = held_out_texts(plan.texts, Path(source) if name != source else None)
         result = prepared.run(
-            name, dtype=model.dtype, trust_remote_code=model.trust_remote_code, texts=texts, stride=options.stride
+            name, dtype=model.dtype, trust_remote_code=model.trust_remote_code, texts=texts, stride=plan.stride
         )
     if name != source:
         result["model"]["name"] = source

@@ -34,12 +34,12 @@ def held_out_texts(wanted: Sequence[str], run: Path | None) -> list[HeldOutText]
     from eval.errors import EvalError
     from eval.texts import read_texts
 
-    ours = VALIDATION in wanted and not Path(VALIDATION).exists()
+    ours = VALIDATION in wanted
     if ours and run is None:
         raise EvalError(
             f"--bits-per-byte {VALIDATION} is the validation split of a run, and the model is not one; name a file"
         )
-    texts = read_texts([word for word in wanted if not (ours and word == VALIDATION)])
+    texts = read_texts([word for word in wanted if word != VALIDATION])
     if run is not None and ours:
         texts.append(_validation_split(run))
     return texts

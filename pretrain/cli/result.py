@@ -69,6 +69,23 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def check_marks(options: argparse.Namespace) -> None:
+    """Read the report and the lists that --overlap and --subset name, to refuse bad ones before anything is scored.
+
+    Raises:
+        EvalError: one of them cannot be read.
+    """
+    if options.overlap:
+        from eval.overlap_report import read_overlap_report
+
+        read_overlap_report(options.overlap)
+    if options.subset:
+        from eval.subsets import read_subset
+
+        for request in options.subset:
+            read_subset(request)
+
+
 def mark(result: EvalResult, options: argparse.Namespace) -> None:
     """Carry out --overlap and --subset."""
     if not (options.overlap or options.subset):

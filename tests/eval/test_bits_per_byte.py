@@ -263,14 +263,16 @@ def test_bad_texts_are_refused(tmp_path: Path, name: str, content: bytes, messag
 
 def test_unknown_and_repeated_texts_are_refused_together(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    wanted = ["lambda", str(tmp_path / "a.txt"), f"a={tmp_path / 'a.txt'}", "missing.jsonl"]
+    (tmp_path / "a b.txt").write_text("x")
+    wanted = ["lambda", str(tmp_path / "a.txt"), f"a={tmp_path / 'a.txt'}", "missing.jsonl", str(tmp_path / "a b.txt")]
     with pytest.raises(EvalError) as error:
         read_texts(wanted)
     lines = str(error.value).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "did you mean lambada?" in lines[0]
     assert "missing.jsonl" in lines[1]
-    assert "several texts are called 'a'" in lines[2]
+    assert "a text cannot be called 'a b'" in lines[2]
+    assert "several texts are called 'a'" in lines[3]
 
 
 # --- several processes, and scores that are kept ------------------------------------------------
@@ -331,7 +333,7 @@ def test_what_was_measured_before_is_not_scored_again() -> None:
     before = measure_bits_per_byte(first, text_of(*DOCUMENTS[:3]))
     assert first.scored_requests == len(store.scores) == 3  # one for each window
     second = scorer()
-    after = measure_bits_per_byte(second, text_of(*DOCUMENTS, *DOCUMENTS))
+    after = measure_bits_per_byte(second, text_of(*DOCUMENTS))
     assert second.scored_requests == len(store.scores) - 3 > 2
     assert after["per_document"][:3] == before["per_document"]
     # Another stride has other windows, and is not answered with the scores of the first one.

@@ -92,6 +92,8 @@ def test_eval_measures_bits_per_byte_alone(
     for extra, message in (
         (["--bits-per-byte", "nowhere"], "no text 'nowhere'"),
         (["--bits-per-byte", "validation"], "is the validation split of a run, and the model is not one"),
+        (["--subset", "silverswag"], "unknown subset 'silverswag'"),
+        (["--overlap", str(tmp_path / "nowhere")], "cannot read"),
     ):
         assert main([*command, *extra, "--out", str(tmp_path / "other")]) == 2
         assert message in capsys.readouterr().err
