@@ -149,7 +149,7 @@ def test_the_card_of_a_checkpoint_has_its_own_scores_and_settings(trained: Confi
         }  # fmt: skip
         write(trained.run_folder / "eval" / folder, found)
 
-    result(1, [1, 1, 1], digest, "step-00000001")
+    result(1, [1] * 9, digest, "step-00000001")
     result(2, [1, 0, 0, 0], digest, "step-00000002")
     result(2, [1, 1], digest, "fewer")
     result(2, [1] * 9, "0" * 64, "of-other-weights")

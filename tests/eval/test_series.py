@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,7 @@ def test_a_second_process_waits_and_finds_nothing_left(run: Path) -> None:
         if step == 2:
             other.start()
             assert said.wait(30)
+            time.sleep(0.3)  # in which it would evaluate
 
     evaluators[0].meanwhile = start_the_other
     with alone(run / "eval"):
