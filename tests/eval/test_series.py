@@ -107,6 +107,7 @@ def test_a_result_that_lacks_a_task_or_items_is_not_enough(run: Path) -> None:
         Request({"winogrande": 5}, None, "first", "packaged"),
         Request({"winogrande": 0}, 1, "first", "packaged"),
         Request({"winogrande": 0}, None, "first", "hub"),
+        Request({"winogrande": 0}, None, "first", "packaged", ["sotu"]),
     ):
         more = Evaluator()
         CheckpointSeries(run, run / "eval", request, more, say=lambda text: None).work(False, 0.0)
