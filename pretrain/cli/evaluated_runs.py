@@ -190,22 +190,35 @@ def _bits(run: str, file: str, step: int | None, result: EvalResult) -> list[Bit
 
 
 def _differences(found: Mapping[str, Path]) -> list[DifferenceRow]:
-    """Compare results of the same name with that of the first run."""
-    comparison = compare(list(found.values()), labels=list(found))
-    return [
-        {
-            "run": row["model"],
-            "baseline": row["baseline"],
-            "task": row["task"],
-            "metric": row["metric"],
-            "num_items": row["num_items"],
-            "difference": row["difference"],
-            "low": row["interval"][0],
-            "high": row["interval"][1],
-            "won": row["won"],
-            "lost": row["lost"],
-            "outcome": row["outcome"],
-            "verdict": verdict(row),
-        }
-        for row in comparison["comparisons"]
+    """Compare results of the same name with that of the first run: tasks, parts of their items, and held-out texts."""
+    comparison: Mapping[str, Any] = cast(Mapping[str, Any], compare(list(found.values()), labels=list(found)))
+    rows = [(row, row["task"]) for row in comparison["comparisons"]]
+    rows += [(row, f"{row['task']}: {row['part']}") for row in comparison.get("parts", [])]
+    tasks = [_difference(row, task, row["metric"], row["num_items"], verdict(row)) for row, task in rows]
+    texts = [
+        _difference(row, row["text"], "bits per byte", row["num_documents"], _verdict_on_bits(row))
+        for row in comparison.get("bits_per_byte", [])
     ]
+    return tasks + texts
+
+
+def _difference(row: Mapping[str, Any], task: str, metric: str, num_items: int, in_words: str) -> DifferenceRow:
+    low, high = row["interval"] or (None, None)
+    return {
+        "run": row["model"],
+        "baseline": row["baseline"],
+        "task": task,
+        "metric": metric,
+        "num_items": num_items,
+        "difference": row["difference"],
+        "low": low,
+        "high": high,
+        "won": row["won"],
+        "lost": row["lost"],
+        "outcome": row["outcome"],
+        "verdict": in_words,
+    }
+
+
+def _verdict_on_bits(row: Mapping[str, Any]) -> str:
+    return f"{row['better']} is better" if row["outcome"] == "different" else str(row["outcome"])

@@ -197,19 +197,23 @@ class BitsRow(TypedDict):
 
 
 class DifferenceRow(TypedDict):
-    """Two runs on the items of one task; a difference is the run's score minus the baseline's."""
+    """Two runs on one task or held-out text; a difference is the run's figure minus the baseline's."""
 
     run: str
     # The first run that has a result of this name.
     baseline: str
+    # The task, with a part of its items after a colon ("hellaswag: without overlap"), or the name of the text.
     task: str
+    # "bits per byte" for a text, of which fewer are better.
     metric: str
+    # Of a text, its documents.
     num_items: int
     difference: float
-    # 95 % interval over items.
-    low: float
-    high: float
-    # Items that only the run gets right, and that only the baseline gets right.
+    # 95 % interval over items; null for a text of few documents.
+    low: float | None
+    high: float | None
+    # Items that only the run gets right, and that only the baseline gets right; documents of which it needs fewer bits,
+    # and more.
     won: int
     lost: int
     outcome: Literal["different", "equivalent", "undecided"]

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from eval.compare import compare
 from pretrain.cli import main
 from pretrain.report import schema
 from tests.eval.results import a_result, write
@@ -191,3 +192,30 @@ def test_scores_beyond_accuracy(tmp_path: Path) -> None:
         assert [name for name in rows if f"<span>{name} " in part_of] == names
     for text in ("everything", "perplexity 12.50", "acc_norm: goldenswag 0.1250"):
         assert text in page.text
+
+
+def test_parts_and_texts_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `compare` returns them: the same keys, with a part, or a text instead of a task."""
+    folder = two_runs(tmp_path)
+    for name in ("muon", "aurora"):
+        write(tmp_path / name / "eval", a_result({"hellaswag": [1, 0, 1]}))
+
+    def with_more(*arguments: Any, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = dict(compare(*arguments, **options))
+        text = {"text": "passages", "model": "aurora", "baseline": "muon", "difference": -0.25, "interval": None}
+        text |= {"num_documents": 7, "won": 6, "lost": 1, "outcome": "different", "better": "aurora"}
+        parts = [{**row, "part": "without overlap", "difference": 0.125} for row in found["comparisons"]]
+        return {**found, "parts": parts, "bits_per_byte": [text]}
+
+    monkeypatch.setattr("pretrain.cli.evaluated_runs.compare", with_more)
+    found, page = report(folder)
+    rows = found["evaluations"]["differences"]
+    assert [(row["task"], row["metric"], row["num_items"]) for row in rows] == [
+        ("hellaswag", "acc_norm", 3),
+        ("hellaswag: without overlap", "acc_norm", 3),
+        ("passages", "bits per byte", 7),
+    ]
+    assert (rows[2]["low"], rows[2]["verdict"]) == (None, "aurora is better")
+    assert {frozenset(row) for row in rows} == {frozenset(get_type_hints(schema.DifferenceRow))}
+    for part in ("hellaswag: without overlap", "+0.1250 [", "-0.2500", "6/1", "aurora is better"):
+        assert part in page.text
