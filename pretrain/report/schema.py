@@ -154,6 +154,8 @@ class ScoreRow(TypedDict):
     suite: str | None
     # The group that the task is one of, such as "mmlu" for its subjects; null without one. A group has a row as well.
     group: str | None
+    # How the items differ from those of published scores; empty if they do not, or if that is unknown.
+    note: str
     # The task's other figures, by name: metrics such as "perplexity" and, after a colon, scores on some of the items,
     # such as "acc_norm: without overlap".
     other: dict[str, float]
