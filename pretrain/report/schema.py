@@ -252,7 +252,7 @@ class ReportResult(TypedDict):
     """The whole file."""
 
     schema_version: int
-    kind: Literal["run", "sweep"]
+    kind: Literal["run", "runs", "sweep"]
     name: str
     title: str
     question: str

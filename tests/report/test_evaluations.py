@@ -219,3 +219,38 @@ def test_parts_and_texts_are_compared_too(tmp_path: Path, monkeypatch: pytest.Mo
     assert {frozenset(row) for row in rows} == {frozenset(get_type_hints(schema.DifferenceRow))}
     for part in ("hellaswag: without overlap", "+0.1250 [", "-0.2500", "6/1", "aurora is better"):
         assert part in page.text
+
+
+def test_several_runs_are_compared_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if they have the same name: then they are called by their paths."""
+    folders = [tmp_path / root / "one" for root in ("a", "b")]
+    for number, folder in enumerate(folders):
+        write_run(folder, records(20, loss=4.0 - number / 8), config={"optimizer": {"name": "muon"}})
+        write(folder / "eval", a_result({"winogrande": [number] * 50}))
+    other = write_run(tmp_path / "c", records(20, loss=3.75))
+    out = tmp_path / "page.html"
+    assert main(["report", *map(str, folders), str(other), "--out", str(out)]) == 0
+    found, page = json.loads(out.with_suffix(".json").read_text()), Page(out.read_text())
+    names = [*map(str, folders), "c"]
+    assert [job["run"] for job in found["jobs"]] == names
+    assert [row["run"] for row in found["evaluations"]["scores"]] == names[:2]
+    (row,) = found["evaluations"]["differences"]
+    assert (row["run"], row["baseline"], row["won"]) == (names[1], names[0], 50)
+    differences = [row["difference"] for row in found["final"]]
+    assert [difference and difference["mean"] for difference in differences] == [
+        None,
+        pytest.approx(-0.125),
+        pytest.approx(-0.25),
+    ]
+    for part in ("3 of 3 runs done", "Differences to the baseline", f"{names[1]} is better", "3.7599"):
+        assert part in page.text
+
+    capsys.readouterr()
+    for arguments, said in (
+        ([*folders], "name the page: --out FILE.html"),
+        ([folders[0], folders[0], "--out", out], "given twice"),
+        ([folders[0], two_runs(tmp_path / "s"), "--out", out], "a sweep; a report about several folders compares runs"),
+        ([folders[0], tmp_path / "no", tmp_path / "nor", "--out", out], "no: no such folder"),
+    ):
+        assert main(["report", *map(str, arguments)]) == 2
+        assert said in capsys.readouterr().err
