@@ -17,8 +17,8 @@ def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "report",
         help="write the HTML page of a run, of several runs, or of a sweep",
-        description="Write one self-contained HTML page about a run, several runs, or a sweep, finished or not, and its "
-        "numbers as JSON next to it. Several runs are compared with the first one. The page shows the results that "
+        description="Write one self-contained HTML page about a run, several runs, or a sweep, finished or not, and "
+        "its numbers as JSON next to it. Several runs are compared with the first one. The page shows the results that "
         "`aurora eval --out RUN/eval/NAME` has written, with paired differences between runs.",
     )
     parser.add_argument(
