@@ -252,10 +252,30 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
             f"samples.every_steps: expected null, since model.architecture {model.architecture} cannot generate text, "
             f"got {samples.every_steps}"
         )
+    problems += _evaluation_problems(sections)
     if sections.get("engine") and sections["engine"].kind == "deepspeed":
         problems += _deepspeed_problems(sections)
     if train and schedule:
         problems += _schedule_problems(schedule, train.total_tokens)
+    return problems
+
+
+def _evaluation_problems(sections: Mapping[str, Any]) -> list[str]:
+    """What contradicts the scoring of checkpoints."""
+    evaluation, model, checkpoint = (sections.get(name) for name in ("evaluation", "model", "checkpoint"))
+    if not evaluation or evaluation.every_steps is None:
+        return []
+    problems = []
+    if model and model.architecture != "llama":
+        problems.append(
+            f"evaluation.every_steps: expected null, since model.architecture {model.architecture} cannot be exported, "
+            f"got {evaluation.every_steps}"
+        )
+    if checkpoint:
+        every = checkpoint.save_every_steps
+        problems += _not_multiple(
+            "evaluation.every_steps", evaluation.every_steps, "checkpoint.save_every_steps", every
+        )
     return problems
 
 
