@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from eval.compare import compare, main_metric
 from eval.compare_schema import Comparison
 from eval.compare_tables import HEADS, explanations, tables, verdict
+from eval.config import load_eval_config
 from eval.errors import EvalError
 from eval.paired import PairedOutcomes
 from eval.results import RESULT_FILE, read_result
@@ -16,7 +18,6 @@ from eval.schema import EvalResult, ItemOutcome, TaskResult
 from pretrain.cli.arguments import named_path
 from pretrain.comparison.facts import Claim
 from pretrain.comparison.measured import Measured, MeasuredModel, MeasuredTask, PairedRows
-from pretrain.config.loader import read_yaml
 from pretrain.processes.errors import did_you_mean
 
 
@@ -24,27 +25,17 @@ def models_of(config: Path) -> dict[str, str]:
     """Return label -> where the model is, in the order of an evaluation's config.
 
     Raises:
-        ConfigError: the file cannot be read.
-        EvalError: it names no models, or a label twice or one that is not the name of a folder.
+        ConfigError: the file is not the config of an evaluation.
+        EvalError: it names no models, or two of the same label.
     """
-    entries = read_yaml(config).get("models")
-    if not isinstance(entries, list) or not entries:
-        raise EvalError(f"{config}: models: expected a list of models, each with label and model")
-    found: dict[str, str] = {}
-    problems = []
-    for place, entry in enumerate(entries):
-        label, model = (entry.get(key) if isinstance(entry, dict) else None for key in ("label", "model"))
-        if not isinstance(label, str) or not isinstance(model, str):
-            problems.append(f"{config}: models.{place}: expected the keys label and model, each with a text")
-        elif label in ("", ".", "..") or Path(label).name != label or not label.isprintable():
-            problems.append(f"{config}: models.{place}.label: {label!r} is not the name of a folder")
-        elif label in found:
-            problems.append(f"{config}: models.{place}.label: {label!r} is also the label of an earlier model")
-        else:
-            found[label] = model
+    models = load_eval_config(config).models
+    if not models:
+        raise EvalError(f"{config}: models: expected at least one model to compare")
+    counts = Counter(model.name for model in models)
+    problems = [f"{config}: models: {count} models are called {name!r}" for name, count in counts.items() if count > 1]
     if problems:
         raise EvalError("\n".join(problems))
-    return found
+    return {model.name: model.model for model in models}
 
 
 def result_files(models: Mapping[str, str], places: Sequence[str]) -> dict[str, Path]:
