@@ -3,7 +3,7 @@
 loaded_tasks()  prompts and judgements, the same for every model   (eval.tasks)
     -> Evaluation.run(model)  requests -> scores                   (eval.sharing, eval.scoring, eval.score_cache)
     -> EvalResult -> eval.results.write_result() -> DIR/results.json
-                  -> eval.tables.format_table()  -> the screen
+                  -> eval.result_table.format_table()  -> the screen
 """
 
 import platform
