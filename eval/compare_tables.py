@@ -232,7 +232,11 @@ def latex_text(text: str) -> str:
 
 def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
     """Return the rows of each model as text, in the columns HEADS, with a title."""
-    return [(title, [_cells(row) for row in rows]) for title, rows in _groups(comparison)]
+    labels = [model["label"] for model in comparison["models"]]
+    return [
+        (f"{label} against {labels[0]}", [_cells(row) for row in comparison["comparisons"] if row["model"] == label])
+        for label in labels[1:]
+    ]
 
 
 def explanations(comparison: Comparison) -> list[str]:
