@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from eval.config import load_eval_config
+from eval.suites import SUITES
 from pretrain.cli.compared_models import models_of
 from pretrain.comparison.errors import ComparisonError
 from pretrain.comparison.facts import Facts, cited, read_facts
@@ -72,6 +74,12 @@ def test_the_shapes_give_the_published_numbers_of_parameters() -> None:
         shape = shipped().models[label].shape
         assert shape is not None
         assert parameter_count(shape.config())["total"] / 1e9 == pytest.approx(total, abs=0.05), label
+
+
+def test_the_shipped_config_is_a_plain_one_and_every_model_has_facts() -> None:
+    config = load_eval_config(CONFIG)
+    assert config.choices() == list(SUITES["core"])
+    assert {model.name for model in config.models} == set(shipped().models)
 
 
 def test_the_sources_are_found_wherever_they_are_named(tmp_path: Path) -> None:
