@@ -94,6 +94,7 @@ def measured_models(
         raise EvalError("\n".join(problems))
     notes = [note for label, result in results.items() for note in _identity_notes(label, models[label], result)]
     comparison = _compared(files, results, margin, notes)
+    verdicts = [_verdicts(claim, files, results, margin, notes) for claim in claims]
     pairs: list[PairedRows] = []
     if comparison is not None:
         pairs = [{"title": title, "heads": list(HEADS), "rows": rows} for title, rows in tables(comparison)]
@@ -102,8 +103,8 @@ def measured_models(
         "results": {label: _measured(result) for label, result in results.items()},
         "pairs": pairs,
         "explanations": explanations(comparison) if comparison is not None else [],
-        "verdicts": [_verdicts(claim, files, results, margin) for claim in claims],
-        "notes": notes,
+        "verdicts": verdicts,
+        "notes": list(dict.fromkeys(notes)),
     }
 
 
@@ -157,16 +158,17 @@ def _comparison(
 
 
 def _verdicts(
-    claim: Claim, files: Mapping[str, Path], results: Mapping[str, EvalResult], margin: float
+    claim: Claim, files: Mapping[str, Path], results: Mapping[str, EvalResult], margin: float, notes: list[str]
 ) -> dict[str, str]:
-    """Return task -> verdict on the claim's subject against its reference; empty if they cannot be compared."""
+    """Return task -> verdict on the claim's subject against its reference; empty unless both were run."""
     pair = [claim.reference, claim.subject]
     if not all(label in files for label in pair):
         return {}
     try:
         rows = _comparison(pair, files, results, margin)["comparisons"]
-    except EvalError:
-        return {}  # the paired differences have the reason
+    except EvalError as error:
+        notes += [f"not compared: {line}" for line in str(error).splitlines()]
+        return {"": "cannot be compared"}
     return {row["task"]: verdict(row) for row in rows}
 
 

@@ -172,7 +172,8 @@ def test_results_that_cannot_be_compared_are_shown_with_the_reason(tmp_path: Pat
     assert "third against ours" in captions
     assert "theirs against ours" not in captions
     claim = [row["At equal score?"] for row in captions["As good with less"]]
-    assert claim[1] == "not run"
+    assert claim[1] == "cannot be compared"
+    assert html.count("are not of the same items") == 2  # once for each direction, as baseline and as reference
 
 
 def test_a_result_of_another_model_is_marked(tmp_path: Path) -> None:
