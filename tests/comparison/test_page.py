@@ -211,7 +211,11 @@ def test_what_the_weights_carry_is_shown_apart_from_what_is_published(tmp_path: 
 
 def test_bits_per_byte_are_a_table_of_their_own(tmp_path: Path) -> None:
     config = write_files(tmp_path, facts())
-    bits = {"bits_per_byte": 0.8125, "bytes": 10, "tokens": 5, "documents": 1, "context": 128}
+    bits: dict[str, Any] = {
+        **{"bits_per_byte": 0.8125, "stderr": None, "bytes": 16, "tokens": 5, "documents": 1, "documents_in_text": 1},
+        **{"context": 128, "stride": 64, "first_token": "<s>", "documents_changed_by_tokenizer": 0, "sha256": "0"},
+        **{"origin": "file", "per_document": [{"doc_hash": "0", "bytes": 16, "tokens": 5, "bits": 13.0}]},
+    }
     write_result(tmp_path, "theirs", {"hellaswag": [0, 1]}, "org/theirs", bits_per_byte={"prose": bits})
     write_result(tmp_path, "third", {"hellaswag": [0, 1]}, "org/third")
     html, markdown = make(config, str(tmp_path))
