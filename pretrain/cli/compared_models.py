@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from eval.compare import compare, main_metric
+from eval.compare import LEFT_OUT, compare, main_metric
 from eval.compare_schema import Comparison
 from eval.compare_tables import HEADS, explanations, tables, verdict
 from eval.config import load_eval_config
@@ -154,7 +154,14 @@ def _comparison(
     ]
     if not shared:
         raise EvalError(f"{' and '.join(labels)} have no task in common")
-    return compare([files[label] for label in labels], labels=labels, tasks=shared, margin=margin)
+    comparison = compare([files[label] for label in labels], labels=labels, tasks=shared, margin=margin)
+    # Of a group that is left out, its name says enough: MMLU has 57 parts.
+    notes = [note for note in comparison["notes"] if not note.startswith(LEFT_OUT)]
+    for label in labels:
+        left_out = [name for name in _task_names(results[label]) if name not in shared]
+        notes += [f"{LEFT_OUT}{label}: {', '.join(left_out)}"] if left_out else []
+    comparison["notes"] = notes
+    return comparison
 
 
 def _verdicts(
@@ -198,6 +205,12 @@ def _measured(result: EvalResult) -> MeasuredModel:
 def _grouped(result: EvalResult) -> set[str]:
     """Return the tasks that are parts of a group, such as the subjects of MMLU."""
     return set(chain.from_iterable(group["tasks"] for group in result.get("groups", {}).values()))
+
+
+def _task_names(result: EvalResult) -> list[str]:
+    """Return the tasks and groups of tasks, without the parts of a group."""
+    parts = _grouped(result)
+    return [*(name for name in result["tasks"] if name not in parts), *result.get("groups", {})]
 
 
 def _tasks(result: EvalResult) -> dict[str, MeasuredTask]:

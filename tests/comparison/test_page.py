@@ -246,6 +246,8 @@ def test_the_parts_of_a_group_appear_as_one_task(tmp_path: Path) -> None:
     assert not {"mmlu_a", "mmlu_b"} & set(found)
     assert rows(html, "mmlu")["ours"]["Measured [95 %]"].startswith("0.5000 [")
     assert "6 items" in rows(html, "mmlu")["ours"]["Setting"]
+    assert html.count("note: not compared, of ours: mmlu<") == 1
+    assert "mmlu_a" not in html
 
 
 def test_items_of_one_source_widen_the_interval(tmp_path: Path) -> None:
