@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.arguments import positive
+from pretrain.cli.arguments import add_run, add_run_or_checkpoint, positive
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import CheckpointReader
@@ -24,7 +24,7 @@ def add(verbs: Verbs) -> None:
         description="List the checkpoints of a run with their step, tokens, size and time, and whatever is not a "
         "complete checkpoint. Only indexes are read; `aurora checkpoint verify` reads everything.",
     )
-    listing.add_argument("path", metavar="RUN", type=Path, help="the folder of a run")
+    add_run(listing)
     listing.set_defaults(run=run_list)
     verify = inner.add_parser(
         "verify",
@@ -32,7 +32,7 @@ def add(verbs: Verbs) -> None:
         description="Read every file of a checkpoint, or of all checkpoints of a run, and compare it with its "
         "checksum. The exit code is 0 if all are intact, and 2 otherwise.",
     )
-    verify.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path, help="the folder of a run or a checkpoint")
+    add_run_or_checkpoint(verify)
     verify.set_defaults(run=run_verify)
     prune = inner.add_parser(
         "prune",
@@ -40,7 +40,7 @@ def add(verbs: Verbs) -> None:
         description="Delete all but the newest checkpoints of a run that is not training. The newest intact "
         "checkpoint always stays: checkpoints are verified, from the newest on, until one is found.",
     )
-    prune.add_argument("path", metavar="RUN", type=Path, help="the folder of a run")
+    add_run(prune)
     prune.add_argument(
         "--keep-last", type=positive, metavar="N", help="keep the newest N (default: the run's checkpoint.keep_last)"
     )

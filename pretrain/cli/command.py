@@ -15,12 +15,14 @@ from pretrain.cli import (
     check,
     checkpoint,
     compare,
+    compare_page,
     config,
     data,
     evaluate,
     export,
     plan,
     report,
+    result,
     slurm,
     status,
     sweep,
@@ -32,7 +34,10 @@ from pretrain.processes.failures import is_first_to_say, note_exit
 from pretrain.processes.failures import report as report_failure
 from pretrain.processes.output import drop_what_cannot_be_written, open_closed_streams
 
-VERBS = (check, config, data, train, status, checkpoint, slurm, plan, sweep, export, evaluate, compare, report)
+VERBS = (
+    *(check, config, data, train, status, checkpoint, slurm, plan, sweep),
+    *(export, evaluate, result, compare, compare_page, report),
+)
 """The modules of the verbs, in the order of the help. Each has a function ``add`` that declares its arguments; what
 carries a verb out is imported when it runs."""
 
@@ -41,7 +46,7 @@ exit codes:
   0    done
   1    failed; a traceback says where
   2    bad input: one message per problem, nothing was trained or overwritten
-  69   a server of data did not answer for data.retry_minutes; what was trained is saved, and the same command continues
+  69   a data server did not answer for data.retry_minutes; what was trained is saved, and the same command continues
   75   stopped on request, with a checkpoint saved; the same command continues
   130  interrupted, with nothing to save"""
 

@@ -1,21 +1,28 @@
 """The evaluation results in run folders, for the report.
 
 A run keeps its results below its folder ``eval``: RUN/eval/NAME/results.json, or RUN/eval/results.json. Results of the
-same name are compared between runs.
+same name are compared between runs. Those of its checkpoints (RUN/eval/step-N/results.json or
+RUN/eval/NAME/step-N/results.json) are series; of each, the newest step that all runs have is compared.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from eval.compare import DEFAULT_MARGIN, compare, main_metric
 from eval.compare_schema import SCOPE
 from eval.compare_tables import verdict
 from eval.errors import EvalError
 from eval.results import RESULT_FILE, read_result
-from eval.schema import EvalResult
-from pretrain.report.schema import DifferenceRow, Evaluations, ScoreRow
+from eval.schema import EvalResult, TaskResult
+from pretrain.report.schema import BitsRow, DifferenceRow, Evaluations, ScoreRow, SeriesRow
+
+_STEP = re.compile(r"step-([0-9]+)")
+_METRICS = ("acc", "acc_norm", "perplexity")
 
 
 def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
@@ -24,20 +31,35 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
     What cannot be read or compared becomes a note: the report is of the runs, too.
     """
     scores: list[ScoreRow] = []
+    rows: list[SeriesRow] = []
+    bits: list[BitsRow] = []
     notes: list[str] = []
     by_file: dict[str, dict[str, Path]] = {}
+    series: dict[str, dict[str, dict[int, Path]]] = {}
     for run, folder in runs.items():
-        files = [folder / "eval" / RESULT_FILE, *sorted((folder / "eval").glob(f"*/{RESULT_FILE}"))]
-        for file in filter(Path.is_file, files):
+        newest: dict[str, tuple[int, str, EvalResult]] = {}
+        for file in _files(folder):
             name = str(file.relative_to(folder))
             try:
-                scores += _scores(run, name, read_result(file))
+                result = read_result(file)
             except EvalError as error:
                 notes += [f"{run}: {line}" for line in str(error).splitlines()]
+                continue
+            match = _STEP.fullmatch(file.parent.name)
+            bits += _bits(run, name, int(match[1]) if match else None, result)
+            if match:
+                group, step = str(file.parent.parent.relative_to(folder / "eval")), int(match[1])
+                rows += _points(run, group, step, result)
+                series.setdefault(group, {}).setdefault(run, {})[step] = file
+                newest[group] = max(newest.get(group, (-1, name, result)), (step, name, result), key=lambda x: x[0])
             else:
+                scores += _scores(run, name, result)
                 by_file.setdefault(name, {})[run] = file
-    if not scores and not notes:
+        for _, name, result in newest.values():
+            scores += _scores(run, name, result)
+    if not scores and not bits and not notes:
         return None
+    by_file |= _newest_common(series)
     differences: list[DifferenceRow] = []
     for name, found in by_file.items():
         if len(found) > 1:
@@ -45,26 +67,126 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
                 differences += _differences(found)
             except EvalError as error:
                 notes += [f"{name}: not compared: {line}" for line in str(error).splitlines()]
-    return {"scores": scores, "differences": differences, "notes": notes, "margin": DEFAULT_MARGIN, "scope": SCOPE}
+    rows.sort(key=lambda row: (row["run"], row["series"], row["task"], row["step"]))
+    return {
+        "scores": scores,
+        "series": rows,
+        "bits_per_byte": bits,
+        "differences": differences,
+        "notes": notes,
+        "margin": DEFAULT_MARGIN,
+        "scope": SCOPE,
+    }
+
+
+def _files(run: Path) -> list[Path]:
+    """The results in a run folder."""
+    folder = run / "eval"
+    deeper = [file for depth in ("*", "*/step-*") for file in sorted(folder.glob(f"{depth}/{RESULT_FILE}"))]
+    return [file for file in [folder / RESULT_FILE, *deeper] if file.is_file()]
+
+
+def _newest_common(series: Mapping[str, Mapping[str, Mapping[int, Path]]]) -> dict[str, dict[str, Path]]:
+    """Of each series, the results at the newest step that all runs with the series have, by run."""
+    found = {}
+    for group, of_runs in series.items():
+        common = set.intersection(*(set(steps) for steps in of_runs.values()))
+        if common:
+            name = f"{group} at step {max(common):,}"
+            found[name] = {run: steps[max(common)] for run, steps in of_runs.items()}
+    return found
+
+
+def _points(run: str, series: str, step: int, result: EvalResult) -> list[SeriesRow]:
+    """The scores of one checkpoint."""
+    provenance = result["model"].get("provenance")
+    points: list[SeriesRow] = []
+    for name, task in result["tasks"].items():
+        metric = _metric(cast(Mapping[str, Any], task))
+        score = cast(Mapping[str, Any], task)[metric]
+        low, high = wilson_interval(score, task["num_items"])
+        points.append(
+            {
+                "run": run,
+                "series": series,
+                "step": step,
+                "tokens": provenance["tokens"] if provenance else None,
+                "task": name,
+                "metric": metric,
+                "score": score,
+                "low": low,
+                "high": high,
+                "num_items": task["num_items"],
+            }
+        )
+    return points
+
+
+def wilson_interval(share: float, items: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the score interval of a proportion (Wilson 1927, JASA 22); `z` is 1.96 for 95 %."""
+    centre = (share + z * z / (2 * items)) / (1 + z * z / items)
+    half = z / (1 + z * z / items) * math.sqrt(share * (1 - share) / items + z * z / (4 * items * items))
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding, for 0 and 1
 
 
 def _scores(run: str, file: str, result: EvalResult) -> list[ScoreRow]:
-    rows: list[ScoreRow] = []
+    """The scores of a result: of its groups of tasks, then of its tasks."""
+    groups: Mapping[str, Any] = cast(Mapping[str, Any], result).get("groups", {})
+    group_of = {task: name for name, group in groups.items() for task in group["tasks"]}
+    rows = [_score(run, file, result, name, group) for name, group in groups.items()]
     for name, task in result["tasks"].items():
-        metric = main_metric(task)
-        rows.append(
-            {
-                "run": run,
-                "file": file,
-                "task": name,
-                "metric": metric,
-                "score": task[metric],
-                "stderr": task["acc_stderr"] if metric == "acc" else task.get("acc_norm_stderr"),
-                "num_items": task["num_items"],
-                "num_items_in_split": task["num_items_in_split"],
-            }
-        )
+        rows.append({**_score(run, file, result, name, cast(Mapping[str, Any], task)), "group": group_of.get(name)})
     return rows
+
+
+def _score(run: str, file: str, result: EvalResult, name: str, task: Mapping[str, Any]) -> ScoreRow:
+    metric = _metric(task)
+    return {
+        "run": run,
+        "file": file,
+        "task": name,
+        "metric": metric,
+        "score": task[metric],
+        "stderr": task.get(f"{metric}_stderr"),
+        "num_items": task["num_items"],
+        "num_items_in_split": task.get("num_items_in_split", task["num_items"]),
+        "num_fewshot": task.get("num_fewshot", result["num_fewshot"]),
+        "suite": cast(Mapping[str, Any], result).get("suite"),
+        "group": None,
+        "other": _other_figures(task, metric),
+    }
+
+
+def _metric(task: Mapping[str, Any]) -> str:
+    """The metric that a task is reported by; results of earlier versions do not name it."""
+    return str(task.get("metric") or main_metric(cast(TaskResult, task)))
+
+
+def _other_figures(task: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The figures of a task besides its score, and its scores on some of the items."""
+    found = {name: value for name, value in task.items() if name != metric and name in _METRICS}
+    if "overlap" in task:
+        found[f"{metric}: without overlap"] = task["overlap"]["without"].get(metric)
+    for name, subset in task.get("subsets", {}).items():
+        found[f"{metric}: {name}"] = subset.get(metric)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _bits(run: str, file: str, step: int | None, result: EvalResult) -> list[BitsRow]:
+    texts: Mapping[str, Any] = cast(Mapping[str, Any], result).get("bits_per_byte", {})
+    return [
+        {
+            "run": run,
+            "file": file,
+            "step": step,
+            "text": name,
+            "bits_per_byte": text["bits_per_byte"],
+            "stderr": text.get("stderr"),
+            "bytes": text["bytes"],
+            "documents": text["documents"],
+        }
+        for name, text in texts.items()
+    ]
 
 
 def _differences(found: Mapping[str, Path]) -> list[DifferenceRow]:

@@ -13,7 +13,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pretrain.checkpoint.store import list_checkpoints
@@ -21,6 +21,7 @@ from pretrain.cli.arguments import positive
 from pretrain.cli.command import parse
 from pretrain.cli.sweep import read_sweep
 from pretrain.config import load_config
+from pretrain.files import now
 from pretrain.processes.failures import report
 from pretrain.run.folder import RunError, RunFolder
 from pretrain.slurm.supervisor import Job, JobError, Supervisor, Work
@@ -62,29 +63,54 @@ def _work_of(command: Sequence[str], ranks: int) -> Work:
             warnings.simplefilter("ignore")  # the first rank repeats them
             config = load_config(options.config, options.overrides)
         config.accumulation(ranks)
-        folder = RunFolder(config.run_folder)
-        return Work(config.run.name, lambda: _last_step([folder.path]), lambda: _near_limit(folder))
+        return _work_on(config.run.name, lambda: [config.run_folder])
     if hasattr(options, "sweep"):
         sweep = read_sweep(options.sweep)
-        jobs = plan_jobs(sweep) if options.index is None else plan_jobs(sweep)[options.index : options.index + 1]
-        folders = [job.config.run_folder for job in jobs if job.config]
-        return Work(sweep.file.name, lambda: _last_step(folders))
-    return Work(f"eval-{Path(options.model).name}", lambda: 0)
+        chosen = slice(None) if options.index is None else slice(options.index, options.index + 1)
+
+        def folders() -> list[Path]:
+            """Of the runs as they are planned now: the values of later ones are chosen by earlier ones."""
+            return [job.config.run_folder for job in plan_jobs(sweep)[chosen] if job.config]
+
+        folders()  # an invalid sweep is refused here
+        return _work_on(sweep.file.name, folders)
+    out = options.out or Path(options.model) / "eval"
+    return Work(f"eval-{Path(options.model).name}", lambda: _results(out) if options.every_checkpoint else 0)
 
 
-def _last_step(folders: Sequence[Path]) -> int:
+def _results(out: Path) -> int:
+    """How many checkpoints have been evaluated."""
+    return sum(1 for _ in out.glob("step-*/results.json"))
+
+
+def _work_on(name: str, folders: Callable[[], Iterable[Path]]) -> Work:
+    """Work that trains in run folders, from now on."""
+    began = now()
+    return Work(
+        name,
+        lambda: _last_step(folders()),
+        lambda: any(_near_limit(RunFolder(folder), began) for folder in folders()),
+    )
+
+
+def _last_step(folders: Iterable[Path]) -> int:
     """Step of the newest complete checkpoint; the sum over several runs."""
     newest = [list_checkpoints(RunFolder(folder).checkpoints)[-1:] for folder in folders]
     return sum(int(path.name.removeprefix("step-")) for found in newest for path in found)
 
 
-def _near_limit(folder: RunFolder) -> bool:
-    """Whether the run has recorded that it stopped because the job's time limit was near."""
+def _near_limit(folder: RunFolder, began: str) -> bool:
+    """Whether the run has recorded, since `began`, that it stopped because the job's time limit was near.
+
+    The record of an earlier attempt stays until the next one trains, which a stop may prevent.
+    """
     try:
-        stopped = (folder.manifest() or {}).get("stopped") or {}
+        stopped = (folder.manifest() or {}).get("stopped")
     except RunError:
         return False
-    return "time limit of the Slurm job" in str(stopped.get("reason"))
+    if not isinstance(stopped, dict):
+        return False
+    return "time limit of the Slurm job" in str(stopped.get("reason")) and str(stopped.get("time", "")) >= began
 
 
 if __name__ == "__main__":

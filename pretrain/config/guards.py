@@ -18,7 +18,8 @@ class GuardsConfig(Section):
     """What to do when the loss of a step is far above the losses before it. `warn`: train on, and mark the step in the
     metrics and on the display. `skip`: leave weights and optimizer as they are, as for a gradient that is not finite.
     `roll_back`: return to the last checkpoint and continue with the batch after the spike, so that no batch since
-    that checkpoint is trained on. A change takes effect from the next launch on, also in a run that has begun."""
+    that checkpoint is trained on; as long as there is no checkpoint, for example because saves have failed, warn. A
+    change takes effect from the next launch on, also in a run that has begun."""
 
     spike_window: Annotated[int, Field(ge=8)] = 128
     """Number of recent losses that a loss is compared with. They are saved in checkpoints. Until there are 16 of them,

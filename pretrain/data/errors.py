@@ -29,12 +29,12 @@ class BadRowsError(DamagedFileError):
 
 
 class DataUnavailableError(DataError):
-    """A server of data did not answer for longer than `data.retry_minutes`; a later start may succeed."""
+    """A data server did not answer for longer than `data.retry_minutes`; a later start may succeed."""
 
     exit_code = UNAVAILABLE
 
 
 class ReadingStoppedError(DataUnavailableError):
-    """A server of data did not answer, and a stop was requested before `data.retry_minutes` had passed."""
+    """A data server did not answer, and a stop was requested before `data.retry_minutes` had passed."""
 
     exit_code = STOPPED

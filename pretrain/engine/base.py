@@ -49,7 +49,7 @@ class Replicas(WholeMatrices):
 
 
 def patience(config: Config) -> timedelta:
-    """How long a collective waits for the other ranks, one of which may itself be waiting for a server of data."""
+    """How long a collective waits for the other ranks, one of which may itself be waiting for a data server."""
     return timedelta(minutes=30 + config.data.retry_minutes)
 
 
@@ -57,7 +57,7 @@ def extend_timeouts(timeout: timedelta) -> None:
     """Set the timeout of every process group of this process.
 
     Libraries make groups of their own, with torch's default of 30 minutes (10 under NCCL): less than a rank may wait
-    for a server of data before it takes part in the next step.
+    for a data server before it takes part in the next step.
     """
     for group in distributed_c10d._world.pg_map:
         distributed_c10d._set_pg_timeout(timeout, group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from pretrain.run.wandb import make_tracker
 from pretrain.training.epochs import EpochNotices
 from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
+from pretrain.training.start_validation import StartValidation
 from pretrain.training.state import TrainState
 from pretrain.training.trainer import Trainer
 from pretrain.training.validation import Validator
@@ -58,7 +59,7 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
     )
     opened.callback(stream.close)
     notices = EpochNotices(stream.position, config.padded_length)
-    hooks = _make_hooks(setup, optimizer, watch)
+    hooks = _make_hooks(setup, start, optimizer, watch)
     state = _restore(setup, start, optimizer, hooks)
     steps = config.total_steps - state.step
     batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
@@ -103,7 +104,7 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
         log=log,
         save=save,
         settle=saver.settle,
-        restore_last=lambda: _restore_last(setup, start, saver, optimizer, hooks),
+        last_checkpoint=lambda: _last_checkpoint(setup, start, saver, optimizer, hooks),
         stop_requested=stop_requested,
         warn=display.warn,
         enter=watch.enter,
@@ -119,7 +120,7 @@ def _append(setup: Setup, record: dict[str, Any]) -> None:
         setup.display.warn(f"{metrics.path}: {metrics.problem}; its lines wait in memory until it can be written")
 
 
-def _make_hooks(setup: Setup, optimizer: Aurora, watch: Watch) -> list[Hook]:
+def _make_hooks(setup: Setup, start: Start, optimizer: Aurora, watch: Watch) -> list[Hook]:
     """The periodic work that the config asks for."""
     config, engine, folder, show = setup.config, setup.engine, setup.folder, setup.display.say
 
@@ -141,6 +142,10 @@ def _make_hooks(setup: Setup, optimizer: Aurora, watch: Watch) -> list[Hook]:
     )
     if validator:
         hooks.append(validator)
+        # The first forward pass under ZeRO 3 records the order of the layers: it must be one of training.
+        zero_3 = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
+        if start.weights and not start.position and not zero_3:
+            hooks.append(StartValidation(validator, show))
     if config.telemetry.every_steps is not None:
         batches = validator.batches if validator else list
         model = engine.module.model
@@ -193,30 +198,38 @@ def _restore(setup: Setup, start: Start, optimizer: Aurora, hooks: Iterable[Hook
         raise CheckpointError(f"{reader.folder}: its counters are not those of a run: {error}") from None
 
 
-def _restore_last(setup: Setup, start: Start, saver: Saver, optimizer: Aurora, hooks: Iterable[Hook]) -> TrainState:
-    """Return to the newest intact checkpoint in the middle of training, but for the data; return its counters.
+def _last_checkpoint(
+    setup: Setup, start: Start, saver: Saver, optimizer: Aurora, hooks: Sequence[Hook]
+) -> Callable[[], TrainState] | None:
+    """Find the newest intact checkpoint in the middle of training; return what restores all but the data from it.
 
-    A branch that has saved none returns to where it began.
+    A branch that has saved none returns to where it began; None if the run began with the first step. A collective.
     """
     engine, folder = setup.engine, setup.folder
     saver.wait()
     engine.ranks.on_rank_0(folder.check_lock)
     newest, damaged = newest_intact(folder.checkpoints, engine.ranks)
+    for problem in damaged:
+        setup.display.warn(problem)
     found = newest or start.position
     if found is None:
-        raise CheckpointError("\n".join([*damaged, f"{folder.checkpoints}: no intact checkpoint to roll back to"]))
+        return None
     reader = engine.ranks.everywhere(lambda: CheckpointReader(found.folder))
     is_resume = start.is_resume or newest is not None
-    state = _restore(setup, Start(reader, reader, reader, is_resume=is_resume), optimizer, hooks)
-    engine.refresh(_loader(setup, reader))
 
-    def discard() -> None:
-        rewind(folder, state.step)
-        for hook in hooks:
-            hook.rewind(state.step)
+    def restore() -> TrainState:
+        state = _restore(setup, Start(reader, reader, reader, is_resume=is_resume), optimizer, hooks)
+        engine.refresh(_loader(setup, reader))
 
-    engine.ranks.on_rank_0(discard)
-    return state
+        def discard() -> None:
+            rewind(folder, state.step)
+            for hook in hooks:
+                hook.rewind(state.step)
+
+        engine.ranks.on_rank_0(discard)
+        return state
+
+    return restore
 
 
 def _restore_generators(setup: Setup, reader: CheckpointReader) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pretrain.processes.exit_codes import FAILED, STOPPED
 from pretrain.processes.failures import note_exit, report
 from pretrain.processes.parent import is_orphaned
-from pretrain.processes.signals import SIGNALS, StopRequests
+from pretrain.processes.signals import SIGNALS, SignalCount, StopRequests
 
 LOOK_SECONDS = 1.0
 """How often the thread looks at the clock and at the parent process."""
@@ -49,9 +49,9 @@ def signal_pipe() -> Iterator[tuple[int, int]]:
 def exit_timer(requests: StopRequests) -> Iterator[None]:
     """End this process, whatever its main thread does, once a request to stop has not been followed.
 
-    It ends immediately with 128 and the signal's number at the second signal; with `FAILED` and the stacks of all
-    threads `requests.seconds` after the first request; with `STOPPED` `CLOSE_SECONDS` after everything was saved. If
-    the parent process dies (`is_orphaned`), the thread itself requests a stop.
+    It ends immediately with 128 and the signal's number at the second signal (`SignalCount`); with `FAILED` and the
+    stacks of all threads `requests.seconds` after the first request; with `STOPPED` `CLOSE_SECONDS` after everything
+    was saved. If the parent process dies (`is_orphaned`), the thread itself requests a stop.
 
     For commands only: it does not return to a program that has other things to do.
     """
@@ -68,13 +68,12 @@ def exit_timer(requests: StopRequests) -> Iterator[None]:
 
 
 def _watch(requests: StopRequests, signals: int, ended: threading.Event) -> None:
-    count, asked_at, saved_at = 0, None, None
+    counted, asked_at, saved_at = SignalCount(), None, None
     while not ended.is_set():
         ready, _, _ = select.select([signals], [], [], LOOK_SECONDS)
         received = os.read(signals, 64) if ready else b""
         for number in received:
-            count += number in SIGNALS
-            if count > 1:
+            if number in SIGNALS and counted.add(number) and counted.count > 1:
                 os._exit(128 + number)
         if not requests and is_orphaned():
             requests.add("the death of its parent process")

@@ -20,7 +20,7 @@ from types import FrameType
 from pretrain.processes.exit_codes import STOPPED
 from pretrain.processes.exit_timer import signal_pipe
 from pretrain.processes.failures import PID_FILE
-from pretrain.processes.signals import NOTICE, PASSED_ON, SIGNALS, handled, say
+from pretrain.processes.signals import NOTICE, PASSED_ON, SIGNALS, SignalCount, handled, say
 
 LOOK_SECONDS = 0.2
 """How often the processes are looked at while they are asked to stop; otherwise every second."""
@@ -53,9 +53,9 @@ class Overseer:
         self.working = False
         """Whether signals are handled here."""
         self.signals: list[signal.Signals] = []
-        """The signals that this launcher has received, as its thread sees them."""
-        self.handled = 0
-        """How many of them the main thread has seen."""
+        """The signals that this launcher has received, as its thread sees them, without repetitions."""
+        self.handled = SignalCount()
+        """Those that the main thread has seen."""
         self.ended: set[int] = set()
         """The processes that the overseer has ended."""
         self.frozen: int | None = None
@@ -92,20 +92,22 @@ class Overseer:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, which runs torchrun."""
-        self.handled += 1
-        if self.handled == 1:
+        if not self.handled.add(number):
+            return
+        if self.handled.count == 1:
             say(number, NOTICE)
-        if self.handled > 1 or self.attempt() is None:
-            raise LaunchStoppedError(signal.Signals(number), _exit_code(self.handled, number))
+        if self.handled.count > 1 or self.attempt() is None:
+            raise LaunchStoppedError(signal.Signals(number), _exit_code(self.handled.count, number))
 
     def _watch(self, pipe: int, ended: threading.Event) -> None:
-        asked_at, looked_at = math.inf, time.monotonic()
+        counted, asked_at, looked_at = SignalCount(), math.inf, time.monotonic()
         while True:
             ready, _, _ = select.select([pipe], [], [], LOOK_SECONDS if self.signals else 1.0)
-            received = os.read(pipe, 64) if ready else b""
+            arrived = os.read(pipe, 64) if ready else b""
             if ended.is_set():
                 return
-            self.signals += [signal.Signals(number) for number in received if number in SIGNALS]
+            received = [signal.Signals(number) for number in arrived if number in SIGNALS and counted.add(number)]
+            self.signals += received
             processes, now = self.processes(), time.monotonic()
             if now - looked_at >= 1:
                 looked_at = now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -20,6 +21,33 @@ arrives: Slurm signals the launcher and its processes alike, and that must not c
 
 NOTICE = "stopping after this step, with a checkpoint; a second signal ends the run immediately"
 """What is printed after the name of the first signal."""
+
+REPEAT_SECONDS = 0.75
+"""The same signal again within this time is the same request. At a time limit that comes without notice, Slurm sends
+SIGTERM twice in a row, and srun may forward it as well."""
+
+
+class SignalCount:
+    """Counts the signals of one process; repetitions within `REPEAT_SECONDS` of a signal are not counted.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.count = 0
+        self._clock = clock
+        self._counted_at: dict[int, float] = {}
+
+    def add(self, number: int) -> bool:
+        """Return whether a signal that has arrived now is one to be counted, and count it."""
+        now = self._clock()
+        # From the one that was counted, not from the last one: whoever keeps sending a signal is heard.
+        if now - self._counted_at.get(number, -math.inf) < REPEAT_SECONDS:
+            return False
+        self._counted_at[number] = now
+        self.count += 1
+        return True
 
 
 class StopRequests:
@@ -60,9 +88,10 @@ def stop_requests(
     """Count `SIGNALS` and `PASSED_ON` instead of dying of them; the earlier handlers return at the end.
 
     Args:
-        requests: counts them; `PASSED_ON` counts only if nothing else has.
+        requests: counts them; `PASSED_ON` counts only if nothing else has, and repetitions do not (`SignalCount`).
         notice: printed to standard error after the signal's name; None prints nothing.
-        first_only: the earlier handlers return after the first request, so that a second one ends the process.
+        first_only: only the first signal is a request; the earlier handlers return for the second, which is sent to
+            them, so that it ends the process.
         warn: called with a line of text where handlers cannot be installed, which Python allows in the main thread
             only. Signals then do what they did before.
     """
@@ -71,11 +100,17 @@ def stop_requests(
         yield
         return
 
+    received = SignalCount()
+
     def request(number: int, frame: FrameType | None) -> None:
+        if not received.add(number):
+            return
+        if first_only and received.count > 1:
+            restore()
+            signal.raise_signal(number)
+            return
         requests.add(signal.Signals(number).name)
         say(number, notice)
-        if first_only:
-            restore()
 
     def passed_on(number: int, frame: FrameType | None) -> None:
         if not requests:

@@ -23,6 +23,7 @@ from pretrain.processes.failures import EXIT_FILE, Failure, read_failures
 from pretrain.processes.output import output_may_fail
 from pretrain.processes.overseer import FROZEN_LOOKS, LaunchStoppedError, Overseer
 from pretrain.processes.parent import parent_of_what_starts
+from pretrain.processes.signals import SIGNALS
 
 SHUTDOWN_SECONDS = 600
 """How long processes that torchrun itself sends a signal may take to end."""
@@ -86,7 +87,8 @@ def _run(arguments: Sequence[str], overseer: Overseer, stack: contextlib.ExitSta
     except ChildFailedError as error:
         attempt = _newest_attempt(root, earlier)
         reports = read_failures(attempt) if attempt else []
-        return judge(error.failures, reports, ended | overseer.ended, overseer.frozen)
+        ended |= overseer.ended
+        return judge(error.failures, reports, ended, overseer.frozen, asked=bool(overseer.signals))
     except RendezvousError as error:
         # Also when the node at which the others meet has ended first; its own exit code says why.
         reason = f" ({error.__cause__})" if error.__cause__ else ""
@@ -104,7 +106,12 @@ def _starts_training(arguments: Sequence[str]) -> bool:
 
 
 def judge(
-    failures: Mapping[int, Any], reports: Sequence[Failure], ended_by_launcher: set[int], frozen: int | None = None
+    failures: Mapping[int, Any],
+    reports: Sequence[Failure],
+    ended_by_launcher: set[int],
+    frozen: int | None = None,
+    *,
+    asked: bool = False,
 ) -> tuple[int, str | None]:
     """What failed first, and the exit code that follows.
 
@@ -113,6 +120,7 @@ def judge(
         reports: what the processes wrote themselves, as `read_failures` sorts them.
         ended_by_launcher: ids of the processes that the launcher sent a signal.
         frozen: id of the process that the launcher ended because it was frozen, if any.
+        asked: whether the launcher was asked to stop.
 
     Returns:
         The exit code, and a line to print; None if the processes have already printed everything.
@@ -132,6 +140,8 @@ def judge(
         for rank, failure in failures.items()
         if rank in silent and not (failure.exitcode < 0 and failure.pid in ended_by_launcher)
     }
+    if asked and not reports and codes and all(code == STOPPED or -code in SIGNALS for code in codes.values()):
+        return STOPPED, None  # the same signal has reached some before they could handle it, so nothing was trained
     here = socket.gethostname()
     for rank, code in codes.items():
         if code < 0:

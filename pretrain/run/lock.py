@@ -3,7 +3,9 @@
 A lock of the operating system (`fcntl.flock`) ends with the process that holds it. It does not suffice: file systems of
 clusters may keep it within one machine or lose it with the network, and somebody may delete the file. So the file also
 says who holds it, under a token that no other launch has. A launch that no longer finds its own token there has been
-replaced, and writes nothing more (`RunLock.check`).
+replaced, and writes nothing more (`RunLock.check`). A thread touches the file every few seconds for as long as the
+process runs, whatever training is doing, so that other machines see that the lock is held; a process that is stopped
+touches nothing.
 
 When Slurm gives up a node it requeues the job, although the earlier attempt may still train on that node. The new
 attempt lays a claim next to the lock, the earlier one finds it after its next step, saves and stops, and the new one
@@ -17,6 +19,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -26,13 +29,14 @@ from typing import IO, Any
 from pretrain.files import now, replace_text
 from pretrain.processes.errors import UserError
 from pretrain.processes.exit_codes import STOPPED
+from pretrain.watching.heartbeat import boot_id
 
 LOCK_FILE, CLAIM_FILE = ".lock", ".lock.claim"
 POLL_SECONDS = 0.2
 SHORT_WAIT_SECONDS = 0.5
 """Looking whether a folder is locked locks it for a moment."""
 BEAT_SECONDS = 5.0
-"""How often a launch that trains touches the lock."""
+"""How often the launch that holds the lock touches it."""
 SILENCE_SECONDS = 30.0
 """How long a lock of another machine must have been left alone, if this machine could lock it nevertheless."""
 
@@ -59,14 +63,14 @@ class RunLock:
         self.own = {
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
-            "boot": _boot_id(),
+            "boot": boot_id(),
             "pid": os.getpid(),
             "since": now(),
             "job": os.environ.get("SLURM_JOB_ID"),
             "restart": _restarts(),
         }
         self._file: IO[str] | None = None
-        self._beat_at = 0.0
+        self._released = threading.Event()
 
     def acquire(
         self,
@@ -107,9 +111,13 @@ class RunLock:
             if claimed:
                 (self.folder / CLAIM_FILE).unlink(missing_ok=True)
         self._write(self.own)
+        self._released.clear()
+        # A daemon: a file system that does not answer must not keep the process alive.
+        threading.Thread(target=self._keep_touching, name="run-lock", daemon=True).start()
 
     def release(self) -> None:
         """Give the lock back."""
+        self._released.set()
         if self._file is not None:
             if self._holder() == self.own:
                 self._write({})
@@ -117,7 +125,7 @@ class RunLock:
             self._file = None
 
     def check(self) -> None:
-        """Make sure that no other launch has replaced this one; touch the lock now and then, as a sign of life.
+        """Make sure that no other launch has replaced this one.
 
         Raises:
             RunError: one has.
@@ -128,10 +136,6 @@ class RunLock:
         if holder and holder["token"] != self.own["token"]:
             who = _describe(holder)
             raise RunError(f"{self.folder}: {who} has taken over this run folder; this launch ends without saving")
-        if time.monotonic() - self._beat_at > BEAT_SECONDS:
-            self._beat_at = time.monotonic()
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
 
     def claimant(self) -> str | None:
         """Describe the later attempt of the same Slurm job that waits for this one; None if there is none."""
@@ -139,6 +143,15 @@ class RunLock:
         if claim and self.own["job"] and claim["job"] == self.own["job"] and claim["restart"] > self.own["restart"]:
             return _describe(claim)
         return None
+
+    def _keep_touching(self) -> None:
+        """Touch the lock until it is released, or for as long as it is this launch's."""
+        while not self._released.wait(BEAT_SECONDS):
+            holder = self._holder()
+            if holder and holder["token"] != self.own["token"]:
+                return  # a sign of life would now be that of another launch
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
 
     def _try(self) -> dict[str, Any] | None:
         """Try to take the lock; return who holds it, or None when it is taken."""
@@ -161,12 +174,17 @@ class RunLock:
         holder = self._holder()
         if not holder or (holder["host"], holder["boot"]) == (self.own["host"], self.own["boot"]):
             return False
-        touched, end = self.path.stat().st_mtime_ns, time.monotonic() + SILENCE_SECONDS
+        touched, end = self._touched(), time.monotonic() + SILENCE_SECONDS
         while time.monotonic() < end:
-            if self.path.stat().st_mtime_ns != touched:
+            if self._touched() != touched:
                 return True
             time.sleep(POLL_SECONDS)
         return False
+
+    def _touched(self) -> int:
+        """When the lock was touched. It is opened for this: NFS answers `stat` from memory for up to a minute."""
+        with self.path.open() as file:
+            return os.fstat(file.fileno()).st_mtime_ns
 
     def _is_earlier_attempt(self, holder: dict[str, Any]) -> bool:
         return bool(
@@ -220,14 +238,6 @@ def _read(file: Path) -> dict[str, Any] | None:
 def _describe(record: dict[str, Any]) -> str:
     job = f", Slurm job {record['job']} restart {record['restart']}" if record["job"] else ""
     return f"process {record['pid']} on {record['host']} since {record['since']}{job}"
-
-
-def _boot_id() -> str:
-    """What tells this machine, since it was started, from all others of the same name."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 def _restarts() -> int:

@@ -7,11 +7,13 @@ by itself after a node died.
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 from pretrain.files import now, replace_text
 from pretrain.processes.exit_codes import BAD_INPUT, DONE, STOPPED, UNAVAILABLE
+from pretrain.processes.signals import SIGNALS
 
 
 class Attempt(TypedDict):
@@ -88,7 +90,7 @@ def judge(code: int, *, by_slurm: bool, stalled: int, limit: int) -> Verdict:
 
     Args:
         code: the exit code of the work.
-        by_slurm: whether the work was stopped because Slurm needs the nodes or the time limit is near.
+        by_slurm: whether the work was asked to stop because Slurm needs the nodes or the time limit is near.
         stalled: starts in a row, including this one, that saved no newer checkpoint.
         limit: how many restarts in a row may save no newer checkpoint; 0: the job is never requeued.
     """
@@ -98,6 +100,9 @@ def judge(code: int, *, by_slurm: bool, stalled: int, limit: int) -> Verdict:
         return Verdict(False, "bad input")
     if code == STOPPED and not by_slurm:
         return Verdict(False, "stopped on request; submit the same command again to continue")
+    if code - 128 in SIGNALS and not by_slurm:  # someone has asked a second time
+        name = signal.Signals(code - 128).name
+        return Verdict(False, f"ended by {name}; submit the same command again to continue from the newest checkpoint")
     reason = {
         STOPPED: "stopped for Slurm, with a checkpoint saved",
         UNAVAILABLE: "a data server did not answer",

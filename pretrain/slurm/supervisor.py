@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from pretrain.processes.errors import UserError
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED, STOPPED
+from pretrain.processes.signals import SIGNALS
 from pretrain.slurm.attempts import Attempts, Verdict, judge, may_restart
 from pretrain.slurm.controller import JobStatus, SlurmError, exclude, job_status, node_names, rename, requeue
 from pretrain.slurm.verdict import Findings, examine, read_reports
@@ -81,7 +82,7 @@ class Job:
                 raise JobError(f"{name}: expected a whole number of at most 10 digits, got {value!r}")
             return int(value)
 
-        needed = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "AURORA_LOGS", "AURORA_CACHE", "AURORA_RENDEZVOUS_HOST")
+        needed = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "AURORA_LOGS", "AURORA_COMPILE_CACHE", "AURORA_RENDEZVOUS_HOST")
         missing = [name for name in needed if not environment.get(name)]
         if missing:
             raise JobError(f"{', '.join(missing)} not set: submit one of the scripts in slurm/ with sbatch")
@@ -97,7 +98,7 @@ class Job:
             check_seconds=number("AURORA_CHECK_SECONDS", "300"),
             host=environment["AURORA_RENDEZVOUS_HOST"],
             gpus=number("SLURM_GPUS_ON_NODE", "0"),
-            cache=Path(environment["AURORA_CACHE"]),
+            cache=Path(environment["AURORA_COMPILE_CACHE"]),
         )
 
 
@@ -126,6 +127,9 @@ class Supervisor:
         self.attempts = Attempts(job.logs / "attempts.json")
         self.asked = False
         """Whether SIGUSR1 came: the work shall stop, and the job be requeued."""
+        self.told = False
+        """Whether another signal came to this process or to the check: the work has it as well if it has started, and
+        shall not start otherwise."""
         self._passed_on = False
         self._started: subprocess.Popen[bytes] | None = None
 
@@ -166,7 +170,7 @@ class Supervisor:
 
     def _work_on(self, command: Sequence[str]) -> int:
         """Run the work; return its exit code."""
-        if self.asked:  # during the check
+        if self.asked or self.told:  # during the check
             return STOPPED
         environment = dict(os.environ)
         status = self._try(lambda: job_status(self.job.number))
@@ -219,7 +223,7 @@ class Supervisor:
     def _check_nodes(self) -> Findings:
         """Test every node, and wait for the reports."""
         job = self.job
-        if job.check_seconds == 0 or self.asked:
+        if job.check_seconds == 0 or self.asked or self.told:
             return Findings()
         folder = job.logs / f"check-{job.restart}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -237,8 +241,10 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             self._started.kill()
             self._started.wait()
+        # `scancel --signal=TERM` reaches the tasks of the check and not this process. srun returns the highest code.
+        self.told = self.told or self._started.returncode - 128 in SIGNALS
         self._started = None
-        if self.asked:
+        if self.asked or self.told:
             return Findings()
         nodes = node_names(job.node_list)
         findings = examine(read_reports(folder), nodes, job.check_seconds)
@@ -269,10 +275,10 @@ class Supervisor:
             self.asked = True
             self._pass_on()
 
-        def ignore(number: int, frame: FrameType | None) -> None:
-            """Slurm has sent the same signal to the work."""
+        def note(number: int, frame: FrameType | None) -> None:
+            self.told = True
 
-        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), ignore)
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), note)
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, notice)
         try:

@@ -167,13 +167,13 @@ class _Runner:
         return _Running(job, process, log, time.monotonic(), gpu)
 
     def pass_on_requests(self) -> None:
-        """Pass each stop request on to every training process; a second request makes it exit immediately.
+        """Pass the first stop request on to every training process, and end them at the second one.
 
         The first one does not count if the process has received one already: Slurm signals all processes of a job.
         """
         for running in self.running:
             while running.asked < self.requests.count:
-                running.process.send_signal(signal.SIGTERM if running.asked else PASSED_ON)
+                running.process.send_signal(signal.SIGKILL if running.asked else PASSED_ON)
                 running.asked += 1
 
     def collect(self) -> bool:

@@ -49,8 +49,8 @@ class Trainer:
         log: called on every rank with each step's record, and the position of the stream after its batch.
         save: called on every rank to save a checkpoint of the current state.
         settle: called on every rank before `fit` ends in any way, to wait for a save that is still being written.
-        restore_last: called on every rank to restore everything but the data stream from the last checkpoint; returns
-            the counters of that checkpoint.
+        last_checkpoint: called on every rank to find the checkpoint to roll back to; returns what restores everything
+            but the data stream from it and returns its counters, or None if there is no checkpoint.
         stop_requested: called on every rank after each step; if it returns True on any rank, all ranks stop.
         warn: prints a warning on rank 0.
         enter: called with the name of each phase of a step when it begins, and the number of the step.
@@ -69,7 +69,7 @@ class Trainer:
         log: Callable[[dict[str, Any], StreamPosition], None] = lambda record, position: None,
         save: Callable[[Trainer], None] = lambda trainer: None,
         settle: Callable[[], None] = lambda: None,
-        restore_last: Callable[[], TrainState] = TrainState,
+        last_checkpoint: Callable[[], Callable[[], TrainState] | None] = lambda: None,
         stop_requested: Callable[[], bool] = lambda: False,
         warn: Callable[[str], None] = lambda text: None,
         enter: Callable[[str, int], None] = lambda phase, step: None,
@@ -78,7 +78,7 @@ class Trainer:
         self.eos_id = eos_id
         self.state = state or TrainState()
         self.hooks, self.log, self.save, self.settle = hooks, log, save, settle
-        self.restore_last, self.stop_requested, self.warn, self.enter = restore_last, stop_requested, warn, enter
+        self.last_checkpoint, self.stop_requested, self.warn, self.enter = last_checkpoint, stop_requested, warn, enter
         self.guards = Guards(config, self.state, engine.device)
         self.garbage = GarbageCollector(config.guards.gc_every_steps)
         self.bad_batches = BadBatches(config, engine.rank, warn)
@@ -96,7 +96,7 @@ class Trainer:
         saved as well, so that nothing is lost once the data is back.
 
         Raises:
-            DataError: the data cannot be used, or a server of data does not answer, on this rank.
+            DataError: the data cannot be used, or a data server does not answer, on this rank.
             TrainingError: too many consecutive steps were skipped, the run was rolled back too often, or the weights
                 differ between ranks.
             OSError: a record, or the last checkpoint, could not be written on this rank.
@@ -159,7 +159,7 @@ class Trainer:
         except (DataError, PeerError) as error:
             of_data = isinstance(error, DataError) or error.exit_code in (BAD_INPUT, STOPPED, UNAVAILABLE)
             sound = self.flush(self.late.take(all_of_them=True))
-            if of_data and sound and self.state.step > self._saved_step:
+            if of_data and self.state.step > self._saved_step and (sound or self.last_checkpoint() is None):
                 self.save_state()
             raise
 
@@ -324,16 +324,17 @@ class Trainer:
             launched: the step that was launched last, whose batch has not been trained on if it is a later one.
 
         Returns:
-            False if there is no checkpoint yet.
+            False if there is no checkpoint yet, or if no save has succeeded.
         """
-        if not self._saved_step:
+        self.enter("roll back", spike.step)
+        restore = self.last_checkpoint() if self._saved_step else None
+        if restore is None:
             self.warn(f"step {spike.step}: the loss {loss:.4g} is a spike, but there is no checkpoint to roll back to")
             return False
         self.log_step(spike)
         self.guards.check_rollbacks(spike.step, loss, self.state)
-        self.enter("roll back", spike.step)
         rollbacks = self.state.rollbacks + 1
-        self.state = self.restore_last()
+        self.state = restore()
         self.state.rollbacks = rollbacks
         self.guards.restart(self.state)
         self.late = LateRecords()

@@ -43,7 +43,7 @@ class Heartbeat:
     limit: float
     """Seconds after which this phase counts as hung; infinite if nothing is ended."""
     stopped_limit: float
-    """The same for a rank whose process does not run, so that this heartbeat is not written any more."""
+    """The same for a rank whose heartbeat is not written any more, most likely because its process does not run."""
     where: str
     """The place in our code where the main thread is; only while the rank makes no progress."""
     waiting: bool

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 QUICK = frozenset({"data", "forward", "backward", "optimizer", "records"})
 """The phases of a step. All others (set-up, validation, samples, telemetry, saves) may take longer."""
+READS_DATA = frozenset({"start", "data", "dry run", "validation", "telemetry"})
+"""The phases that may wait for a data server."""
 
 
 class Moment(NamedTuple):

@@ -47,7 +47,8 @@ def verdict(own: Heartbeat, beats: Mapping[int, Heartbeat], silent: Collection[i
             return other.verdict  # all ranks give the same reason
     beats = {**beats, own.rank: own}
     found = suspects(beats, silent)
-    limit = max(beat.stopped_limit if beat.rank in silent else beat.limit for beat in found)
+    # A heartbeat from before a save says nothing of the save, in which this rank may already be.
+    limit = max(max(beat.stopped_limit, own.stopped_limit) if beat.rank in silent else beat.limit for beat in found)
     # A heartbeat that was read is up to one interval old, and was up to one interval behind when it was written.
     if own.stalled < limit or any(beat.stalled < limit - 3 * beat.every_seconds for beat in others):
         return None

@@ -34,7 +34,7 @@ from pretrain.watching.heartbeat import (
     remove_heartbeats,
     write_heartbeat,
 )
-from pretrain.watching.progress import QUICK, Progress
+from pretrain.watching.progress import QUICK, READS_DATA, Progress
 from pretrain.watching.stacks import DUMP_SIGNAL, dump, dumping, place, stacks_file, to_main_thread
 from pretrain.watching.verdict import suspects, verdict
 
@@ -207,7 +207,7 @@ class Watchdog:
             return math.inf
         phase = self.progress.now.phase
         limit = hang if phase in QUICK and self.progress.settled else slow
-        if phase == "data":
+        if phase in READS_DATA:
             limit += self.data_seconds
         return max(limit, PATIENCE * self.progress.longest.get(phase, 0.0))
 
@@ -215,7 +215,8 @@ class Watchdog:
         """This rank's heartbeat as it is now."""
         moment, hang = self.progress.now, self.settings.hang_seconds
         where, waiting = place(self._trains) if self._stalled > 2 * self.interval else ("", False)
-        stopped_limit = hang if hang is not None and self.progress.settled else self.limit()
+        # A disk that is busy with a save may also keep heartbeats waiting: there, silence means nothing.
+        silence_counts = hang is not None and self.progress.settled and moment.phase != "save"
         return Heartbeat(
             launch=self.at.launch,
             rank=self.at.rank,
@@ -232,7 +233,7 @@ class Watchdog:
             marks=moment.marks,
             stalled=round(self._stalled, 3),
             limit=self.limit(),
-            stopped_limit=stopped_limit,
+            stopped_limit=hang if hang is not None and silence_counts else self.limit(),
             where=where,
             waiting=waiting,
             forward_seconds=self.forward_seconds(),

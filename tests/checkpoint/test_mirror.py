@@ -18,6 +18,7 @@ from pretrain.config import Config, ConfigError
 from pretrain.launch import train
 from pretrain.run.folder import RunError
 from tests.checkpoint.test_store import save
+from tests.data.s3_server import s3_server
 from tests.distributed.scenarios import metrics
 
 MakeConfig = Callable[..., Config]
@@ -166,23 +167,8 @@ def test_training_does_not_wait_for_an_upload(tmp_path: Path, mirror: Mirror, mo
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket of a server on loopback."""
-    pytest.importorskip("s3fs", reason="pip install 's3fs' 'moto[server]'")
-    moto = pytest.importorskip("moto.server", reason="pip install 's3fs' 'moto[server]'")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import boto3
-
-    boto3.client("s3").create_bucket(Bucket="data")
-    yield "s3://data/runs"
-    server.stop()
+    with s3_server(monkeypatch):
+        yield "s3://data/runs"
 
 
 @pytest.mark.long

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import Config, ConfigError, load_config, parse_config, parse_stored_config
 from pretrain.config.engine import EngineConfig
+from pretrain.config.evaluation import EvaluationConfig
 from pretrain.config.loader import read_yaml
 from pretrain.config.overrides import assign
 from pretrain.config.reference import config_schema
@@ -22,7 +23,8 @@ from pretrain.sweep import is_sweep_file, load_sweep
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-RUNS = {path.stem: path for path in FILES if not is_sweep_file(path) and path.parent.name != "data"}
+OTHERS = ("data", "eval", "facts")  # folders of files that are not run configs
+RUNS = {path.stem: path for path in FILES if not is_sweep_file(path) and path.parent.name not in OTHERS}
 SWEEPS = [path for path in FILES if is_sweep_file(path)]
 SCHEMA = config_schema()
 
@@ -64,6 +66,7 @@ NEVER_ALONE = {
     *("optimizer.riemannian", "optimizer.running_norms"),
     *("model.architecture", "model.context_length", "model.embedding_dtype", "model.num_heads"),
     *("data.cache_dir", "data.cache_gib", "data.lock", "data.mirror"),
+    *(f"evaluation.{key}" for key in EvaluationConfig.model_fields),  # needs steps at which the run saves
     *(
         "guards.max_rollbacks",
         "optimizer.adamw.head_lr",

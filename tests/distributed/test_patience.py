@@ -1,4 +1,4 @@
-"""Ranks that wait for one that waits for a server of data do not give up before it does."""
+"""Ranks that wait for one that waits for a data server do not give up before it does."""
 
 from __future__ import annotations
 

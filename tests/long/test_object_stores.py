@@ -22,6 +22,7 @@ from pretrain.data.mirror import fetch, mirror_path
 from pretrain.data.sources import list_files, objects, open_bytes, retries
 from pretrain.data.sources.retries import patient
 from tests.data.gcs_server import Storage, gcs_server
+from tests.data.s3_server import s3_server
 
 pytestmark = pytest.mark.long
 SUFFIXES = (".jsonl",)
@@ -39,29 +40,12 @@ LISTINGS = [
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
     """A client of a bucket `data`, and the server."""
-    pytest.importorskip("s3fs", reason="pip install 's3fs' 'moto[server]'")
-    server = pytest.importorskip("moto.server", reason="pip install 's3fs' 'moto[server]'").ThreadedMotoServer(
-        ip_address="127.0.0.1", port=0
-    )
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    objects._system.cache_clear()
-    import boto3
-
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="data")
-    for key, body in OBJECTS.items():
-        client.put_object(Bucket="data", Key=key, Body=body)
-    with patient(first_wait_seconds=0.01, total_seconds=2):
-        yield client, server
-    server.stop()
+    with s3_server(monkeypatch) as (client, server):
+        objects._system.cache_clear()
+        for key, body in OBJECTS.items():
+            client.put_object(Bucket="data", Key=key, Body=body)
+        with patient(first_wait_seconds=0.01, total_seconds=2):
+            yield client, server
 
 
 @pytest.mark.parametrize(("path", "found"), LISTINGS)

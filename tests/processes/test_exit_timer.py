@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from pretrain.processes.signals import REPEAT_SECONDS
 from tests.conftest import REPOSITORY
 
 # Waits in C code that never returns to Python's signal handlers, as a collective does whose peer is gone.
@@ -62,6 +64,18 @@ def test_a_second_signal_ends_a_process_that_is_stuck() -> None:
     process.send_signal(signal.SIGUSR1)
     # Which of two signals at the same time comes first is up to the kernel.
     assert ended(process)[0] in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+
+
+def test_a_repetition_of_a_signal_ends_no_process_and_a_later_one_does() -> None:
+    """At a time limit without notice, Slurm sends SIGTERM twice in a row."""
+    process = start(1e6)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    time.sleep(2 * REPEAT_SECONDS)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])

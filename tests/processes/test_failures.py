@@ -283,6 +283,17 @@ def test_the_launcher_judges(
     assert line is None or line.format(host=HOST) in str(said)
 
 
+@pytest.mark.parametrize(
+    ("codes", "code"), [((-15, -15), 75), ((-10, 75), 75), ((-15, -9), 1), ((-15, 1), 1), ((-11, -15), 1)]
+)
+def test_a_signal_that_comes_before_the_processes_can_handle_it_is_a_stop(codes: tuple[int, int], code: int) -> None:
+    """Slurm signals the launcher and its processes alike; before they handle signals they have trained nothing."""
+    ended = {rank: Ended(number, 10 + rank) for rank, number in enumerate(codes)}
+    assert judge(ended, [], set(), asked=True)[0] == code
+    assert judge(ended, [], set())[0] == 1
+    assert judge(ended, [told("own", 1)], set(), asked=True)[0] == 1
+
+
 def test_the_launcher_names_the_rank_that_it_ended_because_it_was_frozen() -> None:
     """The others lost the connection to it, or were ended by torchrun."""
     ended = {0: Ended(1, 10), 5: Ended(-9, 11), 6: Ended(-15, 12)}

@@ -19,6 +19,7 @@ import pytest
 import pretrain
 from pretrain.config import Config
 from pretrain.processes.errors import UserError
+from pretrain.processes.signals import REPEAT_SECONDS
 from pretrain.processes.torchrun import free_port
 from pretrain.run.folder import RunFolder
 from tests.conftest import REPOSITORY
@@ -240,7 +241,7 @@ def test_a_second_signal_to_the_launcher_ends_ranks_that_cannot_stop(tmp_path: P
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
         process.send_signal(signal.SIGTERM)
-        time.sleep(1)
+        time.sleep(2 * REPEAT_SECONDS)
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=TIMEOUT_SECONDS)
         assert process.returncode == 128 + signal.SIGTERM, error

@@ -15,6 +15,7 @@ import pytest
 
 from pretrain.processes import overseer
 from pretrain.processes.overseer import LaunchStoppedError, Overseer
+from pretrain.processes.signals import REPEAT_SECONDS
 from pretrain.processes.torchrun import torchrun
 
 # Ends with the number of requests that it has received, 10 more if it was also signalled.
@@ -78,11 +79,26 @@ def test_a_second_signal_kills_them(tmp_path: Path) -> None:
         until_ready(tmp_path, 0, 1)
         for process in started:
             process.send_signal(signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(LaunchStoppedError) as raised:
             os.kill(os.getpid(), signal.SIGTERM)
         assert raised.value.exit_code == 128 + signal.SIGTERM
         assert [process.wait(30) for process in started] == [-signal.SIGKILL] * 2
+
+
+def test_a_repetition_of_a_signal_kills_nothing_and_a_later_one_does(tmp_path: Path) -> None:
+    """At a time limit without notice, Slurm sends SIGTERM twice in a row."""
+    watching = Overseer()
+    watching.attempt = lambda: tmp_path
+    with watching.at_work(), children(tmp_path, 0) as (process,):
+        until_ready(tmp_path, 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert process.wait(30) == 1  # asked once, and in its own time
+        time.sleep(1.5 * REPEAT_SECONDS)
+        with pytest.raises(LaunchStoppedError) as raised:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert raised.value.exit_code == 128 + signal.SIGTERM
 
 
 def test_a_process_that_is_frozen_is_ended_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,21 +4,65 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from pretrain.processes.signals import PASSED_ON, SIGNALS, StopRequests, stop_requests
+from pretrain.processes import signals
+from pretrain.processes.signals import PASSED_ON, SIGNALS, SignalCount, StopRequests, stop_requests
+from tests.conftest import REPOSITORY
 
 
 def test_the_signals_of_people_terminals_and_schedulers_ask_for_a_stop() -> None:
     assert set(SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
+def test_repetitions_of_a_signal_are_not_counted() -> None:
+    """At a time limit without notice, Slurm sends SIGTERM twice in a row."""
+    clock = [100.0]
+    received = SignalCount(lambda: clock[0])
+    near, far = 0.6 * signals.REPEAT_SECONDS, 1.1 * signals.REPEAT_SECONDS
+    counted = []
+    for wait, number in [
+        (0.0, signal.SIGTERM),
+        (0.0, signal.SIGTERM),
+        (near, signal.SIGTERM),
+        (near, signal.SIGTERM),  # whoever keeps sending it is heard
+        (0.0, signal.SIGINT),  # another signal is another request
+        (near, signal.SIGTERM),
+        (far, signal.SIGTERM),
+    ]:
+        clock[0] += wait
+        counted.append(received.add(number))
+    assert counted == [True, False, False, True, True, False, True]
+    assert received.count == 4
+
+
+@pytest.mark.parametrize("wait", [0.0, 2 * signals.REPEAT_SECONDS])
+def test_a_process_is_ended_by_a_later_signal_and_not_by_a_repetition(wait: float) -> None:
+    """By the signal itself, as if it had never been handled."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from pretrain.processes.signals import StopRequests, stop_requests\n"
+        "requests = StopRequests()\n"
+        "with stop_requests(requests, None, first_only=True):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(float(sys.argv[1]))\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert requests.count == 1\n"
+    )
+    command = [sys.executable, "-c", code, str(wait)]
+    done = subprocess.run(command, cwd=REPOSITORY, timeout=60, check=False)
+    assert done.returncode == (-signal.SIGTERM if wait else 0)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_requests_are_counted_and_the_handlers_return(
-    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+    number: signal.Signals, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
     before = [signal.getsignal(each) for each in (*SIGNALS, PASSED_ON)]
     requests = StopRequests()
     with stop_requests(requests, "stopping soon"):

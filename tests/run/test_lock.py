@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +17,7 @@ import pytest
 
 from pretrain.run import lock
 from pretrain.run.lock import RunError, RunLock, is_locked
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -203,10 +207,67 @@ def test_a_lock_of_this_machine_whose_process_died_is_taken_at_once(
         own.release()
 
 
-def test_training_shows_life(attempt: Callable[..., RunLock], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.0)
+@pytest.fixture
+def _beating(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
+
+
+def is_touched(file: Path, seconds: float) -> bool:
+    """Whether somebody touches a file within this time."""
+    os.utime(file, (1, 1))
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if file.stat().st_mtime > 1:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.usefixtures("_beating")
+def test_the_holder_shows_life_while_training_does_something_long(
+    attempt: Callable[..., RunLock], tmp_path: Path
+) -> None:
+    """As in a validation of minutes, in which nothing is logged or saved; until it gives the lock back."""
     own = attempt()
     own.acquire()
-    os.utime(tmp_path / lock.LOCK_FILE, (1, 1))
-    own.check()
-    assert (tmp_path / lock.LOCK_FILE).stat().st_mtime > 1
+    assert is_touched(tmp_path / lock.LOCK_FILE, 30)
+    assert is_touched(tmp_path / lock.LOCK_FILE, 30)
+    own.release()
+    time.sleep(0.1)  # a touch that had begun
+    assert not is_touched(tmp_path / lock.LOCK_FILE, 0.2)
+
+
+@pytest.mark.usefixtures("_beating")
+def test_a_launch_that_was_replaced_shows_no_life_for_the_other_one(
+    attempt: Callable[..., RunLock], tmp_path: Path
+) -> None:
+    own = attempt()
+    own.acquire()
+    elsewhere(attempt, tmp_path)
+    time.sleep(0.1)  # a touch that had begun
+    assert not is_touched(tmp_path / lock.LOCK_FILE, 0.2)
+    own.release()
+
+
+def test_a_process_that_is_stopped_shows_no_life(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys, time\n"
+        "from pretrain.run import lock\n"
+        "lock.BEAT_SECONDS = 0.02\n"
+        "lock.RunLock(pathlib.Path(sys.argv[1])).acquire()\n"
+        "print('locked', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"locked\n"
+            assert is_touched(tmp_path / lock.LOCK_FILE, 30)
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.1)
+            assert not is_touched(tmp_path / lock.LOCK_FILE, 0.2)
+            process.send_signal(signal.SIGCONT)
+            assert is_touched(tmp_path / lock.LOCK_FILE, 30)
+        finally:
+            process.kill()

@@ -140,6 +140,20 @@ def test_a_time_limit_with_a_notice(runs: Runs) -> None:
     runs.assert_undisturbed("limited")
 
 
+def test_a_time_limit_without_a_notice(runs: Runs) -> None:
+    """Slurm sends SIGTERM twice in a row, and leaves the run KillWait seconds: the second one is no second request."""
+    number = runs.submit("surprised", "--signal=B:CONT@1")
+    runs.reach(10, "surprised", number)
+    seconds = runs.cluster.command("squeue", "--noheader", "--job", str(number), "--format=%M").strip()
+    runs.cluster.command("scontrol", "update", f"JobId={number}", f"TimeLimit={int(seconds.split(':')[0]) + 1}")
+    runs.wait(lambda: runs.cluster.job(number).restarts == 1, number)
+    runs.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=30")
+    job = runs.finish(number)
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 1), job.output
+    assert [attempt["exit_code"] for attempt in runs.record(number)] == [75, 0]
+    runs.assert_undisturbed("surprised")
+
+
 def test_a_request_to_save_and_wait_again(runs: Runs) -> None:
     number = runs.submit("paused")
     runs.reach(10, "paused", number)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.cli import slurm_job
+from pretrain.cli.sweep import read_sweep
 from pretrain.launch.time_budget import time_budget
 from pretrain.processes.signals import PASSED_ON, StopRequests
 from pretrain.run.folder import RunFolder
@@ -22,6 +24,7 @@ from pretrain.slurm import controller
 from pretrain.slurm.attempts import Attempts, Verdict
 from pretrain.slurm.controller import SlurmError, job_status
 from pretrain.slurm.supervisor import Job, JobError, Supervisor, Work
+from pretrain.sweep import plan_jobs
 from pretrain.sweep import runner as runner_module
 from tests.processes.launching import write_config
 
@@ -38,16 +41,20 @@ case "$*" in
 *) if [ -e refusal ]; then cat refusal >&2; exit 1; fi ;;
 esac
 """
-# Runs a check once for every node, and anything else once.
+# Runs a check once for every node, and anything else once; returns the highest code, as the real one does.
 SRUN = """#!/bin/bash
 while [[ "$1" = --* ]]; do shift; done
 if [[ "$*" != *pretrain.slurm.health* ]]; then exec "$@"; fi
-id=0
+id=0 code=0 tasks=()
 for node in $(cat hostnames); do
     [ -e "silent-$node" ] || SLURM_NODEID=$id SLURMD_NODENAME=$node "$@" &
-    id=$((id + 1))
+    tasks+=($!) id=$((id + 1))
 done
-wait
+[ ! -e signal-the-check ] || kill -s "$(cat signal-the-check)" "${tasks[@]}"
+for task in "${tasks[@]}"; do
+    wait "$task" || { ended=$?; [ "$ended" -le "$code" ] || code=$ended; }
+done
+exit "$code"
 """
 SAVED = "runs/checkpoints"
 
@@ -74,7 +81,7 @@ class Cluster:
             "SLURM_JOB_NODELIST": "gpu[07-09]",
             "SLURM_JOB_NUM_NODES": "3",
             "AURORA_LOGS": str(folder / "logs"),
-            "AURORA_CACHE": str(folder / "aurora-cache"),
+            "AURORA_COMPILE_CACHE": str(folder / "aurora-cache"),
             "AURORA_RENDEZVOUS_HOST": "127.0.0.1",
             "AURORA_CHECK_SECONDS": "0",
         }
@@ -130,6 +137,11 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
         (1, {"state": "COMPLETING"}, False),
         (143, {"state": "PENDING"}, False),  # scontrol requeue, preemption without grace: Slurm has done it
         (137, {}, True),
+        (143, {}, False),  # scancel --signal=TERM, twice
+        (130, {}, False),
+        (143, {"preempt": "PreemptTime=2030-01-01T00:00:00"}, True),  # asked, and killed before it had saved
+        (143, {"reason": "TimeLimit"}, True),
+        (128 + signal.SIGSEGV, {}, True),
     ],
 )
 def test_a_job_is_requeued_unless_it_is_done_or_someone_ended_it(
@@ -256,6 +268,32 @@ def test_a_notice_before_the_work_starts_is_not_lost(cluster: Cluster, monkeypat
     assert cluster.requeued
 
 
+@pytest.mark.parametrize("name", ["TERM", "HUP", "USR1"])  # the shell that starts them has SIGINT ignored
+def test_a_signal_to_the_check_of_the_nodes_ends_the_job(cluster: Cluster, name: str) -> None:
+    """`scancel --signal` without --batch sends it to the tasks of the check, and the nodes report nothing."""
+    (cluster.folder / "signal-the-check").write_text(name)
+    assert cluster.run("touch worked", AURORA_CHECK_SECONDS="5") == 75
+    assert not (cluster.folder / "worked").exists()
+    assert not cluster.requeued
+    assert not any("is bad" in line for line in cluster.said)
+
+
+@pytest.mark.parametrize(("status", "requeued"), [({}, False), ({"preempt": "PreemptTime=2030-01-01T00:00:00"}, True)])
+def test_a_signal_to_the_batch_step_before_the_work_keeps_it_from_starting(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, status: dict[str, str], requeued: bool
+) -> None:
+    cluster.set_status(**status)
+
+    def last_step() -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(cluster, "last_step", last_step)
+    assert cluster.run("touch worked") == 75
+    assert not (cluster.folder / "worked").exists()
+    assert cluster.requeued == requeued
+
+
 def test_bad_nodes_are_named_and_excluded(cluster: Cluster) -> None:
     cluster.set_status(excluded="gpu03")
     (cluster.folder / "silent-gpu08").touch()
@@ -295,7 +333,7 @@ def test_the_caches_stay_while_the_job_goes_on(cluster: Cluster) -> None:
 
 def test_no_folder_of_another_name_is_deleted(cluster: Cluster) -> None:
     (cluster.folder / "home").mkdir()
-    cluster.run("exit 0", AURORA_CACHE=str(cluster.folder / "home"))
+    cluster.run("exit 0", AURORA_COMPILE_CACHE=str(cluster.folder / "home"))
     assert (cluster.folder / "home").exists()
 
 
@@ -397,24 +435,70 @@ def test_the_step_is_that_of_the_newest_complete_checkpoint(
     assert cluster.requeued
 
 
-def test_a_run_that_its_time_budget_stopped_is_requeued(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_of_checkpoints_gets_further_with_each_result(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored = "for n in 2 4; do mkdir -p $1/step-0000000$n; touch $1/step-0000000$n/results.json; done; exit 1"
+    for out, options in (("runs/tiny/eval", []), ("scores", ["--out", "scores"])):
+        work = ["srun", "bash", "-c", f"set -- {out}; {scored}", "x", "-m", "pretrain", "eval", "runs/tiny"]
+        assert slurm_job.main(["--", *work, "--every-checkpoint", "--follow", *options]) == 1
+        assert "newest checkpoint: step 0" in (out_text := capsys.readouterr().out)
+        assert "newest checkpoint: step 2" in out_text  # the number of results
+        assert cluster.requeued
+
+
+SWEEP = """
+name: pair
+root: runs
+base: config.yaml
+axes: {seed: {0: {run.seed: 0}, 1: {run.seed: 1}}}
+"""
+# Records in the manifest of a run, as training does, that it stopped.
+STOPS = """
+import sys
+from pathlib import Path
+from pretrain.run.folder import RunFolder
+run = RunFolder(Path(sys.argv[1]))
+run.path.mkdir(parents=True, exist_ok=True)
+run.mark_stopped(3, sys.argv[2])
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["train", "config.yaml"], ["sweep", "run", "sweep.yaml"]])
+def test_a_run_that_its_time_budget_stopped_is_requeued(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
     """Not one that stopped for another reason: --stop-at, a STOP file, run.max_seconds."""
     write_config(cluster.folder)
-    run = RunFolder(cluster.folder / "runs/tiny")
-    run.path.mkdir(parents=True)
-    work = ["srun", "bash", "-c", "exit 75", "x", "-m", "pretrain", "train", "config.yaml"]
+    (cluster.folder / "sweep.yaml").write_text(SWEEP)
+    one = plan_jobs(read_sweep(Path("sweep.yaml")))[1].config
+    folder = str(one.run_folder) if one and "sweep" in arguments else "runs/tiny"
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 60))
     by_limit = time_budget(None, 0.0, 0, print).reason
     for reason, requeued in (("--stop-at", False), ("", False), (by_limit, True), (f"{by_limit} on rank 1", True)):
-        run.mark_stopped(3, reason)
+        work = ["srun", sys.executable, "-c", STOPS, folder, reason, "-m", "pretrain", *arguments]
         (cluster.folder / "asked").unlink(missing_ok=True)
         assert slurm_job.main(["--", *work]) == 75
         assert cluster.requeued == requeued, reason
     assert time_budget(10.0, 0.0, 0, print).reason != by_limit
 
 
-def test_a_sweep_does_not_ask_its_runs_a_second_time(tmp_path: Path) -> None:
-    """They have the signal from Slurm already, and a second request would end them without a checkpoint."""
+def test_a_time_limit_of_an_earlier_attempt_requeues_nothing(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of the stop is there until the run trains again, which a stop before its first step prevents."""
+    write_config(cluster.folder)
+    run = RunFolder(cluster.folder / "runs/tiny")
+    run.path.mkdir(parents=True)
+    work = ["srun", "bash", "-c", "exit 75", "x", "-m", "pretrain", "train", "config.yaml"]
+    stopped = {"step": 3, "reason": "the time limit of the Slurm job"}
+    for record in ({**stopped, "time": "2026-01-01T00:00:00+00:00"}, stopped, "the time limit of the Slurm job"):
+        run.write_manifest({"stopped": record})
+        assert slurm_job.main(["--", *work]) == 75
+        assert not cluster.requeued
+
+
+def test_a_sweep_does_not_ask_its_runs_a_second_time_and_ends_them_at_the_second_request(tmp_path: Path) -> None:
+    """They have the signal from Slurm already, and another of those would end them without a checkpoint."""
     sent: list[int] = []
 
     class Process:
@@ -423,7 +507,7 @@ def test_a_sweep_does_not_ask_its_runs_a_second_time(tmp_path: Path) -> None:
     runner = runner_module._Runner.__new__(runner_module._Runner)
     runner.requests = StopRequests()
     runner.running = [runner_module._Running(None, Process(), tmp_path, 0.0)]  # type: ignore[arg-type]
-    for expected in ([PASSED_ON], [PASSED_ON, signal.SIGTERM]):
+    for expected in ([PASSED_ON], [PASSED_ON, signal.SIGKILL]):
         runner.requests.add("SIGUSR1")
         runner.pass_on_requests()
         runner.pass_on_requests()

@@ -14,7 +14,10 @@ import torch
 from safetensors import safe_open
 
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
+from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.config import Config, ConfigError
+from pretrain.data import DataError
+from pretrain.data.prefetch import Prefetcher
 from pretrain.launch import train
 from pretrain.run.folder import RunFolder
 from pretrain.training.trainer import Trainer, TrainingError
@@ -172,6 +175,55 @@ def test_without_a_checkpoint_a_spike_is_trained_on(
     assert train(config, stop_at=13) == 75
     assert "no checkpoint to roll back to" in capsys.readouterr().out
     assert [line["step"] for line in lines(config)] == list(range(1, 14))
+
+
+@pytest.fixture
+def saves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that are saved; the first save fails for want of room."""
+    found: list[int] = []
+
+    def first_fails(root: Path, snapshot: Any, *arguments: Any) -> Path:
+        found.append(snapshot.step)
+        if len(found) == 1:
+            raise OSError(28, "No space left on device", str(root))
+        return save_checkpoint(root, snapshot, *arguments)
+
+    monkeypatch.setattr("pretrain.checkpoint.saver.save_checkpoint", first_fails)
+    return found
+
+
+ROLLING_BACK = BASE | {"guards.on_loss_spike": "roll_back", "checkpoint.save_every_steps": 10}
+
+
+def test_where_no_save_has_succeeded_a_spike_is_trained_on(
+    tiny_config: MakeConfig, plant: Any, saves: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once a save has succeeded, later spikes are rolled back to it."""
+    config = tiny_config(ROLLING_BACK | {"train.total_tokens": 24 * 192})
+    plant({11: 1000.0, 13: 1000.0, 24: 1000.0})
+    assert train(config) == 0
+    assert saves == [10, 20, 24]
+    assert capsys.readouterr().out.count("no checkpoint to roll back to") == 2
+    assert [line["step"] for line in lines(config)] == list(range(1, 25))
+    assert counters(config, 24)["rollbacks"] == 1
+
+
+def test_bad_data_after_a_spike_that_there_is_no_way_back_from_ends_a_run_with_its_steps_saved(
+    tiny_config: MakeConfig, plant: Any, saves: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(self: Any) -> Any:
+        if len(seen) == 11:
+            raise DataError("row 7: bad")
+        return next_batch(self)
+
+    next_batch = Prefetcher.next_batch
+    monkeypatch.setattr(Prefetcher, "next_batch", no_more)
+    config = tiny_config(ROLLING_BACK)
+    seen = plant({11: 1000.0})
+    with pytest.raises(DataError, match="row 7"):
+        train(config)
+    assert saves == [10, 11]
+    assert [path.name for path in list_checkpoints(config.run_folder / "checkpoints")] == ["step-00000011"]
 
 
 def test_bad_batches_are_kept_with_the_places_of_their_documents(tiny_config: MakeConfig, plant: Any) -> None:

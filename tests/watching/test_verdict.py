@@ -62,7 +62,7 @@ def test_a_run_that_may_still_go_on_is_left_alone(of_rank_1: dict[str, object]) 
 
 
 def test_a_phase_that_may_take_long_has_no_longer_for_a_process_that_is_stopped() -> None:
-    beats = three(phase="save", limit=100.0)
+    beats = three(phase="validation", limit=100.0)
     line = named(verdict(beats[0], beats, {1}))
     assert "rank 1 on node1" in line
     assert "no progress for 10 seconds" in line

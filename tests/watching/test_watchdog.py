@@ -84,15 +84,49 @@ def test_limits_are_short_only_after_the_first_step(tmp_path: Path) -> None:
         ("save", 5),
         ("data", 6),
         ("forward", 6),
+        ("validation", 6),
+        ("telemetry", 6),
+        ("samples", 6),
         ("save", 6),
     ]:
         dog.progress.enter(phase, step)
         limits.append(dog.limit())
-    assert limits == [100, 107, 100, 100, 17, 10, 100]
+    assert limits == [107, 107, 100, 100, 17, 10, 107, 107, 100, 100]
     dog.progress.longest["save"] = 30.0  # it took so long before
     assert dog.limit() == 150
-    assert dog.heartbeat().stopped_limit == 10
     assert watchdog(tmp_path, WatchConfig(hang_seconds=None))[0].limit() == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("phase", "limit"), [("validation", 10), ("forward", 10), ("data", 10), ("save", 100), ("start", 107)]
+)
+def test_a_rank_that_is_silent_has_a_short_limit_but_in_a_save(phase: str, limit: float, tmp_path: Path) -> None:
+    """A disk that is busy with a save may keep the heartbeats waiting, and the save may take its time."""
+    dog, _ = watchdog(tmp_path, WatchConfig(hang_seconds=10, slow_seconds=100), data_seconds=7)
+    if phase != "start":
+        dog.progress.enter("data", 5)
+        dog.progress.enter(phase, 6)
+    assert dog.heartbeat().stopped_limit == limit
+
+
+@pytest.mark.parametrize(("last_seen", "stopped_limit"), [("save", 100.0), ("records", 10.0)])
+def test_a_slow_save_that_keeps_heartbeats_waiting_is_no_hang(
+    last_seen: str, stopped_limit: float, tmp_path: Path
+) -> None:
+    """Also if the last heartbeat is from before the save."""
+    dog, _ = watchdog(tmp_path, WatchConfig(hang_seconds=10, slow_seconds=100), world_size=2)
+    for phase, step in (("data", 5), ("save", 6)):
+        dog.progress.enter(phase, step)
+    dog._wrote = True
+    write_heartbeat(tmp_path, beat(1, phase=last_seen, step=6, limit=100.0, stopped_limit=stopped_limit))
+    dog._read()
+    found = []
+    for dog._stalled in (50.0, 120.0):
+        dog._clock = dog._looked = dog._stalled
+        assert dog.silent() == {1}
+        found.append(dog.judge())
+    assert found[0] is None
+    assert "no progress for 100 seconds" in str(found[1])
 
 
 def test_a_compiled_model_has_longer_to_settle() -> None:
