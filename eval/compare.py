@@ -9,7 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from eval.compare_schema import SCHEMA_VERSION, SCOPE, ComparedModel, Comparison, Metric, TaskComparison
+from eval.compare_bits import bits_notes, bits_problems, compare_bits
+from eval.compare_parts import PartOfTask, parts_of
+from eval.compare_schema import (
+    SCHEMA_VERSION,
+    SCOPE,
+    ComparedModel,
+    Comparison,
+    Metric,
+    PartComparison,
+    TaskComparison,
+)
 from eval.errors import EvalError
 from eval.paired import ERROR, PairedOutcomes, holm
 from eval.results import read_result
@@ -18,6 +28,7 @@ from pretrain.processes.errors import did_you_mean
 
 MetricChoice = Literal["auto", "acc", "acc_norm"]
 DEFAULT_MARGIN = 0.02
+LEFT_OUT = "not compared, of "  # how the note on a model's tasks starts that others do not have
 
 
 def compare(
@@ -54,6 +65,8 @@ def compare(
         for model, result in zip(models[1:], results[1:], strict=True)
         for problem in _problems(models[0]["label"], results[0], model["label"], result, names, metrics)
     ]
+    known = [model["label"] for model in models]
+    problems += bits_problems(known, results)
     if problems:
         raise EvalError("\n".join(problems))
     rows = [
@@ -62,14 +75,26 @@ def compare(
         for name in names
     ]
     _decide(rows)
-    return {
+    parts = [
+        _part_row(name, metrics[name], models[0], part, model, margin)
+        for model, result in zip(models[1:], results[1:], strict=True)
+        for name in names
+        for part in parts_of(results[0]["tasks"][name], result["tasks"][name])
+    ]
+    _decide(parts)
+    comparison: Comparison = {
         "schema_version": SCHEMA_VERSION,
         "models": models,
         "margin": margin,
         "comparisons": rows,
-        "notes": [*_notes(models, results, names)],
+        "notes": [*_notes(models, results, names), *bits_notes(known, results)],
         "scope": SCOPE,
     }
+    if parts:
+        comparison["parts"] = parts
+    if bits := compare_bits(known, results):
+        comparison["bits_per_byte"] = bits
+    return comparison
 
 
 def _read_all(files: Sequence[Path]) -> list[EvalResult]:
@@ -123,7 +148,8 @@ def _shared_tasks(
 ) -> list[str]:
     shared = [name for name in results[0]["tasks"] if all(name in result["tasks"] for result in results)]
     if wanted is None:
-        if not shared:
+        texts = [set(result.get("bits_per_byte", {})) for result in results]
+        if not shared and not set.intersection(*texts):
             has = "; ".join(
                 f"{model['label']} has {', '.join(result['tasks']) or 'none'}"
                 for model, result in zip(models, results, strict=True)
@@ -264,6 +290,12 @@ def _row(
     }
 
 
+def _part_row(
+    task: str, metric: Metric, baseline: ComparedModel, part: PartOfTask, model: ComparedModel, margin: float
+) -> PartComparison:
+    return {**_row(task, metric, baseline, part.first, model, part.second, margin), "part": part.name}
+
+
 def _decide(rows: Sequence[TaskComparison]) -> None:
     """Correct the P values for the number of rows, and give each row its verdict."""
     of_difference = holm([row["difference_p"] for row in rows])
@@ -286,7 +318,7 @@ def _notes(models: Sequence[ComparedModel], results: Sequence[EvalResult], names
     }
     for label, tasks in left_out.items():
         if tasks:
-            yield f"not compared, of {label}: {', '.join(tasks)}"
+            yield f"{LEFT_OUT}{label}: {', '.join(tasks)}"
     for what, values in (
         ("dtype of the weights", [result["dtype"] for result in results]),
         ("version of lm-eval", [result["versions"].get("lm_eval", "unknown") for result in results]),
