@@ -272,8 +272,8 @@ def test_a_slope_through_a_point_that_is_true_by_construction_is_undecided(tmp_p
     found = width_sweep(tmp_path / "a", gains, claim)
     assert found.judgement.outcome == "undecided"
     assert found.reservations == [
-        "at expansion 1 both series have the same value for every seed, which is true by construction or a limit of the "
-        "measure; without it, the slope is -0.1017 ± 0.0190"
+        "at expansion 1 both series have the same value for every seed, which is true by construction or a limit of "
+        "the measure; without it, the slope is -0.1017 ± 0.0190"
     ]
     # One seed that differs is a measurement.
     found = width_sweep(tmp_path / "b", {**gains, "1": [0.0, 0.0, 0.001]}, claim)
