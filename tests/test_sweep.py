@@ -274,6 +274,15 @@ def test_every_job_has_a_gpu_or_a_thread_of_its_own(
     assert [env["OMP_NUM_THREADS"] for env in environments] == ["1"] * 4
 
 
+def test_a_check_says_what_two_seeds_cannot_decide(
+    sweep_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    claim = {"claim": "x", "measure": "validation_loss", "where": {"optimizer": "muon"}, "below": 1}
+    for claims in ([], [claim]):
+        assert main(["check", str(sweep_file(claims=claims))]) == DONE
+        assert ("every claim will be undecided: the axis seed has 2 labels" in capsys.readouterr().out) == bool(claims)
+
+
 def test_shipped_sweeps_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     paths = sorted(path for path in Path("configs/experiments").glob("*.yaml") if path.name != "small.yaml")
