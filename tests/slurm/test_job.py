@@ -18,14 +18,12 @@ import pytest
 from pretrain.cli import slurm_job
 from pretrain.cli.sweep import read_sweep
 from pretrain.launch.time_budget import time_budget
-from pretrain.processes.signals import PASSED_ON, StopRequests
 from pretrain.run.folder import RunFolder
 from pretrain.slurm import controller
 from pretrain.slurm.attempts import Attempts, Verdict
 from pretrain.slurm.controller import SlurmError, job_status
 from pretrain.slurm.supervisor import Job, JobError, Supervisor, Work
 from pretrain.sweep import plan_jobs
-from pretrain.sweep import runner as runner_module
 from tests.processes.launching import write_config
 
 STATUS = (
@@ -483,20 +481,3 @@ def test_a_time_limit_of_an_earlier_attempt_requeues_nothing(cluster: Cluster, m
         run.write_manifest({"stopped": record})
         assert slurm_job.main(["--", *work]) == 75
         assert not cluster.requeued
-
-
-def test_a_sweep_does_not_ask_its_runs_a_second_time_and_ends_them_at_the_second_request(tmp_path: Path) -> None:
-    """They have the signal from Slurm already, and another of those would end them without a checkpoint."""
-    sent: list[int] = []
-
-    class Process:
-        send_signal = staticmethod(sent.append)
-
-    runner = runner_module._Runner.__new__(runner_module._Runner)
-    runner.requests = StopRequests()
-    runner.running = [runner_module._Running(None, Process(), tmp_path, 0.0)]  # type: ignore[arg-type]
-    for expected in ([PASSED_ON], [PASSED_ON, signal.SIGKILL]):
-        runner.requests.add("SIGUSR1")
-        runner.pass_on_requests()
-        runner.pass_on_requests()
-        assert sent == expected
