@@ -228,3 +228,13 @@ def latex_text(text: str) -> str:
     """Escape text so that LaTeX prints it as it is."""
     escaped = "".join(_LATEX.get(sign, sign) for sign in printable(text))
     return re.sub("-(?=-)", "-{}", escaped)  # not a dash
+
+
+def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
+    """Return the rows of each model as text, in the columns HEADS, with a title."""
+    return [(title, [_cells(row) for row in rows]) for title, rows in _groups(comparison)]
+
+
+def explanations(comparison: Comparison) -> list[str]:
+    """Return how to read the tables, what the verdicts cover, and notes."""
+    return _explanations(comparison)

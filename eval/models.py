@@ -137,11 +137,14 @@ def _identity(source: ModelSource, model: PreTrainedModel, tokenizer: PreTrained
 def _provenance(file: Path) -> Provenance:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return {
+        found: Provenance = {
             "run_name": str(content["run_name"]),
             "step": int(content["step"]),
             "tokens": int(content["tokens"]),
         }
+        if "checkpoint_sha256" in content:
+            found["checkpoint_sha256"] = str(content["checkpoint_sha256"])
+        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvalError(f"{file} is not a valid record of an export: {error!r}") from error
 

@@ -62,6 +62,8 @@ class Provenance(TypedDict):
     step: int
     # Target tokens the model was trained on.
     tokens: int
+    # Digest of the checkpoint's index, which holds the digests of its files. Absent in results of earlier versions.
+    checkpoint_sha256: NotRequired[str]
 
 
 class ModelIdentity(TypedDict):

@@ -12,9 +12,9 @@
        litdata (scripts/bench_data_others.py says how to install them)
     6  resident memory and open files over the whole text, with 128 lanes and 3 x 128; start with a lock of many files
 
-Both sides of a ratio do the same work alternately with the same threads (RAYON_NUM_THREADS sets their number), so that
-other load on the machine affects both; a figure is the median of the ratios of the rounds. --json keeps the rows of
-numbers that are not measured this time, so that a part can be repeated.
+Both sides of a ratio do the same work one after the other, in an order that changes every round, with the same threads
+(RAYON_NUM_THREADS sets their number), so that other load on the machine affects both; a figure is the median of the
+ratios of the rounds. --json keeps the rows of numbers that are not measured this time, so that a part can be repeated.
 """
 
 from __future__ import annotations

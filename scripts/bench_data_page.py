@@ -15,7 +15,7 @@ _HEAD = """\
 
 `scripts/bench_data.py` on {date}: {cores} cores of {machine}, {threads} threads of the tokenizer, {gib:.0f} GiB;
 {versions}.
-Medians of {rounds} rounds, in which both sides of a ratio alternate in the same process or start one after the other.
+Medians of {rounds} rounds, in which both sides of a ratio run one after the other, in an order that changes.
 Ratios above 1 favour this pipeline in numbers 1, 2 and 5.
 
 The text is put together from paragraphs of the vendored books, in documents of the lengths of web pages (log-normal,
@@ -35,9 +35,10 @@ _FOOT = """
 4. Every lane stands at the beginning of a document at 95 % or 5 % of its text. Plain files of lines are read from the
    byte that the state holds; parquet skips row groups, but decodes its way through the one that it stands in, so the
    figure is that of row groups of the stated size; compressed lines are decompressed from their beginning.
-5. `datasets` reads the same files, with the same tokenizer and packing. mosaicml-streaming and litdata read the same
-   tokens in their own formats, in order, in a Python of their own, and stack them into batches of the same shape. They
-   neither count documents and bytes nor take turns among lanes.
+5. `datasets` reads the same files, with the same tokenizer and packing, in two ways: with its own `map` and a tokenizer
+   of transformers, as its documentation shows, and with the fastest call of `tokenizers`, by hand. mosaicml-streaming
+   and litdata read the same tokens in their own formats, in order, in a Python of their own, and stack them into
+   batches of the same shape. They neither count documents and bytes nor take turns among lanes.
 6. Memory is that of a process without workers that reads all of the text. A start is what happens between the config
    and the first batch: the lock is read, the mirror checked, the sources surveyed and their epochs estimated, the
    catalog pickled and unpickled as for another rank, the order of an epoch computed, a batch read.

@@ -51,7 +51,7 @@ def test_one_process_over_raw_encoding_and_over_datasets(
     files = bench.bench_data_inputs.write_files(setting.folder / "text", ".parquet", 0.2, files=16)  # type: ignore[attr-defined]
     assert speed.against_encoding(setting, files).value > 0
     found = list(speed.against_datasets(setting))
-    assert [row.what.rpartition(" ")[2] for row in found] == ["parquet", "jsonl"]
+    assert [row.what.rpartition(" ")[2] for row in found] == ["parquet", "parquet", "jsonl", "jsonl"]
 
 
 def test_both_sides_of_the_comparison_with_datasets_read_as_many_tokens(
@@ -61,7 +61,9 @@ def test_both_sides_of_the_comparison_with_datasets_read_as_many_tokens(
     config = setting.config(files, lanes=4)  # type: ignore[attr-defined]
     ours = sum(bench.bench_data_common.count_targets(setting.stream(config), 4))  # type: ignore[attr-defined]
     tokenizer = bench.bench_data_speed.load_tokenizer(setting.tokenizer)  # type: ignore[attr-defined]
-    assert sum(bench.bench_data_speed.stream_datasets(setting, files, tokenizer, 0)) == ours
+    speed = bench.bench_data_speed
+    for documents in (speed._encoded, speed._mapped):
+        assert sum(speed.stream_datasets(setting, documents(files, tokenizer), 0)) == ours
 
 
 def test_the_states_of_a_resume_stand_where_they_should(bench: SimpleNamespace, setting: object) -> None:

@@ -18,6 +18,7 @@ from pretrain.export.run import export_checkpoint
 from pretrain.launch import train
 from pretrain.run.folder import RunError, RunFolder
 from pretrain.training.schedule import lr_factor
+from pretrain.training.start_validation import StartValidation
 from tests.conftest import TINY, merged
 
 BATCH = 192
@@ -153,6 +154,39 @@ def test_a_new_run_takes_weights_and_begins_the_data_anew(take: str, root: Path,
         steps = before.read(name, "step").item() if take != "weights" else 0
         assert after.read(name, "step").item() == steps + 1
     assert [line[0] for line in lines(branch)] == [1]
+
+
+@pytest.mark.parametrize("what", ["parent", "export"])
+def test_what_a_run_starts_from_is_validated_before_its_first_step(
+    what: str, root: Path, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    branch = make("warm", run__seed=7, init=init(root, what))
+    assert train(branch, stop_at=2) == 75
+    first, second = RunFolder(branch.run_folder).metrics.read()
+    out = capsys.readouterr().out
+    assert f"before the first step: validation loss {first['start_validation_loss']:.4f}" in out
+    assert "start_validation_loss" not in second
+    assert "validation_loss" not in first
+    # It is that of the weights which were taken over, and the training is the same to the bit without it.
+    rates = {"optimizer__lr": 0.0, "optimizer__adamw": {"lr": 0.0}, "schedule": {"kind": "constant"}}
+    still = make("still", train__total_tokens=BATCH, init=init(root, what), **rates)
+    assert train(still) == 0
+    [record] = RunFolder(still.run_folder).metrics.read()
+    assert record["validation_loss"] == record["start_validation_loss"] == first["start_validation_loss"]
+    assert record["validation_bits_per_byte"] == record["start_validation_bits_per_byte"]
+    before, after = tensors(branch), lines(branch)
+    shutil.rmtree(branch.run_folder)
+    monkeypatch.setattr(StartValidation, "measure", lambda self, context: None)
+    assert train(branch, stop_at=2) == 75
+    assert (tensors(branch), lines(branch)) == (before, after)
+
+
+@pytest.mark.parametrize("take", [None, "all"])
+def test_a_run_with_a_position_of_its_own_is_not_validated_before_its_first_step(
+    take: str | None, root: Path, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(make("cold", **({"init": init(root, "parent", take)} if take else {})), stop_at=5) == 75
+    assert "before the first step" not in capsys.readouterr().out
 
 
 def test_an_export_taken_back_has_the_same_validation_loss(root: Path, make: Make) -> None:

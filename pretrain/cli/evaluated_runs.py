@@ -1,11 +1,14 @@
 """The evaluation results in run folders, for the report.
 
 A run keeps its results below its folder ``eval``: RUN/eval/NAME/results.json, or RUN/eval/results.json. Results of the
-same name are compared between runs.
+same name are compared between runs. Those of its checkpoints (RUN/eval/step-N/results.json or
+RUN/eval/NAME/step-N/results.json) are series; of each, the newest step that all runs have is compared.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +18,9 @@ from eval.compare_tables import verdict
 from eval.errors import EvalError
 from eval.results import RESULT_FILE, read_result
 from eval.schema import EvalResult
-from pretrain.report.schema import DifferenceRow, Evaluations, ScoreRow
+from pretrain.report.schema import DifferenceRow, Evaluations, ScoreRow, SeriesRow
+
+_STEP = re.compile(r"step-([0-9]+)")
 
 
 def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
@@ -24,20 +29,32 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
     What cannot be read or compared becomes a note: the report is of the runs, too.
     """
     scores: list[ScoreRow] = []
+    rows: list[SeriesRow] = []
     notes: list[str] = []
     by_file: dict[str, dict[str, Path]] = {}
+    series: dict[str, dict[str, dict[int, Path]]] = {}
     for run, folder in runs.items():
-        files = [folder / "eval" / RESULT_FILE, *sorted((folder / "eval").glob(f"*/{RESULT_FILE}"))]
-        for file in filter(Path.is_file, files):
+        newest: dict[str, tuple[int, str, EvalResult]] = {}
+        for file in _files(folder):
             name = str(file.relative_to(folder))
             try:
-                scores += _scores(run, name, read_result(file))
+                result = read_result(file)
             except EvalError as error:
                 notes += [f"{run}: {line}" for line in str(error).splitlines()]
+                continue
+            if match := _STEP.fullmatch(file.parent.name):
+                group, step = str(file.parent.parent.relative_to(folder / "eval")), int(match[1])
+                rows += _points(run, group, step, result)
+                series.setdefault(group, {}).setdefault(run, {})[step] = file
+                newest[group] = max(newest.get(group, (-1, name, result)), (step, name, result), key=lambda x: x[0])
             else:
+                scores += _scores(run, name, result)
                 by_file.setdefault(name, {})[run] = file
+        for _, name, result in newest.values():
+            scores += _scores(run, name, result)
     if not scores and not notes:
         return None
+    by_file |= _newest_common(series)
     differences: list[DifferenceRow] = []
     for name, found in by_file.items():
         if len(found) > 1:
@@ -45,7 +62,64 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
                 differences += _differences(found)
             except EvalError as error:
                 notes += [f"{name}: not compared: {line}" for line in str(error).splitlines()]
-    return {"scores": scores, "differences": differences, "notes": notes, "margin": DEFAULT_MARGIN, "scope": SCOPE}
+    rows.sort(key=lambda row: (row["run"], row["series"], row["task"], row["step"]))
+    return {
+        "scores": scores,
+        "series": rows,
+        "differences": differences,
+        "notes": notes,
+        "margin": DEFAULT_MARGIN,
+        "scope": SCOPE,
+    }
+
+
+def _files(run: Path) -> list[Path]:
+    """The results in a run folder."""
+    folder = run / "eval"
+    deeper = [file for depth in ("*", "*/step-*") for file in sorted(folder.glob(f"{depth}/{RESULT_FILE}"))]
+    return [file for file in [folder / RESULT_FILE, *deeper] if file.is_file()]
+
+
+def _newest_common(series: Mapping[str, Mapping[str, Mapping[int, Path]]]) -> dict[str, dict[str, Path]]:
+    """Of each series, the results at the newest step that all runs with the series have, by run."""
+    found = {}
+    for group, of_runs in series.items():
+        common = set.intersection(*(set(steps) for steps in of_runs.values()))
+        if common:
+            name = f"{group} at step {max(common):,}"
+            found[name] = {run: steps[max(common)] for run, steps in of_runs.items()}
+    return found
+
+
+def _points(run: str, series: str, step: int, result: EvalResult) -> list[SeriesRow]:
+    """The scores of one checkpoint."""
+    provenance = result["model"].get("provenance")
+    points: list[SeriesRow] = []
+    for name, task in result["tasks"].items():
+        metric = main_metric(task)
+        low, high = wilson_interval(task[metric], task["num_items"])
+        points.append(
+            {
+                "run": run,
+                "series": series,
+                "step": step,
+                "tokens": provenance["tokens"] if provenance else None,
+                "task": name,
+                "metric": metric,
+                "score": task[metric],
+                "low": low,
+                "high": high,
+                "num_items": task["num_items"],
+            }
+        )
+    return points
+
+
+def wilson_interval(share: float, items: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the score interval of a proportion (Wilson 1927, JASA 22); `z` is 1.96 for 95 %."""
+    centre = (share + z * z / (2 * items)) / (1 + z * z / items)
+    half = z / (1 + z * z / items) * math.sqrt(share * (1 - share) / items + z * z / (4 * items * items))
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding, for 0 and 1
 
 
 def _scores(run: str, file: str, result: EvalResult) -> list[ScoreRow]:

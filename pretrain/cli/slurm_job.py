@@ -74,7 +74,13 @@ def _work_of(command: Sequence[str], ranks: int) -> Work:
 
         folders()  # an invalid sweep is refused here
         return _work_on(sweep.file.name, folders)
-    return Work(f"eval-{Path(options.model).name}", lambda: 0)
+    out = options.out or Path(options.model) / "eval"
+    return Work(f"eval-{Path(options.model).name}", lambda: _results(out) if options.every_checkpoint else 0)
+
+
+def _results(out: Path) -> int:
+    """How many checkpoints have been evaluated."""
+    return sum(1 for _ in out.glob("step-*/results.json"))
 
 
 def _work_on(name: str, folders: Callable[[], Iterable[Path]]) -> Work:

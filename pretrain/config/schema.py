@@ -17,6 +17,7 @@ from pretrain.config.data import DataConfig
 from pretrain.config.effect import without_effect
 from pretrain.config.engine import EngineConfig
 from pretrain.config.errors import ConfigError
+from pretrain.config.evaluation import EvaluationConfig
 from pretrain.config.guards import GuardsConfig
 from pretrain.config.init import InitConfig
 from pretrain.config.logging import LoggingConfig
@@ -48,6 +49,7 @@ class Config(Section):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -109,8 +111,9 @@ class Config(Section):
             for key in parents:
                 section = section.get(key, {})
             section.pop(last, None)
-        if not data["init"]:
-            del data["init"]
+        for name in ("init", "evaluation"):  # which older versions did not have
+            if not data[name]:
+                del data[name]
         return data
 
     def sections(self) -> dict[str, Section]:

@@ -213,11 +213,15 @@ def _lower_first(text: str) -> str:
 
 
 def _fields_at(model: Any, loc: Sequence[int | str]) -> list[str]:
-    """Names of the fields of the section found by walking `loc` from `model`."""
+    """Names of the fields of the section found by walking `loc` from `model`, past places in lists and mappings."""
+    is_key = False
     for part in loc:
-        if isinstance(part, int):
+        if isinstance(part, int) or is_key:
+            is_key = False
             continue
-        model = section_in(model.model_fields[part].annotation)
+        annotation = model.model_fields[part].annotation
+        is_key = typing.get_origin(annotation) is dict
+        model = section_in(annotation)
     return list(model.model_fields)
 
 
@@ -248,10 +252,30 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
             f"samples.every_steps: expected null, since model.architecture {model.architecture} cannot generate text, "
             f"got {samples.every_steps}"
         )
+    problems += _evaluation_problems(sections)
     if sections.get("engine") and sections["engine"].kind == "deepspeed":
         problems += _deepspeed_problems(sections)
     if train and schedule:
         problems += _schedule_problems(schedule, train.total_tokens)
+    return problems
+
+
+def _evaluation_problems(sections: Mapping[str, Any]) -> list[str]:
+    """What contradicts the scoring of checkpoints."""
+    evaluation, model, checkpoint = (sections.get(name) for name in ("evaluation", "model", "checkpoint"))
+    if not evaluation or evaluation.every_steps is None:
+        return []
+    problems = []
+    if model and model.architecture != "llama":
+        problems.append(
+            f"evaluation.every_steps: expected null, since model.architecture {model.architecture} cannot be exported, "
+            f"got {evaluation.every_steps}"
+        )
+    if checkpoint:
+        every = checkpoint.save_every_steps
+        problems += _not_multiple(
+            "evaluation.every_steps", evaluation.every_steps, "checkpoint.save_every_steps", every
+        )
     return problems
 
 

@@ -1,5 +1,6 @@
 """A mirror: the files of a lock in a folder, for machines without internet, and how they get there."""
 
+import base64
 import hashlib
 import os
 import re
@@ -178,6 +179,9 @@ def _hash(file: DataFile, size: int) -> tuple[Any, str | None]:
         return hashlib.sha256(), file.sha256
     if file.path.startswith("hf://") and re.fullmatch("[0-9a-f]{40}", file.etag or ""):  # the id of a git blob
         return hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False), file.etag
+    if file.path.startswith("gs://") and re.fullmatch("[A-Za-z0-9+/]{22}==", file.etag or ""):
+        return hashlib.md5(usedforsecurity=False), base64.b64decode(file.etag or "").hex()
+    # The etag of an object in S3 is its MD5 only if it was neither uploaded in parts nor encrypted with a key of KMS.
     return None, None
 
 

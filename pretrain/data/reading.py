@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pretrain.data.documents import Document, Tokenized
 from pretrain.data.packing import Item, Lane, PackedSequence, ReaderTask
 from pretrain.data.prepared.runs import TokenRun
-from pretrain.data.tokenizer import DocumentEncoder, Tokens
+from pretrain.data.tokenizer import DocumentEncoder, Tokens, encodes_in_parallel
 
 # Text that is tokenized in one call, taken from the lanes that have the fewest tokens: enough to keep all threads of
 # the tokenizer busy, and little enough that the first batch does not wait for it.
@@ -46,8 +46,10 @@ def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], Document
     lanes = {lane: task.lane_class(task, lane, own.cursors[lane], encoder) for lane in sorted(own.cursors)}
     ring = deque(lanes[lane] for lane in own.ring)
     epoch, epochs = own.epoch, task.plan.rings[index].epochs
-    with ThreadPoolExecutor(1, "tokenizer") as thread:
-        source = _DocumentSource(encoder, thread)
+    # Threads of the tokenizer that are done with the texts of one call find work in the other.
+    calls = 2 if encodes_in_parallel() else 1
+    with ThreadPoolExecutor(calls, "tokenizer") as threads:
+        source = _DocumentSource(encoder, threads, calls)
         while epochs is None or epoch < epochs:
             for lane in ring:
                 lane.open(epoch)
@@ -73,13 +75,13 @@ class _Read(NamedTuple):
 
 
 class _DocumentSource:
-    """Reads and tokenizes the documents of lanes, one call of the tokenizer ahead.
+    """Reads and tokenizes the documents of lanes, some calls of the tokenizer ahead.
 
     While the tokenizer, which needs no Python, works on some documents, the next ones are read and earlier ones packed.
     """
 
-    def __init__(self, encoder: DocumentEncoder, thread: Executor) -> None:
-        self._encoder, self._thread = encoder, thread
+    def __init__(self, encoder: DocumentEncoder, threads: Executor, ahead: int) -> None:
+        self._encoder, self._threads, self._ahead = encoder, threads, ahead
         self._read: deque[_Read] = deque()
         self._failure: Exception | None = None
         self._read_ahead = False
@@ -94,13 +96,13 @@ class _DocumentSource:
                 raise self._failure
             self._read.append(self._read_documents(lanes))
         # The first sequences after a start do not wait for more than they need.
-        if self._read_ahead and self._read[0].tokens is not None and self._failure is None:
+        while self._read_ahead and len(self._read) <= self._ahead and self._read[0].tokens and self._failure is None:
             self._read.append(self._read_documents(lanes))
         self._read_ahead = True
         self._push(self._read.popleft())
 
     def _read_documents(self, lanes: Sequence[Lane]) -> _Read:
-        """Read about `REFILL_BYTES` and let the thread tokenize them.
+        """Read about `REFILL_BYTES` and let a thread tokenize them.
 
         An error of reading is raised when the documents before it have been used.
         """
@@ -125,7 +127,7 @@ class _DocumentSource:
         except Exception as error:
             self._failure = error
         texts = [document.text for _, document, _ in found if isinstance(document, Document)]
-        return _Read(found, self._thread.submit(self._encoder.encode, texts) if texts else None)
+        return _Read(found, self._threads.submit(self._encoder.encode, texts) if texts else None)
 
     def _push(self, read: _Read) -> None:
         """Give the documents to their lanes, when they are tokenized."""

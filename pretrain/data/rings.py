@@ -142,7 +142,8 @@ class RingQueues:
     """The items of a reader's lanes of one ring that it has yielded and no batch has taken yet, by lane."""
 
     def __init__(self, reader: Reader, ring: int, lanes: Sequence[int]) -> None:
-        self.reader, self.ring = reader, ring
+        self.ring = ring
+        self._items = reader.items(ring)
         self.documents = 0
         """Documents of this epoch, over the lanes that have reached its end."""
         self.ready: dict[int, deque[PackedSequence]] = {lane: deque() for lane in lanes}
@@ -151,13 +152,13 @@ class RingQueues:
 
     def look_ahead(self, lane: int, wanted: int) -> int:
         """Return how many sequences of the epoch a lane has, at most `wanted`."""
-        own, ready, pull, ring = self.ready[lane], self.ready, self.reader.pull, self.ring
-        while len(own) < wanted and lane not in self._ended:
-            item = pull(ring)
+        own, ready, ended = self.ready[lane], self.ready, self._ended
+        while len(own) < wanted and lane not in ended:
+            item = next(self._items)
             if isinstance(item, PackedSequence):
                 ready[item.lane].append(item)
             else:
-                self._ended.add(item.lane)
+                ended.add(item.lane)
                 self.documents += item.documents
         return min(wanted, len(own))
 

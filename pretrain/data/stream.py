@@ -22,6 +22,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -271,24 +272,23 @@ class TokenStream:
         Counts the rows of all ranks in `rings`. Returns this rank's share and the new cursors of its lanes.
         """
         rank, size = self._ranks.rank, self._ranks.world_size
-        owners = [lane % size for lane in lanes]
+        owners = [lane % size for lane in lanes] if size > 1 else [0] * len(lanes)
         own = [row for row, owner in enumerate(owners) if owner == rank] if size > 1 else range(len(lanes))
+        items = [self._ready[lanes[row]].popleft() for row in own]
         tokens = np.empty((len(own), self._sequence_length + 1), dtype=np.int32)
-        found: list[int] = []
+        counts = np.zeros((len(lanes), 5), dtype=np.int64)
+        of_sources = np.zeros((sum(len(ring.ring.units) for ring in rings), 3), dtype=np.int64)
         cursors: dict[int, Cursor] = {}
         bad: list[BadRow] = []
-        of_sources = np.zeros((sum(len(ring.ring.units) for ring in rings), 3), dtype=np.int64)
-        for index, row in enumerate(own):
-            lane = lanes[row]
-            item = self._ready[lane].popleft()
-            _, tokens[index], length, text_bytes, documents, skipped, cursors[lane], cut, parts = item
-            for source, *more in parts:
+        if items:
+            own_lanes, found, lengths, text_bytes, documents, skipped, ends, cut, parts = zip(*items, strict=True)
+            np.concatenate(found, out=tokens.reshape(-1), casting="same_kind")
+            cursors = dict(zip(own_lanes, ends, strict=True))
+            bad_rows = [sum(one.rows for one in of_row) if of_row else 0 for of_row in skipped]
+            counts[own] = np.array([lengths, text_bytes, documents, bad_rows, cut]).T
+            bad += chain.from_iterable(skipped)
+            for source, *more in chain.from_iterable(parts):
                 of_sources[source] += more
-            found += length, text_bytes, documents, sum(one.rows for one in skipped) if skipped else 0, cut
-            bad += skipped
-        counts = np.zeros((len(lanes), 5), dtype=np.int64)
-        if own:
-            counts[own] = np.fromiter(found, np.int64, len(found)).reshape(-1, 5)
         both = np.concatenate([counts.ravel(), of_sources.ravel()])
         self._all_reduce(torch.from_numpy(both))
         counts, of_sources = both[: counts.size].reshape(-1, 5), both[counts.size :].reshape(-1, 3)
@@ -299,7 +299,7 @@ class TokenStream:
             ring.count_parts(of_sources.tolist())
         self._check_bad_rows(bad, sum(ring.bad_rows for ring in rings))
         trainers = assign(owners, size) if size > 1 else owners
-        share = [row for row, trainer in enumerate(trainers) if trainer == rank]
+        share = [row for row, trainer in enumerate(trainers) if trainer == rank] if size > 1 else range(len(lanes))
         lengths = counts[:, 0]
         batch = BatchShare(
             torch.from_numpy(exchange(tokens, owners, trainers, self._ranks)),

@@ -1,5 +1,6 @@
 """From documents to token ids."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,6 +109,12 @@ def token_bytes(tokenizer: Tokenizer, eos_id: int) -> npt.NDArray[np.uint32]:
     for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
         sizes[number] = 0 if number == eos_id else len(token)
     return sizes
+
+
+def encodes_in_parallel() -> bool:
+    """Return whether `tokenizers` encodes the texts of one call in several threads, unless it is told not to."""
+    told = os.environ.get("TOKENIZERS_PARALLELISM", "true").lower()
+    return told not in {"", "off", "false", "f", "no", "n", "0"}
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ Block = tuple[int, list[Item] | DataError]
 class Reader(Protocol):
     """A source of items of some lanes, for each ring in its order."""
 
-    def pull(self, ring: int) -> Item:
-        """Return the next item of a ring; raises the errors of `read_items`."""
+    def items(self, ring: int) -> Iterator[Item]:
+        """Yield the items of a ring; raises the errors of `read_items`. Each ring is asked for once."""
 
     def close(self) -> None:
         """Stop reading. May be called twice."""
@@ -63,9 +63,9 @@ class InlineReader:
     def __init__(self, task: ReaderTask, encoder: DocumentEncoder | None = None) -> None:
         self._items = read_rings(task, encoder)
 
-    def pull(self, ring: int) -> Item:
-        """Return the next item of a ring; raises the errors of `read_items`."""
-        return next(self._items[ring])
+    def items(self, ring: int) -> Iterator[Item]:
+        """Yield the items of a ring; raises the errors of `read_items`."""
+        return self._items[ring]
 
     def close(self) -> None:
         """Close the open files."""
@@ -91,34 +91,31 @@ class WorkerReader:
         self._requests.flush()
         self._ahead = max(2, _BLOCKS_AHEAD // len(task.rings))
         self._blocks: dict[int, deque[list[Item] | DataError]] = {ring: deque() for ring in task.rings}
-        self._items: dict[int, Iterator[Item]] = {ring: iter(()) for ring in task.rings}
         self._used: set[int] = set()
         """The rings of which blocks have been requested."""
         self._told_to_stop = False
         for ring in task.plan.used_rings(task.rings):
             self._request(ring, self._ahead)
 
-    def pull(self, ring: int) -> Item:
-        """Return the next item of a ring, waiting for it if necessary.
+    def items(self, ring: int) -> Iterator[Item]:
+        """Yield the items of a ring, waiting for them if necessary.
 
         Raises:
             DataError: raised by the worker.
             RuntimeError: the worker died.
 
         """
-        for item in self._items[ring]:
-            return item
         if ring not in self._used:
             self._request(ring, self._ahead)
-        while not self._blocks[ring]:
-            other, received = self._receive()
-            self._blocks[other].append(received)
-        block = self._blocks[ring].popleft()
-        if isinstance(block, DataError):
-            raise block
-        self._request(ring, 1)
-        self._items[ring] = iter(block)
-        return next(self._items[ring])
+        while True:
+            while not self._blocks[ring]:
+                other, received = self._receive()
+                self._blocks[other].append(received)
+            block = self._blocks[ring].popleft()
+            if isinstance(block, DataError):
+                raise block
+            self._request(ring, 1)
+            yield from block
 
     def close(self) -> None:
         """End the worker. It only reads, so nothing is lost."""

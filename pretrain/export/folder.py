@@ -14,33 +14,32 @@ The two major versions use different key names, and each silently ignores the ot
     OUT/aurora.json               where the model comes from; marks the folder as an export
 """
 
-import html
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import __version__ as transformers_version
 
+from pretrain.export.card import EMBEDDING, HEAD, ModelCard, parameter_counts, readme
 from pretrain.files import publish_folder, sync
 from pretrain.processes.errors import UserError
+
+__all__ = ["EMBEDDING", "FORMAT", "HEAD", "ExportError", "ModelCard", "export_folder"]
 
 FORMAT = "aurora-export"
 """Value of `format` in aurora.json; it identifies a folder as an export."""
 
 SCHEMA_VERSION = 1
 DEFAULT_PAD_TOKEN = "<|padding|>"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _EXPORTED_NAME = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|README\.md"
     r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|aurora)\.json"
@@ -49,35 +48,6 @@ _EXPORTED_NAME = re.compile(
 
 class ExportError(UserError):
     """The model cannot be exported as requested; the message says what was found and what to do."""
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """The facts about a run that go into the README and aurora.json of its export."""
-
-    run_name: str
-    step: int
-    """Optimizer steps taken."""
-    tokens: int
-    """Target tokens trained on."""
-    train_loss: float | None
-    """Last training loss, nats per token; None if unknown."""
-    validation_loss: float | None
-    """Last validation loss, nats per token; None if never measured."""
-    bits_per_byte: float | None
-    """Validation loss in bits per byte of text; None if never measured."""
-    data_sources: Sequence[Mapping[str, Any]]
-    """One mapping per source, with at least `name` and `licence`; any other keys become table columns."""
-    config_yaml: str
-    """The resolved config of the run."""
-    git_commit: str | None
-    """Commit of the training code; None outside a repository."""
-    optimizer: str
-    """Name of the optimizer that trained the matrices."""
-    datasets: Sequence[str] = ()
-    """The data sets of the Hub that it was trained on, as ``organisation/name``."""
-    start: str | None = None
-    """What the weights were at first, as in "the weights of run a at step 5"; None: random ones."""
 
 
 def export_folder(
@@ -90,6 +60,7 @@ def export_folder(
     eos_token: str = "<|endoftext|>",
     pad_token: str | None = None,
     max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the Hugging Face folder `out`.
 
@@ -99,29 +70,31 @@ def export_folder(
 
     Args:
         state_dict: weights with the names and shapes of `LlamaForCausalLM(config)`, all of the same
-            dtype, which is kept. With tied embeddings the head may be missing.
+            dtype. With tied embeddings the head may be missing.
         config: the architecture; its bos, eos and pad ids are replaced by the tokenizer's.
         tokenizer_file: a `tokenizers` JSON file.
         card: the facts about the run.
         out: the folder to write.
         eos_token: end-of-text token, also used as the beginning-of-text token.
         pad_token: None means `<|padding|>` if the vocabulary has it, and no padding token otherwise.
-        max_shard_size: bytes, or a string such as "5GB".
+        max_shard_size: of a weights file: bytes, or a string such as "5GB".
+        dtype: of the exported weights; None: as they are.
 
     Raises:
-        ExportError: weights and config disagree; the tokenizer cannot be read, lacks a token or has more
-            ids than the model; `out` is not an earlier export; or the files cannot be written.
+        ExportError: weights and config disagree, or a weight exceeds the range of `dtype`; the tokenizer cannot be
+            read, lacks a token or has more ids than the model; `out` is not an earlier export; or the files cannot be
+            written.
     """
-    weights = _checked_weights(state_dict, config)
+    weights = _converted(_checked_weights(state_dict, config), dtype)
     tokenizer_json, special_tokens = _checked_tokenizer(tokenizer_file, config, eos_token, pad_token)
     out = Path(out).resolve()
     partial, replaced = (out.with_name(out.name + suffix) for suffix in (".tmp", ".old"))
     _refuse_foreign(out, partial, replaced)
 
     token_ids = {f"{key}_id": token_id for key, (_, token_id) in special_tokens.items()}
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     documents = {
-        "config.json": _config_json(config, dtype, token_ids),
+        "config.json": _config_json(config, stored, token_ids),
         "generation_config.json": {**token_ids, "transformers_version": transformers_version},
         "tokenizer_config.json": _tokenizer_config(tokenizer_json, config, special_tokens),
         "special_tokens_map.json": {key: token for key, (token, _) in special_tokens.items()},
@@ -132,11 +105,13 @@ def export_folder(
         partial.mkdir(parents=True)
         save_torch_state_dict(weights, partial, max_shard_size=max_shard_size, metadata={"format": "pt"})
         (partial / "tokenizer.json").write_bytes(tokenizer_json)
-        (partial / "README.md").write_text(_readme(card, config, weights), encoding="utf-8")
+        (partial / "README.md").write_text(readme(card, config, weights, eos_token), encoding="utf-8")
         for name, document in documents.items():
             text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
             (partial / name).write_text(text + "\n", encoding="utf-8")
+        mode = (partial / "README.md").stat().st_mode
         for path in partial.iterdir():
+            path.chmod(mode)  # safetensors lets nobody else read its files, whatever the umask
             sync(path)
         publish_folder(partial, out)
     except OSError as error:
@@ -175,6 +150,21 @@ def _checked_weights(state_dict: Mapping[str, Tensor], config: LlamaConfig) -> d
         name: (tensor.detach().clone() if storages.count(pointer) > 1 else tensor.detach()).cpu().contiguous()
         for (name, tensor), pointer in zip(weights.items(), storages, strict=True)
     }
+
+
+def _converted(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the tensors in another dtype."""
+    if dtype is None:
+        return weights
+    found = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    lost = [name for name, tensor in found.items() if weights[name].isfinite().all() and not tensor.isfinite().all()]
+    if lost:
+        name, more = str(dtype).removeprefix("torch."), f" and {len(lost) - 1} more weights" if len(lost) > 1 else ""
+        raise ExportError(
+            f"{lost[0]}{more}: values beyond {torch.finfo(dtype).max:g}, the largest {name}; export as bfloat16 or "
+            "float32"
+        )
+    return found
 
 
 def _checked_tokenizer(
@@ -246,17 +236,11 @@ def _tokenizer_config(
     return tokenizer_config
 
 
-def _parameters(weights: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return the number of parameters in total, and without the embedding and the head."""
-    total = sum(tensor.numel() for tensor in weights.values())
-    return total, total - sum(weights[name].numel() for name in (EMBEDDING, HEAD) if name in weights)
-
-
 def _aurora_json(card: ModelCard, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     def known(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
 
-    total, body = _parameters(weights)
+    total, body = parameter_counts(weights)
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -269,78 +253,11 @@ def _aurora_json(card: ModelCard, weights: Mapping[str, Tensor]) -> dict[str, An
         "optimizer": card.optimizer,
         "git_commit": card.git_commit,
         **({"started_from": card.start} if card.start else {}),
+        **({"checkpoint_sha256": card.checkpoint_sha256} if card.checkpoint_sha256 else {}),
         "parameters": total,
         "parameters_without_embeddings": body,
         "data_sources": [{key: str(value) for key, value in row.items()} for row in card.data_sources],
     }
-
-
-def _readme(card: ModelCard, config: LlamaConfig, weights: Mapping[str, Tensor]) -> str:
-    total, body = _parameters(weights)
-    front_matter = yaml.safe_dump(
-        {
-            "library_name": "transformers",
-            "pipeline_tag": "text-generation",
-            "model_name": card.run_name,
-            "tags": ["aurora-pretrain", "llama", card.optimizer],
-            **({"datasets": list(card.datasets)} if card.datasets else {}),
-        },
-        sort_keys=False,
-        allow_unicode=True,
-    )
-    losses = {
-        "training loss (nats per token)": card.train_loss,
-        "validation loss (nats per token)": card.validation_loss,
-        "validation bits per byte": card.bits_per_byte,
-    }
-    facts: dict[str, object] = {
-        "parameters": f"{total:,} ({body:,} without embeddings)",
-        "layers": config.num_hidden_layers,
-        "hidden size": config.hidden_size,
-        "MLP width": config.intermediate_size,
-        "heads (key-value heads)": f"{config.num_attention_heads} ({config.num_key_value_heads})",
-        "context length (tokens)": config.max_position_embeddings,
-        "optimizer": card.optimizer,
-        "steps": f"{card.step:,}",
-        "tokens": f"{card.tokens:,}",
-        **{name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None},
-        "trainer commit": card.git_commit or "not known",
-    }
-    columns = list(dict.fromkeys(["name", "licence", *(key for row in card.data_sources for key in row)]))
-    longest_fence = max((len(run) for run in re.findall(r"`+", card.config_yaml)), default=0)
-    fence = "`" * max(3, longest_fence + 1)
-    return "\n".join(
-        [
-            f"---\n{front_matter}---\n",
-            f"# {_escaped(card.run_name)}\n",
-            f"A Llama-architecture base language model pretrained {_escaped(_origin(card))} with aurora-pretrain."
-            " It completes text; it has not been taught to follow instructions.\n",
-            *_table(["", "value"], facts.items()),
-            "\n## Training data\n",
-            *_table(columns, ([_shown(row.get(column, "")) for column in columns] for row in card.data_sources)),
-            f"\n## Config of the run\n\n{fence}yaml\n{card.config_yaml.rstrip()}\n{fence}\n",
-        ]
-    )
-
-
-def _origin(card: ModelCard) -> str:
-    return "from scratch" if card.start is None else f"from {card.start}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines]
-
-
-def _shown(value: object) -> str:
-    """A cell of the table of sources: whole numbers with thousands separators."""
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _escaped(value: object) -> str:
-    """Return one line of Markdown that renders as `value` literally, even inside a table cell."""
-    text = html.escape(" ".join(str(value).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)
 
 
 def _refuse_foreign(out: Path, *leftovers: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.format import INDEX, CheckpointError
+import torch
+
+from pretrain.checkpoint.format import INDEX, CheckpointError, index_digest
 from pretrain.checkpoint.store import CheckpointReader, newest_intact
 from pretrain.config import Config, parse_stored_config
-from pretrain.export.folder import ExportError, ModelCard, export_folder
+from pretrain.export.card import CardScore, ModelCard
+from pretrain.export.folder import ExportError, export_folder
 from pretrain.files import file_sha256
 from pretrain.model.llama import llama_config
 from pretrain.run.folder import TOKENIZER_FILE, RunFolder
@@ -42,8 +45,24 @@ def open_checkpoint(source: Path) -> CheckpointReader:
     return newest
 
 
-def export_checkpoint(source: Path, out: Path) -> CheckpointReader:
+def export_checkpoint(
+    source: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    licence: str | None = None,
+    scores_of: Callable[[CheckpointReader], Sequence[CardScore]] = lambda reader: (),
+) -> CheckpointReader:
     """Export a run or checkpoint as the Hugging Face folder `out`; return the checkpoint that was exported.
+
+    Args:
+        source: the folder of a run or a checkpoint.
+        out: the folder to write.
+        dtype: of the exported weights; None: that of the checkpoint.
+        max_shard_size: of a weights file: bytes, or a string such as "5GB".
+        licence: of the weights, for the model card; None: not stated.
+        scores_of: returns the scores of a checkpoint, for the model card.
 
     Raises:
         CheckpointError: there is no intact checkpoint, or the run's tokenizer cannot be found.
@@ -61,9 +80,11 @@ def export_checkpoint(source: Path, out: Path) -> CheckpointReader:
         reader.weights(),
         llama_config(config.model),
         tokenizer,
-        _model_card(reader, config),
+        _model_card(reader, config, licence, scores_of(reader)),
         out,
         eos_token=config.tokenizer.eos_token,
+        max_shard_size=max_shard_size,
+        dtype=dtype,
     )
     return reader
 
@@ -80,7 +101,9 @@ def _tokenizer_file(reader: CheckpointReader, config: Config) -> Path:
     )
 
 
-def _model_card(reader: CheckpointReader, config: Config) -> ModelCard:
+def _model_card(
+    reader: CheckpointReader, config: Config, licence: str | None, scores: Sequence[CardScore]
+) -> ModelCard:
     counters, provenance = reader.index["counters"], reader.index["provenance"]
     # A checkpoint of an older version does not hold them, but what they are made of.
     sources = provenance.get("sources") or source_records(config.data, provenance["data"], reader.index["data_state"])
@@ -97,7 +120,28 @@ def _model_card(reader: CheckpointReader, config: Config) -> ModelCard:
         git_commit=provenance["git_commit"],
         optimizer=config.optimizer.name,
         start=_start(provenance.get("ancestry", [])),
+        licence=licence,
+        hyperparameters=_hyperparameters(config),
+        scores=scores,
+        checkpoint_sha256=reader.index.get("digest") or index_digest(reader.index),
     )
+
+
+def _hyperparameters(config: Config) -> dict[str, object]:
+    """The keys of the config that people ask for first; the whole config is in the card as well."""
+    wanted = {
+        "optimizer": ("name", "lr", "momentum", "weight_decay", "adamw.lr", "adamw.betas", "adamw.weight_decay"),
+        "schedule": ("kind", "warmup_tokens", "decay_fraction", "decay_start_tokens", "final_fraction"),
+        "train": ("total_tokens", "global_batch_tokens", "grad_clip", "precision"),
+        "run": ("seed",),
+    }
+    values = config.keys_of("result", "numerics")
+    keys = (f"{section}.{key}" for section, keys in wanted.items() for key in keys)
+    found = {key: values[key] for key in keys if values.get(key) is not None}
+    shown = {
+        key: f"{value:,}" if isinstance(value, int) and key != "run.seed" else value for key, value in found.items()
+    }
+    return {**shown, "sequence length (tokens)": config.sequence_length}
 
 
 def _start(ancestry: Sequence[Mapping[str, Any]]) -> str | None:

@@ -15,6 +15,7 @@ from pretrain.data import DamagedFileError
 from pretrain.data.sources.retries import stopping
 from pretrain.engine import make_engine
 from pretrain.launch.building import build_trainer
+from pretrain.launch.follower import FinishScores, following
 from pretrain.launch.records import fetch_copy
 from pretrain.launch.setup import Setup, set_up
 from pretrain.launch.start import Start, choose_start
@@ -31,6 +32,8 @@ from pretrain.processes.signals import NOTICE, StopRequests, stop_requests
 from pretrain.run.folder import RunError
 from pretrain.training.dry_run import dry_run, wants_dry_run
 from pretrain.training.epochs import packing_lines
+from pretrain.training.start_validation import StartValidation
+from pretrain.training.trainer import Trainer
 
 CHECKPOINT_BYTES = 12
 """Of one parameter in a checkpoint, for a first estimate: its value and two moments in fp32."""
@@ -140,10 +143,44 @@ def _note_stop(setup: Setup, step: int, reason: str) -> None:
 
 
 def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_signals: bool) -> int:
-    """Build everything, restore it from `start`, and train."""
+    """Train, and wait for the scores of the last checkpoint if the config asks for any."""
     config, display, ranks = setup.config, setup.display, setup.engine.ranks
+    with contextlib.ExitStack() as beside:
+        trainer, reason, finish_scores = _take_steps(setup, start, stop_at, stops, handle_signals, beside)
+        state = trainer.state
+        for line in packing_lines(trainer.batches.position, config.padded_length):
+            display.say(line)
+        if reason is not None:
+            display.say(
+                f"stopped after step {state.step} because of {reason}; start the same command again to continue"
+            )
+            return STOPPED
+        ranks.on_rank_0(lambda: setup.folder.mark_finished(state.step))
+        display.say(
+            f"done: {state.step} steps, {state.tokens:,} tokens, {state.train_seconds:,.0f} seconds of training; "
+            f"everything is in {setup.folder.path}"
+        )
+        ranks.on_rank_0(lambda: finish_scores(stops.requested), long=True)
+    return DONE
+
+
+def _take_steps(
+    setup: Setup,
+    start: Start,
+    stop_at: int | None,
+    stops: Stops,
+    handle_signals: bool,
+    beside: contextlib.ExitStack,
+) -> tuple[Trainer, str | None, FinishScores]:
+    """Build everything, restore it from `start`, and take the steps.
+
+    What runs beside the training goes to `beside`. Returns the trainer, the reason why it stopped before the end of the
+    run or None, and what waits for the scores.
+    """
+    config, display = setup.config, setup.display
     with contextlib.ExitStack() as opened, watching(setup) as watch:
         trainer = build_trainer(setup, start, stops, opened, watch)
+        finish_scores = beside.enter_context(following(setup))
         state = trainer.state
         if start.weights:
             display.say(str(start))
@@ -156,6 +193,10 @@ def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_s
         if wants_dry_run(trainer):
             watch.enter("dry run", state.step)
             dry_run(trainer)
+        for hook in trainer.hooks:
+            if isinstance(hook, StartValidation):
+                watch.enter(hook.phase, state.step)
+                hook.measure(trainer.context(state.step))
         stops.budget.step_ended()
         try:
             outcome = "stopped" if stops.agreed() else trainer.fit(stop_at)
@@ -169,14 +210,4 @@ def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_s
         if setup.engine.rank == 0:
             event = "stopped" if outcome == "stopped" else "done"
             watch.alerts.send(event, f"after step {state.step}", step=state.step)
-    for line in packing_lines(trainer.batches.position, config.padded_length):
-        display.say(line)
-    if outcome == "stopped":
-        display.say(f"stopped after step {state.step} because of {reason}; start the same command again to continue")
-        return STOPPED
-    ranks.on_rank_0(lambda: setup.folder.mark_finished(state.step))
-    display.say(
-        f"done: {state.step} steps, {state.tokens:,} tokens, {state.train_seconds:,.0f} seconds of training; "
-        f"everything is in {setup.folder.path}"
-    )
-    return DONE
+    return trainer, reason if outcome == "stopped" else None, finish_scores

@@ -32,6 +32,7 @@ from pretrain.run.wandb import make_tracker
 from pretrain.training.epochs import EpochNotices
 from pretrain.training.hooks import Hook
 from pretrain.training.sampling import Sampler
+from pretrain.training.start_validation import StartValidation
 from pretrain.training.state import TrainState
 from pretrain.training.trainer import Trainer
 from pretrain.training.validation import Validator
@@ -58,7 +59,7 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
     )
     opened.callback(stream.close)
     notices = EpochNotices(stream.position, config.padded_length)
-    hooks = _make_hooks(setup, optimizer, watch)
+    hooks = _make_hooks(setup, start, optimizer, watch)
     state = _restore(setup, start, optimizer, hooks)
     steps = config.total_steps - state.step
     batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
@@ -119,7 +120,7 @@ def _append(setup: Setup, record: dict[str, Any]) -> None:
         setup.display.warn(f"{metrics.path}: {metrics.problem}; its lines wait in memory until it can be written")
 
 
-def _make_hooks(setup: Setup, optimizer: Aurora, watch: Watch) -> list[Hook]:
+def _make_hooks(setup: Setup, start: Start, optimizer: Aurora, watch: Watch) -> list[Hook]:
     """The periodic work that the config asks for."""
     config, engine, folder, show = setup.config, setup.engine, setup.folder, setup.display.say
 
@@ -141,6 +142,10 @@ def _make_hooks(setup: Setup, optimizer: Aurora, watch: Watch) -> list[Hook]:
     )
     if validator:
         hooks.append(validator)
+        # The first forward pass under ZeRO 3 records the order of the layers: it must be one of training.
+        zero_3 = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
+        if start.weights and not start.position and not zero_3:
+            hooks.append(StartValidation(validator, show))
     if config.telemetry.every_steps is not None:
         batches = validator.batches if validator else list
         model = engine.module.model

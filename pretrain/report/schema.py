@@ -141,6 +141,26 @@ class ScoreRow(TypedDict):
     num_items_in_split: int
 
 
+class SeriesRow(TypedDict):
+    """The score of one checkpoint of a run on an evaluation task, by run, series, task and step."""
+
+    run: str
+    # Folder of the checkpoints' results in the folder eval/ of the run; "." for eval/ itself.
+    series: str
+    # Of the checkpoint.
+    step: int
+    # Target tokens trained on; null if the result does not say.
+    tokens: int | None
+    task: str
+    # As in ScoreRow.
+    metric: str
+    score: float
+    # 95 % interval over items (Wilson's score interval).
+    low: float
+    high: float
+    num_items: int
+
+
 class DifferenceRow(TypedDict):
     """Two runs on the items of one task; a difference is the run's score minus the baseline's."""
 
@@ -166,6 +186,8 @@ class Evaluations(TypedDict):
     """The evaluation results in the folders of the runs."""
 
     scores: list[ScoreRow]
+    # Every checkpoint that has a result in a folder step-N; scores and differences have the newest ones.
+    series: list[SeriesRow]
     differences: list[DifferenceRow]
     # Results that cannot be read or compared, and why.
     notes: list[str]

@@ -7,6 +7,7 @@ from metrics.jsonl at the next launch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from pretrain.config import Config
 from pretrain.files import replace_text
 from pretrain.run.folder import RunFolder
 from pretrain.run.reader import Run
+from pretrain.run.wandb_scores import AXIS, ScoreQueue
 
 QUIET: dict[str, Any] = {
     **{"x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False},
@@ -40,10 +42,19 @@ class Tracker(Protocol):
     def close(self) -> None: ...  # noqa: D102
 
 
+class ScoreTracker(Tracker, Protocol):
+    """A destination for evaluations as well."""
+
+    def log_scores(self, scores: dict[str, Any]) -> None: ...  # noqa: D102
+
+
 class NoTracker:
     """A tracker that does nothing, for wandb.mode disabled and every rank but 0."""
 
     def log(self, record: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def log_scores(self, scores: dict[str, Any]) -> None:
         """Do nothing."""
 
     def close(self) -> None:
@@ -58,9 +69,10 @@ class WandbTracker:
         folder: the run folder, where offline data goes.
         run_id: the same for every launch of the run.
         warn: called when the server cannot be reached and the run continues offline.
+        mode: ``online`` or ``offline``; None: that of the config.
     """
 
-    def __init__(self, config: Config, folder: Path, run_id: str, warn: Any) -> None:
+    def __init__(self, config: Config, folder: Path, run_id: str, warn: Any, mode: str | None = None) -> None:
         import wandb  # imported here: it is heavy, and only runs that ask for it need it
 
         def init(mode: Any) -> Any:
@@ -76,16 +88,25 @@ class WandbTracker:
             )
 
         try:
-            self.run = init(config.wandb.mode)
+            self.run = init(mode or config.wandb.mode)
         except (wandb.Error, OSError) as error:
             warn(f"wandb cannot be reached, continuing offline: {str(error).splitlines()[0]}")
             wandb.teardown()  # the failed start still holds the run id
             self.run = init("offline")
         self.run.define_metric("*", step_metric="step")
+        self._of_scores: set[str] = set()
 
     def log(self, record: dict[str, Any]) -> None:
         """Log the record of one step."""
         self.run.log({key: value for key, value in record.items() if value is not None and not isinstance(value, str)})
+
+    def log_scores(self, scores: dict[str, Any]) -> None:
+        """Log the evaluation of a checkpoint, on an axis of its own: see `AXIS`."""
+        for name in sorted(scores.keys() - self._of_scores):
+            # Otherwise they would fall under "*" above, and wandb would add a step to them, at which nothing happened.
+            self.run.define_metric(name, step_metric=None if name == AXIS else AXIS, step_sync=False)
+            self._of_scores.add(name)
+        self.run.log(scores)
 
     def close(self) -> None:
         """Flush and finish."""
@@ -101,17 +122,19 @@ class SavedSteps:
         saved: returns the step of the newest checkpoint.
         start: the step after which this launch trains.
         earlier: the records up to `start`, read from metrics.jsonl only if some of them were not sent.
+        scores: evaluations that are sent as well.
     """
 
     def __init__(
         self,
-        tracker: Tracker,
+        tracker: ScoreTracker,
         note: Path,
         saved: Callable[[], int],
         start: int,
         earlier: Callable[[], Iterable[dict[str, Any]]],
+        scores: ScoreQueue | None = None,
     ) -> None:
-        self.tracker, self._note, self._saved = tracker, note, saved
+        self.tracker, self._note, self._saved, self._scores = tracker, note, saved, scores
         self._held: deque[dict[str, Any]] = deque()
         self._sent, self._looked = self._read_note(), time.monotonic()
         if self._sent < start:
@@ -125,14 +148,21 @@ class SavedSteps:
         self._held.append(record)
         if time.monotonic() - self._looked >= LOOK_SECONDS:
             self._send(self._saved())
+            self._send_scores()
             self._looked = time.monotonic()
 
     def close(self) -> None:
         """Send what a checkpoint holds, and finish."""
         try:
             self._send(self._saved())
+            self._send_scores()
         finally:
             self.tracker.close()
+
+    def _send_scores(self) -> None:
+        if self._scores is not None:
+            with contextlib.suppress(OSError):  # the next look, or the next launch, sends them
+                self._scores.send(self.tracker.log_scores)
 
     def _send(self, step: int) -> None:
         before = self._sent
@@ -176,4 +206,5 @@ def make_tracker(config: Config, folder: RunFolder, run_id: str, rank: int, star
         saved=lambda: max(Run(folder, {}, {}).checkpoints, default=0),
         start=start,
         earlier=lambda: Run(folder, {}, {}).records,
+        scores=ScoreQueue(folder.path / "wandb"),
     )

@@ -53,6 +53,7 @@ WHOLE_SECTIONS = {
     "engine": "numerics",
     "validation": "execution",
     "samples": "execution",
+    "evaluation": "execution",
     "telemetry": "execution",
     "guards": "execution",
     "checkpoint": "execution",

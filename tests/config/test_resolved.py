@@ -22,7 +22,8 @@ from pretrain.sweep import is_sweep_file, load_sweep
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-RUNS = {path.stem: path for path in FILES if not is_sweep_file(path) and path.parent.name != "data"}
+OTHERS = ("data", "eval", "facts")  # folders of files that are not run configs
+RUNS = {path.stem: path for path in FILES if not is_sweep_file(path) and path.parent.name not in OTHERS}
 SWEEPS = [path for path in FILES if is_sweep_file(path)]
 SCHEMA = config_schema()
 

@@ -1,6 +1,9 @@
 """Copies of remote files: a mirror, and the cache that the processes of a node share."""
 
+import base64
 import contextlib
+import hashlib
+import io
 import multiprocessing
 import os
 import random
@@ -17,9 +20,9 @@ from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data import DataError, TokenStream, make_catalog, mirror
 from pretrain.data.cache import DiskCache, open_file
 from pretrain.data.catalog import resolve_sources
-from pretrain.data.described import remote_file
+from pretrain.data.described import CatalogFile, remote_file
 from pretrain.data.lock import Lock, locked_sources
-from pretrain.data.mirror import check_mirror, fetch, mirror_path, missing_files
+from pretrain.data.mirror import check_mirror, fetch, fetch_file, mirror_path, missing_files
 from tests.data.corpus import drain, rows
 from tests.data.store import COMMIT, LINES, PARQUET, Counting, Store, remote_config
 
@@ -72,6 +75,21 @@ def test_a_copy_that_is_not_the_locked_file_gets_no_name(store: Store, tmp_path:
         assert list(target.parent.iterdir()) == []
     fetch([file], tmp_path)
     assert target.read_bytes() == store.path(file.path).read_bytes()
+
+
+def test_an_object_of_google_s_store_is_compared_with_its_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    md5 = base64.b64encode(hashlib.md5(b"good").digest()).decode()
+    file = CatalogFile("gs://bucket/a.jsonl", 4, None, f"etag:{md5}")
+    target = tmp_path / "a.jsonl"
+    monkeypatch.setattr(mirror, "open_bytes", lambda file: io.BytesIO(b"evil"))
+    with pytest.raises(
+        DataError, match=r"gs://bucket/a\.jsonl: has md5 \w+, expected 755f85c2723bb39381c7379a604160d8"
+    ):
+        fetch_file(file, target)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(mirror, "open_bytes", lambda file: io.BytesIO(b"good"))
+    fetch_file(file, target)
+    assert target.read_bytes() == b"good"
 
 
 def test_missing_files_of_a_mirror_are_counted_and_one_is_named(store: Store, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The stream is the same on any number of ranks and workers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,13 @@ def test_a_dead_worker_of_one_rank_is_not_bad_input_on_the_other(
     """A message that all ranks raised as a DataError would send the reader to look for a fault in the data."""
     path = write_parquet(tmp_path / "a.parquet", make_texts(2, 12), 3)
 
-    def pull(reader: InlineReader, ring: int) -> Item:
-        item = next(reader._items[ring])
-        if item.lane == 1:
-            raise RuntimeError("a data worker ended unexpectedly")
-        return item
+    def items(reader: InlineReader, ring: int) -> Iterator[Item]:
+        for item in reader._items[ring]:
+            if item.lane == 1:
+                raise RuntimeError("a data worker ended unexpectedly")
+            yield item
 
-    monkeypatch.setattr(InlineReader, "pull", pull)
+    monkeypatch.setattr(InlineReader, "items", items)
     peer, own = failures(make_setting(tokenizer, path, lanes=2))
     assert type(own) is RuntimeError
     assert isinstance(peer, PeerError)

@@ -24,7 +24,7 @@ def main(path, tokenizer, workers, wait):
     stream = TokenStream(config, TokenizerConfig(path=tokenizer), 8)
     stream.next_batch(3)
     if workers:
-        print(*{queues.reader._process.pid for queues in stream._queues.values()}, flush=True)
+        print(*(reader._process.pid for reader in stream._readers), flush=True)
     if wait:
         sys.stdin.read()
 
@@ -39,8 +39,7 @@ def setting(tmp_path: Path, tokenizer: TokenizerConfig) -> Setting:
 
 
 def workers_of(stream: TokenStream) -> list[subprocess.Popen[bytes]]:
-    readers = {id(queues.reader): queues.reader for queues in stream._queues.values()}.values()
-    return [reader._process for reader in readers if isinstance(reader, WorkerReader)]
+    return [reader._process for reader in stream._readers if isinstance(reader, WorkerReader)]
 
 
 def alive(pid: int) -> bool:

@@ -433,6 +433,18 @@ def test_the_step_is_that_of_the_newest_complete_checkpoint(
     assert cluster.requeued
 
 
+def test_an_evaluation_of_checkpoints_gets_further_with_each_result(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored = "for n in 2 4; do mkdir -p $1/step-0000000$n; touch $1/step-0000000$n/results.json; done; exit 1"
+    for out, options in (("runs/tiny/eval", []), ("scores", ["--out", "scores"])):
+        work = ["srun", "bash", "-c", f"set -- {out}; {scored}", "x", "-m", "pretrain", "eval", "runs/tiny"]
+        assert slurm_job.main(["--", *work, "--every-checkpoint", "--follow", *options]) == 1
+        assert "newest checkpoint: step 0" in (out_text := capsys.readouterr().out)
+        assert "newest checkpoint: step 2" in out_text  # the number of results
+        assert cluster.requeued
+
+
 SWEEP = """
 name: pair
 root: runs

@@ -27,6 +27,7 @@ LEVELS = (
     ("pretrain.__main__",),
     ("pretrain.cli", "pretrain"),
     ("pretrain.launch",),
+    ("pretrain.comparison",),
     ("pretrain.neurons", "pretrain.sweep", "pretrain.report", "pretrain.export"),
     ("pretrain.training",),
     ("pretrain.run",),

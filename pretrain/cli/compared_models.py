@@ -1,0 +1,242 @@
+"""The evaluation results of the models of a config, for the comparison page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+from eval.compare import compare, main_metric
+from eval.compare_schema import Comparison
+from eval.compare_tables import HEADS, explanations, tables, verdict
+from eval.errors import EvalError
+from eval.paired import PairedOutcomes
+from eval.results import RESULT_FILE, read_result
+from eval.schema import EvalResult, ItemOutcome, TaskResult
+from pretrain.cli.arguments import named_path
+from pretrain.comparison.facts import Claim
+from pretrain.comparison.measured import Measured, MeasuredModel, MeasuredTask, PairedRows
+from pretrain.config.loader import read_yaml
+from pretrain.processes.errors import did_you_mean
+
+
+def models_of(config: Path) -> dict[str, str]:
+    """Return label -> where the model is, in the order of an evaluation's config.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        EvalError: it names no models, or a label twice or one that is not the name of a folder.
+    """
+    entries = read_yaml(config).get("models")
+    if not isinstance(entries, list) or not entries:
+        raise EvalError(f"{config}: models: expected a list of models, each with label and model")
+    found: dict[str, str] = {}
+    problems = []
+    for place, entry in enumerate(entries):
+        label, model = (entry.get(key) if isinstance(entry, dict) else None for key in ("label", "model"))
+        if not isinstance(label, str) or not isinstance(model, str):
+            problems.append(f"{config}: models.{place}: expected the keys label and model, each with a text")
+        elif label in ("", ".", "..") or Path(label).name != label or not label.isprintable():
+            problems.append(f"{config}: models.{place}.label: {label!r} is not the name of a folder")
+        elif label in found:
+            problems.append(f"{config}: models.{place}.label: {label!r} is also the label of an earlier model")
+        else:
+            found[label] = model
+    if problems:
+        raise EvalError("\n".join(problems))
+    return found
+
+
+def result_files(models: Mapping[str, str], places: Sequence[str]) -> dict[str, Path]:
+    """Return label -> result, in the order of the models; one without a result is absent.
+
+    Args:
+        models: label -> where the model is.
+        places: folders that contain LABEL/results.json, or LABEL=RESULT.
+
+    Raises:
+        EvalError: a folder does not exist, a label is not a model's, or a model has two results.
+    """
+    found: dict[str, Path] = {}
+    problems = []
+    for word in places:
+        label, path = named_path(word)
+        if label is not None and label not in models:
+            problems.append(f"{word}: no model of the config is called {label!r}{did_you_mean(label, models)}")
+            continue
+        if not path.exists():
+            problems.append(f"{word}: no such file or folder")
+            continue
+        files = {name: path / name / RESULT_FILE for name in models} if label is None else {label: path}
+        for name, file in files.items():
+            if not file.exists():
+                continue
+            if name in found and found[name].resolve() != file.resolve():
+                problems.append(f"{name} has two results: {found[name]} and {file}; name one of the folders")
+            found[name] = file
+    if problems:
+        raise EvalError("\n".join(problems))
+    return {label: found[label] for label in models if label in found}
+
+
+def measured_models(
+    models: Mapping[str, str], files: Mapping[str, Path], claims: Sequence[Claim], margin: float
+) -> Measured:
+    """Read and compare the results.
+
+    Args:
+        models: label -> where the model is.
+        files: label -> result; the first one is the baseline of the paired differences.
+        claims: for each, its subject is compared with its reference if both were run.
+        margin: differences of scores below it count as equivalent.
+
+    Raises:
+        EvalError: a result cannot be read; one line per problem.
+    """
+    results, problems = {}, []
+    for label, file in files.items():
+        try:
+            results[label] = read_result(file)
+        except EvalError as error:
+            problems.append(str(error))
+    if problems:
+        raise EvalError("\n".join(problems))
+    notes = [note for label, result in results.items() for note in _identity_notes(label, models[label], result)]
+    comparison = _compared(files, results, margin, notes)
+    pairs: list[PairedRows] = []
+    if comparison is not None:
+        pairs = [{"title": title, "heads": list(HEADS), "rows": rows} for title, rows in tables(comparison)]
+    return {
+        "models": dict(models),
+        "results": {label: _measured(result) for label, result in results.items()},
+        "pairs": pairs,
+        "explanations": explanations(comparison) if comparison is not None else [],
+        "verdicts": [_verdicts(claim, files, results, margin) for claim in claims],
+        "notes": notes,
+    }
+
+
+def _identity_notes(label: str, model: str, result: EvalResult) -> list[str]:
+    """Say so if a result is of another model than the config's."""
+    name = result["model"]["name"]
+    same = name == model or (result["model"]["source"] == "folder" and Path(name).resolve() == Path(model).resolve())
+    return [] if same else [f"{label}: the result is of {name}, while the config says {model}"]
+
+
+def _compared(
+    files: Mapping[str, Path], results: Mapping[str, EvalResult], margin: float, notes: list[str]
+) -> Comparison | None:
+    """Compare all models with the first one; those that cannot be compared with it are left out, with a note."""
+    baseline, *others = [*files] or [""]
+    if not others:
+        return None
+    try:
+        return _comparison([baseline, *others], files, results, margin)
+    except EvalError:
+        pass
+    able = []
+    for label in others:
+        try:
+            _comparison([baseline, label], files, results, margin)
+            able.append(label)
+        except EvalError as error:
+            notes += [f"not compared: {line}" for line in str(error).splitlines()]
+    if not able:
+        return None
+    try:
+        return _comparison([baseline, *able], files, results, margin)
+    except EvalError as error:
+        # Each shares a task with the baseline, but no task is shared by all.
+        notes += [f"not compared: {line}" for line in str(error).splitlines()]
+        return None
+
+
+def _comparison(
+    labels: Sequence[str], files: Mapping[str, Path], results: Mapping[str, EvalResult], margin: float
+) -> Comparison:
+    """Compare models on the tasks that all of them have, without the parts of a group of tasks."""
+    shared = [
+        name
+        for name in results[labels[0]]["tasks"]
+        if all(name in results[label]["tasks"] and name not in _grouped(results[label]) for label in labels)
+    ]
+    if not shared:
+        raise EvalError(f"{' and '.join(labels)} have no task in common")
+    return compare([files[label] for label in labels], labels=labels, tasks=shared, margin=margin)
+
+
+def _verdicts(
+    claim: Claim, files: Mapping[str, Path], results: Mapping[str, EvalResult], margin: float
+) -> dict[str, str]:
+    """Return task -> verdict on the claim's subject against its reference; empty if they cannot be compared."""
+    pair = [claim.reference, claim.subject]
+    if not all(label in files for label in pair):
+        return {}
+    try:
+        rows = _comparison(pair, files, results, margin)["comparisons"]
+    except EvalError:
+        return {}  # the paired differences have the reason
+    return {row["task"]: verdict(row) for row in rows}
+
+
+def _measured(result: EvalResult) -> MeasuredModel:
+    identity = result["model"]
+    revision = identity.get("revision")
+    found: MeasuredModel = {
+        "tasks": _tasks(result),
+        "parameters": identity["parameters"],
+        "origin": f"{identity['name']} @ {revision}" if revision else identity["name"],
+        "dtype": result["dtype"],
+        "context_length": identity["context_length"],
+        "items": result["items_source"]["kind"],
+        "date": result["date"][:10],
+    }
+    if "parameters_without_embeddings" in identity:
+        found["parameters_without_embeddings"] = identity["parameters_without_embeddings"]
+    if "bos" in identity:
+        found["bos"] = identity["bos"]
+    if "bits_per_byte" in result:
+        found["bits_per_byte"] = {text: bits["bits_per_byte"] for text, bits in result["bits_per_byte"].items()}
+    if "provenance" in identity:
+        found["tokens"] = identity["provenance"]["tokens"]
+    return found
+
+
+def _grouped(result: EvalResult) -> set[str]:
+    """Return the tasks that are parts of a group, such as the subjects of MMLU."""
+    return set(chain.from_iterable(group["tasks"] for group in result.get("groups", {}).values()))
+
+
+def _tasks(result: EvalResult) -> dict[str, MeasuredTask]:
+    """Return the tasks of a result; the parts of a group appear as one."""
+    parts = _grouped(result)
+    found = {
+        name: _task(name, [task], result["num_fewshot"]) for name, task in result["tasks"].items() if name not in parts
+    }
+    for name, group in result.get("groups", {}).items():
+        found[name] = _task(name, [result["tasks"][part] for part in group["tasks"]], result["num_fewshot"])
+    return found
+
+
+def _task(name: str, tasks: Sequence[TaskResult], shots: int) -> MeasuredTask:
+    """Return the score over the items of some tasks, which count alike, with its interval."""
+    metric = main_metric(tasks[0])
+    items: list[tuple[int, ItemOutcome]] = [(place, item) for place, task in enumerate(tasks) for item in task["items"]]
+    outcomes = [item[metric] for _, item in items]
+    sources = [f"{place} {item['source']}" for place, item in items if "source" in item]
+    # The interval of a difference from a model that gets nothing right is that of the score.
+    paired = PairedOutcomes([0] * len(outcomes), outcomes, sources if len(sources) == len(items) else None)
+    low, high = paired.interval()
+    found: MeasuredTask = {
+        "metric": metric,
+        "score": paired.difference,
+        "low": max(0.0, low),
+        "high": min(1.0, high),
+        "num_items": len(items),
+        "num_items_in_split": sum(task["num_items_in_split"] for task in tasks),
+        "split": tasks[0]["split"],
+        "shots": tasks[0].get("num_fewshot", shots),
+    }
+    if "note" in tasks[0]:
+        found["note"] = tasks[0]["note"]
+    return found

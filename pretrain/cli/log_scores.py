@@ -1,0 +1,104 @@
+"""``aurora eval --log wandb``: results in the Weights & Biases run of the training run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from eval.errors import EvalError
+from eval.schema import EvalResult
+from pretrain.config import parse_stored_config
+from pretrain.processes.errors import UserError
+from pretrain.run.reader import Run, read_run
+from pretrain.run.wandb import WandbTracker
+from pretrain.run.wandb_scores import ScoreQueue
+
+MODES = ("online", "offline")
+
+
+class ScoreLog:
+    """Sends results to the wandb run of a training run, or leaves them to the process that trains it.
+
+    Args:
+        run: the run folder.
+        say: prints a line.
+
+    Raises:
+        EvalError: the run has no wandb run.
+    """
+
+    def __init__(self, run: Path, say: Callable[[str], None] = print) -> None:
+        self.run, self._say = run, say
+        self.mode = _mode_of(read_run(run))
+        self.queue = ScoreQueue(run / "wandb")
+
+    def add(self, result: EvalResult) -> None:
+        """Queue a result, and send what is queued if no process trains the run.
+
+        Raises:
+            EvalError: the result does not say which checkpoint it is of.
+            OSError: the queue cannot be written.
+        """
+        provenance = result["model"].get("provenance")
+        if provenance is None:
+            raise EvalError("--log wandb: the result is not of a checkpoint of a run")
+        self.queue.add(provenance["step"], {"eval/tokens": provenance["tokens"], **values_of(result)})
+        self.send()
+
+    def send(self) -> None:
+        """Send what is queued, unless the process that trains the run does."""
+        found = read_run(self.run)
+        if found.state != "done" and found.folder.is_locked() and found.section("wandb").get("mode") in MODES:
+            self._say("wandb: the process that trains the run sends the result")
+            return
+        opened: list[WandbTracker] = []
+
+        def log(scores: dict[str, float]) -> None:
+            if not opened:  # only if there is anything to send
+                config, run_id = parse_stored_config(found.config), str(found.manifest["id"])
+                opened.append(WandbTracker(config, self.run, run_id, self._say, self.mode))
+            opened[0].log_scores(scores)
+
+        try:
+            self.queue.send(log)
+        finally:
+            for tracker in opened:
+                tracker.close()
+
+
+def values_of(result: EvalResult) -> dict[str, float]:
+    """Return the metrics of a result and their standard errors by name: ``eval/hellaswag/acc_norm``."""
+    return {
+        f"eval/{task}/{name}": float(value)
+        for task, figures in result["tasks"].items()
+        for name, value in figures.items()
+        if name not in ("num_items", "num_items_in_split", "num_truncated_requests", "version", "num_fewshot")
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    }
+
+
+def _mode_of(run: Run) -> str:
+    """How the run's results are sent: by WANDB_MODE, or else as its config says."""
+    if not run.manifest.get("id") or not run.config:
+        raise EvalError(f"{run.path}: --log wandb expects a run folder, whose manifest.json names the wandb run")
+    mode = os.environ.get("WANDB_MODE") or str(run.section("wandb").get("mode", "disabled"))
+    if mode not in MODES:
+        raise EvalError(
+            f"{run.path}: wandb is {mode} for this run: leave --log wandb out, or set WANDB_MODE=online or "
+            "WANDB_MODE=offline"
+        )
+    return mode
+
+
+def run_of(model: Path) -> Path:
+    """Return the run folder of a run or one of its checkpoints.
+
+    Raises:
+        UserError: it is neither.
+    """
+    for folder in (model, *model.absolute().parents[1:2]):
+        if (folder / "manifest.json").is_file():
+            return folder
+    raise UserError(f"--log wandb: {model} is neither a run folder nor a checkpoint in one")

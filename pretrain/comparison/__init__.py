@@ -1,0 +1,1 @@
+"""The comparison page: measured scores of several models next to published figures, and what the claims imply."""
