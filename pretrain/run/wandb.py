@@ -172,10 +172,10 @@ class SavedSteps:
         except Exception as error:  # of whatever wandb is made of
             self._failed = True
             self._held.clear()
-            first = (str(error).splitlines() or [""])[0]
+            first = redact((str(error).splitlines() or [""])[0])
             self._warn(
-                f"wandb: {type(error).__name__}: {redact(first)}; this launch sends nothing more to wandb, and the next "
-                "one sends what is missing"
+                f"wandb: {type(error).__name__}: {first}; this launch sends nothing more to wandb, and the next one "
+                "sends what is missing"
             )
 
     def _send_all(self) -> None:
