@@ -142,8 +142,8 @@ def _shared_tasks(
 
 
 def main_metric(task: TaskResult) -> Metric:
-    """Return the metric that a task is usually reported by: acc_norm where it has one."""
-    return "acc_norm" if "acc_norm" in task else "acc"
+    """Return the metric that a task is reported by: the result's own, or else acc_norm where it has one."""
+    return task.get("metric", "acc_norm" if "acc_norm" in task else "acc")
 
 
 def _metric(wanted: MetricChoice, tasks: Sequence[TaskResult]) -> Metric:
@@ -162,11 +162,7 @@ def _problems(
 ) -> Iterator[str]:
     """Yield why two results cannot be compared item by item."""
     pair = f"{first_label} and {label}"
-    if first["num_fewshot"] != other["num_fewshot"]:
-        yield (
-            f"{pair} differ in the number of solved examples in the prompt: {first['num_fewshot']} and"
-            f" {other['num_fewshot']}; evaluate both with the same number"
-        )
+    yield from _shots_problems(pair, first, other, names)
     for name in names:
         one, two = first["tasks"][name], other["tasks"][name]
         if one["version"] != two["version"]:
@@ -181,6 +177,21 @@ def _problems(
             verb, advice = ("lacks", "; --metric acc compares what both have") if len(lacking) == 1 else ("lack", "")
             yield f"{name}: {pair} cannot be compared by {metrics[name]}, which {' and '.join(lacking)} {verb}{advice}"
         yield from _item_problems(f"{name}: {pair}", one["items"], two["items"])
+
+
+def _shots_problems(pair: str, first: EvalResult, other: EvalResult, names: Sequence[str]) -> Iterator[str]:
+    differing: dict[tuple[int, int], list[str]] = {}
+    for name in names:
+        # Results of earlier versions have one number for all tasks.
+        one, two = (result["tasks"][name].get("num_fewshot", result["num_fewshot"]) for result in (first, other))
+        if one != two:
+            differing.setdefault((one, two), []).append(name)
+    for (one, two), tasks in differing.items():
+        where = "" if len(tasks) == len(names) else f"{', '.join(tasks)}: "
+        yield (
+            f"{where}{pair} differ in the number of solved examples in the prompt: {one} and {two}; evaluate both with"
+            " the same number"
+        )
 
 
 def _item_problems(pair: str, one: Sequence[ItemOutcome], two: Sequence[ItemOutcome]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.compare_schema import Comparison, Flip, TaskComparison
 from eval.errors import EvalError
-from eval.harness import ItemView, show_items
+from eval.item_texts import ItemView, show_items
 from eval.results import read_result
 from eval.schema import EvalResult, ItemOutcome
 
@@ -23,7 +23,7 @@ def flipped_items(comparison: Comparison, most: int, **options: Any) -> list[Fli
     Args:
         comparison: of `eval.compare.compare`; its files are read again.
         most: number of items in each direction.
-        options: `cache`, `package` and `progress` of `eval.harness.show_items`.
+        options: `cache`, `package` and `progress` of `eval.item_texts.show_items`.
 
     Raises:
         EvalError: the items are not available, or are not those of the results.

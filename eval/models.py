@@ -1,25 +1,32 @@
 """Load the model to be evaluated, from a folder or the Hub, and record exactly which one it is."""
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError
 from lm_eval.models.utils import resolve_max_length
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.errors import EvalError
+from eval.hub import CODE_FILES, TOKENIZER_FILES, find_snapshot, weight_files
+from eval.items import say
 from eval.schema import ModelIdentity, Provenance
 from pretrain.files import file_sha256
+from pretrain.processes.redaction import redact
 
-DType = Literal["float32", "bfloat16", "auto"]
+DType = Literal["float32", "bfloat16", "float16", "auto"]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w./-]+))?")
+# Architectures that predict a token from both sides, or no token at all. Others are found out by `_sees_ahead`.
+_NOT_CAUSAL = re.compile(
+    r"\w+For(MaskedLM|PreTraining|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice"
+    r"|NextSentencePrediction)"
+)
 
 
 @dataclass(frozen=True)
@@ -29,26 +36,38 @@ class ModelSource:
     kind: Literal["folder", "hub"]
     name: str
     """Absolute path, or id on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; None for its main branch."""
 
 
-def locate_model(model: str | Path) -> ModelSource:
+def locate_model(model: str | Path, revision: str | None = None) -> ModelSource:
     """Decide whether `model` is a Hugging Face folder or a Hub id, without using the network.
 
+    Args:
+        model: a folder, NAME on the Hub, or NAME@REVISION.
+        revision: branch, tag or commit on the Hub.
+
     Raises:
-        EvalError: it is neither, or the folder does not contain a model.
+        EvalError: it is neither, the folder does not contain a model, or the revisions contradict each other.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise EvalError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+        if revision is not None:
+            raise EvalError(f"{folder} is a folder, which has no revision {revision!r}; only models of the Hub have")
         return ModelSource("folder", str(folder.resolve()))
-    if folder.exists() or not _HUB_ID.fullmatch(str(model)):
+    hub_id = _HUB_ID.fullmatch(str(model))
+    if folder.exists() or not hub_id:
         raise EvalError(f"no model at {model}: neither a Hugging Face folder nor a valid Hub id")
-    return ModelSource("hub", str(model))
+    name, in_name = hub_id.groups()
+    if revision is not None and in_name is not None and revision != in_name:
+        raise EvalError(f"{model} names another revision than the one given, {revision!r}; give one of them")
+    return ModelSource("hub", name, revision or in_name)
 
 
 def load_model(
-    source: ModelSource, *, dtype: DType, device: torch.device, trust_remote_code: bool
+    source: ModelSource, *, dtype: DType, device: torch.device, trust_remote_code: bool, progress: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelIdentity]:
     """Load a model in evaluation mode to `device`, with its tokenizer and its identity.
 
@@ -59,29 +78,104 @@ def load_model(
         dtype: of the weights; "auto" means the one in the model's config.
         device: where to put the model.
         trust_remote_code: whether Python code that comes with the model may run.
+        progress: whether to print on standard error which model it is.
 
     Raises:
-        EvalError: the model does not exist or cannot be loaded completely.
+        EvalError: the model does not exist, cannot be loaded exactly as it was saved, or does not read from left to
+            right.
     """
-    name = source.name
-    offline = source.kind == "folder" or not _hub_answers(name)
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": offline}
+    name, folder = source.name, Path(source.name)
+    identity: ModelIdentity = {"source": source.kind, "name": name, "parameters": 0, "context_length": 0}
+    if source.kind == "hub":
+        snapshot = find_snapshot(name, source.revision, with_code=trust_remote_code)
+        folder, identity["revision"] = snapshot.folder, snapshot.commit
+        if snapshot.note:
+            say(progress, f"{name} comes from the Hugging Face cache, since {snapshot.note}")
+    _check_config(name, folder)
+    model, tokenizer = _load(name, folder, dtype, trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        gigabytes = model.num_parameters() * model.dtype.itemsize / 1e9
+        raise EvalError(
+            f"{name} does not fit into the memory of {device}: its weights take {gigabytes:.1f} GB as"
+            f" {_plain(model.dtype)}; use a narrower --dtype or another --device"
+        ) from error
+    if _sees_ahead(model, min(16, resolve_max_length(model.config, tokenizer))):
+        raise EvalError(
+            f"{name} is not a causal language model: what it predicts for a token depends on later ones"
+            f" ({type(model).__name__}, an encoder); only models that read from left to right can be evaluated"
+        )
+    identity = _identify(identity, folder, model, tokenizer, trust_remote_code)
+    say(progress, _description(identity, device))
+    return model, tokenizer, identity
+
+
+def _description(identity: ModelIdentity, device: torch.device) -> str:
+    """What decides about the scores of a model, in two lines."""
+    where = f" at {identity['revision'][:12]}" if "revision" in identity else ""
+    before = "no BOS token" if identity["bos"] == "none" else f"{identity['bos']} before each text"
+    return (
+        f"model: {identity['name']}{where}, SHA-256 {identity['sha256'][:12]}\n"
+        f"  {identity['parameters'] / 1e6:,.1f}M parameters"
+        f" ({identity['parameters_without_embeddings'] / 1e6:,.1f}M without embeddings), {identity['dtype']} on"
+        f" {device}, context of {identity['context_length']:,} tokens, {before}"
+    )
+
+
+def _check_config(name: str, folder: Path) -> None:
+    """Refuse what transformers would load as something else."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a mapping")
+    except (OSError, ValueError) as error:
+        raise EvalError(f"cannot load the model {name}: config.json: {error}") from error
+    if (folder / "adapter_config.json").is_file():
+        raise EvalError(f"{name} holds an adapter; merge it into its model, and evaluate the folder of that")
+    architectures = [str(kind) for kind in config.get("architectures") or []]
+    refused = next((kind for kind in architectures if _NOT_CAUSAL.fullmatch(kind)), None)
+    if refused or config.get("is_encoder_decoder"):
+        raise EvalError(
+            f"{name} is not a causal language model: its config.json names"
+            f" {refused or 'an encoder with a decoder'}; only models that read from left to right can be evaluated"
+        )
+
+
+def _load(
+    name: str, folder: Path, dtype: DType, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # Trusted code may lie in another repository of the Hub.
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
-            name,
+            folder,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # rejected below, with the name of the weight
             **options,
         )
     except Exception as error:  # loaders of models raise anything
-        if source.kind == "hub" and offline:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
             raise EvalError(
-                f"{name} is not a local folder, is not in the Hugging Face cache, and the Hub at"
-                f" {constants.ENDPOINT} cannot be reached; check the path or the network"
+                f"{name} can only be loaded by running Python code that comes with it; none of it was run. Read that"
+                " code, then pass --trust-remote-code (trust_remote_code: true in a config)"
             ) from error
         raise EvalError(f"cannot load the model {name}: {_first_line(error)}") from error
+    _check_weights(name, info)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise EvalError(f"the tokenizer of {name} has {len(tokenizer)} entries, but the model only {rows}")
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise EvalError(
+            f"the tokenizer of {name} has neither a BOS nor an EOS token, which lm-eval puts before an empty context;"
+            " set eos_token in its tokenizer_config.json"
+        )
+    return model.eval(), tokenizer
+
+
+def _check_weights(name: str, info: dict[str, Any]) -> None:
     # transformers fills these with random numbers and carries on.
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
@@ -89,49 +183,66 @@ def load_model(
             f"the weights of {name} are incomplete: {len(absent)} missing or of another shape than in its config, for"
             f" example {absent[0]}"
         )
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise EvalError(f"the tokenizer of {name} has {len(tokenizer)} entries, but the model only {rows}")
-    return model.eval().to(device), tokenizer, _identity(source, model, tokenizer)
-
-
-def _hub_answers(name: str) -> bool:
-    """Return whether the Hub is reachable: one short request instead of a minute of retries.
-
-    Raises:
-        EvalError: the Hub says that the model does not exist, or that we have no access to it.
-    """
-    try:
-        HfApi().model_info(name, timeout=10)
-    except RepositoryNotFoundError as error:
+    # These it ignores.
+    surplus = sorted(info["unexpected_keys"])
+    if surplus:
         raise EvalError(
-            f"{name} is neither a local folder nor a model on the Hub at {constants.ENDPOINT}"
-            " (or it is private and no token is set)"
-        ) from error
-    except Exception:  # offline mode, no route, a time-out, a broken proxy
-        return False
-    return True
+            f"the weights of {name} hold {len(surplus)} tensors that have no place in the model of its config.json, for"
+            f" example {surplus[0]}; the config may be of another model"
+        )
 
 
-def _identity(source: ModelSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
-    identity: ModelIdentity = {
-        "source": source.kind,
-        "name": source.name,
-        "parameters": model.num_parameters(),
-        "context_length": resolve_max_length(model.config, tokenizer),
-    }
-    if source.kind == "hub":
-        # <cache>/models--<owner>--<name>/snapshots/<commit>/config.json
-        cached = try_to_load_from_cache(source.name, "config.json")
-        if isinstance(cached, str):
-            identity["revision"] = Path(cached).parent.name
-        return identity
-    folder = Path(source.name)
-    files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
-    identity["weights_sha256"] = {path.name: file_sha256(path) for path in files}
+@torch.inference_mode()
+def _sees_ahead(model: PreTrainedModel, length: int) -> bool:
+    """Return whether the logits of the first of `length` tokens depend on those behind it."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    first = torch.full((1, length), rows // 2, device=model.device)
+    behind = torch.arange(1, length, device=model.device)
+    one, other = (model(first.index_fill(1, behind, token)).logits[0, 0].float() for token in (0, rows - 1))
+    # Sums in another order make a difference on some devices.
+    tolerance = max(1e-5, 4 * torch.finfo(model.dtype).eps) * float(one.abs().max())
+    return float((one - other).abs().max()) > tolerance
+
+
+def _identify(
+    identity: ModelIdentity,
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool,
+) -> ModelIdentity:
+    weights = {name: file_sha256(folder / name) for name in weight_files(folder)}
+    kinds = ("config.json", *TOKENIZER_FILES, *(CODE_FILES if trust_remote_code else ()))
+    others = {path.name for kind in kinds for path in folder.glob(kind) if path.is_file()} - set(weights)
+    digests = weights | {name: file_sha256(folder / name) for name in others}
+    identity["sha256"] = hashlib.sha256(
+        "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
+    ).hexdigest()
+    identity["parameters"] = model.num_parameters()
+    identity["parameters_without_embeddings"] = _parameters_without_embeddings(model)
+    identity["context_length"] = resolve_max_length(model.config, tokenizer)
+    identity["dtype"] = _plain(model.dtype)
+    identity["bos"] = _bos(tokenizer)
+    if identity["source"] == "folder":
+        identity["weights_sha256"] = weights
     if (folder / "aurora.json").is_file():
         identity["provenance"] = _provenance(folder / "aurora.json")
     return identity
+
+
+def _parameters_without_embeddings(model: PreTrainedModel) -> int:
+    """Number of parameters outside embeddings (of tokens and positions) and the output layer."""
+    head = model.get_output_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) or module is head]
+    excluded = {id(parameter) for module in tables for parameter in module.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in excluded)
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that the tokenizer puts before each text, or "none"."""
+    plain, tokens = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    start = next((start for start in range(len(tokens)) if tokens[start : start + len(plain)] == plain), 0)
+    return "".join(tokenizer.convert_ids_to_tokens(tokens[:start])) or "none"
 
 
 def _provenance(file: Path) -> Provenance:
@@ -149,6 +260,10 @@ def _provenance(file: Path) -> Provenance:
         raise EvalError(f"{file} is not a valid record of an export: {error!r}") from error
 
 
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    lines = redact(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

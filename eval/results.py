@@ -6,13 +6,14 @@ import json
 import math
 import os
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from eval.errors import EvalError
 from eval.schema import SCHEMA_VERSION, EvalResult, TaskResult
+from eval.suites import TaskChoice
 from pretrain.files import replace_text
 
 RESULT_FILE = "results.json"
@@ -34,7 +35,7 @@ def write_result(result: EvalResult, out_dir: Path) -> Path:
     return target
 
 
-def check_out(out_dir: Path, model: str, tasks: Sequence[str], limit: int | None, selection: str) -> None:
+def check_out(out_dir: Path, model: str, tasks: Sequence[str | TaskChoice], limit: int | None, selection: str) -> None:
     """Check that a result may be written to a folder, before it is computed.
 
     An earlier result of the same model may be replaced by one that has all of its tasks and at least as many items.
@@ -42,7 +43,7 @@ def check_out(out_dir: Path, model: str, tasks: Sequence[str], limit: int | None
     Args:
         out_dir: the folder.
         model: name of the model, as the result will have it.
-        tasks: names of the tasks.
+        tasks: the tasks, or their names.
         limit: number of items of each task; None for all.
         selection: which items the limit selects.
 
@@ -59,10 +60,15 @@ def check_out(out_dir: Path, model: str, tasks: Sequence[str], limit: int | None
         earlier = read_result(file)
     except EvalError as error:
         raise EvalError(f"{file} exists and cannot be read as a result; move it, or choose another --out") from error
-    name, kept = earlier["model"]["name"], set(earlier["tasks"]) - set(tasks)
+    choices = {task.name: task for task in (TaskChoice(task) if isinstance(task, str) else task for task in tasks)}
+    name, kept = earlier["model"]["name"], _not_covered(earlier, choices)
+    other_shots = sorted(
+        task for task, choice in choices.items() if choice.shots != _shots(earlier, task, otherwise=choice.shots)
+    )
     lost = [
         f"it is of the model {name}" if name != model else "",
-        f"it also has {', '.join(sorted(kept))}" if kept else "",
+        f"it also has {', '.join(kept)}" if kept else "",
+        f"it has another number of solved examples for {', '.join(other_shots)}" if other_shots else "",
         f"it is of {earlier['limit'] or 'all'} items a task, the new one of {limit}"
         if limit is not None and (earlier["limit"] is None or earlier["limit"] > limit)
         else "",
@@ -75,6 +81,19 @@ def check_out(out_dir: Path, model: str, tasks: Sequence[str], limit: int | None
             f"{file} holds an earlier result that would be lost: {'; '.join(filter(None, lost))}; choose another --out"
             " or pass --overwrite"
         )
+
+
+def _not_covered(earlier: EvalResult, tasks: Container[str]) -> list[str]:
+    """The tasks of an earlier result that are neither among `tasks` nor in a group that is."""
+    covered = {name for group, found in earlier.get("groups", {}).items() if group in tasks for name in found["tasks"]}
+    return sorted(name for name in earlier["tasks"] if name not in tasks and name not in covered)
+
+
+def _shots(earlier: EvalResult, task: str, otherwise: int) -> int:
+    """The number of solved examples with which an earlier result has a task or group."""
+    group = earlier.get("groups", {}).get(task)
+    found = earlier["tasks"].get(group["tasks"][0] if group else task)
+    return otherwise if found is None else found.get("num_fewshot", 0)
 
 
 def read_result(path: Path) -> EvalResult:

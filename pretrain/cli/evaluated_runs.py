@@ -11,16 +11,18 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from eval.compare import DEFAULT_MARGIN, compare, main_metric
 from eval.compare_schema import SCOPE
 from eval.compare_tables import verdict
 from eval.errors import EvalError
 from eval.results import RESULT_FILE, read_result
-from eval.schema import EvalResult
-from pretrain.report.schema import DifferenceRow, Evaluations, ScoreRow, SeriesRow
+from eval.schema import EvalResult, TaskResult
+from pretrain.report.schema import BitsRow, DifferenceRow, Evaluations, ScoreRow, SeriesRow
 
 _STEP = re.compile(r"step-([0-9]+)")
+_METRICS = ("acc", "acc_norm", "perplexity")
 
 
 def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
@@ -30,6 +32,7 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
     """
     scores: list[ScoreRow] = []
     rows: list[SeriesRow] = []
+    bits: list[BitsRow] = []
     notes: list[str] = []
     by_file: dict[str, dict[str, Path]] = {}
     series: dict[str, dict[str, dict[int, Path]]] = {}
@@ -42,7 +45,9 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
             except EvalError as error:
                 notes += [f"{run}: {line}" for line in str(error).splitlines()]
                 continue
-            if match := _STEP.fullmatch(file.parent.name):
+            match = _STEP.fullmatch(file.parent.name)
+            bits += _bits(run, name, int(match[1]) if match else None, result)
+            if match:
                 group, step = str(file.parent.parent.relative_to(folder / "eval")), int(match[1])
                 rows += _points(run, group, step, result)
                 series.setdefault(group, {}).setdefault(run, {})[step] = file
@@ -52,7 +57,7 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
                 by_file.setdefault(name, {})[run] = file
         for _, name, result in newest.values():
             scores += _scores(run, name, result)
-    if not scores and not notes:
+    if not scores and not bits and not notes:
         return None
     by_file |= _newest_common(series)
     differences: list[DifferenceRow] = []
@@ -66,6 +71,7 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
     return {
         "scores": scores,
         "series": rows,
+        "bits_per_byte": bits,
         "differences": differences,
         "notes": notes,
         "margin": DEFAULT_MARGIN,
@@ -96,8 +102,9 @@ def _points(run: str, series: str, step: int, result: EvalResult) -> list[Series
     provenance = result["model"].get("provenance")
     points: list[SeriesRow] = []
     for name, task in result["tasks"].items():
-        metric = main_metric(task)
-        low, high = wilson_interval(task[metric], task["num_items"])
+        metric = _metric(cast(Mapping[str, Any], task))
+        score = cast(Mapping[str, Any], task)[metric]
+        low, high = wilson_interval(score, task["num_items"])
         points.append(
             {
                 "run": run,
@@ -106,7 +113,7 @@ def _points(run: str, series: str, step: int, result: EvalResult) -> list[Series
                 "tokens": provenance["tokens"] if provenance else None,
                 "task": name,
                 "metric": metric,
-                "score": task[metric],
+                "score": score,
                 "low": low,
                 "high": high,
                 "num_items": task["num_items"],
@@ -123,22 +130,63 @@ def wilson_interval(share: float, items: int, z: float = 1.959964) -> tuple[floa
 
 
 def _scores(run: str, file: str, result: EvalResult) -> list[ScoreRow]:
-    rows: list[ScoreRow] = []
+    """The scores of a result: of its groups of tasks, then of its tasks."""
+    groups: Mapping[str, Any] = cast(Mapping[str, Any], result).get("groups", {})
+    group_of = {task: name for name, group in groups.items() for task in group["tasks"]}
+    rows = [_score(run, file, result, name, group) for name, group in groups.items()]
     for name, task in result["tasks"].items():
-        metric = main_metric(task)
-        rows.append(
-            {
-                "run": run,
-                "file": file,
-                "task": name,
-                "metric": metric,
-                "score": task[metric],
-                "stderr": task["acc_stderr"] if metric == "acc" else task.get("acc_norm_stderr"),
-                "num_items": task["num_items"],
-                "num_items_in_split": task["num_items_in_split"],
-            }
-        )
+        rows.append({**_score(run, file, result, name, cast(Mapping[str, Any], task)), "group": group_of.get(name)})
     return rows
+
+
+def _score(run: str, file: str, result: EvalResult, name: str, task: Mapping[str, Any]) -> ScoreRow:
+    metric = _metric(task)
+    return {
+        "run": run,
+        "file": file,
+        "task": name,
+        "metric": metric,
+        "score": task[metric],
+        "stderr": task.get(f"{metric}_stderr"),
+        "num_items": task["num_items"],
+        "num_items_in_split": task.get("num_items_in_split", task["num_items"]),
+        "num_fewshot": task.get("num_fewshot", result["num_fewshot"]),
+        "suite": cast(Mapping[str, Any], result).get("suite"),
+        "group": None,
+        "other": _other_figures(task, metric),
+    }
+
+
+def _metric(task: Mapping[str, Any]) -> str:
+    """The metric that a task is reported by; results of earlier versions do not name it."""
+    return str(task.get("metric") or main_metric(cast(TaskResult, task)))
+
+
+def _other_figures(task: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The figures of a task besides its score, and its scores on some of the items."""
+    found = {name: value for name, value in task.items() if name != metric and name in _METRICS}
+    if "overlap" in task:
+        found[f"{metric}: without overlap"] = task["overlap"]["without"].get(metric)
+    for name, subset in task.get("subsets", {}).items():
+        found[f"{metric}: {name}"] = subset.get(metric)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _bits(run: str, file: str, step: int | None, result: EvalResult) -> list[BitsRow]:
+    texts: Mapping[str, Any] = cast(Mapping[str, Any], result).get("bits_per_byte", {})
+    return [
+        {
+            "run": run,
+            "file": file,
+            "step": step,
+            "text": name,
+            "bits_per_byte": text["bits_per_byte"],
+            "stderr": text.get("stderr"),
+            "bytes": text["bytes"],
+            "documents": text["documents"],
+        }
+        for name, text in texts.items()
+    ]
 
 
 def _differences(found: Mapping[str, Path]) -> list[DifferenceRow]:

@@ -67,19 +67,35 @@ def histograms(run: Run) -> list[Histograms]:
 def survival(run: Run) -> Survival | None:
     """Follow the rows that were dead at the reference step, or at the last measurement before it.
 
-    None if there is no later measurement, or if no row was dead.
+    None if there is no later measurement, or if no row was dead; `why_no_survival` says which.
     """
+    found = _follow(run)
+    return None if isinstance(found, str) else found
+
+
+def why_no_survival(run: Run) -> str:
+    """Return why `survival` has found nothing; empty if it has found something."""
+    found = _follow(run)
+    return found if isinstance(found, str) else ""
+
+
+def _follow(run: Run) -> Survival | str:
+    """Return what `survival` returns, or the reason for None."""
+    if not run.telemetry_files:
+        return "there are no telemetry arrays"
     wanted = run.section("telemetry").get("reference_step")
     limit: int = wanted if isinstance(wanted, int) else _REFERENCE_STEP
     before = [step for step in run.telemetry_files if step <= limit]
     if not before:
-        return None
+        return f"the first telemetry arrays, of step {min(run.telemetry_files):,}, are later than step {limit:,}"
     reference = before[-1]
     start = {key: rows < DEAD for key, rows in _leverages(run.telemetry_files[reference]).items()}
     throughout = {key: dead.copy() for key, dead in start.items()}
     count = sum(int(dead.sum()) for dead in start.values())
+    if not start:
+        return f"the telemetry arrays of step {reference:,} have no leverage of gate_proj and up_proj"
     if not count:
-        return None
+        return f"no row was dead at step {reference:,}"
     points = [(reference, 1.0, 1.0)]
     for step, path in run.telemetry_files.items():
         later = _leverages(path) if step > reference else {}
@@ -90,7 +106,7 @@ def survival(run: Run) -> Survival | None:
             dead &= later[key] < DEAD
         points.append((step, still / count, sum(int(dead.sum()) for dead in throughout.values()) / count))
     if len(points) < 2:
-        return None
+        return f"no telemetry arrays with the leverage of all matrices are later than step {reference:,}"
     table = np.array(points, dtype=np.float64)
     return Survival(reference, count, (table[:, 0], table[:, 1]), (table[:, 0], table[:, 2]))
 

@@ -6,9 +6,11 @@ null.
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+from pretrain.report.judgement import Outcome
 from pretrain.run.reader import State
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: claims have the verdict "undecided", and are judged by pretrain/report/judgement.py."""
 
 
 class Summary(TypedDict):
@@ -38,9 +40,13 @@ class ClaimResult(TypedDict):
     half_width: float | None
     # seed -> its value; null if there is none, with the reason in the note.
     numbers: dict[str, float | None]
-    # "holds" only if every seed's value and the whole interval lie on the right side of the threshold.
-    verdict: Literal["holds", "does not hold", "not tested"]
+    # By the rules of pretrain/report/judgement.py; "not tested" if no seed has a value.
+    verdict: Outcome
+    # Why it is undecided, contradicted or not tested; seeds without a value, and why.
     note: str
+    # Why the values decide nothing, whichever side they lie on: points that are true by construction, tuned values at
+    # the edge of those tried.
+    reservations: list[str]
 
 
 class FinalRow(TypedDict):
@@ -111,8 +117,11 @@ class JobRow(TypedDict):
     chosen: bool
     # Why its timings are not usable; empty if they are.
     disturbances: list[str]
-    # Number of steps skipped because the gradients were not finite.
+    # Number of steps that did not change the weights, and how many of them for which reason.
     skipped_steps: int
+    skipped_because: dict[str, int]
+    # Number of steps whose loss was a spike, skipped or not.
+    loss_spikes: int
 
 
 class Provenance(TypedDict):
@@ -132,13 +141,22 @@ class ScoreRow(TypedDict):
     # Path of the result file in the run folder.
     file: str
     task: str
-    # "acc_norm" where the task has it, otherwise "acc".
+    # The task's main metric: "acc_norm" where the task has it, otherwise "acc".
     metric: str
     score: float
     # Standard error over items; null for a single item.
     stderr: float | None
     num_items: int
     num_items_in_split: int
+    # Number of solved examples in the prompt.
+    num_fewshot: int
+    # The suite that was asked for; null if the tasks were named one by one.
+    suite: str | None
+    # The group that the task is one of, such as "mmlu" for its subjects; null without one. A group has a row as well.
+    group: str | None
+    # The task's other figures, by name: metrics such as "perplexity" and, after a colon, scores on some of the items,
+    # such as "acc_norm: without overlap".
+    other: dict[str, float]
 
 
 class SeriesRow(TypedDict):
@@ -159,6 +177,23 @@ class SeriesRow(TypedDict):
     low: float
     high: float
     num_items: int
+
+
+class BitsRow(TypedDict):
+    """Bits per byte of a run on a held-out text."""
+
+    run: str
+    # Path of the result file in the run folder.
+    file: str
+    # Step of the checkpoint; null if the file is not that of a checkpoint of a series.
+    step: int | None
+    # Name of the text.
+    text: str
+    bits_per_byte: float
+    # Standard error over documents; null if it is not known.
+    stderr: float | None
+    bytes: int
+    documents: int
 
 
 class DifferenceRow(TypedDict):
@@ -188,6 +223,8 @@ class Evaluations(TypedDict):
     scores: list[ScoreRow]
     # Every checkpoint that has a result in a folder step-N; scores and differences have the newest ones.
     series: list[SeriesRow]
+    # Of every result, also of the older checkpoints.
+    bits_per_byte: list[BitsRow]
     differences: list[DifferenceRow]
     # Results that cannot be read or compared, and why.
     notes: list[str]
@@ -195,6 +232,14 @@ class Evaluations(TypedDict):
     margin: float
     # What the verdicts cover.
     scope: str
+
+
+class SampleRow(TypedDict):
+    """Text that the model wrote during training."""
+
+    step: int
+    prompt: str
+    text: str
 
 
 class ReportResult(TypedDict):
@@ -211,8 +256,14 @@ class ReportResult(TypedDict):
     jobs: list[JobRow]
     provenance: Provenance
     claims: list[ClaimResult]
+    # Config keys that differ between the seeds of every series, and what the intervals over seeds therefore cover, in
+    # words. Empty if no series has two runs.
+    varied_keys: list[str]
+    intervals_cover: str
     final: list[FinalRow]
     tuned: list[TunedRow]
     timing: list[TimingRow]
+    # What a single run wrote, oldest first; absent for a sweep and for a run that wrote nothing.
+    samples: NotRequired[list[SampleRow]]
     # Absent if no run has a result in its folder eval/.
     evaluations: NotRequired[Evaluations]

@@ -12,7 +12,10 @@ from scipy.stats import t as student
 
 Array = NDArray[np.float64]
 Curve = tuple[Array, Array]
+Band = tuple[Array, Array, Array, Array]
+"""x, mean, lower and upper ends."""
 CONFIDENCE = 0.95
+_ROUNDING = 1e-9  # values whose range is below this share of the largest one differ by rounding only
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,14 @@ class Interval:
         mean: the mean.
         half_width: half-width of the 95 % interval; None with a single value.
         count: number of values.
+        is_degenerate: whether there are several values and they agree up to rounding. The width of the interval is then
+            no measure of certainty.
     """
 
     mean: float
     half_width: float | None
     count: int
+    is_degenerate: bool = False
 
     @property
     def low(self) -> float:
@@ -50,8 +56,9 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return Interval(mean, None, count)
-    quantile = float(student.ppf((1 + CONFIDENCE) / 2, count - 1))
-    return Interval(mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(count), count)
+    half_width = _quantile(count) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    is_degenerate = max(values) - min(values) <= _ROUNDING * max(map(abs, values))
+    return Interval(mean, half_width, count, is_degenerate)
 
 
 def log2_slope(labels: Sequence[float], values: Sequence[float]) -> float:
@@ -79,14 +86,45 @@ def smoothed(curve: Curve, points: int) -> Curve:
     return np.add.reduceat(x, edges[:-1]) / widths, np.add.reduceat(y, edges[:-1]) / widths
 
 
-def band(curves: Sequence[Curve], points: int) -> tuple[Array, Array, Array, Array] | None:
+def band(curves: Sequence[Curve], points: int) -> Band | None:
     """Return the mean, minimum and maximum of several curves over the x range that all of them cover.
 
     Returns:
         x, mean, minimum and maximum, at most `points` entries each; None if the curves' x ranges do not overlap.
     """
-    curves = [curve for curve in curves if len(curve[0])]
-    if not curves:
+    found = _together([curve for curve in curves if len(curve[0])], points)
+    if found is None:
+        return None
+    grid, rows = found
+    return grid, rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0)
+
+
+def paired_band(pairs: Sequence[tuple[Curve, Curve]], points: int) -> Band | None:
+    """Return the mean of the differences of paired curves, with its 95 % t interval at each point.
+
+    Args:
+        pairs: the curves whose difference is taken, first minus second; one pair per seed.
+        points: maximum number of points.
+
+    Returns:
+        x, mean, and the ends of the interval, which equal the mean with a single pair; None if the x ranges do not
+        overlap.
+    """
+    found = _together([curve for pair in pairs for curve in pair], points)
+    if found is None:
+        return None
+    grid, rows = found
+    differences = rows[0::2] - rows[1::2]
+    mean, count = differences.mean(axis=0), len(differences)
+    half_width = np.zeros_like(mean)
+    if count > 1:
+        half_width = _quantile(count) * differences.std(axis=0, ddof=1) / math.sqrt(count)
+    return grid, mean, mean - half_width, mean + half_width
+
+
+def _together(curves: Sequence[Curve], points: int) -> tuple[Array, Array] | None:
+    """Return all curves over the x range that they share: x, at most `points` entries, and a row for each curve."""
+    if not curves or not all(len(x) for x, _ in curves):
         return None
     low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     first = curves[0][0]
@@ -95,5 +133,9 @@ def band(curves: Sequence[Curve], points: int) -> tuple[Array, Array, Array, Arr
         return None
     if len(grid) > points:
         grid = np.linspace(low, high, points)
-    rows = np.stack([np.interp(grid, x, y) for x, y in curves])
-    return grid, rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0)
+    return grid, np.stack([np.interp(grid, x, y) for x, y in curves])
+
+
+def _quantile(count: int) -> float:
+    """Return the half-width of the 95 % t interval over `count` values, in standard errors."""
+    return float(student.ppf((1 + CONFIDENCE) / 2, count - 1))

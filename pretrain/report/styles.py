@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from pretrain.report.sweep import Series, Sweep
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A")
+"""In dark mode, page.css replaces the colour with index n by its variable --line-n."""
 DASHES = ("", "5 2", "1.5 1.5", "7 2 1.5 2")
 _MOST_IN_A_PANEL = 6
 
@@ -26,6 +27,11 @@ class Style:
 
     colour: str
     dash: str
+
+    @property
+    def css(self) -> str:
+        """The colour as a CSS value that follows the page's light or dark mode."""
+        return f"var(--line-{COLOURS.index(self.colour)})"
 
     @property
     def pattern(self) -> tuple[float, tuple[float, ...]] | str:
@@ -76,8 +82,8 @@ def arrange(sweep: Sweep) -> Arrangement:
     for series in sweep.series:
         rest = _rest(series, varying, coloured)
         colour = sweep.axes[coloured].index(series.labels[coloured]) if coloured else 0
-        dash = colour // len(_COLOURS) if spread else colour // len(_COLOURS) + rests.index(rest)
-        styles[series.name] = Style(_COLOURS[colour % len(_COLOURS)], DASHES[dash % len(DASHES)])
+        dash = colour // len(COLOURS) if spread else colour // len(COLOURS) + rests.index(rest)
+        styles[series.name] = Style(COLOURS[colour % len(COLOURS)], DASHES[dash % len(DASHES)])
         members.setdefault(rest if spread else (), []).append(series)
     groups = [Group(", ".join(f"{a} {label}" for a, label in rest), group) for rest, group in members.items()]
     legend = list(styles.items())

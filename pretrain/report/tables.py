@@ -7,7 +7,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from pretrain.report.claims import positive_number
+from pretrain.report.errors import ReportError
 from pretrain.report.schema import (
     SCHEMA_VERSION,
     ClaimResult,
@@ -15,14 +15,16 @@ from pretrain.report.schema import (
     JobRow,
     Provenance,
     ReportResult,
+    SampleRow,
     Summary,
     TimingRow,
-    TunedRow,
 )
+from pretrain.report.seeds import intervals_cover, varied_keys
 from pretrain.report.statistics import mean_interval
 from pretrain.report.sweep import Job, Series, Sweep
+from pretrain.report.tuning import ends, tuned_rows
 from pretrain.report.verdicts import Verdict, evaluate
-from pretrain.run.reader import Run
+from pretrain.run.reader import Run, is_number
 
 LOSS = "validation_loss"
 PHASES = ("data", "forward_backward", "optimizer")
@@ -30,7 +32,8 @@ PHASES = ("data", "forward_backward", "optimizer")
 
 def tables(sweep: Sweep) -> ReportResult:
     """Return all the numbers on the page."""
-    return {
+    varied = varied_keys(sweep)
+    found: ReportResult = {
         "schema_version": SCHEMA_VERSION,
         "kind": sweep.kind,
         "name": sweep.name,
@@ -41,10 +44,28 @@ def tables(sweep: Sweep) -> ReportResult:
         "jobs": [_job_row(sweep, job) for job in sweep.jobs],
         "provenance": _provenance([job.run for job in sweep.jobs]),
         "claims": [_claim_row(verdict) for verdict in evaluate(sweep)],
+        "varied_keys": varied,
+        "intervals_cover": intervals_cover(varied),
         "final": [_final_row(sweep, series) for series in sweep.series],
-        "tuned": [row for series in sweep.series for row in _tuned_rows(sweep, series)],
+        "tuned": [row for series in sweep.series for row in tuned_rows(sweep, series)],
         "timing": [_timing_row(series) for series in sweep.series],
     }
+    if sweep.kind == "run" and (samples := _samples(sweep.jobs[0].run)):
+        found["samples"] = samples
+    return found
+
+
+def _samples(run: Run) -> list[SampleRow]:
+    """Return the samples that a run has written, oldest first."""
+    try:
+        records = run.folder.samples.read()
+    except OSError as error:
+        raise ReportError(f"{run.folder.samples.path}: cannot be read: {error.strerror}") from None
+    return [
+        {"step": record["step"], "prompt": record["prompt"], "text": record["text"]}
+        for record in records
+        if is_number(record.get("step")) and all(isinstance(record.get(key), str) for key in ("prompt", "text"))
+    ]
 
 
 def summary(values: Mapping[str, float | None]) -> Summary | None:
@@ -57,7 +78,7 @@ def summary(values: Mapping[str, float | None]) -> Summary | None:
 
 
 def _claim_row(verdict: Verdict) -> ClaimResult:
-    claim, interval = verdict.claim, verdict.interval
+    claim, interval = verdict.claim, verdict.judgement.interval
     return {
         "claim": claim.text,
         "source": claim.source,
@@ -67,8 +88,9 @@ def _claim_row(verdict: Verdict) -> ClaimResult:
         "mean": None if interval is None else interval.mean,
         "half_width": None if interval is None else interval.half_width,
         "numbers": verdict.numbers,
-        "verdict": verdict.outcome,
-        "note": verdict.note,
+        "verdict": verdict.judgement.outcome,
+        "note": verdict.judgement.note,
+        "reservations": verdict.reservations,
     }
 
 
@@ -87,7 +109,7 @@ def _final_row(sweep: Sweep, series: Series) -> FinalRow:
         "labels": dict(series.labels),
         "runs": len(runs),
         "jobs": len(series.jobs),
-        "steps": _ends([run.last_step for run in runs.values()]),
+        "steps": ends([run.last_step for run in runs.values()]),
         "validation_loss": summary({seed: reading.value for seed, reading in losses.items()}),
         "is_baseline": sweep.baseline is not None
         and all(series.labels[a] == label for a, label in sweep.baseline.items()),
@@ -106,53 +128,6 @@ def _final_row(sweep: Sweep, series: Series) -> FinalRow:
 def _compared(sweep: Sweep, series: Series) -> dict[str, Run]:
     """Return the runs that may be compared: the finished ones, or a single run in any state."""
     return series.done if sweep.kind == "sweep" else series.shown
-
-
-def _tuned_rows(sweep: Sweep, series: Series) -> list[TunedRow]:
-    """Return a row per combination of tuned values, sorted by value; empty if nothing was tuned."""
-    groups: dict[str, list[Job]] = {}
-    for job in sweep.jobs:
-        if job.tuned and all(job.labels[axis] == label for axis, label in series.labels.items()):
-            groups.setdefault(repr(sorted(job.tuned.items())), []).append(job)
-    by_seed = {
-        key: {job.labels.get(sweep.seed_axis or "", ""): job.run for job in jobs} for key, jobs in groups.items()
-    }
-    shared = set.intersection(*(set(runs) for runs in by_seed.values())) if by_seed else set()
-    rows = []
-    for key, jobs in groups.items():
-        losses = {
-            seed: run.read(LOSS).value if run.state == "done" else None for seed, run in sorted(by_seed[key].items())
-        }
-        common = [losses[seed] for seed in shared]
-        known = [loss for loss in common if loss is not None]
-        chosen = any(job.chosen for job in jobs)
-        row: TunedRow = {
-            "series": series.name,
-            "tuned": jobs[0].tuned,
-            "losses": losses,
-            "mean": sum(known) / len(known) if known and len(known) == len(common) else None,
-            "steps": _ends([job.run.last_step for job in jobs if job.run.state == "done"]),
-            "chosen": chosen,
-            "alone": len(groups) == 1,
-            "at_edge": _at_edge(jobs[0].tuned, [group[0].tuned for group in groups.values()]) if chosen else [],
-            "state": ", ".join(sorted({job.run.state for job in jobs} - {"done"})) or "done",
-        }
-        rows.append(row)
-    return sorted(rows, key=lambda row: [_order(value) for _, value in sorted(row["tuned"].items())])
-
-
-def _at_edge(chosen: dict[str, Any], tried: list[dict[str, Any]]) -> list[str]:
-    """Return the keys whose chosen number is the smallest or largest of several that were tried."""
-    edges = []
-    for key, value in chosen.items():
-        values = sorted({_order(other[key]) for other in tried if key in other})
-        if len(values) > 1 and _order(value) in (values[0], values[-1]) and positive_number(str(value)) is not None:
-            edges.append(key)
-    return edges
-
-
-def _order(value: Any) -> tuple[float, str]:
-    return positive_number(str(value)) or 0.0, str(value)
 
 
 def _timing_row(series: Series) -> TimingRow:
@@ -196,6 +171,8 @@ def _job_row(sweep: Sweep, job: Job) -> JobRow:
         "chosen": job.chosen,
         "disturbances": job.run.disturbances,
         "skipped_steps": job.run.skipped_steps,
+        "skipped_because": job.run.skipped_because,
+        "loss_spikes": sum(bool(record.get("loss_spike")) for record in job.run.records),
     }
 
 
@@ -232,7 +209,3 @@ def _versions(launch: dict[str, Any]) -> str:
 
 def _distinct(values: list[str]) -> list[str]:
     return [value for value in dict.fromkeys(values) if value]
-
-
-def _ends(values: list[int]) -> list[int]:
-    return [min(values), max(values)] if values else []

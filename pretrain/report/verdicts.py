@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from pretrain.report.claims import Claim, Labels, positive_number
-from pretrain.report.statistics import Interval, log2_slope, mean_interval, value_at
-from pretrain.report.sweep import Sweep
+from pretrain.report.judgement import Judgement, judge
+from pretrain.report.statistics import log2_slope, mean_interval, value_at
+from pretrain.report.sweep import Series, Sweep
+from pretrain.report.tuning import edges
 from pretrain.run.reader import Reading, Run
 
-Outcome = Literal["holds", "does not hold", "not tested"]
+Points = dict[str, dict[str, Reading]]
+"""Label of the axis over which a slope is taken (one empty label without a slope) -> seed -> what was read."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim and its outcome.
+    """A claim and its verdict.
 
     Attributes:
         claim: as written.
         numbers: seed -> its value; None if there is none.
-        interval: mean and 95 % t interval of the values.
-        outcome: "holds" only if every value and the whole interval lie on the right side of the threshold.
-        note: whether the claim is undecided or contradicted, and which seeds are missing and why.
+        judgement: the verdict with its reasons, by the rules of `pretrain.report.judgement`.
+        reservations: why the values decide nothing, whichever side they lie on.
         scale: parameters, tokens and steps at which it was measured.
     """
 
     claim: Claim
     numbers: dict[str, float | None]
-    interval: Interval | None
-    outcome: Outcome
-    note: str
+    judgement: Judgement
+    reservations: list[str]
     scale: str
 
 
@@ -40,51 +41,96 @@ def evaluate(sweep: Sweep) -> list[Verdict]:
 
 
 def _verdict(sweep: Sweep, claim: Claim) -> Verdict:
-    readings = {seed: _number(sweep, claim, seed) for seed in sweep.seeds}
-    values = [reading.value for reading in readings.values() if reading.value is not None]
-    interval = mean_interval(values)
-    broken = any(reading.broken for reading in readings.values())
-    outcome, note = _decide(claim, values, interval, broken)
-    missing = [f"seed {seed}: {reading.note}" for seed, reading in readings.items() if reading.value is None]
-    if missing and outcome == "holds":
-        note = "provisional: some seeds are missing"
-    return Verdict(
-        claim=claim,
-        numbers={seed: reading.value for seed, reading in readings.items()},
-        interval=interval,
-        outcome=outcome,
-        note="; ".join([note] * bool(note) + missing),
-        scale=_scale(sweep, claim),
+    points = _points(sweep, claim)
+    readings = {seed: _reading(claim, {label: points[label][seed] for label in points}) for seed in sweep.seeds}
+    numbers = {seed: reading.value for seed, reading in readings.items()}
+    reservations = [*_by_construction(claim, points), *_at_edges(sweep, claim)]
+    judgement = judge(
+        claim.side,
+        claim.threshold,
+        numbers,
+        missing=[f"seed {seed}: {reading.note}" for seed, reading in readings.items() if reading.value is None],
+        broken=any(reading.broken for reading in readings.values()),
+        reservations=reservations,
     )
+    return Verdict(claim, numbers, judgement, reservations, _scale(sweep, claim))
 
 
-def _decide(claim: Claim, values: list[float], interval: Interval | None, broken: bool) -> tuple[Outcome, str]:
-    """Return the outcome, and a note that tells a contradicted claim from an undecided one."""
-    if interval is None or len(values) < 2:
-        return "not tested", "one seed gives no interval" if values else "no seed has a value"
-    sign = 1 if claim.side == "above" else -1
-    margins = [sign * (value - claim.threshold) for value in (*values, interval.low, interval.high)]
-    if all(margin > 0 for margin in margins) and not broken:
-        return "holds", ""
-    if all(margin < 0 for margin in margins) and not broken:
-        return "does not hold", "contradicted: every seed and the whole interval lie on the wrong side"
-    if broken:
-        return "does not hold", "undecided: a seed has no value because its loss was not finite"
-    if all(margin > 0 for margin in margins[:-2]):
-        return "does not hold", "undecided: every seed lies on the right side, but the interval crosses the threshold"
-    return "does not hold", "undecided: the seeds or the interval lie on both sides"
-
-
-def _number(sweep: Sweep, claim: Claim, seed: str) -> Reading:
-    """Return the claim's value for one seed."""
+def _wanted(sweep: Sweep, claim: Claim) -> dict[str, Labels]:
+    """Return the labels of the claim's series, by label of the axis over which a slope is taken."""
     if claim.slope_over is None:
-        return _compared(sweep, claim, claim.where, seed)
-    labels = sweep.axes[claim.slope_over]
-    points = [_compared(sweep, claim, {**claim.where, claim.slope_over: label}, seed) for label in labels]
-    values = [point.value for point in points if point.value is not None]
+        return {"": claim.where}
+    return {label: {**claim.where, claim.slope_over: label} for label in sweep.axes[claim.slope_over]}
+
+
+def _points(sweep: Sweep, claim: Claim) -> Points:
+    return {
+        label: {seed: _compared(sweep, claim, wanted, seed) for seed in sweep.seeds}
+        for label, wanted in _wanted(sweep, claim).items()
+    }
+
+
+def _reading(claim: Claim, points: Mapping[str, Reading]) -> Reading:
+    """Return the claim's value for one seed: its only point, or the slope over all of them."""
+    if claim.slope_over is None:
+        return points[""]
+    values = {label: point.value for label, point in points.items() if point.value is not None}
     if len(values) < len(points):
-        return next(point for point in sorted(points, key=lambda p: not p.broken) if point.value is None)
-    return Reading(log2_slope([positive_number(label) or 1.0 for label in labels], values))
+        return next(point for point in sorted(points.values(), key=lambda p: not p.broken) if point.value is None)
+    return Reading(_slope(values))
+
+
+def _slope(values: Mapping[str, float]) -> float:
+    return log2_slope([positive_number(label) or 1.0 for label in values], list(values.values()))
+
+
+def _by_construction(claim: Claim, points: Points) -> Iterator[str]:
+    """Yield a reservation if both series have the same value for every seed, which no training decides.
+
+    At expansion 1, for example, gate_proj and up_proj are square, and on square matrices Aurora is Muon.
+    """
+    if claim.other is None:
+        return
+    equal = 1.0 if claim.relation == "over" else 0.0
+    constructed = [
+        label
+        for label, readings in points.items()
+        if (known := {reading.value for reading in readings.values() if reading.value is not None}) == {equal} and known
+    ]
+    if not constructed:
+        return
+    same = "both series have the same value for every seed, which is true by construction"
+    if claim.slope_over is None:
+        yield same
+        return
+    rest = {label: readings for label, readings in points.items() if label not in constructed}
+    yield f"at {claim.slope_over} {', '.join(constructed)} {same}{_slope_without(rest)}"
+
+
+def _slope_without(rest: Points) -> str:
+    """Say what the slope is without the points that are true by construction."""
+    if len(rest) < 2:
+        return ""
+    by_seed = [
+        {label: value for label, readings in rest.items() if (value := readings[seed].value) is not None}
+        for seed in next(iter(rest.values()))
+    ]
+    found = mean_interval([_slope(values) for values in by_seed if len(values) == len(rest)])
+    if found is None:
+        return ""
+    return f"; without it, the slope is {found.mean:.4f}" + (f" ± {found.half_width:.4f}" if found.half_width else "")
+
+
+def _at_edges(sweep: Sweep, claim: Claim) -> Iterator[str]:
+    """Yield a reservation for each tuned value that is the smallest or largest of those tried."""
+    found: dict[str, Series] = {}
+    for wanted in _wanted(sweep, claim).values():
+        for labels in (wanted, {**wanted, **(claim.other or {})}):
+            if series := sweep.find(labels):
+                found[series.name] = series
+    for series in found.values():
+        for edge in edges(sweep, series):
+            yield f"{edge.key} of {series.name}, {edge.value}, is the {edge.side} value tried"
 
 
 def _compared(sweep: Sweep, claim: Claim, labels: Labels, seed: str) -> Reading:
@@ -150,8 +196,7 @@ def _at_equal_time(claim: Claim, runs: list[Run]) -> list[Reading]:
 
 def _scale(sweep: Sweep, claim: Claim) -> str:
     """Describe the parameters, tokens and steps of the runs that the claim's values come from."""
-    labels = sweep.axes[claim.slope_over] if claim.slope_over else [None]
-    wanted = [claim.where if label is None else {**claim.where, str(claim.slope_over): label} for label in labels]
+    wanted = _wanted(sweep, claim).values()
     runs = [run for w in wanted if (series := sweep.find(w)) for run in series.done.values()]
     parameters = [counts.inner for run in runs if (counts := run.parameters)]
     readings = [run.read(claim.measure, claim.step) for run in runs]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,8 +140,17 @@ class Run:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that did not change the weights because their gradients were not finite."""
-        return sum(bool(record.get("skipped")) for record in self.records)
+        """Steps that did not change the weights."""
+        return sum(self.skipped_because.values())
+
+    @property
+    def skipped_because(self) -> dict[str, int]:
+        """The reasons for which steps were skipped, each with the number of steps.
+
+        Earlier versions recorded no reason and skipped only steps whose gradients were not finite.
+        """
+        skipped = (record for record in self.records if record.get("skipped"))
+        return dict(Counter(str(record.get("skipped_because", "gradients not finite")) for record in skipped))
 
     @property
     def config_text(self) -> str:

@@ -8,8 +8,9 @@
         muon: {optimizer.name: muon, optimizer.lr: {one_of: [0.01, 0.02, 0.04]}}
         adamw: {optimizer.name: adamw, optimizer.adamw.lr: 2e-3}
       seed:
-        1: {run.seed: 1}
-        2: {run.seed: 2}
+        1: {run.seed: 1, data.seed: 1}   # another initialisation and another order of the data
+        2: {run.seed: 2, data.seed: 2}
+        3: {run.seed: 3, data.seed: 3}
 
 If the value of a key is a ``one_of`` list, each of its values is tried with the first seed, and the other seeds are run
 with the value that had the lowest validation loss.

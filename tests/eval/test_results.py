@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from eval.errors import EvalError
 from eval.results import check_out, read_result
+from eval.suites import TaskChoice
 from pretrain.cli import main
 from tests.eval.results import a_result, write
 
@@ -126,11 +128,17 @@ def test_the_command_refuses_before_it_scores(
 ) -> None:
     asked: list[Any] = []
 
-    def scored(model: str, tasks: list[str], **_: Any) -> Any:
-        asked.append(tasks)
-        return a_result({"winogrande": [1]})
+    class Prepared:
+        def run(self, model: str, **_: Any) -> Any:
+            asked.append(model)
+            return a_result({"winogrande": [1]})
 
-    monkeypatch.setattr("eval.harness.evaluate", scored)
+    @contextmanager
+    def evaluation(tasks: list[TaskChoice], **_: Any) -> Iterator[Prepared]:
+        asked.append([task.name for task in tasks])
+        yield Prepared()
+
+    monkeypatch.setattr("pretrain.cli.evaluation_run.evaluation", evaluation)
     folder = write(tmp_path / "out", a_result(OUTCOMES))
     before = read_result(folder)
     command = ["eval", str(model_folder), "--tasks", "winogrande,", "--out", str(folder)]
@@ -138,7 +146,7 @@ def test_the_command_refuses_before_it_scores(
     assert "pass --overwrite" in capsys.readouterr().err
     assert (asked, read_result(folder)) == ([], before)
     assert main([*command, "--overwrite"]) == 0
-    assert asked == [["winogrande"]]
+    assert asked == [["winogrande"], str(model_folder)]
     assert read_result(folder) == a_result({"winogrande": [1]})
 
 

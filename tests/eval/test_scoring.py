@@ -13,7 +13,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval.errors import EvalError
-from eval.scoring import ContinuationScorer, windows
+from eval.rows import windows
+from eval.scoring import ContinuationScorer
 from tests.eval.conftest import sentence, small_llama
 
 Pair = tuple[str, str]

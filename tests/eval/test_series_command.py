@@ -16,12 +16,13 @@ from pretrain.cli.evaluated_runs import evaluations
 from pretrain.config import parse_config
 from pretrain.launch import train
 from tests.conftest import TINY, merged
+from tests.eval.conftest import cache_with_items
 
 
 def test_every_checkpoint_has_a_result_of_its_own_weights(
     tmp_path: Path, fetched: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("AURORA_CACHE", str(fetched["cache"]))
+    monkeypatch.setenv("AURORA_CACHE", str(cache_with_items(fetched, tmp_path / "cache")))
     monkeypatch.setattr(items, "_is_intact", lambda folder, package: True)
     short = {"train.total_tokens": 2 * 768, "schedule.warmup_tokens": 0, "data.validation_fraction": 0.0}
     config = parse_config(merged(TINY, short | {"run.root": str(tmp_path), "checkpoint.save_every_steps": 1}))

@@ -1,4 +1,5 @@
-"""The report in a real browser without a network: no error, nothing fetched, no horizontal scrolling.
+"""The report in a real browser without a network: no error, nothing fetched, no horizontal scrolling; its first screen,
+its dark mode, sorting, and the values under the pointer.
 
 Headless Chromium is driven over its debugging port.
 """
@@ -17,7 +18,9 @@ from typing import Any
 import pytest
 import websocket
 
+from pretrain.cli.evaluated_runs import evaluations
 from pretrain.report.write import write_report
+from tests.eval.results import a_result, write
 from tests.report.folders import job, records, write_run, write_sweep
 
 BROWSER = next(
@@ -35,6 +38,26 @@ FLAGS = (
     "--disable-sync",
     "--remote-debugging-port=0",
 )
+# Relative luminance and contrast as WCAG 2.1 defines them.
+LUMINANCE = """
+const luminance = (colour) => {
+  const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map((part) => {
+    const c = part / 255;
+    return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+"""
+CONTRASTS = f"""(() => {{ {LUMINANCE}
+const paper = luminance(getComputedStyle(document.body).backgroundColor);
+const texts = [...document.querySelectorAll("main *")].filter(
+  (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) && e.getClientRects().length);
+return texts.map((e) => {{
+  const style = getComputedStyle(e);
+  const ink = luminance(e.closest("svg") ? style.fill : style.color);
+  return (Math.max(paper, ink) + 0.05) / (Math.min(paper, ink) + 0.05);
+}});
+}})()"""
 ERRORS = ("Runtime.exceptionThrown", "Network.loadingFailed")
 
 
@@ -134,17 +157,37 @@ def report_of_a_sweep(root: Path) -> Path:
 
 
 def report_of_a_run(root: Path) -> Path:
-    """One run with arrays."""
-    return write_report(write_run(root / "run", records(600), arrays=range(100, 601, 100)))
+    """One run with arrays, samples, and evaluations of three checkpoints."""
+    folder = write_run(root / "run", records(600), arrays=range(100, 601, 100))
+    for step in (200, 400, 600):
+        write(
+            folder / "eval" / f"step-{step}", a_result({"winogrande": [1] * step + [0] * 400, "unbroken" * 20: [1, 0]})
+        )
+    samples = [{"step": step, "prompt": "So", "text": "unbroken" * 40} for step in (300, 600)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    return write_report(folder, None, evaluations)
+
+
+def open_page(tab: Tab, page: Path, width: int, height: int = 900, scheme: str = "light") -> None:
+    """Open a page in a window of this size and a colour scheme."""
+    tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+    tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    tab.events[:] = [e for e in tab.events if e.get("method") != "Page.loadEventFired"]  # of an earlier page
+    tab.call("Page.navigate", url=page.as_uri())
+    tab.wait_for("Page.loadEventFired")
+
+
+def problems(tab: Tab) -> list[Any]:
+    """What the browser reported: errors, messages on the console, violations of the page's security policy."""
+    logged = [e["params"] for e in tab.events if e.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled")]
+    return logged + [e for e in tab.events if e.get("method") in ERRORS]
 
 
 @pytest.mark.parametrize("report", [report_of_a_sweep, report_of_a_run])
 @pytest.mark.parametrize("width", [1400, 400])
 def test_the_report_in_a_browser(report: Any, width: int, tab: Tab, tmp_path: Path) -> None:
     page = report(tmp_path / "runs")
-    tab.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-    tab.call("Page.navigate", url=page.as_uri())
-    tab.wait_for("Page.loadEventFired")
+    open_page(tab, page, width)
     assert tab.evaluate("document.querySelectorAll('figure svg').length") > 10
     opened = "document.querySelectorAll('details').forEach(d => d.open = true), document.documentElement.scrollWidth"
     assert tab.evaluate("innerWidth") == width
@@ -158,6 +201,66 @@ def test_the_report_in_a_browser(report: Any, width: int, tab: Tab, tmp_path: Pa
     assert tab.evaluate(f"Math.min(...{sizes}.filter(h => h > 0))") >= 9
     asked = [e["params"]["request"]["url"] for e in tab.events if e.get("method") == "Network.requestWillBeSent"]
     assert {url for url in asked if not url.startswith("data:")} == {page.as_uri()}
-    assert not [e for e in tab.events if e.get("method") in ERRORS]
-    logged = [e["params"] for e in tab.events if e.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled")]
-    assert logged == []
+    assert problems(tab) == []
+
+
+@pytest.mark.parametrize("report", [report_of_a_sweep, report_of_a_run])
+def test_a_telephone_shows_the_result_first(report: Any, tab: Tab, tmp_path: Path) -> None:
+    open_page(tab, report(tmp_path / "runs"), 400, 800)
+    places = "[...document.querySelectorAll('{}')].map(e => e.getBoundingClientRect().top)"
+    tiles = tab.evaluate(places.format(".tiles li"))
+    assert len(tiles) >= 2
+    assert max(tiles) < 760
+    assert tab.evaluate(places.format("#provenance dt"))[0] > 800
+
+
+def test_dark_mode_can_be_read(tab: Tab, tmp_path: Path) -> None:
+    """Every text of the page and of its figures has a contrast of 4.5 to the background (WCAG 2.1, AA)."""
+    page = report_of_a_run(tmp_path / "runs")
+    for scheme in ("light", "dark"):
+        open_page(tab, page, 1400, scheme=scheme)
+        contrasts = tab.evaluate(CONTRASTS)
+        assert len(contrasts) > 50
+        assert min(contrasts) >= 4.5, scheme
+        bright = tab.evaluate(f"{LUMINANCE} luminance(getComputedStyle(document.body).backgroundColor)")
+        assert (bright > 0.5) == (scheme == "light")
+    assert problems(tab) == []
+
+
+def test_a_click_sorts_and_the_pointer_shows_values(tab: Tab, tmp_path: Path) -> None:
+    open_page(tab, report_of_a_sweep(tmp_path / "runs"), 1400)
+    column = "[...document.querySelectorAll('#final tbody tr')].map(r => r.cells[2].textContent.trim())"
+    click = "document.querySelector('#final thead').rows[0].cells[2].click()"
+    before = tab.evaluate(column)
+    tab.evaluate(click)
+    rising = tab.evaluate(column)
+    assert sorted(rising) == sorted(before)
+    numbers = [float(text.split()[0]) for text in rising if text != "–"]
+    assert numbers == sorted(numbers)
+    assert len(numbers) >= 7
+    tab.evaluate(click)
+    falling = [float(text.split()[0]) for text in tab.evaluate(column) if text != "–"]
+    assert falling == numbers[::-1]
+    assert tab.evaluate("document.querySelectorAll('[aria-sort=descending]').length") == 1
+
+    tab.evaluate("document.querySelector('#loss svg[data-hover]').scrollIntoView({block: 'center'})")
+    time.sleep(0.3)
+    place = "(r => [r.left + r.width * 0.6, r.top + r.height * 0.5])"
+    x, y = tab.evaluate(f"{place}(document.querySelector('#loss svg[data-hover]').getBoundingClientRect())")
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    shown = tab.evaluate("document.querySelector('.tip').hidden ? '' : document.querySelector('.tip').innerText")
+    assert shown.startswith("tokens ")
+    assert "muon" in shown
+    assert "aurora" in shown
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    assert tab.evaluate("document.querySelector('.tip').hidden")
+    assert problems(tab) == []
+
+
+def test_a_foreign_script_does_not_run(tab: Tab, tmp_path: Path) -> None:
+    """Should something escape the escaping, the page's policy stops it."""
+    page = report_of_a_run(tmp_path / "runs")
+    page.write_text(page.read_text().replace("<main>", "<main><script>window.ran = true</script>", 1))
+    open_page(tab, page, 1400)
+    assert tab.evaluate("window.ran === undefined")
+    assert "Content Security Policy" in str(problems(tab))

@@ -12,6 +12,7 @@ from pretrain.cli import main
 from pretrain.report import schema
 from tests.eval.results import a_result, write
 from tests.report.folders import job, records, write_run, write_sweep
+from tests.report.test_looks import hovers, section
 from tests.report.test_page import NASTY, Page
 
 
@@ -84,10 +85,109 @@ def test_names_of_tasks_are_escaped(tmp_path: Path) -> None:
     write(folder / "eval", a_result({NASTY: [1, 0]}))
     _, page = report(folder)
     assert NASTY in page.text
-    assert not [tag for tag, _ in page.tags if tag == "script"]
+    assert [tag for tag, _ in page.tags if tag == "script"] == ["script"]  # ours
 
 
 def test_without_results_nothing_changes(tmp_path: Path) -> None:
     found, page = report(write_run(tmp_path / "one", records(20)))
     assert "evaluations" not in found
     assert "Evaluations" not in page.text
+
+
+def at_step(result: dict[str, Any], step: int) -> dict[str, Any]:
+    result["model"]["provenance"] = {"run_name": "one", "step": step, "tokens": 10 * step}
+    return result
+
+
+def bits(value: float, stderr: float | None = 0.01) -> dict[str, Any]:
+    sums = {"bytes": 5000, "tokens": 1000, "documents": 12}
+    return {"bits_per_byte": {"passages": {"bits_per_byte": value, "stderr": stderr, **sums}}}
+
+
+def test_checkpoints_are_curves_with_bands(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", records(20))
+    for step, right in ((10, 30), (20, 60), (5, 20)):
+        result = a_result({"winogrande": [1] * right + [0] * (100 - right)}, **bits(2 - step / 100))
+        write(folder / "eval" / "core" / f"step-{step}", at_step(result, step))
+    found, page = report(folder)
+    rows = found["evaluations"]["series"]
+    assert [(row["step"], row["score"], row["tokens"]) for row in rows] == [
+        (5, 0.2, 50),
+        (10, 0.3, 100),
+        (20, 0.6, 200),
+    ]
+    assert set(rows[0]) == set(get_type_hints(schema.SeriesRow))
+    html = (folder / "report.html").read_text()
+    curves = hovers(section(html, "evaluations"))
+    points = curves["winogrande, acc over steps"]["lines"][0]["points"]
+    # Wilson's interval of 60 in 100.
+    assert points[-1] == [20, 0.6, pytest.approx(0.50200, abs=1e-5), pytest.approx(0.69060, abs=1e-5)]
+    assert [point[:2] for point in points] == [[5, 0.2], [10, 0.3], [20, 0.6]]
+    assert curves["winogrande, acc over steps"]["share"]
+    of_text = curves["passages, bits per byte over steps"]["lines"][0]["points"]
+    assert of_text[0] == [5, 1.95, pytest.approx(1.9304, abs=1e-4), pytest.approx(1.9696, abs=1e-4)]
+    # The tables and the top of the page have the newest checkpoint only.
+    assert page.text.count("0.6000 ± 0.0100") == 2
+    assert "0.3000 ±" not in page.text
+    assert "1.8000 ± 0.0100" in page.text
+    assert "1.9500 ±" not in page.text
+
+
+def test_a_single_checkpoint_is_no_curve(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", records(20))
+    write(folder / "eval" / "step-20", at_step(a_result({"winogrande": [1, 0]}, **bits(1.5, None)), 20))
+    found, page = report(folder)
+    assert "Over training" not in page.text
+    assert [row["text"] for row in found["evaluations"]["bits_per_byte"]] == ["passages"]
+    assert set(found["evaluations"]["bits_per_byte"][0]) == set(get_type_hints(schema.BitsRow))
+    for part in ("1.5000", "5,000", "eval/step-20/results.json"):
+        assert part in page.text
+
+
+def test_the_newest_common_checkpoints_are_compared(tmp_path: Path) -> None:
+    folder = two_runs(tmp_path)
+    for name, step, value in (("muon", 10, 0), ("muon", 20, 0), ("aurora", 10, 1), ("aurora", 30, 1)):
+        write(tmp_path / name / "eval" / f"step-{step}", at_step(a_result({"winogrande": [value] * 50}), step))
+    found, _ = report(folder)
+    (row,) = found["evaluations"]["differences"]
+    assert (row["run"], row["won"], row["difference"]) == ("aurora", 50, 1.0)
+    curves = hovers(section((folder / "report.html").read_text(), "evaluations"))
+    names = {line["name"] for line in curves["winogrande, acc over steps"]["lines"]}
+    assert names == {"muon, seed 1", "aurora, seed 1"}
+
+
+def test_scores_beyond_accuracy(tmp_path: Path) -> None:
+    """A suite with LAMBADA's perplexity, shots per task, a group of tasks, items without overlap, and a subset."""
+    folder = write_run(tmp_path / "one", records(20))
+    tasks = {"lambada_openai": [1, 0], "mmlu_anatomy": [1, 1], "mmlu_law": [0, 1], "hellaswag": [1, 0]}
+    result = a_result(tasks, suite="everything")
+    for name, task in result["tasks"].items():
+        if name != "hellaswag":
+            task.update(acc=task.pop("acc_norm"), acc_stderr=task.pop("acc_norm_stderr"), num_fewshot=5, metric="acc")
+            for item in task["items"]:
+                item["acc"] = item.pop("acc_norm")
+    result["tasks"]["lambada_openai"].update(perplexity=12.5, perplexity_stderr=0.7)
+    part = {"num_items": 1, "acc": 0.0, "acc_norm": 0.75}
+    result["tasks"]["hellaswag"].update(overlap={"without": part}, subsets={"goldenswag": {**part, "acc_norm": 0.125}})
+    members = ["mmlu_anatomy", "mmlu_law"]
+    result["groups"] = {"mmlu": {"tasks": members, "num_items": 4, "acc": 0.75, "acc_stderr": 0.02}}
+    write(folder / "eval" / "all", result)
+    found, page = report(folder)
+    rows = {row["task"]: row for row in found["evaluations"]["scores"]}
+    assert list(rows) == ["mmlu", "lambada_openai", "mmlu_anatomy", "mmlu_law", "hellaswag"]
+    assert (rows["mmlu"]["score"], rows["mmlu"]["num_items"], rows["mmlu"]["group"]) == (0.75, 4, None)
+    assert [rows[name]["group"] for name in members] == ["mmlu", "mmlu"]
+    assert rows["lambada_openai"]["other"] == {"perplexity": 12.5}
+    assert rows["lambada_openai"]["num_fewshot"] == 5
+    assert rows["hellaswag"]["num_fewshot"] == 0
+    assert rows["hellaswag"]["other"] == {
+        "acc": 0.0,
+        "acc_norm: without overlap": 0.75,
+        "acc_norm: goldenswag": 0.125,
+    }
+    assert {row["suite"] for row in rows.values()} == {"everything"}
+    whole, _, hidden = section((folder / "report.html").read_text(), "evaluations").partition("<details>")
+    for part_of, names in ((whole, ["mmlu", "lambada_openai", "hellaswag"]), (hidden, members)):
+        assert [name for name in rows if f"<span>{name} " in part_of] == names
+    for text in ("everything", "perplexity 12.50", "acc_norm: goldenswag 0.1250"):
+        assert text in page.text

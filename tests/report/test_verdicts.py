@@ -58,57 +58,64 @@ def muon(values: Sequence[float | None], root: Path, **claim: Any) -> Verdict:
 
 def test_holds_if_every_seed_and_the_interval_are_on_the_right_side(tmp_path: Path) -> None:
     found = muon([4.0, 4.1, 4.2], tmp_path, below=5.0)
-    assert (found.outcome, found.note) == ("holds", "")
+    assert (found.judgement.outcome, found.judgement.note) == ("holds", "")
     assert found.numbers == {"1": 4.0, "2": 4.1, "3": 4.2}
-    assert found.interval is not None
-    assert found.interval.mean == pytest.approx(4.1)
-    assert found.interval.half_width == pytest.approx(0.2484138, abs=1e-6)
+    assert found.judgement.interval is not None
+    assert found.judgement.interval.mean == pytest.approx(4.1)
+    assert found.judgement.interval.half_width == pytest.approx(0.2484138, abs=1e-6)
     assert found.scale == "4.2M parameters without embeddings, 40 tokens, step 4 of 500"
 
 
 def test_every_seed_right_but_the_interval_crossing_is_undecided(tmp_path: Path) -> None:
     found = muon([4.0, 4.1, 4.2], tmp_path, below=4.3)  # interval to 4.348
-    assert found.outcome == "does not hold"
-    assert found.note == "undecided: every seed lies on the right side, but the interval crosses the threshold"
+    assert found.judgement.outcome == "undecided"
+    assert found.judgement.note == "every seed lies on the right side, but the interval crosses the threshold"
 
 
 def test_a_seed_on_the_threshold_is_not_on_the_right_side(tmp_path: Path) -> None:
-    found = muon([4.0, 4.0], tmp_path, below=4.0)
-    assert (found.outcome, found.note) == ("does not hold", "undecided: the seeds or the interval lie on both sides")
+    found = muon([4.0, 3.9, 3.95], tmp_path, below=4.0)
+    assert (found.judgement.outcome, found.judgement.note) == (
+        "undecided",
+        "the seeds or the interval lie on both sides",
+    )
 
 
 def test_one_seed_wrong_is_undecided(tmp_path: Path) -> None:
     found = muon([4.0, 4.1, 4.4], tmp_path, below=4.3)
-    assert found.note == "undecided: the seeds or the interval lie on both sides"
+    assert (found.judgement.outcome, found.judgement.note) == (
+        "undecided",
+        "the seeds or the interval lie on both sides",
+    )
 
 
 def test_everything_on_the_other_side_is_contradicted(tmp_path: Path) -> None:
     found = muon([4.0, 4.1, 4.2], tmp_path, above=5.0)
-    assert found.outcome == "does not hold"
-    assert found.note.startswith("contradicted")
+    assert found.judgement.outcome == "does not hold"
+    assert found.judgement.note.startswith("contradicted")
 
 
-def test_one_seed_is_not_a_test(tmp_path: Path) -> None:
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     found = muon([4.0], tmp_path, below=5.0)
-    assert (found.outcome, found.note) == ("not tested", "one seed gives no interval")
+    assert found.judgement.outcome == "undecided"
+    assert found.judgement.note == "one seed gives no interval; a verdict needs at least 3"
     assert found.numbers == {"1": 4.0}
 
 
 def test_no_value_is_not_a_test(tmp_path: Path) -> None:
     found = muon([4.0, 4.1], tmp_path, below=5.0, measure="telemetry/absent")
-    assert found.outcome == "not tested"
+    assert found.judgement.outcome == "not tested"
     assert (
-        found.note
+        found.judgement.note
         == "no seed has a value; seed 1: muon-1 has no telemetry/absent; seed 2: muon-2 has no telemetry/absent"
     )
 
 
 def test_unfinished_runs_do_not_count_and_are_named(tmp_path: Path) -> None:
     found = sweep_of(
-        tmp_path, {"muon": [4.0, 4.1, 1.0]}, {"where": {"optimizer": "muon"}, "below": 5.0}, unfinished=["muon-3"]
+        tmp_path, {"muon": [4.0, 4.1, 1.0, 4.2]}, {"where": {"optimizer": "muon"}, "below": 5.0}, unfinished=["muon-3"]
     )
-    assert found.outcome == "holds"
-    assert found.note in {
+    assert found.judgement.outcome == "holds"
+    assert found.judgement.note in {
         f"provisional: some seeds are missing; seed 3: muon is {state}" for state in ("running", "stopped")
     }
     assert found.numbers["3"] is None
@@ -116,11 +123,12 @@ def test_unfinished_runs_do_not_count_and_are_named(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_counts_against_the_claim(tmp_path: Path) -> None:
     """An earlier finite value must not stand in for it, nor may the seed just be dropped."""
-    found = muon([4.0, 4.1, None], tmp_path, below=5.0)
+    found = muon([4.0, 4.1, None, 4.2], tmp_path, below=5.0)
     assert found.numbers["3"] is None
-    assert found.outcome == "does not hold"
-    assert "undecided: a seed has no value because its loss was not finite" in found.note
-    assert "seed 3: muon-3 validation_loss not finite at step 4" in found.note
+    assert found.judgement.outcome == "undecided"
+    assert found.judgement.note == (
+        "a seed has no value because its loss was not finite; seed 3: muon-3 validation_loss not finite at step 4"
+    )
 
 
 def test_telemetry_that_was_not_defined_falls_back_to_the_measurement_before(tmp_path: Path) -> None:
@@ -134,8 +142,8 @@ def test_a_step_takes_the_last_value_at_or_before_it(tmp_path: Path) -> None:
     assert muon([4.0, 4.1], tmp_path / "a", below=5.0, step=3).numbers == {"1": 9.0, "2": 9.0}
     assert muon([4.0, 4.1], tmp_path / "b", below=5.0, step=4).numbers == {"1": 4.0, "2": 4.1}
     too_far = muon([4.0, 4.1], tmp_path / "c", below=5.0, step=5)
-    assert too_far.outcome == "not tested"
-    assert "muon-1 ends at step 4" in too_far.note
+    assert too_far.judgement.outcome == "not tested"
+    assert "muon-1 ends at step 4" in too_far.judgement.note
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
@@ -143,16 +151,16 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     claim = {"where": {"optimizer": "aurora"}, "minus": {"optimizer": "muon"}, "below": 0}
     found = sweep_of(tmp_path, {"muon": [4.0, 5.0, 6.0], "aurora": [3.9, 4.88, 5.9]}, claim)
     assert list(found.numbers.values()) == pytest.approx([-0.1, -0.12, -0.1])
-    assert found.outcome == "holds"
+    assert found.judgement.outcome == "holds"
 
 
 def test_ratios_are_paired_by_seed(tmp_path: Path) -> None:
     claim = {"where": {"optimizer": "aurora"}, "over": {"optimizer": "muon"}, "below": 0.99}
-    found = sweep_of(tmp_path / "a", {"muon": [4.0, 5.0], "aurora": [3.6, 4.51]}, claim)
-    assert list(found.numbers.values()) == pytest.approx([0.9, 0.902])
-    assert found.outcome == "holds"
+    found = sweep_of(tmp_path / "a", {"muon": [4.0, 5.0, 2.0], "aurora": [3.6, 4.51, 1.81]}, claim)
+    assert list(found.numbers.values()) == pytest.approx([0.9, 0.902, 0.905])
+    assert found.judgement.outcome == "holds"
     zero = sweep_of(tmp_path / "b", {"muon": [0.0, 5.0], "aurora": [3.6, 4.51]}, claim)
-    assert "muon-1 has validation_loss 0, so the ratio is undefined" in zero.note
+    assert "muon-1 has validation_loss 0, so the ratio is undefined" in zero.judgement.note
 
 
 def test_disturbed_runs_do_not_count_for_claims_on_times(tmp_path: Path) -> None:
@@ -162,7 +170,7 @@ def test_disturbed_runs_do_not_count_for_claims_on_times(tmp_path: Path) -> None
         tmp_path, losses, claim, seconds={"muon": 1.0, "aurora": 1.05}, launches={"muon-3": [LAUNCH, LAUNCH]}
     )
     assert found.numbers == {"1": pytest.approx(1.05), "2": pytest.approx(1.05), "3": None}
-    assert "seed 3: muon-3 has no usable timings: 2 launches" in found.note
+    assert "seed 3: muon-3 has no usable timings: 2 launches" in found.judgement.note
 
 
 def test_equal_time_interpolates_the_slower_run(tmp_path: Path) -> None:
@@ -182,13 +190,14 @@ def test_equal_time_does_not_extrapolate_nor_use_disturbed_runs(tmp_path: Path) 
     claim = {"where": {"optimizer": "aurora"}, "minus": {"optimizer": "muon"}, "at": "equal_time", "below": 0}
     losses = {"muon": [4.0, 4.0, 4.0], "aurora": [3.0, 3.1, 3.0]}
     early = sweep_of(tmp_path / "a", losses, claim, seconds={"muon": 1.0, "aurora": 9.0})
-    assert early.outcome == "not tested"
-    assert "aurora-1 has no validation_loss around 4 s of training" in early.note
+    assert early.judgement.outcome == "not tested"
+    assert "aurora-1 has no validation_loss around 4 s of training" in early.judgement.note
+    losses = {"muon": [4.0, 4.0, 4.0, 4.0], "aurora": [3.0, 3.1, 3.0, 3.05]}
     disturbed = sweep_of(tmp_path / "b", losses, claim, launches={"aurora-2": [LAUNCH, LAUNCH]})
     assert disturbed.numbers["2"] is None
-    assert "seed 2: aurora-2 has no usable timings: 2 launches" in disturbed.note
-    assert disturbed.outcome == "holds"
-    assert disturbed.note.startswith("provisional")
+    assert "seed 2: aurora-2 has no usable timings: 2 launches" in disturbed.judgement.note
+    assert disturbed.judgement.outcome == "holds"
+    assert disturbed.judgement.note.startswith("provisional")
 
 
 def width_sweep(root: Path, gains: Mapping[str, Sequence[float]], claim: Mapping[str, Any]) -> Verdict:
@@ -201,16 +210,17 @@ def width_sweep(root: Path, gains: Mapping[str, Sequence[float]], claim: Mapping
                 model = {**CONFIG["model"], "intermediate_size": 256 * int(expansion)}
                 write_run(root / run, rows({4: loss}), config={"model": model})
                 jobs.append(job(run, {"optimizer": name, "expansion": expansion, "seed": str(seed)}))
-    axes = {"optimizer": OPTIMIZERS, "expansion": list(gains), "seed": ["1", "2"]}
+    seeds = [str(seed) for seed in range(1, 1 + max(map(len, gains.values())))]
+    axes = {"optimizer": OPTIMIZERS, "expansion": list(gains), "seed": seeds}
     full = {"claim": "grows", "measure": "validation_loss", **claim}
     return evaluate(load(write_sweep(root, axes, jobs, claims=[full])))[0]
 
 
 def test_slope_of_a_difference_per_seed(tmp_path: Path) -> None:
     claim = {"where": {"optimizer": "aurora"}, "minus": {"optimizer": "muon"}, "slope_over": "expansion", "below": 0}
-    found = width_sweep(tmp_path, {"2": [0.1, 0.1], "4": [0.2, 0.21], "8": [0.3, 0.3]}, claim)
-    assert list(found.numbers.values()) == pytest.approx([-0.1, -0.1])
-    assert found.outcome == "holds"
+    found = width_sweep(tmp_path, {"2": [0.1, 0.1, 0.1], "4": [0.2, 0.21, 0.2], "8": [0.3, 0.3, 0.32]}, claim)
+    assert list(found.numbers.values()) == pytest.approx([-0.1, -0.1, -0.11])
+    assert found.judgement.outcome == "holds"
     assert found.scale.startswith("2.62M to 7.34M parameters")
 
 
@@ -218,12 +228,105 @@ def test_slope_of_a_series_without_difference(tmp_path: Path) -> None:
     claim = {"where": {"optimizer": "muon"}, "slope_over": "expansion", "above": 0}
     found = width_sweep(tmp_path, {"2": [0.1, 0.1], "4": [0.2, 0.2]}, claim)
     assert list(found.numbers.values()) == [0.0, 0.0]
-    assert found.outcome == "does not hold"
+    assert found.judgement.outcome == "undecided"
 
 
 def test_a_slope_needs_every_label(tmp_path: Path) -> None:
     claim = {"where": {"optimizer": "aurora"}, "slope_over": "expansion", "below": 0}
     found = width_sweep(tmp_path, {"2": [0.1, 0.1], "4": [0.2], "8": [0.3, 0.3]}, claim)
     assert found.numbers["2"] is None
-    assert found.outcome == "not tested"
-    assert "seed 2: aurora · expansion 4 has no chosen run" in found.note
+    assert found.judgement.outcome == "undecided"
+    assert "seed 2: aurora · expansion 4 has no chosen run" in found.judgement.note
+
+
+def test_two_seeds_decide_nothing_however_clear(tmp_path: Path) -> None:
+    """Neither for the claim nor against it."""
+    for name, threshold in (("a", {"below": 5.0}), ("b", {"above": 5.0})):
+        found = muon([4.0, 4.0001], tmp_path / name, **threshold)
+        assert (found.judgement.outcome, found.judgement.note) == (
+            *("undecided", "only 2 seeds; a verdict needs at least 3"),
+        )
+    assert muon([4.0, 4.0001, 4.0002], tmp_path / "c", below=5.0).judgement.outcome == "holds"
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("side", ["above", "below"])
+def test_seeds_that_agree_are_no_certainty(count: int, side: str, tmp_path: Path) -> None:
+    """Also if they agree but for the rounding of a difference: here, one row in 4,096."""
+    claim = {"where": {"optimizer": "aurora"}, "minus": {"optimizer": "muon"}, side: 0}
+    rows = [0.1 * seed for seed in range(1, count + 1)]
+    found = sweep_of(tmp_path, {"muon": rows, "aurora": [row - 1 / 4096 for row in rows]}, claim)
+    assert found.judgement.outcome == "undecided"
+    assert "all seeds have the same value, which says nothing about their spread" in found.judgement.note
+
+
+def test_all_seeds_on_the_threshold(tmp_path: Path) -> None:
+    found = muon([4.0] * 3, tmp_path, below=4.0)
+    assert found.judgement.outcome == "undecided"
+    assert found.judgement.note.endswith("they lie on the threshold")
+
+
+def test_a_slope_through_a_point_that_is_true_by_construction_is_undecided(tmp_path: Path) -> None:
+    claim = {"where": {"optimizer": "aurora"}, "minus": {"optimizer": "muon"}, "slope_over": "expansion", "below": 0}
+    gains = {"1": [0.0, 0.0, 0.0], "2": [0.1, 0.11, 0.1], "4": [0.2, 0.21, 0.2], "8": [0.3, 0.3, 0.32]}
+    found = width_sweep(tmp_path / "a", gains, claim)
+    assert found.judgement.outcome == "undecided"
+    assert found.reservations == [
+        "at expansion 1 both series have the same value for every seed, which is true by construction; without it, the "
+        "slope is -0.1017 ± 0.0190"
+    ]
+    # One seed that differs is a measurement.
+    found = width_sweep(tmp_path / "b", {**gains, "1": [0.0, 0.0, 0.001]}, claim)
+    assert (found.judgement.outcome, found.reservations) == ("holds", [])
+    # The slope of one series compares nothing.
+    alone = {"where": {"optimizer": "aurora"}, "slope_over": "expansion", "below": 0}
+    assert width_sweep(tmp_path / "c", gains, alone).judgement.outcome == "holds"
+
+
+def test_equal_series_are_true_by_construction(tmp_path: Path) -> None:
+    claim = {"where": {"optimizer": "aurora"}, "over": {"optimizer": "muon"}, "below": 2}
+    same = [4.0, 4.1, 4.2]
+    found = sweep_of(tmp_path, {"muon": same, "aurora": same}, claim)
+    assert found.judgement.outcome == "undecided"
+    assert found.reservations == ["both series have the same value for every seed, which is true by construction"]
+
+
+def tuned_sweep(root: Path, tried: Mapping[str, Sequence[float]], chosen: Mapping[str, float]) -> Verdict:
+    """Muon at 4.0 and Aurora at 3.9 with three seeds, at the chosen of the rates tried with the first seed."""
+    jobs = []
+    for name, loss in (("muon", 4.0), ("aurora", 3.9)):
+        for rate in tried[name]:
+            for seed in (1, 2, 3) if rate == chosen[name] else (1,):
+                run = f"{name}-{rate}-{seed}"
+                write_run(
+                    root / run, rows({4: loss + 0.01 * seed * seed * (name == "muon") + abs(rate - chosen[name])})
+                )
+                labels = {"optimizer": name, "seed": str(seed)}
+                jobs.append(job(run, labels, {"optimizer.lr": rate}, chosen=rate == chosen[name]))
+    claim = {"claim": "better", "measure": "validation_loss", "where": {"optimizer": "aurora"}, "below": 0}
+    axes = {"optimizer": OPTIMIZERS, "seed": ["1", "2", "3"]}
+    return evaluate(load(write_sweep(root, axes, jobs, claims=[{**claim, "minus": {"optimizer": "muon"}}])))[0]
+
+
+def test_a_rate_at_the_edge_of_its_grid_decides_nothing(tmp_path: Path) -> None:
+    """Whichever of the two series it is of."""
+    grid, inside = [0.01, 0.02, 0.04], {"muon": 0.02, "aurora": 0.02}
+    both = {"muon": grid, "aurora": grid}
+    assert tuned_sweep(tmp_path / "inside", both, inside).judgement.outcome == "holds"
+    for number, (name, rate, side) in enumerate(
+        [("muon", 0.01, "smallest"), ("aurora", 0.04, "largest"), ("aurora", 0.01, "smallest")]
+    ):
+        found = tuned_sweep(tmp_path / str(number), both, {**inside, name: rate})
+        assert found.judgement.outcome == "undecided"
+        assert found.judgement.note == f"optimizer.lr of {name}, {rate}, is the {side} value tried"
+    # A single value is no grid.
+    assert tuned_sweep(tmp_path / "one", {**both, "aurora": [0.02]}, inside).judgement.outcome == "holds"
+
+
+def test_a_contradiction_needs_the_same(tmp_path: Path) -> None:
+    found = tuned_sweep(tmp_path, {"muon": [0.01, 0.02], "aurora": [0.02]}, {"muon": 0.01, "aurora": 0.02})
+    assert found.judgement.outcome == "undecided"
+    claim = {"where": {"optimizer": "muon"}, "above": 5.0}
+    missing = sweep_of(tmp_path / "m", {"muon": [4.0, 4.1, 4.2, 1.0]}, claim, unfinished=["muon-4"])
+    assert missing.judgement.outcome == "does not hold"
+    assert "provisional: some seeds are missing" in missing.judgement.note

@@ -14,10 +14,18 @@ from tests.structure.modules import Import, circles, import_nodes, imports, pars
 PACKAGES: dict[str, set[str]] = {"optimizers": set(), "eval": {"pretrain"}, "pretrain": {"optimizers", "eval"}}
 # What the evaluation may know of the trainer.
 OF_PRETRAIN_IN_EVAL = {
+    "pretrain.config.base",  # sections, errors and YAML of config files in general
+    "pretrain.config.errors",
+    "pretrain.config.loader",
+    "pretrain.config.validate",
+    "pretrain.engine.ranks",  # what processes tell each other; imports nothing else of the trainer
     "pretrain.files",  # writes files whole and finds what a wheel carries; imports neither torch nor another room
     "pretrain.processes",
+    "pretrain.processes.environment",
     "pretrain.processes.errors",
     "pretrain.processes.exit_codes",
+    "pretrain.processes.failures",
+    "pretrain.processes.redaction",  # regular expressions; imports nothing
 }
 # The only modules of pretrain that know of the evaluation.
 KNOW_EVAL = {"pretrain.cli"}

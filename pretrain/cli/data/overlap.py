@@ -60,7 +60,7 @@ def add(verbs: Verbs) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write the report."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from eval.harness import item_texts
+    from eval.item_texts import item_texts
     from pretrain.data.overlap import measure_overlap
     from pretrain.files import replace_text
 

@@ -1,0 +1,92 @@
+"""Folders that processes share while they need them, and that do not outlive them.
+
+    <parent>/<name>/        the folder
+    <parent>/<name>.lock    locked by every process that uses the folder
+
+The last process that uses a folder deletes it. A process that is killed cannot, so the folder stays: the same command
+finds it again, and any other command that looks below the same parent deletes it, since nobody holds its lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from eval.errors import EvalError
+
+_PARTIAL = ("", ".tmp", ".old")
+"""Suffixes of a folder's name: the folder itself, and what writing it may leave (see `pretrain.files`)."""
+
+
+@contextlib.contextmanager
+def held_folder(parent: Path, name: str, fill: Callable[[Path], object]) -> Iterator[Path]:
+    """Yield the folder `parent`/`name`, and delete it when no process uses it any more.
+
+    Args:
+        parent: holds nothing but such folders; those that no process uses are deleted first.
+        name: of the folder, without a dot; processes that give the same name share it.
+        fill: creates the folder at the path that it is given, if it is not there; the folder must appear only when it
+            is complete. Other processes wait for it.
+
+    Raises:
+        EvalError: nothing can be written to `parent`.
+    """
+    folder = parent / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _delete_leftovers(parent, name)
+        lock = _lock_filled(folder, fill)
+    except OSError as error:
+        raise EvalError(f"cannot write to {parent}: {error}; set AURORA_CACHE to a writable folder") from error
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):  # another process uses it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _delete(folder)
+        os.close(lock)
+
+
+def _lock_filled(folder: Path, fill: Callable[[Path], object]) -> int:
+    """Return the descriptor of a shared lock on a folder that is there."""
+    file = folder.with_name(f"{folder.name}.lock")
+    while True:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if not folder.is_dir():
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if os.fstat(lock).st_nlink and not folder.is_dir():
+                    fill(folder)
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            # Another process may have deleted both while this one had no lock, which is between two of them.
+            if os.fstat(lock).st_nlink and folder.is_dir():
+                return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _delete_leftovers(parent: Path, own: str) -> None:
+    for file in parent.glob("*.lock"):
+        if file.stem == own:
+            continue
+        with contextlib.suppress(OSError):  # in use, or gone already
+            lock = os.open(file, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _delete(file.with_suffix(""))
+            finally:
+                os.close(lock)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder whose lock this process holds, and then the lock."""
+    for suffix in _PARTIAL:
+        shutil.rmtree(folder.with_name(folder.name + suffix), ignore_errors=True)
+    folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)

@@ -1,0 +1,224 @@
+"""Find a model on the Hub or in the Hugging Face cache, and download what an evaluation needs of it.
+
+A missing or gated model, a Hub that fails, and no network are each told apart within `ANSWER_SECONDS`. What is
+downloaded is of one commit, and without code unless that may run.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import ModelInfo
+
+from eval.errors import EvalError
+from pretrain.processes.redaction import redact
+
+ANSWER_SECONDS = 9.0
+"""How long the Hub may take to say whether it has a model."""
+_PAUSES = (0.5, 1.5, 3.0)
+"""Seconds before each further attempt if the Hub fails."""
+_FAILURES = (429, 500, 502, 503, 504)
+
+CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json", "aurora.json")
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+)
+CODE_FILES = ("*.py",)
+# In the order in which transformers looks for them. Weights in pieces have an index.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model's files, all of one commit."""
+
+    folder: Path
+    commit: str
+    note: str
+    """Why the cache was used and not the Hub; empty if the Hub answered."""
+
+
+@dataclass(frozen=True)
+class _Silence:
+    """Why the Hub could not say anything about a model."""
+
+    text: str
+
+
+def find_snapshot(name: str, revision: str | None, *, with_code: bool) -> Snapshot:
+    """Return the files of a model of the Hub at `$HF_ENDPOINT`, downloading those that are not in the cache.
+
+    Args:
+        name: its id.
+        revision: branch, tag or commit; None for "main".
+        with_code: whether to download Python code as well.
+
+    Raises:
+        EvalError: there is no such model or revision, access is not granted, or it is neither in the cache nor can it
+            be had from the Hub now.
+    """
+    answer = _ask(name, revision)
+    if isinstance(answer, _Silence):
+        return _cached(name, revision, answer)
+    try:
+        return _download(name, revision, answer, with_code)
+    except GatedRepoError as error:
+        raise EvalError(
+            f"{name} is gated: request access at {_endpoint()}/{name}, then set HF_TOKEN or run `hf auth login`"
+        ) from error
+    except EvalError:
+        raise
+    except Exception as error:  # a broken connection, a strange answer, a full disk
+        on_disk = isinstance(error, OSError) and error.strerror and not isinstance(error, HfHubHTTPError)
+        reason = f"{error.strerror}" if on_disk else f"the Hub at {_endpoint()} {_reason(error)}"
+        raise EvalError(f"cannot download {_label(name, revision)}: {reason}") from error
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the weight files that transformers loads from a folder; empty if there are none.
+
+    Raises:
+        EvalError: the index of weights in pieces cannot be read.
+    """
+    name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if name is None or not name.endswith(".json"):
+        return [name] if name else []
+    return _pieces(folder / name)
+
+
+def _endpoint() -> str:
+    return redact(constants.ENDPOINT)
+
+
+def _label(name: str, revision: str | None) -> str:
+    return f"{name}@{revision}" if revision else name
+
+
+def _ask(name: str, revision: str | None) -> ModelInfo | _Silence:
+    """Ask the Hub for a model's commit and list of files.
+
+    Raises:
+        EvalError: the Hub says that there is none, or that access is not granted.
+    """
+    answers: list[ModelInfo | Exception] = []
+    deadline = time.monotonic() + ANSWER_SECONDS
+
+    def ask() -> None:
+        for pause in (*_PAUSES, None):
+            try:
+                answers.append(HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS))
+            except Exception as error:
+                again = isinstance(error, HfHubHTTPError) and error.response.status_code in _FAILURES
+                if again and pause is not None and time.monotonic() + pause < deadline:
+                    time.sleep(pause)
+                    continue
+                answers.append(error)
+            return
+
+    # In a thread, since looking up a host name has no time limit of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    answer = answers[0] if answers else TimeoutError()
+    if isinstance(answer, ModelInfo):
+        return answer
+    where = f"the Hub at {_endpoint()}"
+    if isinstance(answer, GatedRepoError):
+        raise EvalError(f"{name} is gated: request access at {_endpoint()}/{name}, then set HF_TOKEN") from answer
+    if isinstance(answer, RevisionNotFoundError):
+        raise EvalError(f"{name} has no revision {revision!r} on {where}; give a branch, a tag or a commit") from answer
+    if isinstance(answer, RepositoryNotFoundError):
+        raise EvalError(
+            f"{name} is neither a local folder nor a model on {where} (or it is private and no token is set)"
+        ) from answer
+    return _Silence(f"{where} {_reason(answer)}")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong with the Hub, without the URL, which may be signed."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        hint = "check the token in HF_TOKEN" if status in (401, 403) else "try again later"
+        return f"answered {status} {error.response.reason_phrase}; {hint}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "is not asked, since HF_HUB_OFFLINE is set"
+    if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+        return f"did not answer within {ANSWER_SECONDS:g} seconds; check the network, or try again later"
+    if isinstance(error, ValueError):
+        return f"gave an answer that cannot be understood ({type(error).__name__})"
+    return "cannot be reached; check the name or the network"
+
+
+def _cached(name: str, revision: str | None, silence: _Silence) -> Snapshot:
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except IncompleteSnapshotError as error:  # of files that nobody needs, perhaps
+        folder = Path(error.snapshot_path)
+    except LocalEntryNotFoundError as error:
+        raise EvalError(
+            f"{_label(name, revision)} is not a local folder, is not in the Hugging Face cache, and {silence.text}"
+        ) from error
+    return Snapshot(folder, folder.name, silence.text)
+
+
+def _download(name: str, revision: str | None, info: ModelInfo, with_code: bool) -> Snapshot:
+    # By its branch, so that the cache knows the branch's commit; everything else by that commit.
+    try:
+        config = _fetch(name, "config.json", revision)
+    except RemoteEntryNotFoundError as error:
+        raise EvalError(f"{name} is not a model that transformers can load: it has no config.json") from error
+    folder = config.parent
+    names = [file.rfilename for file in info.siblings or []]
+    patterns = (*CONFIG_FILES, *TOKENIZER_FILES, *(CODE_FILES if with_code else ()))
+    weights = next((file for file in _WEIGHTS if file in names), None)
+    if weights is None:
+        raise EvalError(f"{name} has no weights: none of {', '.join(_WEIGHTS)}")
+    for wanted in [*_matching(names, patterns), weights]:
+        _fetch(name, wanted, folder.name)
+    for piece in weight_files(folder):
+        _fetch(name, piece, folder.name)
+    return Snapshot(folder, folder.name, "")
+
+
+def _fetch(name: str, file: str, revision: str | None) -> Path:
+    return Path(hf_hub_download(name, file, revision=revision))
+
+
+def _matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
+    """The files of the top folder that match."""
+    return sorted(name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns))
+
+
+def _pieces(index: Path) -> list[str]:
+    try:
+        pieces = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if any(Path(piece).name != piece for piece in pieces):
+            raise ValueError("a file of it is not in the same folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvalError(f"{index} is not a valid index of weights: {error!r}") from error
+    return sorted(pieces)

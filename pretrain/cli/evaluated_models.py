@@ -1,0 +1,38 @@
+"""The models that ``aurora eval`` is given: runs and checkpoints become Hugging Face folders for as long as needed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from eval.held_folder import held_folder
+from eval.items import default_cache
+from eval.sharing import Team
+from pretrain.checkpoint.format import INDEX
+from pretrain.export.run import export_checkpoint, is_run_or_checkpoint, open_checkpoint
+
+
+@contextlib.contextmanager
+def as_model(source: str, team: Team) -> Iterator[str]:
+    """Yield a name that `eval.models.locate_model` understands: for a run or checkpoint, the folder of an export.
+
+    The export lies in the cache. It is deleted when no process uses it any more; if all of them are killed, the next
+    evaluation uses it, or deletes it.
+
+    Raises:
+        UserError: the run or checkpoint cannot be exported.
+    """
+    if not is_run_or_checkpoint(Path(source)):
+        yield source
+        return
+    # A run may save a newer checkpoint at any moment.
+    checkpoint = team.ranks.on_rank_0(lambda: open_checkpoint(Path(source)).folder.resolve(), long=True)
+    if team.ranks.rank == 0 and checkpoint != Path(source).resolve():
+        print(f"evaluating {checkpoint}", flush=True)
+    index = (checkpoint / INDEX).read_bytes()
+    name = hashlib.sha256(str(checkpoint).encode() + b"\n" + index).hexdigest()[:32]
+    exports = default_cache().expanduser() / "eval-exports"
+    with held_folder(exports, name, lambda out: export_checkpoint(checkpoint, out)) as folder:
+        yield str(folder)

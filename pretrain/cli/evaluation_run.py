@@ -1,0 +1,111 @@
+"""``aurora eval`` at work: evaluate what a plan names, print the tables, and write the results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from eval.config import ModelSection
+from eval.harness import Evaluation, evaluation
+from eval.result_table import format_scores, format_table
+from eval.results import check_out, write_result
+from eval.schema import EvalResult
+from eval.sharing import Team
+from pretrain.cli.evaluated_models import as_model
+from pretrain.cli.evaluation_plan import Plan
+from pretrain.cli.log_scores import ScoreLog, run_of
+from pretrain.cli.series import Request, check_run, evaluate_checkpoints
+from pretrain.processes.errors import UserError
+
+
+def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
+    """Evaluate each model with the processes of the team; the first one prints and writes.
+
+    Raises:
+        UserError: a model cannot be evaluated; a single process has evaluated the others.
+    """
+    writes = team.ranks.rank == 0
+    log = ScoreLog(run_of(Path(plan.models[0].model))) if options.log and writes else None
+    results: dict[str, EvalResult] = {}
+    failures = []
+    started = time.monotonic()
+    with _prepared(plan, options, team) as prepared:
+        for number, model in enumerate(plan.models, start=1):
+            if writes and len(plan.models) > 1:
+                _say(f"[{number}/{len(plan.models)}] {model.name}: {model.source}")
+            try:
+                results[model.name] = result = _result(prepared, plan, model, model.source, team)
+            except UserError as error:
+                # Several processes must not part ways.
+                if len(plan.models) == 1 or team.ranks.world_size > 1:
+                    raise
+                failures += [f"{model.name}: {line}" for line in str(error).splitlines()]
+                _say(f"{failures[-1]}; continuing with the other models")
+                continue
+            if writes:
+                _write(result, plan.folder(model, options.out))
+                _say_what_remains(number, len(plan.models), time.monotonic() - started)
+            if log is not None:
+                log.add(result)
+    if writes and len(results) > 1:
+        print(f"\n{format_scores(results)}")
+    if failures:
+        raise UserError("\n".join(failures))
+
+
+def evaluate_checkpoints_of(plan: Plan, options: argparse.Namespace) -> None:
+    """Evaluate the checkpoints of the run that the plan names.
+
+    Raises:
+        UserError: it is not a run, a result would be lost, or a checkpoint is damaged.
+    """
+    run, team = Path(plan.models[0].model), Team()
+    asked = plan.settings
+    check_run(run, options.follow)
+
+    def evaluate(checkpoint: Path, out: Path, overwrite: bool) -> EvalResult:
+        if not overwrite:
+            check_out(out, str(checkpoint), plan.tasks, asked["limit"], asked["selection"])
+        with _prepared(plan, options, team) as prepared:
+            result = _result(prepared, plan, plan.models[0], str(checkpoint), team)
+        _write(result, out)
+        return result
+
+    shots = {task.name: task.shots for task in plan.tasks}
+    request = Request(shots, asked["limit"], asked["selection"], asked["items"])
+    evaluate_checkpoints(run, options, request, evaluate)
+
+
+def _prepared(plan: Plan, options: argparse.Namespace, team: Team) -> AbstractContextManager[Evaluation]:
+    progress = team.ranks.rank == 0
+    return evaluation(plan.tasks, **plan.settings, keep_scores=not options.no_cache, progress=progress, team=team)
+
+
+def _result(prepared: Evaluation, plan: Plan, model: ModelSection, source: str, team: Team) -> EvalResult:
+    """Evaluate `source` with the settings of a model of the plan."""
+    with as_model(source, team) as name:
+        result = prepared.run(name, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    if name != source:
+        result["model"]["name"] = source
+    if plan.suite is not None:
+        result["suite"] = plan.suite
+    return result
+
+
+def _write(result: EvalResult, out: Path) -> None:
+    path = write_result(result, out)
+    print(format_table(result))
+    print(f"result in {path}", flush=True)
+
+
+def _say_what_remains(done: int, models: int, seconds: float) -> None:
+    if done < models:
+        remaining = seconds / done * (models - done)
+        _say(f"{done} of {models} models evaluated in {seconds:,.0f} s; about {remaining:,.0f} s remain")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

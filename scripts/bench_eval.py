@@ -1,0 +1,270 @@
+"""`aurora eval` against the `lm_eval` command: the same model, items and settings, one after the other.
+
+    python scripts/bench_eval.py [FOLDER] [--tasks hellaswag,winogrande] [--limit 500] [--rounds 3] [--page]
+
+FOLDER is a Hugging Face folder (default: the real one that scripts/smollm2.py makes). In float32 both commands
+alternate over the rounds, in an order that changes, and the medians of their wall times are compared; every outcome,
+metric and standard error must be equal but for the listed items, and log-likelihoods differ by at most 2e-5 a token.
+A sample of items is compared with a float64 softmax of the plain model's logits. In bfloat16 one run each is compared
+with lm_eval's default and with its `softmax_dtype=float32`, and the items that flip are listed. Exits with 1 if the
+float32 results are not the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_data_page import describe_machine
+from bench_eval_page import write_page
+from smollm2 import smollm2
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval.items import default_cache, fetch_items, write_task_definitions
+from eval.results import read_result
+
+BOUND = 2e-5
+"""Of a difference of log-likelihoods, per scored token (float32)."""
+Outcomes = dict[str, dict[int, dict[str, Any]]]
+"""By task and doc_id: acc, acc_norm if there is one, log_likelihoods, and the number of tokens of each choice."""
+
+
+class Commands:
+    """The two commands, run in new processes of the same interpreter, in a folder of their own."""
+
+    def __init__(self, model: Path, tasks: list[str], scratch: Path, batch_size: int) -> None:
+        self.model, self.tasks, self.scratch, self.batch_size = model, tasks, scratch, batch_size
+        self.definitions = scratch / "tasks"
+        self.definitions.mkdir()
+        write_task_definitions(fetch_items(), tasks, self.definitions)
+
+    def ours(self, limit: int | None, dtype: str, *more: str) -> tuple[float, dict[str, Any]]:
+        """Return the seconds of `aurora eval`, and its result."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as name:
+            # A cache of its own, which holds the items but no scores of an earlier round.
+            (Path(name) / "cache").mkdir()
+            (Path(name) / "cache/eval-items").symlink_to(default_cache().expanduser() / "eval-items")
+            command = ["-m", "pretrain", "eval", str(self.model), "--tasks", ",".join(self.tasks), "--dtype", dtype]
+            command += ["--out", f"{name}/out", "--device", "cpu", *(["--limit", str(limit)] if limit else []), *more]
+            seconds = run(command, {"AURORA_CACHE": f"{name}/cache"})
+            return seconds, dict(read_result(Path(name) / "out"))
+
+    def theirs(self, limit: int | None, dtype: str, softmax: str | None = None) -> tuple[float, dict[str, Any]]:
+        """Return the seconds of `lm_eval`, and the contents of its files."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as name:
+            settings = f"pretrained={self.model},dtype={dtype}" + (f",softmax_dtype={softmax}" if softmax else "")
+            command = ["-m", "lm_eval", "run", "--model", "hf", "--model_args", settings, "--device", "cpu"]
+            command += ["--tasks", ",".join(self.tasks), "--include_path", str(self.definitions), "--num_fewshot", "0"]
+            command += ["--batch_size", str(self.batch_size), "--output_path", name, "--log_samples"]
+            seconds = run(command + (["--limit", str(limit)] if limit else []), {})
+            (results,) = Path(name).rglob("results_*.json")
+            found = json.loads(results.read_text())["results"]
+            for task in self.tasks:
+                (samples,) = Path(name).rglob(f"samples_{task}_*.jsonl")
+                found[task]["samples"] = [json.loads(line) for line in samples.read_text().splitlines()]
+            return seconds, found
+
+
+def run(arguments: list[str], environment: dict[str, str]) -> float:
+    """Run a command of this interpreter; return its wall time in seconds."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} exited with {done.returncode}:\n{done.stderr[-4000:]}")
+    return time.perf_counter() - started
+
+
+def outcomes_of_ours(result: dict[str, Any]) -> Outcomes:
+    """Return the outcomes of a result of ours."""
+    return {name: {item["doc_id"]: dict(item) for item in task["items"]} for name, task in result["tasks"].items()}
+
+
+def outcomes_of_theirs(found: dict[str, Any], tokenizer: Any) -> Outcomes:
+    """Return the outcomes of lm_eval's samples, with the number of scored tokens of each choice."""
+
+    def tokens(request: dict[str, str]) -> int:
+        context, continuation = request["arg_0"], request["arg_1"]
+        space = len(context) - len(context.rstrip())
+        start = context[: len(context) - space]
+        return len(tokenizer.encode(context + continuation)) - len(tokenizer.encode(start))
+
+    outcomes: Outcomes = {}
+    for task, figures in found.items():
+        outcomes[task] = {}
+        for sample in figures["samples"]:
+            outcomes[task][sample["doc_id"]] = {
+                "doc_hash": sample["doc_hash"],
+                "log_likelihoods": [float(value) for value, _ in sample["filtered_resps"]],
+                "tokens": [tokens(request) for request in sample["arguments"].values()],
+                **{metric: int(sample[metric]) for metric in ("acc", "acc_norm") if metric in sample},
+            }
+    return outcomes
+
+
+def compare(ours: Outcomes, theirs: Outcomes) -> dict[str, Any]:
+    """Compare outcomes item by item."""
+    report: dict[str, Any] = {}
+    for task, expected in theirs.items():
+        found, flips, worst = ours[task], [], 0.0
+        if found.keys() != expected.keys():
+            raise RuntimeError(f"{task}: the commands scored different items")
+        for doc_id, item in expected.items():
+            mine = found[doc_id]
+            if mine["doc_hash"] != item["doc_hash"]:
+                raise RuntimeError(f"{task}: item {doc_id} is another one")
+            pairs = zip(mine["log_likelihoods"], item["log_likelihoods"], item["tokens"], strict=True)
+            worst = max(worst, *(abs(a - b) / n for a, b, n in pairs))
+            # The difference of the two best choices, which a flip must have crossed.
+            first, second, *_ = sorted(mine["log_likelihoods"], reverse=True)
+            flips += [
+                {"doc_id": doc_id, "metric": metric, "margin": first - second, "tokens": max(item["tokens"])}
+                for metric in ("acc", "acc_norm")
+                if metric in item and mine[metric] != item[metric]
+            ]
+        report[task] = {"items": len(expected), "largest_difference_per_token": worst, "flips": flips}
+    return report
+
+
+def compare_metrics(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Return each metric and standard error: ours, lm_eval's."""
+    return {
+        task: {
+            name: [mine[name], theirs[task][f"{name},none"]]
+            for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+            if name in mine
+        }
+        for task, mine in ours["tasks"].items()
+    }
+
+
+def against_float64(
+    model_folder: Path, samples: dict[str, Any], sides: dict[str, Outcomes], count: int
+) -> dict[str, float]:
+    """Return each side's largest difference per token from a float64 softmax of the plain model's float32 logits."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    worst = dict.fromkeys(sides, 0.0)
+    for task, figures in samples.items():
+        for sample in figures["samples"][:: max(1, len(figures["samples"]) // count)][:count]:
+            for place, request in enumerate(sample["arguments"].values()):
+                context = tokenizer.encode(request["arg_0"].rstrip())
+                whole = tokenizer.encode(request["arg_0"] + request["arg_1"])
+                with torch.inference_mode():
+                    logits = model(torch.tensor([whole[:-1]])).logits[0, len(context) - 1 :].double()
+                targets = torch.tensor(whole[len(context) :])
+                exact = logits.log_softmax(-1).gather(1, targets[:, None]).sum().item()
+                for side, outcomes in sides.items():
+                    value = outcomes[task][sample["doc_id"]]["log_likelihoods"][place]
+                    worst[side] = max(worst[side], abs(value - exact) / len(targets))
+    return worst
+
+
+def measure(commands: Commands, limit: int | None, rounds: int, sample: int) -> dict[str, Any]:
+    """Compare the commands in float32 and in bfloat16."""
+    tokenizer = AutoTokenizer.from_pretrained(commands.model)
+    seconds: dict[str, list[float]] = {"aurora eval": [], "lm_eval": [], "aurora eval, start": [], "lm_eval, start": []}
+    for index in range(rounds):
+        sides = [("aurora eval", commands.ours), ("lm_eval", commands.theirs)]
+        for name, command in sides if index % 2 == 0 else reversed(sides):
+            seconds[f"{name}, start"].append(command(2, "float32")[0])
+            taken, found = command(limit, "float32")
+            seconds[name].append(taken)
+            if name == "lm_eval":
+                theirs = found
+            else:
+                ours = found
+        print(json.dumps({name: round(values[-1], 1) for name, values in seconds.items()}), file=sys.stderr)
+    one, other = outcomes_of_ours(ours), outcomes_of_theirs(theirs, tokenizer)
+    report: dict[str, Any] = {
+        "seconds": seconds,
+        "speed": _ratio(seconds["lm_eval"], seconds["aurora eval"]),
+        "speed_without_start": _ratio(
+            [a - b for a, b in zip(seconds["lm_eval"], seconds["lm_eval, start"], strict=True)],
+            [a - b for a, b in zip(seconds["aurora eval"], seconds["aurora eval, start"], strict=True)],
+        ),
+        "float32": compare(one, other),
+        "metrics": compare_metrics(ours, theirs),
+        "from_float64": against_float64(commands.model, theirs, {"aurora eval": one, "lm_eval": other}, sample),
+        "model": ours["model"],
+        "num_truncated_requests": {name: task["num_truncated_requests"] for name, task in ours["tasks"].items()},
+    }
+    narrow = outcomes_of_ours(commands.ours(limit, "bfloat16")[1])
+    report["bfloat16"] = {
+        str(softmax): compare(narrow, outcomes_of_theirs(commands.theirs(limit, "bfloat16", softmax)[1], tokenizer))
+        for softmax in (None, "float32")
+    }
+    return report
+
+
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def problems(report: dict[str, Any]) -> list[str]:
+    """Return what is not the same in float32."""
+    found = []
+    for task, figures in report["float32"].items():
+        if figures["largest_difference_per_token"] > BOUND:
+            found.append(f"{task}: log-likelihoods differ by {figures['largest_difference_per_token']:.1e} a token")
+        decisive = [flip for flip in figures["flips"] if flip["margin"] > 2 * BOUND * flip["tokens"]]
+        found += [f"{task}: item {flip['doc_id']} flips with a margin of {flip['margin']:.1e}" for flip in decisive]
+        if not figures["flips"]:
+            found += [
+                f"{task}: {name} is {mine}, lm_eval's {other}"
+                for name, (mine, other) in report["metrics"][task].items()
+                if abs(mine - other) > 1e-12
+            ]
+    return found
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER")
+    parser.add_argument("--tasks", default="hellaswag,winogrande", metavar="NAMES", help="(default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=int, default=500, metavar="N", help="items a task; 0: all (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="of lm_eval (default: %(default)s)")
+    parser.add_argument("--sample", type=int, default=20, metavar="N", help="items for float64 (default: %(default)s)")
+    parser.add_argument("--page", action="store_true", help="write docs/benchmarks/eval.md and eval.json")
+    options = parser.parse_args()
+    folder = (options.folder or smollm2()).resolve()
+    tasks = [name for name in options.tasks.split(",") if name]
+    with tempfile.TemporaryDirectory(prefix="bench-eval-") as scratch:
+        commands = Commands(folder, tasks, Path(scratch), options.batch_size)
+        report = measure(commands, options.limit or None, options.rounds, options.sample)
+    report["model"]["name"] = folder.name
+    report |= {
+        "date": datetime.now(UTC).strftime("%-d %B %Y"),
+        "machine": describe_machine() | {"threads": torch.get_num_threads()},
+        "limit": options.limit,
+        "lm_eval_batch_size": options.batch_size,
+        "sample": options.sample,
+        "problems": problems(report),
+    }
+    if options.page:
+        write_page(report, Path(__file__).parents[1] / "docs/benchmarks")
+    print(json.dumps(report, indent=1))
+    return 1 if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Several processes score each item once, and get what one process gets."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.api.instance import Instance
+
+from eval.harness import evaluate
+from eval.schema import EvalResult
+from eval.score_cache import ScoreCache
+from eval.scoring import ContinuationScorer, Score
+from eval.sharing import divide, joined_team
+from tests.eval.conftest import NUM_ITEMS, cache_with_items
+from tests.eval.forked import run_ranks
+
+TASKS = ["hellaswag", "winogrande", "piqa"]
+PER_TOKEN = 2e-5
+MOST_TOKENS = 40  # of a made-up choice
+
+
+def made_up_requests(seed: int, items: int) -> list[Instance]:
+    rng = random.Random(seed)
+    requests = []
+    for item in range(items):
+        context = "c" * int(rng.paretovariate(1) * 10 + 1)
+        for choice in range(rng.choice((1, 2, 4))):
+            arguments = (context, "e" * rng.randrange(1, 30))
+            requests.append(Instance("loglikelihood", {}, arguments, choice, (f"task{item % 3}", item, 1)))
+    return requests
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_requests_are_divided_once_by_item_and_evenly_by_length(parts: int) -> None:
+    requests = made_up_requests(parts, 400)
+    known = set(random.Random(0).sample(range(len(requests)), len(requests) // 3))
+    shares = divide(requests, known, parts)
+    assert sorted(index for share in shares for index in share) == list(range(len(requests)))
+    owners = {(requests[i].task_name, requests[i].doc_id): part for part, share in enumerate(shares) for i in share}
+    assert all(
+        owners[requests[i].task_name, requests[i].doc_id] == part for part, share in enumerate(shares) for i in share
+    )
+    costs = [0] * parts
+    for part, share in enumerate(shares):
+        assert share == sorted(share)
+        items: dict[Any, int] = {}
+        for index in set(share) - known:
+            context, ending = requests[index].args
+            items[requests[index].doc_id] = len(context)
+            costs[part] += len(ending) + 16
+        costs[part] += sum(items.values())
+    longest = max(len(request.args[0]) for request in requests) + 4 * 46
+    assert max(costs) - min(costs) <= longest
+    assert divide(requests, known, parts) == shares
+
+
+def test_there_may_be_more_processes_than_items() -> None:
+    shares = divide(made_up_requests(1, 2), set(), 5)
+    assert sum(map(bool, shares)) == 2
+
+
+def shared(model: Path, given: dict[str, Any], counted: Path) -> Callable[[], EvalResult]:
+    """Evaluate with the others; each rank writes the requests that it scores to a file of its own."""
+
+    def work() -> EvalResult:
+        real = ScoreCache.add
+
+        def add(self: ScoreCache, scores: Mapping[str, Score]) -> None:
+            with (counted / os.environ.get("RANK", "alone")).open("a") as file:
+                file.writelines(f"{key}\n" for key in scores)
+            real(self, scores)
+
+        ScoreCache.add = add  # type: ignore[method-assign]
+        with joined_team() as team:
+            return evaluate(model, TASKS, team=team, **given)
+
+    return work
+
+
+def own_cache(fetched: Mapping[str, Any], cache: Path) -> dict[str, Any]:
+    return {**fetched, "cache": cache_with_items(fetched, cache), "batch_size": 4, "keep_scores": True}
+
+
+def same(one: EvalResult, other: EvalResult) -> None:
+    assert list(one["tasks"]) == list(other["tasks"])
+    for name, task in one["tasks"].items():
+        for item, twin in zip(task["items"], other["tasks"][name]["items"], strict=True):
+            assert [item["doc_hash"], item["acc"], item.get("acc_norm")] == [
+                twin["doc_hash"],
+                twin["acc"],
+                twin.get("acc_norm"),
+            ]
+            assert item["log_likelihoods"] == pytest.approx(twin["log_likelihoods"], abs=PER_TOKEN * MOST_TOKENS)
+        assert [task["acc"], task["acc_stderr"], task["num_truncated_requests"]] == [
+            other["tasks"][name]["acc"],
+            other["tasks"][name]["acc_stderr"],
+            other["tasks"][name]["num_truncated_requests"],
+        ]
+
+
+@pytest.fixture(scope="module")
+def alone(model_folder: Path, fetched: dict[str, Any]) -> EvalResult:
+    return evaluate(model_folder, TASKS, **{**fetched, "batch_size": 4})
+
+
+@pytest.mark.parametrize(("processes", "per_node"), [(2, 2), (4, 2)])
+def test_each_item_is_scored_once_and_the_result_is_that_of_one_process(
+    tmp_path: Path, model_folder: Path, fetched: dict[str, Any], alone: EvalResult, processes: int, per_node: int
+) -> None:
+    given = own_cache(fetched, tmp_path / "cache")
+    answers = run_ranks(processes, shared(model_folder, given, tmp_path), per_node)
+    assert [error for _, error in answers] == [None] * processes
+    for result, _ in answers:
+        same(result, alone)
+    scored = [(tmp_path / str(rank)).read_text().split() for rank in range(processes)]
+    counts = Counter(key for keys in scored for key in keys)
+    assert set(counts.values()) == {1}
+    requests = answers[0][0]["requests"]
+    assert sum(requests["scored_by_rank"]) + requests["reused"] == NUM_ITEMS * (4 + 2 + 2)
+    # By rank, requests differ in number, since items differ in length; none is idle.
+    assert min(requests["scored_by_rank"]) > NUM_ITEMS * 8 / processes / 2
+    again = run_ranks(2, shared(model_folder, given, tmp_path / "none"))
+    assert [error for _, error in again] == [None, None]
+    assert again[0][0]["requests"]["scored_by_rank"] == [0, 0]
+
+
+def test_a_rank_that_fails_ends_the_others_and_says_why(
+    tmp_path: Path, model_folder: Path, fetched: dict[str, Any]
+) -> None:
+    given = own_cache(fetched, tmp_path / "cache")
+
+    def work() -> int:
+        batches = []
+        real = ContinuationScorer._score
+
+        def score(self: ContinuationScorer, batch: Any) -> Any:
+            batches.append(batch)
+            if os.environ["RANK"] == "1" and len(batches) == 2:
+                raise MemoryError("no room on this rank")
+            if os.environ["RANK"] == "0" and len(batches) == 3:
+                time.sleep(3)
+            return real(self, batch)
+
+        ContinuationScorer._score = score  # type: ignore[method-assign]
+        try:
+            with joined_team() as team:
+                evaluate(model_folder, TASKS, team=team, **given)
+        finally:
+            (tmp_path / f"batches{os.environ['RANK']}").write_text(str(len(batches)))
+        return 0
+
+    (_, first), (_, second) = run_ranks(2, work)
+    assert second is not None
+    assert "MemoryError: no room on this rank" in second
+    assert first is not None
+    assert "rank 1 on" in first
+    assert "MemoryError: no room on this rank" in first
+    assert int((tmp_path / "batches0").read_text()) <= 4  # of about 20
