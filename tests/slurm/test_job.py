@@ -206,6 +206,16 @@ def test_a_damaged_record_costs_the_count_only(cluster: Cluster) -> None:
         assert cluster.run("exit 0") == 0
 
 
+@pytest.mark.parametrize("gets_further", [True, False])
+def test_a_record_that_cannot_be_written_ends_no_job_that_gets_further(cluster: Cluster, gets_further: bool) -> None:
+    """As with a full quota. Without it nobody counts, so a job that gets nowhere would be requeued for ever."""
+    (cluster.folder / "logs").write_text("in the way")
+    assert cluster.run(f"{'echo 3 >step; ' if gets_further else ''}exit 1") == 1
+    assert cluster.requeued is gets_further
+    if not gets_further:
+        assert f"{cluster.folder}/logs/attempts.json cannot be written" in cluster.said[-1]
+
+
 @pytest.fixture
 def when_started() -> Iterator[list[int]]:
     """Signals to send to this process once the work has made the file `started`."""
