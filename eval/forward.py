@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eval.rows import Row, is_packed
+from eval.rows import Row, is_packed, separate_rows
 
 EXACT_PER_TOKEN = 2e-5
 """The largest difference of log-likelihoods per token at which two ways of computing count as the same (float32)."""
@@ -96,12 +96,7 @@ def shares_exactly(model: PreTrainedModel, rows: Sequence[Row], device: torch.de
         if wide is None:
             return False
         together = _per_request(score_rows(wide, rows, device))
-        alone = {}
-        for row in rows:
-            separate = [Row((text,), len(text.tokens)) for text in row.texts]
-            for request, (value, tokens) in _per_request(score_rows(wide, separate, device)).items():
-                before, count = alone.get(request, (0.0, 0))
-                alone[request] = (before + value, count + tokens)
+        alone = _per_request(score_rows(wide, separate_rows([text for row in rows for text in row.texts]), device))
     except Exception:  # models raise anything
         return False
     return all(abs(value - alone[request][0]) <= EXACT_PER_TOKEN * n for request, (value, n) in together.items())

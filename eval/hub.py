@@ -5,6 +5,7 @@ downloaded is of one commit, and without code unless that may run.
 """
 
 import json
+import os
 import threading
 import time
 from collections.abc import Collection
@@ -92,8 +93,8 @@ def find_snapshot(name: str, revision: str | None, *, with_code: bool) -> Snapsh
     except EvalError:
         raise
     except Exception as error:  # a broken connection, a strange answer, a full disk
-        on_disk = isinstance(error, OSError) and error.strerror and not isinstance(error, HfHubHTTPError)
-        reason = f"{error.strerror}" if on_disk else f"the Hub at {_endpoint()} {_reason(error)}"
+        number = None if isinstance(error, (HfHubHTTPError, ConnectionError)) else getattr(error, "errno", None)
+        reason = os.strerror(number) if number else f"the Hub at {_endpoint()} {_reason(error)}"
         raise EvalError(f"cannot download {_label(name, revision)}: {reason}") from error
 
 

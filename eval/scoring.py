@@ -209,7 +209,7 @@ class _Scores:
         self._tokens = torch.tensor([len(continuation) for _, _, continuation in requests])
         """Number of tokens of each that are still to be scored."""
         for index, key in enumerate(self._keys):
-            if key in known:
+            if key is not None and key in known:
                 self._log_likelihoods[index], self._greedy[index] = known[key]
                 self._tokens[index] = 0
         self._is_known = self._tokens == 0

@@ -1,12 +1,12 @@
 """Muon and Aurora for matrices, AdamW for everything else. It needs only torch.
 
-    groups = param_groups(model, Settings(name="aurora", matrix={"lr": 0.02}))
-    optimizer = Aurora(groups)
+    optimizer = Aurora(model, lr=0.02)
 
 `polar` and `directions` are the mathematics, as pure functions of stacks of matrices. `aurora` is the class that holds
-the state, `matrices` the step of a matrix group, `adamw` and `update` its elementwise parts. `routing` decides which
-parameter goes where, `options` says what can be set, `flops` what a step costs. `sharded` is the same step for
-parameters that are cut between processes.
+the state, `matrices` the step of a matrix group, `adamw` and `update` its elementwise parts. `recognise` finds out what
+each parameter of a model is, `routing` decides where it goes, `binding` takes what other code hands to an optimizer,
+`options` says what can be set, `flops` what a step costs. `sharded` is the same step for parameters that are cut
+between processes.
 """
 
 from . import directions, flops, polar

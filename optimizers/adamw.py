@@ -68,7 +68,7 @@ def adamw_step(tensors: Sequence[AdamwTensor], options: Mapping[str, Any], finit
 
     Args:
         tensors: what to step. Gradients are not changed.
-        options: `lr` (a float or a scalar tensor), `betas`, `eps`, `weight_decay`, `fused` of the group.
+        options: `lr` (a float or a scalar tensor), `betas`, `eps`, `weight_decay`, `fused`, and perhaps `maximize`.
         finite: a scalar bool tensor.
     """
     if options["fused"]:
@@ -137,5 +137,5 @@ def _adamw(
         lr=options["lr"],
         weight_decay=options["weight_decay"],
         eps=options["eps"],
-        maximize=False,
+        maximize=options.get("maximize", False),
     )

@@ -1,33 +1,55 @@
 """The optimizer: a torch Optimizer that holds the state and leaves the mathematics to pure functions."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from . import options
+from . import binding, options
 from .adamw import AdamwTensor, adamw_step
 from .fields import OptionError, did_you_mean
 from .matrices import DirectionObserver, Matrices, WholeMatrices, check_params, dense_grad, matrix_step
+from .routing import Route, Settings, format_table, group_routes, model_groups, model_settings, routes
 from .update import all_finite
+
+# What an optimizer has besides its options; a copy or a pickle begins with these.
+_FRESH: dict[str, Any] = {
+    "_preset": None,
+    "_maximize": False,
+    "_otherwise": "matrix",
+    "_model": None,
+    "_routes": None,
+    "_has_begun": False,
+}
 
 
 class Aurora(Optimizer):
     """Aurora, Muon and their relatives for matrices, AdamW for everything else.
 
     Args:
-        params: tensors, (name, tensor) pairs or groups. A group is a dict with `params`, `kind` ("matrix", the default,
-            or "adamw"), any of the options below, and for matrices `row_blocks` (see optimizers.blocks). Bare 2-D
-            tensors are one matrix group. `optimizers.param_groups` decides which parameter belongs where.
+        params: a model, tensors, (name, tensor) pairs or groups. The parameters of a model are routed by what its
+            modules are; `table` says where each one goes and why, and whatever is not recognised goes to AdamW. A group
+            is a dict with `params`, `kind` ("matrix" or "adamw"), any of the options below, and for matrices
+            `row_blocks` and `views` (see optimizers.blocks). Groups without a kind, and tensors, are matrices if all of
+            them are 2-D. If not, as with `model.parameters()`, they are "mixed": those with at least two rows and
+            columns are matrices, AdamW steps the others, and a warning lists the shapes.
+        lr: of the matrices. With a model, and in mixed groups, that of AdamW is `adamw_lr_ratio` times as large.
         preset: "released" takes the matrix options of the released code (see optimizers.options).
+        routing: how to route a model, where the defaults do not fit: overrides, convolutions or experts as matrices.
+        maximize: climb instead of descend; a group may set it as well.
         **defaults: options, under the same names, for the groups that do not set them.
 
     `lr` may be a float or a scalar tensor, and may be changed between steps. Each group also has `base_lr`, the rate
-    that it was made with, which the optimizer does not read: a schedule sets lr = base_lr * factor.
+    that it was made with, which the optimizer does not read: a schedule sets lr = base_lr * factor. A schedule that
+    cycles `momentum` (OneCycleLR, CyclicLR) sets that of the matrices and the first of AdamW's betas.
+
+    A model is not kept alive. If a wrapper replaces the parameters of the groups, the new ones are stepped in their
+    place; if it replaces those of the model only, the first step says so.
 
     One step of a matrix weight w with gradient g: b <- mu b + (1 - mu) g; u = g + mu (b - g), or b without Nesterov;
     w <- w - lr weight_decay w; w <- w - lr s(m, n) d(u). The state is fp32 whatever the dtype of the weight: `momentum`
@@ -59,7 +81,8 @@ class Aurora(Optimizer):
 
     Raises:
         OptionError: an unknown option, a value out of range, an option without effect in the combination; a matrix
-            group with a tensor that is not 2-D; a complex parameter. `step` refuses sparse gradients.
+            group with a tensor that is not 2-D; no matrix at all; a complex parameter, a DTensor, a flat parameter of
+            FSDP. `step` refuses sparse gradients, and parameters that are no longer those of the model.
 
     """
 
@@ -71,68 +94,129 @@ class Aurora(Optimizer):
     direction_observer: DirectionObserver | None = None
     matrices: Matrices = WholeMatrices()
     _paused = False
+    _preset: str | None
+    _maximize: bool
+    _otherwise: options.GroupKind
+    _model: weakref.ref[nn.Module] | None
+    _routes: list[Route] | None
+    _has_begun: bool
+    _used: set[str]
+    _idle: dict[str, str]
+    _ndims: list[list[int]]
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | nn.Module,
         lr: float | Tensor | None = None,
         *,
         preset: str | None = None,
+        routing: Settings | None = None,
+        maximize: bool = False,
         **defaults: Any,
     ) -> None:
-        self._preset = preset
+        self.__dict__.update(_FRESH | {"_used": set(), "_ndims": [], "_preset": preset, "_maximize": maximize})
         self._options = defaults if lr is None else {"lr": lr, **defaults}
-        self._used: set[str] = set()
         self._idle = {"preset": "no matrix group leaves any of its options open"}
         for key in self._options:
             if not any(key in known for known in options.DEFAULTS.values()):
                 names = {name for known in options.DEFAULTS.values() for name in known}
                 raise OptionError(f"unknown option {key!r} of Aurora{did_you_mean(key, names)}")
-        super().__init__(params, {})
-        given = [*self._options, *(() if preset is None else ("preset",))]
+        if isinstance(params, nn.Module):
+            self._route(params, routing)
+        elif routing is not None:
+            raise OptionError("routing has no effect: it routes a model, and there is none")
+        else:
+            groups, self._otherwise = binding.with_kinds(params)
+            super().__init__(groups, {})
+            self._refuse_idle()
+        self.defaults = binding.torch_defaults(self.param_groups)
+        self.reset_report()
+
+    def _route(self, model: nn.Module, routing: Settings | None) -> None:
+        """Make the groups of a model's parameters."""
+        settings = model_settings(routing, self._options, self._preset)
+        self._routes = routes(model, settings)
+        super().__init__(model_groups(model, settings), {})
+        self._model = weakref.ref(model)
+        self._otherwise = "mixed"
+        binding.warn_of_unsure(self._routes)
+
+    def _refuse_idle(self) -> None:
+        """Refuse options of the constructor that act in no group."""
+        given = [*self._options, *(() if self._preset is None else ("preset",))]
         unsaid = "no group of its kind leaves it open"
         idle = {key: self._idle.get(key, unsaid) for key in given if key not in self._used}
         if idle:
             problems = "; ".join(f"{key} has no effect: {why}" for key, why in idle.items())
             raise OptionError(f"bad options of Aurora: {problems}")
-        self.reset_report()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, empty in (("_preset", None), ("_options", {}), ("_used", set()), ("_idle", {})):
+        for name, empty in (*_FRESH.items(), ("_options", {}), ("_used", set()), ("_idle", {})):
             self.__dict__.setdefault(name, empty)
         for group in self.param_groups:
             for key, default in options.DEFAULTS[group["kind"]].items():
                 group.setdefault(key, default)
             group.setdefault("base_lr", group["lr"])
+        self._ndims = [[p.ndim for p in group["params"]] for group in self.param_groups]
         self.reset_report()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, completed by the options given to the constructor. The dict itself is not changed."""
-        kind = options.group_kind(param_group)
+        """Adds a group, completed by the options given to the constructor. The dict itself is not changed.
+
+        If the other groups have names and this one has not, its parameters are named by their positions.
+        """
+        kind = options.group_kind(param_group, self._otherwise)
         own = {key: value for key, value in param_group.items() if key not in options.FOREIGN_KEYS}
         inherited = {
             key: value for key, value in self._options.items() if key in options.DEFAULTS[kind] and key not in own
         }
-        preset = self._preset if kind == "matrix" else None
+        preset = None if kind == "adamw" else self._preset
         full = options.complete(kind, own, inherited=inherited, preset=preset)
-        if kind == "matrix" and full["direction"] == "aurora" and full["iterations"] == 1:
+        if kind != "adamw" and full["direction"] == "aurora" and full["iterations"] == 1:
             warnings.warn(options.ONE_ITERATION, UserWarning, stacklevel=2)
         self._mark_used(kind, own, inherited, full)
-        super().add_param_group({"base_lr": full["lr"], **param_group, "kind": kind, **full})
+        added = {"base_lr": full["lr"], **param_group, "kind": kind, **full}
+        if added.setdefault("maximize", self._maximize) not in (True, False):
+            raise OptionError(f"maximize is {added['maximize']!r}: expected true or false")
+        added["params"] = binding.listed(param_group["params"])
+        if not added["maximize"]:
+            del added["maximize"]
+        named = any("param_names" in group for group in self.param_groups)
+        if named and "param_names" not in added and not any(isinstance(p, tuple) for p in added["params"]):
+            number = len(self.param_groups)
+            added["param_names"] = [f"group {number} parameter {i}" for i in range(len(added["params"]))]
+        known = {"param_names", *added}
+        super().add_param_group(added)
+        group = self.param_groups[-1]
+        # torch has put its `defaults` into it, whatever its kind.
+        for key in group.keys() - known:
+            del group[key]
         try:
-            check_params(self.param_groups[-1])
+            check_params(group)
         except ValueError:
             self.param_groups.pop()
             raise
+        self._ndims.append([p.ndim for p in group["params"]])
+
+    @property
+    def table(self) -> str:
+        """Where each parameter goes and why, one line each, as text. A parameter that was not recognised for certain is
+        marked "unsure"."""
+        rows = self._routes
+        if rows is None:
+            rows = [row for index, group in enumerate(self.param_groups) for row in group_routes(group, index)]
+        return "\n".join(format_table(rows))
 
     def _mark_used(self, kind: str, own: dict[str, Any], inherited: dict[str, Any], full: dict[str, Any]) -> None:
         """Notes which of the constructor's options act in this group, and why the others do not."""
-        without = options.ineffective(full) if kind == "matrix" else {}
-        self._used.update(key for key in inherited if key not in without)
+        without = {} if kind == "adamw" else options.ineffective(full)
+        # A wrapper may put the options of the constructor into the groups as well.
+        repeated = {key for key, value in self._options.items() if key in own and binding.same(own[key], value)}
+        self._used.update(key for key in {*inherited, *repeated} if key not in without)
         self._idle.update((key, without[key]) for key in inherited if key in without)
         given = {*own, *inherited}
-        if kind == "matrix" and self._preset is not None and not given.issuperset(options.PRESETS[self._preset]):
+        if kind != "adamw" and self._preset is not None and not given.issuperset(options.PRESETS[self._preset]):
             self._used.add("preset")
 
     @overload
@@ -141,12 +225,16 @@ class Aurora(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # A compiler would have to unroll every polar iteration of every shape; torch.compile(optimizer.step) runs it as it
+    # is.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of every parameter that has a gradient; the loss of `closure` if one is given.
 
         Raises:
-            ValueError: a sparse gradient, or a matrix that is no longer 2-D.
+            ValueError: a sparse gradient, or a matrix that is no longer 2-D. At the first step also: parameters that
+                have no gradient because a wrapper has replaced them in the model.
         """
         loss = None
         if closure is not None:
@@ -155,6 +243,8 @@ class Aurora(Optimizer):
         if self._paused:
             return loss
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        if self.matrices.is_whole:
+            self._check(work)
         grads = [dense_grad(p) for _, params in work for p in params]
         finite = all_finite(grads, self._device())
         if self.permitted is not None:
@@ -167,15 +257,28 @@ class Aurora(Optimizer):
                 self.gradient_observer(p, finite)
         counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
         for group, params in work:
-            if group["kind"] == "adamw":
-                self._adamw_step(params, group, finite)
-            else:
-                counts += self._matrix_step(params, group, finite)
+            matrices = [p for p in params if binding.is_matrix(p, group)]
+            if len(matrices) < len(params):
+                self._adamw_step([p for p in params if not binding.is_matrix(p, group)], group, finite)
+            if group["kind"] != "adamw":
+                counts += self._matrix_step(matrices, group, finite)
         self.last_step_finite &= finite
         fallbacks, retries = torch.where(finite, counts, 0).unbind()
         self.last_step_fallbacks += fallbacks
         self.last_step_retries += retries
         return loss
+
+    def _check(self, work: Sequence[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        """Refuse parameters that a wrapper has replaced or flattened since the groups were made."""
+        binding.refuse_flattened(work, self._ndims)
+        if self._has_begun:
+            return
+        model = None if self._model is None else self._model()
+        binding.refuse_stale(work, model, {row.name for row in self._routes or ()})
+        if any(params for _, params in work):
+            self._has_begun = True
+            for group, _ in work:
+                check_params(group)
 
     def bind(self, matrices: Matrices) -> None:
         """From now on the matrix group holds what `matrices` says, such as flat shards."""
@@ -221,7 +324,8 @@ class Aurora(Optimizer):
         own = [
             (p, self._state_shapes(p, full))
             for group, saved in zip(self.param_groups, saved_groups, strict=False)
-            for full in [{**options.DEFAULTS[group["kind"]], **saved, "params": group["params"]}]
+            for facts in [{"views": group["views"]} if "views" in group else {}]
+            for full in [{**options.DEFAULTS[group["kind"]], **saved, **facts, "params": group["params"]}]
             for p in group["params"]
         ]
         states = {
@@ -230,7 +334,11 @@ class Aurora(Optimizer):
             if index in state_dict["state"]
         }
         base_lrs = [group["base_lr"] for group in self.param_groups]
+        # How the matrices lie in the parameters is a fact of this model, which states of older versions do not know.
+        kept = [{"views": group["views"]} if "views" in group else {} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, facts in zip(self.param_groups, kept, strict=True):
+            group.update(facts)
         self.state.update(states)
         for group, saved, base_lr in zip(self.param_groups, saved_groups, base_lrs, strict=True):
             group["base_lr"] = saved.get("base_lr", base_lr)
@@ -246,7 +354,8 @@ class Aurora(Optimizer):
 
     def _adamw_step(self, params: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> None:
         tensors = [AdamwTensor(weight=p, grad=dense_grad(p), **self.state_of(p, group)) for p in params]
-        adamw_step(tensors, group, finite)
+        for part, own in binding.adamw_parts(tensors, group):
+            adamw_step(part, own, finite)
 
     def state_of(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The state of a parameter or shard of a group: zeros before its first step."""
@@ -257,7 +366,7 @@ class Aurora(Optimizer):
         return state
 
     def _state_shapes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:
-        if group["kind"] == "adamw":
+        if not binding.is_matrix(p, group):
             return {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": torch.Size()}
         return self.matrices.state_shapes(p, group)
 
@@ -273,7 +382,9 @@ if Aurora.__doc__ is not None:  # it is under python -OO
     Aurora.__doc__ += "\n".join(f"    {line}" for line in options.documentation().splitlines()) + "\n"
 
 
-def _loaded_state(p: Tensor, shapes: Mapping[str, torch.Size], saved: dict[str, Tensor]) -> dict[str, Tensor]:
+def _loaded_state(p: Tensor, shapes: Mapping[str, torch.Size], given: Mapping[str, Any]) -> dict[str, Tensor]:
+    # Some frameworks keep a step count as a plain number.
+    saved = {key: torch.as_tensor(value, dtype=torch.float32) for key, value in given.items()}
     if set(saved) != set(shapes):
         raise ValueError(f"the loaded state of a parameter has {sorted(saved)}: expected {sorted(shapes)}")
     for key, value in saved.items():

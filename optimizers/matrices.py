@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import directions
-from .blocks import Block, Rectangle, blocks, buckets, entry_of, row_blocks
+from .blocks import Block, Rectangle, View, blocks, buckets, entry_of, row_blocks, row_shape, views
 from .directions import Direction
 from .directions.speedrun import enlarged
 from .fields import OptionError
@@ -34,9 +34,10 @@ class Place(NamedTuple):
     """Which part of which parameter a matrix of a stack is."""
 
     name: str
-    """The parameter's name in its group's `param_names`; "parameter 3" in a group without names."""
+    """The parameter's name in its group's `param_names`; "parameter 3" in a group without names. With the number of the
+    matrix, as in "experts[2]", if it is a stack of them."""
     area: Rectangle
-    """Rows and columns of the parameter."""
+    """Rows and columns of the parameter's matrix."""
 
 
 DirectionObserver = Callable[[Place, Tensor], None]
@@ -171,7 +172,9 @@ def _blended(turn: Turn, state: State, group: Mapping[str, Any], finite: Tensor)
     """Moves the momentum of each piece and gives its u; zeros if the step is void, so that no backend sees a NaN."""
     for piece in turn.pieces:
         momentum = piece.of(state[piece.param]["momentum"])
-        moved, u = blend(piece.of(dense_grad(piece.param)), momentum, group["momentum"], group["nesterov"])
+        grad = piece.of(dense_grad(piece.param))
+        signed = -grad if group.get("maximize") else grad
+        moved, u = blend(signed, momentum, group["momentum"], group["nesterov"])
         commit_(momentum, moved, finite)
         yield torch.where(finite.to(u.device), u, 0.0)
 
@@ -251,17 +254,18 @@ class WholeMatrices:
     def state_shapes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:
         """`momentum` of the parameter's shape, `step`, and `second_moment` of its rows if any of its blocks has one."""
         shapes = {"momentum": p.shape, "step": torch.Size()}
-        if any(directions.keeps_second_moment(group, *block.shape) for block in blocks(p, entry_of(p, group))):
-            shapes["second_moment"] = p.shape[:1]
+        entry, view = entry_of(p, group)
+        if any(directions.keeps_second_moment(group, *block.shape) for block in blocks(p, entry, view)):
+            shapes["second_moment"] = torch.Size(row_shape(p.shape, view))
         return shapes
 
     def turns(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> list[WholeTurn]:
-        """The buckets of these parameters' blocks."""
+        """The buckets of these parameters' blocks. Those without elements have nothing to step."""
         check_params(group)
-        entries = dict(zip(group["params"], row_blocks(group), strict=True))
+        entries = dict(zip(group["params"], zip(row_blocks(group), views(group), strict=True), strict=True))
         names = dict(zip(group["params"], param_names(group), strict=True))
-        members = (block for p in params for block in blocks(p, entries[p]))
-        return [WholeTurn(bucket, [Place(names[b.param], b.area) for b in bucket]) for bucket in buckets(members)]
+        members = (block for p in params if p.numel() for block in blocks(p, *entries[p]))
+        return [WholeTurn(bucket, [_place(names[b.param], b) for b in bucket]) for bucket in buckets(members)]
 
     def gather(self, turn: WholeTurn, values: Iterable[Tensor]) -> _Here:
         """Stacks them."""
@@ -269,25 +273,26 @@ class WholeMatrices:
         def stack() -> Tensor:
             device = turn.pieces[0].param.device
             u = torch.empty(len(turn.pieces), *turn.shape, dtype=torch.float32, device=device)
-            for matrix, value in zip(u, values, strict=True):
-                matrix.copy_(value)
+            for matrix, block, value in zip(u, turn.pieces, values, strict=True):
+                matrix.copy_(block.matrix(value))
             return u
 
         return _Here(stack)
 
     def scatter(self, turn: WholeTurn, stack: Tensor) -> _Here:
-        """The matrices of the stack."""
-        return _Here(lambda: stack)
+        """The matrices of the stack, in the dimensions of their pieces."""
+        return _Here(lambda: [block.piece(matrix) for block, matrix in zip(turn.pieces, stack, strict=True)])
 
     def second_moments(self, turn: WholeTurn, group: Mapping[str, Any], state: State) -> list[Tensor]:
         """The rows of each block."""
-        return [block.of(state[block.param]["second_moment"]) for block in turn.pieces]
+        return [block.rows_of(state[block.param]["second_moment"]) for block in turn.pieces]
 
     def weight_norms(self, turns: Sequence[WholeTurn]) -> list[Tensor]:
         """Of the weights as they are."""
 
         def norm(block: Block) -> Tensor:
-            return torch.linalg.vector_norm(block.of(block.param).float(), dim=(-2, -1), keepdim=True)
+            weight = block.matrix(block.of(block.param))
+            return torch.linalg.vector_norm(weight.float(), dim=(-2, -1), keepdim=True)
 
         return [torch.stack([norm(block) for block in turn.pieces]) for turn in turns]
 
@@ -302,6 +307,10 @@ class WholeMatrices:
         return HERE
 
 
+def _place(name: str, block: Block) -> Place:
+    return Place(f"{name}[{block.index}]" if block.view == "stack" else name, block.area)
+
+
 def param_names(group: Mapping[str, Any]) -> list[str]:
     """The names of a group's parameters, for messages and observers: their positions if it has no names."""
     return list(group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))]))
@@ -311,21 +320,53 @@ def check_params(group: Mapping[str, Any]) -> None:
     """Refuse what a group of this kind cannot step.
 
     Raises:
-        OptionError: a complex or integer tensor, a matrix that is not 2-D, or row_blocks that do not fit.
+        OptionError: a complex or integer tensor, a DTensor, a flat parameter of FSDP, a tensor in a matrix group whose
+            dimensions do not fit its view (2-D without one), or row_blocks that do not fit.
     """
-    for name, p in zip(param_names(group), group["params"], strict=True):
+    is_matrix = group["kind"] == "matrix"
+    if not is_matrix and (group.get("row_blocks") is not None or group.get("views") is not None):
+        key = "views" if group.get("row_blocks") is None else "row_blocks"
+        raise OptionError(f"{key} in a group of kind {group['kind']!r}: only matrices have blocks")
+    for name, p, view in zip(param_names(group), group["params"], views(group), strict=True):
+        refuse_sharded(name, p)
         if not p.is_floating_point():
             raise OptionError(f"{name} has dtype {p.dtype}: expected a real floating point tensor")
-        if group["kind"] == "matrix" and p.ndim != 2:
+        if is_matrix and not _fits(view, p.ndim):
+            expected = {None: "2-D", "in_out": "2-D", "stack": "3-D", "flat": "at least 3-D"}[view]
             raise OptionError(
-                f"{name} of shape {tuple(p.shape)} is in a matrix group: expected 2-D. If it was flattened or split "
-                "(by DeepSpeed or FSDP), its direction cannot be found from the pieces; if it is not a matrix, put it "
-                "into a group of kind 'adamw' (optimizers.param_groups does)"
+                f"{name} of shape {tuple(p.shape)} is in a matrix group: expected {expected}. If it was flattened or "
+                "split (by DeepSpeed or FSDP), its direction cannot be found from the pieces; if it is not a matrix, "
+                "put it into a group of kind 'adamw' (optimizers.param_groups does)"
             )
-    if group["kind"] == "adamw" and "row_blocks" in group:
-        raise OptionError("row_blocks in a group of kind 'adamw': only matrices have blocks")
-    if group["kind"] == "matrix":
+    if is_matrix:
         row_blocks(group)
+
+
+def _fits(view: View | None, ndim: int) -> bool:
+    return ndim >= 3 if view == "flat" else ndim == (3 if view == "stack" else 2)
+
+
+def refuse_sharded(name: str, p: Tensor) -> None:
+    """Refuse a parameter of which this process has a part only, or several in one.
+
+    Raises:
+        OptionError: a DTensor, or a flat parameter of FSDP1.
+    """
+    works = (
+        "Aurora works on parameters that are whole on every process (one process, DistributedDataParallel, "
+        "ZeroRedundancyOptimizer) and on the shards of DeepSpeed's ZeRO (optimizers.sharded)"
+    )
+    if any(cls.__name__ == "DTensor" for cls in type(p).__mro__):
+        raise OptionError(
+            f"{name} is a DTensor (fully_shard, FSDP2 or tensor parallelism): a direction needs the whole matrix, and "
+            f"DTensors are not supported yet. {works}"
+        )
+    # torch marks the parameters into which FullyShardedDataParallel (FSDP1) flattens those of a module.
+    if getattr(p, "_is_flat_param", False):
+        raise OptionError(
+            f"{name} is a flat parameter of FullyShardedDataParallel (FSDP1): the matrices in it cannot be told apart. "
+            f"{works}"
+        )
 
 
 def dense_grad(p: Tensor) -> Tensor:

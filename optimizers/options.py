@@ -1,18 +1,23 @@
 """The options of a parameter group: defaults, presets, checks, and which of them have an effect.
 
-A group is a dict with `params`, `kind` ("matrix" or "adamw") and the keys of `DEFAULTS[kind]`. Each option is declared
-once, in the dataclass of its direction (`optimizers.directions`) or of AdamW (`optimizers.adamw`); this module only
-puts them together.
+A group is a dict with `params`, `kind` ("matrix", "adamw" or "mixed") and the keys of `DEFAULTS[kind]`. Each option is
+declared once, in the dataclass of its direction (`optimizers.directions`) or of AdamW (`optimizers.adamw`); this module
+only puts them together.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from .adamw import AdamWOptions
 from .directions import DIRECTIONS
-from .fields import Option, OptionError, described, did_you_mean, options_of
+from .fields import Declared, Option, OptionError, described, did_you_mean, option, options_of
 
 Kind = Literal["matrix", "adamw"]
+"""What steps a parameter."""
+GroupKind = Literal["matrix", "adamw", "mixed"]
+"""What steps the parameters of a group; "mixed": the matrix optimizer those with at least two rows and columns, AdamW
+the others."""
 DirectionName = Literal["aurora", "riemannian_aurora", "muon", "normuon", "u_normuon"]
 OptimizerName = Literal["aurora", "riemannian_aurora", "muon", "normuon", "u_normuon", "adamw"]
 PresetName = Literal["released"]
@@ -23,9 +28,27 @@ MATRIX: dict[str, Option] = {name: known for cls in DIRECTIONS.values() for name
 ADAMW: dict[str, Option] = options_of(AdamWOptions)
 """The options of adamw groups by name."""
 
+
+@dataclass(frozen=True)
+class SharedOptions(Declared):
+    """The options of groups in which matrices and other parameters share one learning rate."""
+
+    adamw_lr_ratio: float = option(
+        0.15,
+        "Learning rate of AdamW as a share of that of the matrices, where one `lr` is given for both. 1 with lr_scale "
+        '"rms" and a learning rate of AdamW.',
+        acts="step",
+    )
+
+
+SHARED: dict[str, Option] = options_of(SharedOptions)
+"""The options of groups of both kinds."""
+
+_BY_KIND: dict[str, dict[str, Option]] = {"matrix": MATRIX, "adamw": ADAMW, "mixed": {**ADAMW, **MATRIX, **SHARED}}
+
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "matrix": {"direction": "aurora", **{name: known.default for name, known in MATRIX.items()}},
-    "adamw": {name: known.default for name, known in ADAMW.items()},
+    kind: {**({} if kind == "adamw" else {"direction": "aurora"}), **{key: known.default for key, known in own.items()}}
+    for kind, own in _BY_KIND.items()
 }
 """Option keys of each kind with the values of a group that does not set them."""
 
@@ -54,13 +77,19 @@ ONE_ITERATION = (
 )
 """The warning of a config and of the optimizer."""
 
-# Keys of a group that are not options: what it consists of, and what torch and its schedulers put there.
+# Keys of a group that are not options: what it consists of, and what torch, its schedulers, and wrappers such as SAM
+# put there. `maximize` is in a group only if it is set.
 FOREIGN_KEYS = frozenset(
     {
         "params",
         "param_names",
         "row_blocks",
+        "views",
         "role",
+        "maximize",
+        "differentiable",
+        "rho",
+        "adaptive",
         "kind",
         "base_lr",
         "initial_lr",
@@ -73,20 +102,20 @@ FOREIGN_KEYS = frozenset(
 )
 
 
-def group_kind(group: Mapping[str, Any]) -> Kind:
-    """The kind of a group, "matrix" if it has none.
+def group_kind(group: Mapping[str, Any], otherwise: GroupKind = "matrix") -> GroupKind:
+    """The kind of a group, `otherwise` if it has none.
 
     Raises:
-        OptionError: it is neither "matrix" nor "adamw".
+        OptionError: an unknown one.
     """
-    kind = group.get("kind", "matrix")
+    kind = group.get("kind", otherwise)
     if kind not in DEFAULTS:
         raise OptionError(f"kind is {kind!r}: expected one of {', '.join(DEFAULTS)}{did_you_mean(kind, DEFAULTS)}")
     return kind
 
 
 def complete(
-    kind: Kind,
+    kind: GroupKind,
     given: Mapping[str, Any],
     *,
     inherited: Mapping[str, Any] | None = None,
@@ -102,7 +131,7 @@ def complete(
     options = {**DEFAULTS[kind], **named}
     problems = [_unknown(kind, key) for key in named if key not in DEFAULTS[kind]]
     problems += invalid(kind, options)
-    if not problems and kind == "matrix":
+    if not problems and kind != "adamw":
         problems += [f"{key} has no effect: {why}" for key, why in ineffective(options).items() if key in given]
     if problems:
         raise OptionError(f"bad options of a parameter group of kind {kind!r}: " + "; ".join(problems))
@@ -143,15 +172,14 @@ def ineffective(options: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def invalid(kind: Kind, options: Mapping[str, Any]) -> list[str]:
+def invalid(kind: GroupKind, options: Mapping[str, Any]) -> list[str]:
     """One message for every option of the kind whose value cannot be used."""
     problems = []
     direction = options.get("direction")
-    if kind == "matrix" and direction not in DIRECTIONS:
+    if kind != "adamw" and direction not in DIRECTIONS:
         hint = did_you_mean(direction, DIRECTIONS)
         problems.append(f"direction is {direction!r}: expected one of {', '.join(DIRECTIONS)}{hint}")
-    declared = MATRIX if kind == "matrix" else ADAMW
-    found = (known.problem(options[name]) for name, known in declared.items())
+    found = (known.problem(options[name]) for name, known in _BY_KIND[kind].items())
     return problems + [problem for problem in found if problem]
 
 
@@ -168,10 +196,11 @@ def documentation() -> str:
         if group == "main":
             lines.append(f"    direction = {DEFAULTS['matrix']['direction']!r}, one of {', '.join(DIRECTIONS)}")
         lines += described({name: known for name, known in MATRIX.items() if known.group == group}, "    ")
-    return "\n".join([*lines, "Options of an adamw group:", *described(ADAMW, "    ")])
+    lines += ["Options of an adamw group:", *described(ADAMW, "    ")]
+    return "\n".join([*lines, "Of groups with both:", *described(SHARED, "    ")])
 
 
-def _unknown(kind: Kind, key: str) -> str:
+def _unknown(kind: GroupKind, key: str) -> str:
     other = next((name for name in DEFAULTS if name != kind and key in DEFAULTS[name]), None)
     if other is not None:
         return f"{key!r} is an option of kind {other!r}"

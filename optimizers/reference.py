@@ -160,7 +160,8 @@ def aurora(
     Tr((D u)^T d), not Tr(u^T d). If more than m/n rows share a direction, no even scaling exists.
 
     `scope` says which shapes are balanced: "tall", "wide" (transposed, treated, transposed back) or "all". The others,
-    and every square matrix, get muon(u). The remaining options are those of `row_scale`.
+    and every square matrix, get muon(u), and so does one with a side less than 3 % longer than the other unless
+    `eps_mode` is "absolute". The remaining options are those of `row_scale`.
     """
     _require("balance_rule", balance_rule, ("odds", "tyler"))
     _require("eps_mode", eps_mode, ("relative", "absolute"))
@@ -168,6 +169,8 @@ def aurora(
         raise ValueError(f"iterations is {iterations}: expected at least 1")
 
     def balanced(tall: Tensor) -> Tensor:
+        if len(tall) < 1.03 * tall.shape[1] and eps_mode == "relative":
+            return polar(tall)
         D, _ = row_scale(
             tall, iterations=iterations, beta=beta, balance_rule=balance_rule, eps_mode=eps_mode, tolerance=tolerance
         )

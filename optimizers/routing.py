@@ -1,29 +1,28 @@
 """Which parameter gets which optimizer, and why.
 
-Modules decide, not names: input embeddings, the output head (tied or not), biases, norm gains and everything that is
-not 2-D go to AdamW; every other 2-D weight is a matrix. A regular expression can override this.
+Modules decide, not names (see optimizers.recognise): input embeddings, the output head (tied or not), routers, biases,
+norm gains and everything that is not 2-D go to AdamW; every other 2-D weight is a matrix. Settings say what happens to
+weights that the modules leave unsure. A regular expression can override all this.
 """
 
 import re
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from . import options
+from .blocks import View, blocks, row_blocks, row_shape, views
 from .directions import Form, form, lr_scale, treats
 from .fields import OptionError, did_you_mean
-
-Role = Literal["hidden", "embedding", "head", "vector"]
-"""What a parameter is in its model: input embedding (also as a tied head), output head, not 2-D, or anything else."""
+from .matrices import refuse_sharded
+from .recognise import Role, Seen, examine
 
 RowBlocks = int | list[int]
 """The number of equal blocks of rows that a weight is split into, or the rows of each."""
-
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 KEYS = {"override": "overrides", "row_blocks": "row_blocks"}
 """Where an expression was given, by what it is called in a message."""
@@ -47,6 +46,20 @@ class Settings:
     """Regular expression that is searched in the parameter's name -> "matrix" or "adamw"."""
     row_blocks: Mapping[str, RowBlocks] = field(default_factory=dict)
     """Regular expression that is searched in the parameter's name -> blocks of rows that get their own directions."""
+    unsure: options.Kind = "matrix"
+    """Where 2-D weights go that may be matrices or not, such as bare parameters and the last Linear of a model.
+    "matrix" warns and lists them."""
+    split_fused: bool = False
+    """Give each part of a fused weight a direction of its own, if the parts are known: q, k and v of an attention, gate
+    and up, the gates of an LSTM."""
+    conv: options.Kind = "adamw"
+    """Where the weights of convolutions go; "matrix": each is one of outputs x (inputs * kernel)."""
+    experts: options.Kind = "adamw"
+    """Where bare 3-D weights go; "matrix": each is a stack of experts, [experts, outputs, inputs]."""
+
+
+UNSURE = "unsure: "
+"""How the reason of a parameter begins that was not recognised for certain."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,11 @@ class Route:
     role: Role = "hidden"
     blocks: int = 1
 
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the modules leave open what the parameter is."""
+        return self.why.startswith(UNSURE)
+
 
 def routes(model: nn.Module, settings: Settings) -> list[Route]:
     """The routing table in the model's order: one row per parameter, or per shape of its blocks. A tied parameter has
@@ -76,31 +94,32 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
 
     Raises:
         OptionError: bad settings; an override or row_blocks that is not a regular expression, matches nothing,
-            contradicts another or makes a matrix of a parameter that is not 2-D; a matrix optimizer without a matrix,
-            or with a flattened one.
+            contradicts another or makes a matrix of a parameter that is none; a matrix optimizer without a matrix, or
+            with a flattened one.
     """
     matrix = _matrix_options(settings)
-    reasons = _adamw_reasons(model)
-    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    seen = examine(model)
     rows = []
     for p, names in _names(model).items():
+        refuse_sharded(names[0], p)
         if not p.requires_grad:
             rows.append(_row(names[0], tuple(p.shape), "frozen", None, "requires_grad is False"))
             continue
-        role = _role(p, reasons.get(p, ""))
-        kind, why = _choose(p, names, reasons.get(p), settings)
-        if p in linear and p.ndim != 2 and settings.name != "adamw":
-            raise OptionError(
-                f"{names[0]} is the weight of a Linear but has shape {tuple(p.shape)}: it was flattened or split (by "
-                "DeepSpeed, FSDP). Route the model before it is wrapped"
-            )
-        split = _row_blocks(p, names, kind, settings)
-        shapes = [(height, *p.shape[1:]) for height in split] if split else [tuple(p.shape)]
-        rows += [_row(names[0], shape, kind, matrix, why, role, count) for shape, count in Counter(shapes).items()]
+        found = seen[p]
+        kind, why = _choose(p, names, found, settings)
+        if kind == "adamw":
+            rows.append(_row(names[0], tuple(p.shape), kind, matrix, why, found.role))
+            _row_blocks(p, names, kind, found, settings)  # refuses those of a parameter that is not a matrix
+            continue
+        view, split = _view(p, found), _row_blocks(p, names, kind, found, settings)
+        shapes = Counter(block.shape for block in blocks(p, split, view))
+        rows += [_row(names[0], shape, kind, matrix, why, found.role, count) for shape, count in shapes.items()]
     if settings.name != "adamw" and not any(row.optimizer == "matrix" for row in rows):
+        unsure = [row.name for row in rows if row.is_unsure]
         raise OptionError(
-            f"optimizer {settings.name!r} found no matrix among {len(rows)} parameters, so it would step nothing. Use "
-            "name 'adamw' if that is intended",
+            f"optimizer {settings.name!r} found no matrix among {len(rows)} parameters, so it would step nothing. "
+            + (f"Of {', '.join(unsure)} it is not sure; an override makes them matrices. " if unsure else "")
+            + "Use name 'adamw' if that is intended",
             "name",
         )
     for role in settings.adamw_lrs:
@@ -119,16 +138,32 @@ def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """The groups for `Aurora(groups)`: one of all matrices, and an adamw group for each role.
 
     Empty groups and parameters without requires_grad are left out. Each group has `params`, `param_names`, `kind`,
-    `role` ("hidden" for the matrices) and all its options that have an effect; `row_blocks` too if the settings split
-    any of its parameters. Vectors have no weight decay.
+    `role` ("hidden" for the matrices) and all its options that have an effect; `row_blocks` too if any of its
+    parameters is split, and `views` if any is not stored as outputs x inputs. Vectors have no weight decay.
+
+    Warns of matrices that the modules leave unsure.
 
     Raises:
         OptionError: as `routes`, or no parameter is trainable.
     """
+    groups = model_groups(model, settings)
+    unsure = [f"{row.name}, {row.why.removeprefix(UNSURE)}" for row in routes(model, settings) if row.is_unsure]
+    if settings.unsure == "matrix" and unsure:
+        warnings.warn(
+            f"{len(unsure)} weights are taken for matrices, though it is not sure that they are: {'; '.join(unsure)}. "
+            'Settings(unsure="adamw") gives such weights to AdamW, an override decides for each',
+            UserWarning,
+            stacklevel=2,
+        )
+    return groups
+
+
+def model_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """`param_groups` without its warning."""
     parameters = {names[0]: p for p, names in _names(model).items()}
     matrix, adamw = _matrix_options(settings), options.complete("adamw", settings.adamw)
     members: dict[tuple[options.Kind, Role], dict[str, None]] = {("matrix", "hidden"): {}}
-    members |= {("adamw", role): {} for role in ("embedding", "head", "hidden", "vector")}
+    members |= {("adamw", role): {} for role in ("embedding", "head", "hidden", "tensor", "vector")}
     for row in routes(model, settings):
         if row.optimizer != "frozen":
             # A split parameter has a row for each shape of its blocks, hence a dict; all matrices are in one group.
@@ -136,16 +171,17 @@ def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
             members[row.optimizer, role][row.name] = None
     groups: list[dict[str, Any]] = []
     for (kind, role), names in members.items():
-        given = dict(matrix or {}) if kind == "matrix" else {**adamw, "lr": settings.adamw_lrs.get(role, adamw["lr"])}
+        # More-dimensional weights have the rate of vectors, as "everything else that is not 2-D".
+        rate = settings.adamw_lrs.get("vector" if role == "tensor" else role, adamw["lr"])
+        given = dict(matrix or {}) if kind == "matrix" else {**adamw, "lr": rate}
         if kind == "adamw" and role == "vector":
             given["weight_decay"] = 0.0
         if names:
             listed = list(names)
             params = [parameters[name] for name in listed]
             groups.append({"params": params, "param_names": listed, "kind": kind, "role": role, **given})
-    if settings.row_blocks and groups and groups[0]["kind"] == "matrix":
-        named = _names(model)
-        groups[0]["row_blocks"] = [_row_blocks(p, named[p], "matrix", settings) for p in groups[0]["params"]]
+    if groups and groups[0]["kind"] == "matrix":
+        groups[0] |= _layout(model, groups[0]["params"], settings)
     if not groups:
         raise OptionError("the model has no parameter that requires a gradient")
     return groups
@@ -167,6 +203,12 @@ def _matrix_options(settings: Settings) -> dict[str, Any] | None:
         if given:
             raise OptionError(f"these options have no effect with optimizer 'adamw': {', '.join(given)}")
         return None
+    for key in ("unsure", "conv", "experts"):
+        if (given := getattr(settings, key)) not in get_args(options.Kind):
+            expected = ", ".join(get_args(options.Kind))
+            raise OptionError(
+                f"{key} is {given!r}: expected one of {expected}{did_you_mean(given, ('matrix', 'adamw'))}"
+            )
     full = options.complete("matrix", {"direction": settings.name, **settings.matrix}, preset=settings.preset)
     without = options.ineffective(full)
     return {key: value for key, value in full.items() if key not in without}
@@ -180,67 +222,45 @@ def _names(model: nn.Module) -> dict[Tensor, list[str]]:
     return names
 
 
-def _adamw_reasons(model: nn.Module) -> dict[Tensor, str]:
-    """Why parameters do not belong to the matrix optimizer, for those that do not."""
-    reasons: dict[Tensor, list[str]] = {}
-
-    def add(p: object, reason: str) -> None:
-        if isinstance(p, Tensor) and reason not in reasons.setdefault(p, []):
-            reasons[p].append(reason)
-
-    for module in model.modules():
-        if isinstance(module, _EMBEDDINGS):
-            add(module.weight, "embedding")
-        if isinstance(module, _NORMS):
-            add(module.weight, "norm gain")
-        add(module._parameters.get("bias"), "bias")
-        add(_weight_of(module, "get_input_embeddings"), "embedding")
-        add(_weight_of(module, "get_output_embeddings"), "output head")
-    return {
-        p: "embedding, tied to the output head" if why == ["embedding", "output head"] else ", ".join(why)
-        for p, why in reasons.items()
-    }
+def _layout(model: nn.Module, params: Sequence[Tensor], settings: Settings) -> dict[str, Any]:
+    """`row_blocks` and `views` of a matrix group, if any of its parameters needs them."""
+    names, seen = _names(model), examine(model)
+    split = [_row_blocks(p, names[p], "matrix", seen[p], settings) for p in params]
+    found = [_view(p, seen[p]) for p in params]
+    needed = {"row_blocks": split} if settings.row_blocks or any(split) else {}
+    return needed | ({"views": found} if any(found) else {})
 
 
-def _role(p: Tensor, reason: str) -> Role:
-    if p.ndim != 2:
-        return "vector"
-    return "embedding" if reason.startswith("embedding") else "head" if "output head" in reason else "hidden"
+def _view(p: Tensor, seen: Seen) -> View | None:
+    """How the matrices of a parameter lie in it, if it goes to the matrix optimizer."""
+    return seen.view if p.ndim > 2 or seen.view == "in_out" else None
 
 
-def _weight_of(module: nn.Module, getter: str) -> Tensor | None:
-    """The weight of the layer that a method of transformers models returns, if there is one."""
-    get = getattr(module, getter, None)
-    if get is None:
-        return None
-    try:
-        layer = get()
-    except (NotImplementedError, AttributeError):
-        # The base classes of transformers raise these for models without such a layer.
-        return None
-    return getattr(layer, "weight", None)
-
-
-def _choose(p: Tensor, names: list[str], reason: str | None, settings: Settings) -> tuple[options.Kind, str]:
+def _choose(p: Tensor, names: list[str], seen: Seen, settings: Settings) -> tuple[options.Kind, str]:
     if settings.name == "adamw":
         return "adamw", "everything by adamw"
+    if seen.is_flattened:
+        raise OptionError(
+            f"{names[0]} is the weight of a Linear but has shape {tuple(p.shape)}: it was flattened or split (by "
+            "DeepSpeed, FSDP). Route the model before it is wrapped"
+        )
     wanted = {kind: pattern for pattern, kind in settings.overrides.items() if _matches(pattern, names)}
     if len(wanted) > 1:
         raise OptionError(
             f"overrides contradict each other for {names[0]}: {', '.join(map(repr, wanted.values()))}", "overrides"
         )
     for kind, pattern in wanted.items():
-        if kind == "matrix" and p.ndim != 2:
+        if kind == "matrix" and p.ndim != 2 and seen.optional is None:
             raise OptionError(
                 f"override {pattern!r} makes a matrix of {names[0]}, whose shape is {tuple(p.shape)}: expected 2-D",
                 "overrides",
             )
         return kind, f"override {pattern!r}"
-    if reason is not None:
-        return "adamw", reason
-    if p.ndim != 2:
-        return "adamw", "not 2-D"
-    return "matrix", "2-D weight"
+    if seen.optional is not None and getattr(settings, seen.optional) == "matrix":
+        return "matrix", "convolution" if seen.optional == "conv" else f"stack of {len(p)} experts"
+    if seen.is_sure:
+        return "matrix" if seen.is_matrix else "adamw", seen.why
+    return settings.unsure, UNSURE + seen.why
 
 
 def _matches(pattern: str, names: list[str], what: str = "override") -> bool:
@@ -250,23 +270,27 @@ def _matches(pattern: str, names: list[str], what: str = "override") -> bool:
         raise OptionError(f"{what} {pattern!r} is not a regular expression: {error}", KEYS[what]) from error
 
 
-def _row_blocks(p: Tensor, names: list[str], kind: options.Kind, settings: Settings) -> tuple[int, ...] | None:
+def _row_blocks(
+    p: Tensor, names: list[str], kind: options.Kind, seen: Seen, settings: Settings
+) -> tuple[int, ...] | None:
     """The rows of the blocks of a parameter, None if it is not split."""
     wanted = {
         pattern: split for pattern, split in settings.row_blocks.items() if _matches(pattern, names, "row_blocks")
     }
-    if not wanted or settings.name == "adamw":
+    if settings.name == "adamw":
         return None
+    if not wanted:
+        return seen.fused if settings.split_fused and kind == "matrix" else None
     if len(wanted) > 1:
         raise OptionError(
             f"row_blocks contradict each other for {names[0]}: {', '.join(map(repr, wanted))}", "row_blocks"
         )
     ((pattern, split),) = wanted.items()
-    if kind != "matrix" or p.ndim != 2:
+    if kind != "matrix":
         raise OptionError(
             f"row_blocks {pattern!r} splits {names[0]}, which does not belong to the matrix optimizer", "row_blocks"
         )
-    rows = len(p)
+    rows = row_shape(p.shape, _view(p, seen))[-1]
     heights = split
     if isinstance(split, int):
         heights = [rows // split] * split if split > 0 and rows % split == 0 else []
@@ -279,9 +303,9 @@ def _row_blocks(p: Tensor, names: list[str], kind: options.Kind, settings: Setti
 
 def _check_patterns(what: str, by_pattern: Mapping[str, object], names: list[str]) -> None:
     for pattern, given in by_pattern.items():
-        if what == "override" and given not in options.DEFAULTS:
+        if what == "override" and given not in get_args(options.Kind):
             raise OptionError(
-                f"override {pattern!r} is {given!r}: expected one of {', '.join(options.DEFAULTS)}", "overrides"
+                f"override {pattern!r} is {given!r}: expected one of {', '.join(get_args(options.Kind))}", "overrides"
             )
         if not _matches(pattern, names, what):
             raise OptionError(f"{what} {pattern!r} matches no parameter name; names look like {names[0]!r}", KEYS[what])
@@ -304,3 +328,55 @@ def _row(
         direction = matrix["direction"] if treats(matrix, *shape) else "muon"
         scale = lr_scale(matrix["lr_scale"], *shape)
     return Route(name, shape, shape_form, optimizer, direction, scale, why, role, blocks)
+
+
+def model_settings(routing: Settings | None, given: Mapping[str, Any], preset: str | None) -> Settings:
+    """The settings of `Aurora(model, ...)`: what is not recognised goes to AdamW, and fused weights are split.
+
+    Args:
+        routing: other settings.
+        given: options by name; they act in all groups that know them. `lr` is that of the matrices, AdamW's is a share.
+        preset: of matrix options.
+    """
+    base = routing if routing is not None else Settings(unsure="adamw", split_fused=True)
+    known = {kind: {k: v for k, v in given.items() if k in options.DEFAULTS[kind]} for kind in ("matrix", "adamw")}
+    name = known["matrix"].pop("direction", base.name)
+    ratio = given.get("adamw_lr_ratio", options.SHARED["adamw_lr_ratio"].default)
+    if problem := options.SHARED["adamw_lr_ratio"].problem(ratio):
+        raise OptionError(problem)
+    if "lr" in given or "adamw_lr_ratio" in given:
+        lr = given.get("lr", base.matrix.get("lr", options.MATRIX["lr"].default))
+        if problem := options.MATRIX["lr"].problem(lr):
+            raise OptionError(problem)
+        known["adamw"]["lr"] = lr * ratio
+    matrix = {} if name == "adamw" else {**base.matrix, **known["matrix"]}
+    return replace(base, name=name, matrix=matrix, adamw={**base.adamw, **known["adamw"]}, preset=preset or base.preset)
+
+
+def group_routes(group: Mapping[str, Any], index: int) -> list[Route]:
+    """The rows of a group that was not made from a model."""
+    rows = []
+    names = group.get("param_names", [f"group {index} parameter {i}" for i in range(len(group["params"]))])
+    entries = [(None, None)] * len(names)
+    if group["kind"] == "matrix":
+        entries = list(zip(row_blocks(group), views(group), strict=True))  # type: ignore[arg-type]
+    for name, p, (split, view) in zip(names, group["params"], entries, strict=True):
+        is_matrix = group["kind"] == "matrix" or (group["kind"] == "mixed" and p.ndim == 2 and min(p.shape) > 1)
+        why = f"in a group of kind {group['kind']!r}"
+        if not is_matrix:
+            rows.append(_row(name, tuple(p.shape), "adamw", None, why, "hidden" if p.ndim == 2 else "vector"))
+            continue
+        shapes = Counter(block.shape for block in blocks(p, split, view))
+        rows += [_row(name, shape, "matrix", group, why, blocks=count) for shape, count in shapes.items()]
+    return rows
+
+
+def format_table(rows: Iterable[Route]) -> list[str]:
+    """A routing table as text, in columns: name, shape, form, optimizer, direction, lr scale, why."""
+    cells = [("parameter", "shape", "form", "optimizer", "direction", "lr scale", "why")]
+    for row in rows:
+        shape = " x ".join(map(str, row.shape)) + (f" ({row.blocks} blocks)" if row.blocks > 1 else "")
+        scale = "" if row.lr_scale is None else f"{row.lr_scale:.4g}"
+        cells.append((row.name, shape, row.form, row.optimizer, row.direction, scale, row.why))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

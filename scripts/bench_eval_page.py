@@ -40,7 +40,7 @@ From a float64 softmax of the plain model's logits ({sample} items a task), log-
 Logits have 8 significant bits here, so that the order of sums alone, which depends on the batch, moves them. By
 default, lm_eval also rounds the softmax to bfloat16.
 
-| `lm_eval`'s softmax | task | outcomes that flip | largest difference per token | flipped items (metric, margin in nats) |
+| `lm_eval`'s softmax | task | flips | largest difference per token | flipped items (metric, margin in nats) |
 |---|---|---|---|---|
 {narrow}
 """
@@ -57,7 +57,7 @@ def page(report: dict[str, Any]) -> str:
     machine, seconds = report["machine"], report["seconds"]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     flips = [
-        f"- {task}, item {flip['doc_id']}, {flip['metric']}: margin of {flip['margin']:.1e} nats, {flip['tokens']} tokens"
+        f"- {task}, item {flip['doc_id']}, {flip['metric']}: margin {flip['margin']:.1e} nats, {flip['tokens']} tokens"
         for task, figures in report["float32"].items()
         for flip in figures["flips"]
     ]

@@ -192,7 +192,7 @@ def test_a_server_that_is_dead_for_30_seconds_is_waited_for(ranks: int, workers:
     steps, scripts = 110, str(tmp_path)
     with hub_server(files, page=7) as hub:
         more = {"lanes": 6, "sources": [{"path": hub.path("d/*.jsonl")}], "retry_minutes": 5}
-        longer = {"train.total_tokens": 768 * (steps + 1)}
+        longer = {"train.total_tokens": 768 * (steps + 1), "train.micro_batch_sequences": 4}  # for 2 and 3 ranks
         config = merged(make(tmp_path, hub, "outage", **more), longer)
         codes = run_ranks(ranks, outage, merged(config, {"data.workers": workers}), hub.endpoint, steps, scripts)
         assert codes == [STOPPED] * ranks

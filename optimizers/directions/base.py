@@ -147,6 +147,15 @@ def form(m: int, n: int) -> Form:
     return "tall" if m > n else "wide" if m < n else "square"
 
 
+NEARLY_SQUARE = 1.03
+"""Matrices with fewer than 3 % more rows than columns, or columns than rows, count as square for aurora."""
+
+
+def nearly_square(m: int, n: int) -> bool:
+    """Whether one side of an m x n matrix is less than 3 % longer than the other."""
+    return max(m, n) < NEARLY_SQUARE * min(m, n)
+
+
 def balances(scope: str, shape_form: str) -> bool:
     """Whether a scope includes matrices of this form; aurora leaves the others to muon."""
     return shape_form != "square" and scope in ("all", shape_form)
@@ -178,9 +187,10 @@ def with_row_norms(x: Tensor, norm: float) -> Tensor:
     return x * torch.where(norms > 0, norm / norms, 0.0)
 
 
+# An empty matrix, n = 0, has a scale all the same, though nothing to multiply with it.
 LR_SCALES: dict[str, Callable[[int, int], float]] = {
-    "aspect": lambda m, n: math.sqrt(max(1.0, m / n)),
+    "aspect": lambda m, n: math.sqrt(max(1.0, m / max(1, n))),
     "rms": lambda m, n: 0.2 * math.sqrt(max(m, n)),
-    "spectral": lambda m, n: math.sqrt(m / n),
+    "spectral": lambda m, n: math.sqrt(m / max(1, n)),
 }
 """Learning-rate scales by name, as functions of the weight's own m and n."""

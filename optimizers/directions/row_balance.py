@@ -98,9 +98,13 @@ def balance(
         before = (D, scores, spread)
         mean = rows.sum(scores) / live_rows
         free = live & (mean <= NO_FREEDOM)
+        floored = scores.clamp(min=SMALLEST_LEVERAGE)
+        ratio = mean / floored
         if eps_mode == "absolute":
             mean, free = torch.full_like(mean, u.shape[-1] / u.shape[-2]), live
-        stepped = D * (mean / scores.clamp(min=SMALLEST_LEVERAGE)).pow(beta if rule == "tyler" else 0.5)
+            # With a number for t, torch multiplies by a reciprocal, which rounds otherwise than a division.
+            ratio = (u.shape[-1] / u.shape[-2]) / floored
+        stepped = D * ratio.pow(beta if rule == "tyler" else 0.5)
         if rule == "odds":
             stepped = torch.where(raised, stepped, D * _odds_factor(mean, scores))
         D = torch.where(free & ~settled, stepped, D)

@@ -183,9 +183,17 @@ def _quintic_exact(x: Tensor, dtype: torch.dtype) -> Tensor:
     On one machine it repeats the released code bit for bit; between machines the summation order of the products
     differs. It has the range of the released code: it fails below about 1e-8 and above about 1e18.
     """
+    if not len(x):
+        return x.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    factors = torch.stack([iterations.released_quintic(matrix.mT if tall else matrix) for matrix in x.to(dtype)])
-    return factors.mT if tall else factors
+    # One at a time, each in memory of its own, whose alignment the products depend on.
+    rounded = (matrix.to(dtype, copy=True) for matrix in x)
+    wide = [iterations.released_quintic(matrix.mT if tall else matrix) for matrix in rounded]
+    factors = [factor.mT if tall else factor for factor in wide]
+    # Stacked in the layout that each of them has: how the next sum over their rows rounds depends on it.
+    if factors[0].is_contiguous():
+        return torch.stack(factors)
+    return torch.stack([factor.mT for factor in factors]).mT
 
 
 BACKENDS: dict[str, Backend] = {

@@ -45,7 +45,16 @@ def plan_group(layout: Layout, group: Mapping[str, Any], *, device: torch.device
         layout: of the whole optimizer.
         group: with `param_names`, its options, and `row_blocks` if any parameter is split.
         device: where the directions will run.
+
+    Raises:
+        LayoutError: a parameter of the group is not stored as outputs x inputs.
     """
+    for name, view in zip(group["param_names"], group.get("views") or (), strict=False):
+        if view is not None:
+            raise LayoutError(
+                f"{name} has the view {view!r}: only matrices that are stored as outputs x inputs can be cut between "
+                "ranks. Give it to AdamW by an override"
+            )
     shapes = {name: layout.shapes[name] for name in group["param_names"]}
     units = units_of(shapes, group, group.get("row_blocks"), device=device)
     part_costs = {}
@@ -82,6 +91,11 @@ def shard(
     Raises:
         LayoutError: the layout does not fit the optimizer, or the ranks disagree.
     """
+    if any(g["kind"] == "mixed" for g in optimizer.param_groups):
+        raise LayoutError(
+            "a group has no kind and holds matrices and other parameters: on shards every group has to say which it "
+            "holds, as those of optimizers.param_groups do"
+        )
     matrices = [g for g in optimizer.param_groups if g["kind"] == "matrix"]
     if not matrices:
         return None

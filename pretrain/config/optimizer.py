@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import optimizers
 from optimizers import OptionError, options
 from optimizers.fields import Option
-from optimizers.routing import Role, Route, RowBlocks, Settings
+from optimizers.recognise import Role
+from optimizers.routing import Route, RowBlocks, Settings
 from pretrain.config.base import NUMERICS, RESULT, Section
 from pretrain.config.errors import ConfigError
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
+from optimizers.routing import format_table
 from pretrain.config import Config
 from pretrain.model.cost import flops_per_token, parameter_count
 
@@ -21,14 +22,7 @@ def routing_table(config: Config, model: nn.Module) -> list[dict[str, Any]]:
 
 def format_routing(config: Config, model: nn.Module) -> list[str]:
     """The routing table as text, in columns: name, shape, form, optimizer, direction, lr scale, why."""
-    header = ("parameter", "shape", "form", "optimizer", "direction", "lr scale", "why")
-    rows = [header]
-    for route in config.optimizer.routes(model):
-        shape = " x ".join(map(str, route.shape)) + (f" ({route.blocks} blocks)" if route.blocks > 1 else "")
-        scale = "" if route.lr_scale is None else f"{route.lr_scale:.4g}"
-        rows.append((route.name, shape, route.form, route.optimizer, route.direction, scale, route.why))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return format_table(config.optimizer.routes(model))
 
 
 def describe(config: Config, model: nn.Module, world_size: int) -> list[str]:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from optimizers import Aurora, directions, reference
+from optimizers import Aurora, Settings, directions, reference, routes
 from optimizers.directions import aurora, aurora_counted, leverage, lr_scale, muon
 from optimizers.options import DEFAULTS
 from optimizers.polar.precision import gram_matrix
-from tests.optimizers.helpers import error, low_rank, row_spread, with_condition
+from tests.optimizers.helpers import error, gaussian, low_rank, row_spread, with_condition
 
 TALL = [(16, 4), (64, 16), (33, 30), (9, 1), (40, 36)]
 RULES: list[dict[str, Any]] = [
@@ -254,6 +254,24 @@ def test_aurora_equals_the_reference_everywhere(n: int, more: int, seed: int, ex
     got = aurora(x * 2.0**exponent, polar="svd", row_balance="polar", iterations=3)
     # One row more than columns: leverages near 1, of which fp32 holds 1 - l to few digits.
     assert error(got, oracle(x, 3, RULES[0])) < 1e-3
+
+
+@pytest.mark.parametrize("ratio", [1.001, 1.004, 1.01, 1.02, 1.03, 1.04, 1.1])
+@pytest.mark.parametrize("wide", [False, True])
+def test_nearly_square_matrices_are_muons_and_the_table_says_so(ratio: float, wide: bool) -> None:
+    """Their scores near 1 lose digits in fp32, and the direction would be 5 to 30 % off its definition."""
+    n = 96
+    m = max(n + 1, round(n * ratio))
+    x = gaussian(m, n, 5).float()
+    x = x.T.contiguous() if wide else x
+    options = DEFAULTS["matrix"] | {"scope": "all"}
+    row = routes(nn.Sequential(nn.Linear(*reversed(x.shape)), nn.LayerNorm(len(x))), Settings(matrix={"scope": "all"}))[
+        0
+    ]
+    d = directions.from_options(x, options).d
+    assert row.direction == ("muon" if m < 1.03 * n else "aurora")
+    assert error(d, reference.aurora(x, scope="all")) < 0.02
+    assert torch.equal(d, muon(x)) == (row.direction == "muon")
 
 
 @pytest.mark.parametrize(("row_balance", "polar"), [("leverage", "gram"), ("polar", "quintic")])

@@ -67,6 +67,25 @@ def test_the_preset_repeats_the_released_steps_bit_for_bit(nesterov: bool) -> No
             assert torch.equal(optimizer.state[w]["momentum"], momentum)
 
 
+@pytest.mark.parametrize("shapes", [[(512, 128)], [(300, 299)] * 3, [(1024, 256)], [(257, 64), (257, 64)], [(64, 257)]])
+def test_large_and_tall_matrices_repeat_the_released_directions_bit_for_bit(shapes: list[tuple[int, int]]) -> None:
+    """From about 257 rows on a sum over a row depends on how the factor lies in memory."""
+    generator = torch.Generator().manual_seed(3)
+    u = torch.stack([torch.randn(shape, generator=generator) for shape in shapes])
+    u *= torch.rand(len(u), u.shape[1], 1, generator=generator)
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = Aurora(
+        weights, lr=1.0, preset="released", momentum=0.0, nesterov=False, lr_scale="rms", weight_decay=0.0
+    )
+    found: list[Tensor] = []
+    optimizer.direction_observer = lambda _, d: found.append(d.clone())
+    for w, grad in zip(weights, u, strict=True):
+        w.grad = grad.clone()
+    optimizer.step()
+    for d, grad in zip(found, u, strict=True):
+        assert torch.equal(d, released_direction(grad.clone()).float())
+
+
 def test_the_preset_is_what_the_options_say() -> None:
     w = torch.nn.Parameter(torch.randn(8, 2))
     group = Aurora([w], preset="released").param_groups[0]

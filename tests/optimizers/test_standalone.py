@@ -93,6 +93,31 @@ def test_hugging_faces_trainer_trains_with_it_and_resumes(direction: str, tmp_pa
         assert torch.equal(expected, found)
 
 
+def test_hugging_faces_trainer_makes_it_from_class_and_options(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    x = torch.randn(32, 8)
+    data = [{"x": row, "labels": row[:4] - row[4:]} for row in x]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=20,
+        per_device_train_batch_size=16,
+        logging_steps=5,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+    )
+    trainer = Trainer(Regression(), arguments, train_dataset=data, optimizer_cls_and_kwargs=(Aurora, {"lr": 0.02}))  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="taken for matrices.*: 32 x 8, 4 x 32"):
+        trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    assert {group["kind"] for group in trainer.optimizer.param_groups} == {"mixed"}
+
+
 def test_a_thousand_small_matrices_take_one_polar_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

@@ -1,0 +1,227 @@
+"""What the optimizer is given: tensors, groups without a kind, and parameters that wrappers replace.
+
+Wrappers take an optimizer class and call it with `model.parameters()` or with groups that say nothing about matrices
+(ZeroRedundancyOptimizer, Hugging Face's Trainer), or exchange the parameters of an optimizer that exists (Accelerate,
+DeepSpeed). What can be stepped then, is; what cannot, is an error and never a step that does nothing.
+"""
+
+import gc
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import options
+from .adamw import AdamwTensor
+from .fields import OptionError
+from .routing import UNSURE, Route
+
+Work = Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]]
+"""The groups of an optimizer, each with those of its parameters that have a gradient."""
+
+
+def listed(params: Any) -> Any:
+    """Parameters as a list; a set as it is, so that torch can refuse it."""
+    if isinstance(params, Tensor):
+        return [params]
+    return params if isinstance(params, set | list) else list(params)
+
+
+def same(first: object, second: object) -> bool:
+    """Whether two values of an option are one. The values of tensors are not read."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return first is second
+    return first == second
+
+
+def with_kinds(params: Any) -> tuple[Any, options.GroupKind]:
+    """Parameters or groups as a list, and the kind of the groups that do not say theirs.
+
+    "matrix" if all their tensors are 2-D; otherwise "mixed", with a warning that lists the matrices.
+
+    Raises:
+        OptionError: tensors, or groups without a kind, and no matrix among them.
+    """
+    if isinstance(params, Tensor):
+        return params, "matrix"
+    is_iterator = not isinstance(params, Sequence)
+    given = list(params)
+    if any(isinstance(entry, dict) for entry in given):
+        given = [_with_list(g) if isinstance(g, dict) else g for g in given]
+        without = [g for g in given if isinstance(g, dict) and "kind" not in g]
+        tensors = [entry for g in without for entry in _entries(g.get("params", ()))]
+    else:
+        without = []
+        tensors = _entries(given)
+    partitioned = _is_partitioned() and bool(without)
+    flat = [p for _, p in tensors if p.ndim != 2]
+    if not partitioned and not flat:
+        if is_iterator and tensors:
+            _warn_of_matrices(tensors)
+        return given, "matrix"
+    matrices = [(name, p) for name, p in tensors if _is_matrix(p)]
+    if not matrices and not partitioned:
+        name, p = next((name, p) for name, p in tensors if p.ndim != 2)
+        raise OptionError(
+            f"no matrix among {len(tensors)} parameters, the first of which is {name or 'a tensor'} of shape "
+            f"{tuple(p.shape)}: expected 2-D ones. If they were flattened or split (by DeepSpeed or FSDP), directions "
+            "cannot be found from the pieces; groups of kind 'adamw' are stepped by AdamW"
+        )
+    if matrices:
+        _warn_of_matrices(matrices)
+    return given, "mixed"
+
+
+def torch_defaults(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options of the first group with matrices, or else of the first group, for wrappers that read `defaults`.
+
+    Without `betas` if there is a `momentum`: the schedules that cycle one of the two look here for which.
+    """
+    first = next((g for g in groups if g["kind"] != "adamw"), groups[0])
+    known = options.DEFAULTS["adamw" if first["kind"] == "adamw" else "matrix"]
+    return {key: first.get(key, default) for key, default in known.items()}
+
+
+def warn_of_unsure(rows: Sequence[Route]) -> None:
+    """Warn of parameters that go to AdamW because it is not sure what they are."""
+    unsure = [f"{row.name} ({row.why.removeprefix(UNSURE)})" for row in rows if row.is_unsure]
+    if unsure:
+        where = {row.optimizer for row in rows if row.is_unsure}
+        warnings.warn(
+            f"it is not sure whether these weights are matrices: {', '.join(unsure)}. They go to "
+            f"{' and '.join(sorted(where))}; overrides in routing=Settings(...) change that",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def is_matrix(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether the matrix optimizer steps this parameter, or shard, of a group."""
+    return _is_matrix(p) if group["kind"] == "mixed" else group["kind"] == "matrix"
+
+
+def adamw_parts(
+    tensors: Sequence[AdamwTensor], group: Mapping[str, Any]
+) -> list[tuple[Sequence[AdamwTensor], Mapping[str, Any]]]:
+    """The AdamW steps of a group: tensors, and the options of `adamw_step` for them.
+
+    A schedule that cycles `momentum` sets the first of `betas` too. In a mixed group the learning rate is a share of
+    the matrices', and vectors do not decay.
+    """
+    own = dict(group)
+    is_mixed = group["kind"] == "mixed"
+    if "momentum" in group and (not is_mixed or "base_momentum" in group):
+        own["betas"] = (group["momentum"], group["betas"][1])
+    if not is_mixed:
+        return [(tensors, own)]
+    own["lr"] = group["lr"] * group["adamw_lr_ratio"]
+    vectors = [tensor for tensor in tensors if tensor.weight.ndim < 2]
+    others = [tensor for tensor in tensors if tensor.weight.ndim >= 2]
+    parts = [(others, own), (vectors, {**own, "weight_decay": 0.0})]
+    return [(part, chosen) for part, chosen in parts if part]
+
+
+def refuse_flattened(work: Work, ndims: Sequence[Sequence[int]]) -> None:
+    """Refuse a mixed group whose parameters have other dimensions than when it was made: it would give pieces of
+    matrices to AdamW.
+
+    Raises:
+        OptionError: it was flattened or split.
+    """
+    for (group, _), before in zip(work, ndims, strict=False):
+        if group["kind"] == "mixed" and [p.ndim for p in group["params"]] != list(before):
+            raise OptionError(
+                "the parameters of a group have other dimensions than when it was made: if they were flattened or "
+                "split (by DeepSpeed or FSDP), directions cannot be found from the pieces"
+            )
+
+
+def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str]) -> None:
+    """Refuse parameters without a gradient that are no longer those of the model. Without a model, and where its
+    parameters are those of the groups, a first step without any gradient is a warning.
+
+    Args:
+        work: of the first step.
+        model: that the groups were made of, if it is known and still alive.
+        names: of its parameters; others were added to the optimizer later.
+
+    Raises:
+        OptionError: naming the first.
+    """
+    cure = "Make the optimizer after the model is wrapped (fully_shard, for example), or wrap both together"
+    if model is not None:
+        current = set(model.parameters())
+        lost = [
+            name
+            for group, _ in work
+            for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
+            if name in names and p.grad is None and p not in current
+        ]
+        if lost:
+            raise OptionError(
+                f"{len(lost)} parameters have no gradient and are no longer those of the model, {lost[0]} for "
+                f"example: they were replaced after the optimizer was made, so that it would step nothing. {cure}"
+            )
+    if any(params for _, params in work):
+        return
+    if _has_fully_sharded():
+        raise OptionError(
+            "no parameter has a gradient at the first step, and a model in this process was sharded by fully_shard, "
+            f"which replaces parameters: the optimizer would step nothing. {cure}"
+        )
+    warnings.warn(
+        "no parameter has a gradient at the first step, so it does nothing. If a wrapper has replaced the parameters "
+        "of the model, make the optimizer after it",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+def _is_matrix(p: Tensor) -> bool:
+    return p.ndim == 2 and min(p.shape) > 1
+
+
+def _entries(params: Any) -> list[tuple[str, Tensor]]:
+    """Tensors with their names, "" for none. What is not a tensor is left for torch to refuse."""
+    pairs = [entry if isinstance(entry, tuple) else ("", entry) for entry in params]
+    return [(str(pair[0]), pair[1]) for pair in pairs if len(pair) == 2 and isinstance(pair[1], Tensor)]
+
+
+def _with_list(group: dict[str, Any]) -> dict[str, Any]:
+    """A group whose parameters can be read twice; one with blocks or views is one of matrices."""
+    kind = {"kind": "matrix"} if {"row_blocks", "views"} & group.keys() else {}
+    return {**kind, **group, **({"params": listed(group["params"])} if "params" in group else {})}
+
+
+def _warn_of_matrices(matrices: Sequence[tuple[str, Tensor]]) -> None:
+    shapes = Counter(f"{name} " * bool(name) + " x ".join(map(str, p.shape)) for name, p in matrices)
+    found = ", ".join(shape + (f" ({count} times)" if count > 1 else "") for shape, count in shapes.items())
+    warnings.warn(
+        f"these parameters are taken for matrices, since nothing but their shapes is known: {found}. Embeddings and "
+        "output heads should go to AdamW: Aurora(model) or optimizers.param_groups(model, ...) knows which they are",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _is_partitioned() -> bool:
+    """Whether the caller is torch's ZeroRedundancyOptimizer, which gives each rank some of the parameters: perhaps
+    none that is a matrix, though the groups have to be alike on all ranks."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _has_fully_sharded() -> bool:
+    """Whether a module of this process was sharded by fully_shard. Looks at all objects: only before an error."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not torch.distributed.is_available():
+        return False
+    return any(issubclass(type(known), fsdp.FSDPModule) for known in gc.get_objects())

@@ -1,0 +1,273 @@
+"""What each parameter of a model is, from the modules that hold it.
+
+A weight is a matrix for the matrix optimizer if it maps hidden features to hidden features. Modules tell: a Linear
+inside a block of layers does, and so does one whose outputs a later layer takes in. An embedding, an output head, the
+router of a mixture of experts and a weight of one row or column do not. What modules do not tell, such as a bare
+parameter or the last Linear of a model, is `is_sure = False`, with the best guess.
+
+Names are read in one place only, `FUSED`: whether the rows of a fused weight lie one part after the other cannot be
+seen from its module. A fused weight that is not listed is one matrix, which is right for rows in any order.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from .blocks import View
+
+Role = Literal["hidden", "embedding", "head", "vector", "tensor"]
+"""What a parameter is in its model: input embedding (also as a tied head), output head, at most 1-D or a norm gain,
+more than 2-D (convolutions, experts), or anything else."""
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_routed_experts")
+
+PLAIN = "2-D weight"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found about a parameter."""
+
+    role: Role
+    is_matrix: bool
+    """Whether it belongs to the matrix optimizer, by what is known or as a guess."""
+    why: str
+    is_sure: bool = True
+    view: View | None = None
+    fused: tuple[int, ...] | None = None
+    """The rows of the parts of a fused weight, if they lie one after the other."""
+    optional: Literal["conv", "experts"] | None = None
+    """What it could be a matrix as, if asked for."""
+    is_flattened: bool = False
+    """Whether it is the weight of a Linear and not 2-D."""
+
+
+def examine(model: nn.Module) -> dict[Tensor, Seen]:
+    """Every parameter of a model, tied ones once. Only shapes and modules are read, so the meta device is enough."""
+    excluded = _excluded(model)
+    found: dict[Tensor, Seen] = {}
+    linears = _Linears(model, has_head=any("output head" in why for why in excluded.values()))
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            seen = _reason(p, excluded[p]) if p in excluded else _held(model, path, module, name, p, linears)
+            # A tied parameter is what its first certain holder says.
+            if p not in found or (seen.is_sure and not found[p].is_sure):
+                found[p] = seen
+    return found
+
+
+def _excluded(model: nn.Module) -> dict[Tensor, str]:
+    """Why parameters do not belong to the matrix optimizer, for those of known layers."""
+    reasons: dict[Tensor, list[str]] = {}
+
+    def add(p: object, reason: str) -> None:
+        if isinstance(p, Tensor) and reason not in reasons.setdefault(p, []):
+            reasons[p].append(reason)
+
+    for module in model.modules():
+        if isinstance(module, _EMBEDDINGS):
+            add(module.weight, "embedding")
+        if isinstance(module, _NORMS):
+            add(module.weight, "norm gain")
+        add(module._parameters.get("bias"), "bias")
+        add(_weight_of(module, "get_input_embeddings"), "embedding")
+        add(_weight_of(module, "get_output_embeddings"), "output head")
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and "embedding" in reasons.get(module.weight, ()):
+            add(module.weight, "output head")
+    return {
+        p: "embedding, tied to the output head" if why == ["embedding", "output head"] else ", ".join(why)
+        for p, why in reasons.items()
+    }
+
+
+def _weight_of(module: nn.Module, getter: str) -> Tensor | None:
+    """The weight of the layer that a method of transformers models returns, if there is one."""
+    get = getattr(module, getter, None)
+    if get is None:
+        return None
+    try:
+        layer = get()
+    except (NotImplementedError, AttributeError):
+        # The base classes of transformers raise these for models without such a layer.
+        return None
+    return getattr(layer, "weight", None)
+
+
+def _reason(p: Tensor, why: str) -> Seen:
+    if p.ndim != 2 or "norm gain" in why or "bias" in why:
+        return Seen("vector", False, why)
+    role: Role = "embedding" if why.startswith("embedding") else "head" if "output head" in why else "hidden"
+    return Seen(role, False, why)
+
+
+def _held(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor, linears: "_Linears") -> Seen:
+    """What a parameter is that no known layer excludes."""
+    if p.ndim != 2 and isinstance(module, nn.Linear) and name == "weight":
+        return Seen("vector", False, "not 2-D", is_flattened=True)
+    if p.ndim > 2:
+        return _tensor(module, name, p)
+    if p.ndim < 2:
+        return Seen("vector", False, "not 2-D")
+    parent = _parent(model, path)
+    if 1 in p.shape:
+        return Seen("hidden", False, "one row or column")
+    if isinstance(module, nn.Linear) and len(p) in _expert_counts(parent):
+        return Seen("hidden", False, "router of experts")
+    if isinstance(module, nn.Linear) and name == "weight":
+        return linears.seen(path, module, parent)
+    if is_conv1d(module) and name == "weight":
+        return Seen(
+            "hidden", True, f"{PLAIN}, stored as inputs x outputs", view="in_out", fused=_parts(path, p.mT, parent)
+        )
+    fused: tuple[int, ...] | None
+    if isinstance(module, nn.MultiheadAttention):
+        fused = (len(p) // 3,) * 3 if name == "in_proj_weight" else None
+        return Seen("hidden", True, PLAIN + (", q, k and v" if fused else ""), fused=fused)
+    if isinstance(module, _RECURRENT):
+        gates = 1 if name.startswith("weight_hr") else _GATES.get(getattr(module, "mode", type(module).__name__), 1)
+        fused = (len(p) // gates,) * gates if gates > 1 else None
+        return Seen("hidden", True, PLAIN + (f", {gates} gates" if fused else ""), fused=fused)
+    if len(p) in _expert_counts(module):
+        return Seen("hidden", False, "router of experts")
+    return Seen("hidden", True, f"a bare parameter of {type(module).__name__}", is_sure=False)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a Linear whose weight is stored as inputs x outputs."""
+    nf, weight = getattr(module, "nf", None), module._parameters.get("weight")
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2 and weight.shape[1] == nf
+
+
+def _tensor(module: nn.Module, name: str, p: Tensor) -> Seen:
+    """A parameter of more than two dimensions."""
+    if isinstance(module, _CONVOLUTIONS) and name == "weight":
+        is_matrix = module.groups == 1 and len(p) > 1 and p[0].numel() > 1
+        return Seen("tensor", False, "not 2-D", view="flat", optional="conv" if is_matrix else None)
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear) and name == "weight":
+        return Seen("tensor", False, "not 2-D")
+    if p.ndim == 3 and min(p.shape) > 1:
+        # transformers says with this attribute how its experts are stored; others store [experts, outputs, inputs].
+        is_transposed = getattr(module, "is_transposed", False)
+        return Seen("tensor", False, "not 2-D", view="stack", optional=None if is_transposed else "experts")
+    # Position embeddings and class tokens, [1, n, d], do not decay; other bare tensors are weights.
+    return Seen("vector" if len(p) == 1 else "tensor", False, "not 2-D")
+
+
+def _parent(model: nn.Module, path: str) -> nn.Module | None:
+    return model.get_submodule(path.rpartition(".")[0]) if path else None
+
+
+def _expert_counts(module: nn.Module | None) -> set[int]:
+    """The numbers of experts that a module may choose from: what it says, or lists of layers that it holds."""
+    if module is None:
+        return set()
+    said = {count for name in _EXPERT_COUNTS if isinstance(count := getattr(module, name, None), int)}
+    return said | {len(child) for child in module.children() if isinstance(child, nn.ModuleList) and len(child) > 1}
+
+
+class _Linears:
+    """The Linears of a model: which are inside blocks of layers, and whose outputs another layer takes in."""
+
+    def __init__(self, model: nn.Module, *, has_head: bool) -> None:
+        self._has_head = has_head
+        self._blocks = dict(_blocks(model))
+        self._order: dict[str, int] = {}
+        # Features -> the places in the order of layers that take so many in.
+        self._takers: dict[int, list[int]] = {}
+        self._vocabularies: set[tuple[int, int]] = set()
+        last: dict[str, str] = {}
+        for place, (path, module) in enumerate(model.named_modules()):
+            self._order[path] = place
+            if (inputs := _inputs(module)) is not None:
+                self._takers.setdefault(inputs, []).append(place)
+            if isinstance(module, _EMBEDDINGS):
+                self._vocabularies.add((module.num_embeddings, module.embedding_dim))
+            if (block := self._blocks.get(path)) is not None and isinstance(module, nn.Linear):
+                last[block] = path
+        self._last = set(last.values())
+
+    def seen(self, path: str, module: nn.Linear, parent: nn.Module | None) -> Seen:
+        """What the weight of a Linear is."""
+        outputs, place = module.out_features, self._order[path]
+        takers = self._takers.get(outputs, [])
+        if path in self._blocks:
+            is_taken = path not in self._last or any(other != place for other in takers)
+        else:
+            if not self._has_head and (outputs, module.in_features) in self._vocabularies:
+                return Seen("head", False, "output head: as many outputs as an embedding has entries")
+            is_taken = any(other > place for other in takers)
+        if is_taken:
+            return Seen("hidden", True, PLAIN, fused=_parts(path, module.weight, parent))
+        return Seen("head", True, f"no later layer takes its {outputs} outputs: perhaps an output head", is_sure=False)
+
+
+def _inputs(module: nn.Module) -> int | None:
+    """The features that a layer takes in."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, _NORMS) and module.weight is not None:
+        return module.weight.shape[-1]
+    weight = module._parameters.get("weight")
+    if is_conv1d(module) and weight is not None:
+        return weight.shape[0]
+    # Norms of other libraries: a vector of gains.
+    return len(weight) if weight is not None and weight.ndim == 1 else None
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Path of a layer and of the block that it is in: a child of a ModuleList or Sequential that has several layers."""
+    for path, container in model.named_modules():
+        if not isinstance(container, nn.ModuleList | nn.Sequential):
+            continue
+        for name, child in container.named_children():
+            below = [inner for inner, module in child.named_modules() if inner and not list(module.children())]
+            prefix = f"{path}.{name}" if path else name
+            if len(below) > 1:
+                yield from ((f"{prefix}.{inner}", prefix) for inner in below)
+
+
+def _thirds(p: Tensor, parent: nn.Module | None) -> tuple[int, ...] | None:
+    """q, k and v of equal size; GPTBigCode mixes them per head in a weight of that shape."""
+    is_mixed = hasattr(parent, "multi_query")
+    return (len(p) // 3,) * 3 if len(p) == 3 * p.shape[1] and not is_mixed else None
+
+
+def _grouped(p: Tensor, parent: nn.Module | None) -> tuple[int, ...] | None:
+    """q, k and v of an attention with fewer keys than queries (Phi-3)."""
+    config, size = getattr(parent, "config", None), getattr(parent, "head_dim", None)
+    queries, keys = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    if not (isinstance(size, int) and isinstance(queries, int) and isinstance(keys, int)):
+        return None
+    parts = (queries * size, keys * size, keys * size)
+    return parts if sum(parts) == len(p) else None
+
+
+def _halves(p: Tensor, parent: nn.Module | None) -> tuple[int, ...] | None:
+    return (len(p) // 2,) * 2 if len(p) % 2 == 0 else None
+
+
+FUSED: Mapping[str, Callable[[Tensor, nn.Module | None], tuple[int, ...] | None]] = {
+    "c_attn": _thirds,
+    "qkv": _thirds,
+    "Wqkv": _thirds,
+    "qkv_proj": _grouped,
+    "gate_up_proj": _halves,
+}
+"""Layers whose rows are known to lie one part after the other (GPT-2, nanoGPT, timm, MPT, Phi-3, GLM), with the rows of
+the parts. `query_key_value` (GPT-NeoX, Bloom, Falcon) is not among them: its rows are mixed per head."""
+
+
+def _parts(path: str, p: Tensor, parent: nn.Module | None) -> tuple[int, ...] | None:
+    """The rows of the parts of a fused weight [outputs, inputs], None if it is one matrix as far as we know."""
+    known: Any = FUSED.get(path.rpartition(".")[2])
+    return None if known is None else known(p, parent)
