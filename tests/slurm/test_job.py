@@ -20,7 +20,7 @@ from pretrain.cli.sweep import read_sweep
 from pretrain.launch.time_budget import time_budget
 from pretrain.run.folder import RunFolder
 from pretrain.slurm import controller
-from pretrain.slurm.attempts import Attempts, Verdict
+from pretrain.slurm.attempts import Attempts
 from pretrain.slurm.controller import SlurmError, job_status
 from pretrain.slurm.supervisor import Job, JobError, Supervisor, Work
 from pretrain.sweep import plan_jobs
@@ -397,15 +397,6 @@ def test_a_bad_environment_is_refused(cluster: Cluster, environment: dict[str, s
     with pytest.raises(JobError, match=re.escape(message)):
         cluster.run("touch worked", **environment)
     assert not (cluster.folder / "worked").exists()
-
-
-def test_the_record_is_read_back(tmp_path: Path) -> None:
-    attempts = Attempts(tmp_path / "attempts.json")
-    attempts.begin(0, "n0", 10)
-    attempts.end(1, 10, Verdict(True, "failed"))
-    again = Attempts(tmp_path / "attempts.json")
-    assert again.stalled(10) == 1
-    assert again.stalled(11) == 0
 
 
 @pytest.mark.parametrize(
