@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -185,6 +186,27 @@ def test_a_disk_that_goes_away_is_not_replaced_by_the_folder_below_it(
     assert "warning: the measurements of step 4 were not kept" in out
     assert saved(folder / "checkpoints") == [6, 8]
     assert metrics(root, "step") == [[step] for step in range(1, 9)]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_no_failed_save(
+    tmp_path: Path, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on NFS while somebody, such as an evaluation, reads one of its files."""
+    remove = shutil.rmtree
+
+    def busy(path: str | Path, **options: Any) -> None:
+        if Path(path).name == "step-00000002.tmp" and not options:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr("pretrain.checkpoint.store.shutil.rmtree", busy)
+    copies = {"checkpoint.mirror": f"file://{tmp_path}/copies"}
+    changes = {"checkpoint.keep_last": 1, "checkpoint.max_failed_saves": 1, "train.total_tokens": 6 * 768}
+    config = tiny_config({**SHORT, **changes, **copies})
+    assert train(config) == 0
+    assert capsys.readouterr().out.count("is saved, but what follows a save has failed: [Errno 39]") == 1
+    assert [path.name for path in (config.run_folder / "checkpoints").iterdir()] == ["step-00000006"]
+    assert [path.name for path in (tmp_path / "copies/tiny").iterdir()] == ["step-00000006"]
 
 
 def test_measurements_that_a_full_disk_does_not_take_end_no_run(
