@@ -9,7 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from eval.compare_schema import SCHEMA_VERSION, SCOPE, ComparedModel, Comparison, Metric, TaskComparison
+from eval.compare_bits import bits_notes, bits_problems, compare_bits
+from eval.compare_parts import PartOfTask, parts_of
+from eval.compare_schema import (
+    SCHEMA_VERSION,
+    SCOPE,
+    ComparedModel,
+    Comparison,
+    Metric,
+    PartComparison,
+    TaskComparison,
+)
 from eval.errors import EvalError
 from eval.paired import ERROR, PairedOutcomes, holm
 from eval.results import read_result
@@ -54,6 +64,8 @@ def compare(
         for model, result in zip(models[1:], results[1:], strict=True)
         for problem in _problems(models[0]["label"], results[0], model["label"], result, names, metrics)
     ]
+    known = [model["label"] for model in models]
+    problems += bits_problems(known, results)
     if problems:
         raise EvalError("\n".join(problems))
     rows = [
@@ -62,14 +74,26 @@ def compare(
         for name in names
     ]
     _decide(rows)
-    return {
+    parts = [
+        _part_row(name, metrics[name], models[0], part, model, margin)
+        for model, result in zip(models[1:], results[1:], strict=True)
+        for name in names
+        for part in parts_of(results[0]["tasks"][name], result["tasks"][name])
+    ]
+    _decide(parts)
+    comparison: Comparison = {
         "schema_version": SCHEMA_VERSION,
         "models": models,
         "margin": margin,
         "comparisons": rows,
-        "notes": [*_notes(models, results, names)],
+        "notes": [*_notes(models, results, names), *bits_notes(known, results)],
         "scope": SCOPE,
     }
+    if parts:
+        comparison["parts"] = parts
+    if bits := compare_bits(known, results):
+        comparison["bits_per_byte"] = bits
+    return comparison
 
 
 def _read_all(files: Sequence[Path]) -> list[EvalResult]:
@@ -123,7 +147,8 @@ def _shared_tasks(
 ) -> list[str]:
     shared = [name for name in results[0]["tasks"] if all(name in result["tasks"] for result in results)]
     if wanted is None:
-        if not shared:
+        texts = [set(result.get("bits_per_byte", {})) for result in results]
+        if not shared and not set.intersection(*texts):
             has = "; ".join(
                 f"{model['label']} has {', '.join(result['tasks']) or 'none'}"
                 for model, result in zip(models, results, strict=True)
@@ -262,6 +287,12 @@ def _row(
         "outcome": "undecided",
         "within_margin": False,
     }
+
+
+def _part_row(
+    task: str, metric: Metric, baseline: ComparedModel, part: PartOfTask, model: ComparedModel, margin: float
+) -> PartComparison:
+    return {**_row(task, metric, baseline, part.first, model, part.second, margin), "part": part.name}
 
 
 def _decide(rows: Sequence[TaskComparison]) -> None:

@@ -67,6 +67,41 @@ class TaskComparison(TypedDict):
     within_margin: bool
 
 
+class PartComparison(TaskComparison):
+    """The same on some items of a task; P values are corrected for the number of these comparisons alone."""
+
+    # "without overlap" (items that share text with the training data of neither model, as far as it was looked for), or
+    # the name of a subset.
+    part: str
+
+
+class BitsComparison(TypedDict):
+    """One model against the first one, by bits per byte on a held-out text, paired by document. Fewer are better."""
+
+    # Name of the text.
+    text: str
+    model: str
+    baseline: str
+    # Bits per byte of each. A difference is the model's minus the first one's.
+    score: float
+    baseline_score: float
+    difference: float
+    # 95 % interval by bootstrap over documents. Null for fewer than 10 documents.
+    interval: tuple[float, float] | None
+    num_documents: int
+    # Documents for which the model needs fewer bits than the first one, and more.
+    won: int
+    lost: int
+    # P value of "no difference" (t test of the ratio of sums; 1 for a single document), then corrected for the number
+    # of these comparisons.
+    difference_p: float
+    difference_p_corrected: float
+    # different: the corrected difference_p is at most 0.05.
+    outcome: Literal["different", "undecided"]
+    # Label of the better model. Present if the outcome is "different".
+    better: NotRequired[str]
+
+
 class ChoiceView(TypedDict):
     """One choice of a flipped item."""
 
@@ -99,6 +134,10 @@ class Comparison(TypedDict):
     margin: float
     # By model, then by task.
     comparisons: list[TaskComparison]
+    # The same on parts of the items. Absent if no result has marked items or subsets.
+    parts: NotRequired[list[PartComparison]]
+    # By model, then by text. Absent if the results share no text.
+    bits_per_byte: NotRequired[list[BitsComparison]]
     # What a reader should know: tasks left out, cut texts, different dtypes or versions of lm-eval.
     notes: list[str]
     # What the verdicts cover.

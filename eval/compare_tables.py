@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Literal, cast
 
-from eval.compare_schema import Comparison, Flip, TaskComparison
+from eval.compare_schema import BitsComparison, Comparison, Flip, TaskComparison
 from eval.paired import ERROR
 
 Format = Literal["text", "markdown", "csv", "latex", "json"]
@@ -52,15 +52,15 @@ def verdict(row: TaskComparison) -> str:
     return f"undecided (could show {row['smallest_difference']:.3f})"
 
 
-def _cells(row: TaskComparison) -> list[str]:
+def _cells(row: TaskComparison, part: str | None = None) -> list[str]:
     low, high = row["interval"]
     exact = " exact" if row["interval_method"] == "exact" else ""
-    part = "" if row["num_items"] == row["num_items_in_split"] else f" of {row['num_items_in_split']:,}"
+    of_all = "" if row["num_items"] == row["num_items_in_split"] else f" of {row['num_items_in_split']:,}"
     sources = "" if row["num_sources"] == row["num_items"] else f" ({row['num_sources']:,} sources)"
     return [
-        row["task"],
+        row["task"] if part is None else f"{row['task']}, {part}",
         row["metric"],
-        f"{row['num_items']:,}{part}{sources}",
+        f"{row['num_items']:,}{of_all}{sources}",
         f"{row['baseline_score']:.4f}",
         f"{row['score']:.4f}",
         f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{exact}",
@@ -71,29 +71,62 @@ def _cells(row: TaskComparison) -> list[str]:
     ]
 
 
+def _bits_cells(row: BitsComparison) -> list[str]:
+    interval = "" if row["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*row["interval"])
+    return [
+        row["text"],
+        "bits/byte",
+        f"{row['num_documents']:,} documents",
+        f"{row['baseline_score']:.4f}",
+        f"{row['score']:.4f}",
+        f"{row['difference']:+.4f}{interval}",
+        f"{row['won']:,}/{row['lost']:,}",
+        _p(row["difference_p_corrected"]),
+        "-",
+        f"{row.get('better')} is better" if row["outcome"] == "different" else "undecided",
+    ]
+
+
 def _p(value: float) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
 def _explanations(comparison: Comparison) -> list[str]:
     count = len(comparison["comparisons"])
-    corrected = "" if count == 1 else f", corrected for {count} comparisons (Holm)"
+    corrected = "" if count <= 1 else f", corrected for {count} comparisons (Holm)"
     lines = [
         "difference: model minus baseline, in fractions; the interval is by paired bootstrap, exact where few items "
         "are discordant, and not corrected",
         f"p: exact test of no difference; p equiv.: test of |difference| >= {comparison['margin']:g}{corrected}",
         f"verdict: at p <= {ERROR:g}; could show: the true difference that such a set finds with a probability of 80 %",
     ]
+    if "parts" in comparison:
+        lines.append(
+            f"rows with a part of a task: P values corrected for these {len(comparison['parts'])} alone; items without "
+            "overlap share no text with the training data of either model, as far as it was looked for"
+        )
+    if "bits_per_byte" in comparison:
+        lines.append(
+            "bits/byte: fewer are better; won/lost counts documents; the interval is by bootstrap over documents, the "
+            "test a t test of the ratio"
+        )
     return [*lines, comparison["scope"], *(f"note: {note}" for note in comparison["notes"])]
 
 
-def _groups(comparison: Comparison) -> list[tuple[str, list[TaskComparison]]]:
-    """The rows of each model, with a title."""
+def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
+    """Return the rows of each model as text, in the columns HEADS, with a title.
+
+    Whole tasks come first, then parts of them, then held-out texts.
+    """
     baseline = comparison["models"][0]["label"]
     return [
         (
             f"{model['label']} against {baseline}",
-            [row for row in comparison["comparisons"] if row["model"] == model["label"]],
+            [
+                *(_cells(row) for row in comparison["comparisons"] if row["model"] == model["label"]),
+                *(_cells(row, row["part"]) for row in comparison.get("parts", []) if row["model"] == model["label"]),
+                *(_bits_cells(row) for row in comparison.get("bits_per_byte", []) if row["model"] == model["label"]),
+            ],
         )
         for model in comparison["models"][1:]
     ]
@@ -101,8 +134,8 @@ def _groups(comparison: Comparison) -> list[tuple[str, list[TaskComparison]]]:
 
 def _text(comparison: Comparison) -> str:
     lines = []
-    for title, rows in _groups(comparison):
-        table = [[printable(cell) for cell in cells] for cells in (HEADS, *map(_cells, rows))]
+    for title, rows in tables(comparison):
+        table = [[printable(cell) for cell in cells] for cells in (HEADS, *rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += [printable(title)]
         lines += ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
@@ -131,9 +164,9 @@ def printable(text: str) -> str:
 
 def _markdown(comparison: Comparison) -> str:
     lines = []
-    for title, rows in _groups(comparison):
+    for title, rows in tables(comparison):
         lines += [f"**{markdown_text(title)}**", "", _pipes(HEADS), _pipes(["---"] * len(HEADS))]
-        lines += [_pipes([markdown_text(cell) for cell in _cells(row)]) for row in rows]
+        lines += [_pipes([markdown_text(cell) for cell in cells]) for cells in rows]
         lines += [""]
     lines += [f"- {markdown_text(line)}" for line in _explanations(comparison)]
     for flip in comparison.get("flips", []):
@@ -160,7 +193,7 @@ def _markdown_line(text: str) -> str:
 
 
 def _csv(comparison: Comparison) -> str:
-    """One line per model and task, with full precision."""
+    """One line per model and task, part of a task, or text, with full precision."""
     out = io.StringIO()
     plain = [
         "task",
@@ -190,14 +223,19 @@ def _csv(comparison: Comparison) -> str:
         "outcome",
         "better",
         "scope",
+        "part",
     ]
     writer = csv.DictWriter(out, plain, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    for row in comparison["comparisons"]:
-        values: dict[str, object] = {"better": "", **cast(dict[str, object], row)}
-        low, high = row["interval"]
-        values |= {"interval_low": low, "interval_high": high, "margin": comparison["margin"]}
+    for row in (*comparison["comparisons"], *comparison.get("parts", [])):
+        values: dict[str, object] = {**cast(dict[str, object], row), "margin": comparison["margin"]}
+        values["interval_low"], values["interval_high"] = row["interval"]
         values |= {"within_margin": str(row["within_margin"]).lower(), "scope": comparison["scope"]}
+        writer.writerow({key: _inert(value) for key, value in values.items()})
+    for bits in comparison.get("bits_per_byte", []):
+        values = {**cast(dict[str, object], bits), "task": bits["text"], "metric": "bits_per_byte"}
+        values |= {"num_items": bits["num_documents"], "scope": comparison["scope"]}
+        values["interval_low"], values["interval_high"] = bits["interval"] or ("", "")
         writer.writerow({key: _inert(value) for key, value in values.items()})
     return out.getvalue()
 
@@ -210,10 +248,10 @@ def _inert(value: object) -> object:
 def _latex(comparison: Comparison) -> str:
     """A table for each model, to be used with the package booktabs."""
     lines = []
-    for title, rows in _groups(comparison):
+    for title, rows in tables(comparison):
         lines += [r"\begin{table}", r"\centering", r"\begin{tabular}{llrrrrrrrl}", r"\toprule"]
         lines += [f"{' & '.join(latex_text(head) for head in HEADS)} \\\\", r"\midrule"]
-        lines += [f"{' & '.join(latex_text(cell) for cell in _cells(row))} \\\\" for row in rows]
+        lines += [f"{' & '.join(latex_text(cell) for cell in cells)} \\\\" for cells in rows]
         caption = " ".join(f"{line.rstrip('.')}." for line in [title, *_explanations(comparison)])
         lines += [r"\bottomrule", r"\end{tabular}", f"\\caption{{{latex_text(caption)}}}", r"\end{table}", ""]
     for flip in comparison.get("flips", []):
@@ -228,11 +266,6 @@ def latex_text(text: str) -> str:
     """Escape text so that LaTeX prints it as it is."""
     escaped = "".join(_LATEX.get(sign, sign) for sign in printable(text))
     return re.sub("-(?=-)", "-{}", escaped)  # not a dash
-
-
-def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
-    """Return the rows of each model as text, in the columns HEADS, with a title."""
-    return [(title, [_cells(row) for row in rows]) for title, rows in _groups(comparison)]
 
 
 def explanations(comparison: Comparison) -> list[str]:

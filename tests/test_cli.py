@@ -33,7 +33,7 @@ def config_file(tiny_config: MakeConfig, tmp_path: Path) -> Path:
 
 VERBS = (
     *("check", "config", "data", "train", "status", "checkpoint", "slurm"),
-    *("plan", "sweep", "export", "eval", "compare", "compare-page", "report"),
+    *("plan", "sweep", "export", "eval", "result", "compare", "compare-page", "report"),
 )
 
 

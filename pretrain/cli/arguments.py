@@ -42,6 +42,49 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """Add the held-out texts of an evaluation."""
+    parser.add_argument(
+        "--bits-per-byte",
+        action="append",
+        metavar="TEXT",
+        help="also measure bits per byte on a held-out text: lambada (packaged passages), validation (the validation "
+        "split of a run), a .txt or .jsonl file or a folder of .txt files, or NAME=FILE; may be repeated. With --tasks "
+        "'' nothing else is measured",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        metavar="N",
+        help="tokens that the window advances over a text longer than the context (default: half of the context)",
+    )
+
+
+def add_marks(parser: argparse.ArgumentParser) -> None:
+    """Add what marks items of an evaluation, and the format of its files."""
+    parser.add_argument(
+        "--overlap",
+        type=Path,
+        metavar="REPORT",
+        help="mark the items that occur in the training text, by the JSON of `aurora data overlap`, and show scores "
+        "without them",
+    )
+    parser.add_argument(
+        "--subset",
+        action="append",
+        metavar="NAME[=FILE]",
+        help="also show scores on a subset of the items: goldenswag from the Hub, or a list of items in a file (.txt, "
+        ".jsonl, .parquet); TASK:NAME=FILE for other tasks than hellaswag; may be repeated",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("aurora", "lm-eval"),
+        default="aurora",
+        help="layout of the files; lm-eval: results_*.json and samples_*.jsonl, as the lm_eval command writes them "
+        "(default: %(default)s)",
+    )
+
+
 def add_margin(parser: argparse.ArgumentParser) -> None:
     """Add the margin of the test of equivalence."""
     parser.add_argument(

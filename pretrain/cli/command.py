@@ -22,6 +22,7 @@ from pretrain.cli import (
     export,
     plan,
     report,
+    result,
     slurm,
     status,
     sweep,
@@ -35,7 +36,7 @@ from pretrain.processes.output import drop_what_cannot_be_written, open_closed_s
 
 VERBS = (
     *(check, config, data, train, status, checkpoint, slurm, plan, sweep),
-    *(export, evaluate, compare, compare_page, report),
+    *(export, evaluate, result, compare, compare_page, report),
 )
 """The modules of the verbs, in the order of the help. Each has a function ``add`` that declares its arguments; what
 carries a verb out is imported when it runs."""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import add_series, positive, task_names
+from pretrain.cli.arguments import add_marks, add_series, add_texts, positive, task_names
 from pretrain.processes.environment import world
 from pretrain.processes.errors import UserError
 
@@ -33,6 +33,8 @@ def add(verbs: Verbs) -> None:
     )
     _add_tasks(parser)
     _add_items(parser)
+    add_texts(parser)
+    add_marks(parser)
     _add_output(parser)
     _add_execution(parser)
     add_series(parser)
@@ -137,11 +139,13 @@ def run(options: argparse.Namespace) -> int:
     # The parent of several processes loads neither torch nor lm-eval.
     from eval.sharing import joined_team
     from pretrain.cli.evaluation_run import evaluate_checkpoints_of, evaluate_plan
+    from pretrain.cli.result import check_marks
 
     if options.every_checkpoint:
         evaluate_checkpoints_of(plan, options)
         return 0
     check_plan(plan, options.out, options.overwrite)
+    check_marks(options)
     with joined_team() as team:
         evaluate_plan(plan, options, team)
     return 0
@@ -166,13 +170,21 @@ def _check_series(options: argparse.Namespace) -> None:
         raise UserError("--out DIR is missing: the folder to write the result to")
 
 
+_REPEATED = ("bits_per_byte", "subset")
+"""Options that are given once for each value."""
+
+
 def _arguments(options: argparse.Namespace) -> list[str]:
     """The command line for one of several processes."""
     words = list(options.models)
     for name, value in vars(options).items():
         if name in ("models", "run", "processes", "local_rank") or value is None or value is False:
             continue
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words.append(",".join(value) if isinstance(value, list) else str(value))
+        option = "--" + name.replace("_", "-")
+        if name in _REPEATED:
+            words += [word for one in value for word in (option, one)]
+        elif value is True:
+            words.append(option)
+        else:
+            words += [option, ",".join(value) if isinstance(value, list) else str(value)]
     return words

@@ -9,6 +9,7 @@ from typing import Any
 
 from eval.config import EvalConfig, ModelSection, load_eval_config
 from eval.suites import DEFAULT_SUITE, TaskChoice, choose, suite
+from pretrain.cli.held_out import VALIDATION
 from pretrain.processes.errors import UserError
 
 
@@ -21,6 +22,10 @@ class Plan:
     suite: str | None
     settings: dict[str, Any]
     """Arguments of `eval.harness.evaluation`."""
+    texts: list[str]
+    """The held-out texts to measure bits per byte on."""
+    stride: int | None
+    """Tokens that a window advances over them; None for half of the context."""
     apart: bool
     """Whether the result of each model gets a folder of its own, named after its label."""
 
@@ -52,6 +57,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     if not tasks and options.tasks is None:
         name = DEFAULT_SUITE
         tasks = list(suite(name))
+    only_texts = options.bits_per_byte and options.tasks == [] and not tasks
     labels = [model.name for model in models]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
@@ -61,9 +67,11 @@ def plan_of(options: argparse.Namespace) -> Plan:
         )
     return Plan(
         models=models,
-        tasks=choose(tasks, options.shots),
+        tasks=[] if only_texts else choose(tasks, options.shots),
         suite=name,
         settings=_settings(options, config),
+        texts=options.bits_per_byte or [],
+        stride=options.stride,
         apart=bool(files) or len(models) > 1,
     )
 
@@ -86,16 +94,19 @@ def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
     from eval.harness import check_request
     from eval.models import locate_model
     from eval.results import check_out
+    from eval.texts import text_name, text_problems
     from pretrain.export.run import is_run_or_checkpoint
 
     asked = plan.settings
     check_request(plan.tasks, asked["limit"], asked["batch_size"], asked["items"], asked["selection"])
-    problems = []
+    # The validation split of a run is not a file.
+    problems = text_problems([word for word in plan.texts if word != VALIDATION])
     for model in plan.models:
         try:
             name = model.source if is_run_or_checkpoint(Path(model.source)) else locate_model(model.source).name
             if not overwrite:
-                check_out(plan.folder(model, out), name, plan.tasks, asked["limit"], asked["selection"])
+                texts = map(text_name, plan.texts)
+                check_out(plan.folder(model, out), name, plan.tasks, asked["limit"], asked["selection"], [*texts])
         except UserError as error:
             problems.append(str(error))
     if problems:

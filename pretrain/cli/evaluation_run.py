@@ -14,9 +14,12 @@ from eval.result_table import format_scores, format_table
 from eval.results import check_out, write_result
 from eval.schema import EvalResult
 from eval.sharing import Team
+from eval.texts import text_name
 from pretrain.cli.evaluated_models import as_model
 from pretrain.cli.evaluation_plan import Plan
+from pretrain.cli.held_out import held_out_texts
 from pretrain.cli.log_scores import ScoreLog, run_of
+from pretrain.cli.result import convert, mark
 from pretrain.cli.series import Request, check_run, evaluate_checkpoints
 from pretrain.processes.errors import UserError
 
@@ -46,7 +49,7 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
                 _say(f"{failures[-1]}; continuing with the other models")
                 continue
             if writes:
-                _write(result, plan.folder(model, options.out))
+                _write(result, plan.folder(model, options.out), options)
                 _say_what_remains(number, len(plan.models), time.monotonic() - started)
             if log is not None:
                 log.add(result)
@@ -68,10 +71,11 @@ def evaluate_checkpoints_of(plan: Plan, options: argparse.Namespace) -> None:
 
     def evaluate(checkpoint: Path, out: Path, overwrite: bool) -> EvalResult:
         if not overwrite:
-            check_out(out, str(checkpoint), plan.tasks, asked["limit"], asked["selection"])
+            texts = [text_name(word) for word in plan.texts]
+            check_out(out, str(checkpoint), plan.tasks, asked["limit"], asked["selection"], texts)
         with _prepared(plan, options, team) as prepared:
             result = _result(prepared, plan, plan.models[0], str(checkpoint), team)
-        _write(result, out)
+        _write(result, out, options)
         return result
 
     shots = {task.name: task.shots for task in plan.tasks}
@@ -87,7 +91,10 @@ def _prepared(plan: Plan, options: argparse.Namespace, team: Team) -> AbstractCo
 def _result(prepared: Evaluation, plan: Plan, model: ModelSection, source: str, team: Team) -> EvalResult:
     """Evaluate `source` with the settings of a model of the plan."""
     with as_model(source, team) as name:
-        result = prepared.run(name, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+        texts = held_out_texts(plan.texts, Path(source) if name != source else None)
+        result = prepared.run(
+            name, dtype=model.dtype, trust_remote_code=model.trust_remote_code, texts=texts, stride=plan.stride
+        )
     if name != source:
         result["model"]["name"] = source
     if plan.suite is not None:
@@ -95,10 +102,15 @@ def _result(prepared: Evaluation, plan: Plan, model: ModelSection, source: str, 
     return result
 
 
-def _write(result: EvalResult, out: Path) -> None:
-    path = write_result(result, out)
+def _write(result: EvalResult, out: Path, options: argparse.Namespace) -> None:
+    path = write_result(result, out)  # before anything that may fail
+    if options.overlap or options.subset:
+        mark(result, options)
+        write_result(result, out)
     print(format_table(result))
     print(f"result in {path}", flush=True)
+    if options.format == "lm-eval":
+        convert(result, out)
 
 
 def _say_what_remains(done: int, models: int, seconds: float) -> None:

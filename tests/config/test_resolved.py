@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import Config, ConfigError, load_config, parse_config, parse_stored_config
 from pretrain.config.engine import EngineConfig
+from pretrain.config.evaluation import EvaluationConfig
 from pretrain.config.loader import read_yaml
 from pretrain.config.overrides import assign
 from pretrain.config.reference import config_schema
@@ -65,6 +66,7 @@ NEVER_ALONE = {
     *("optimizer.riemannian", "optimizer.running_norms"),
     *("model.architecture", "model.context_length", "model.embedding_dtype", "model.num_heads"),
     *("data.cache_dir", "data.cache_gib", "data.lock", "data.mirror"),
+    *(f"evaluation.{key}" for key in EvaluationConfig.model_fields),  # needs steps at which the run saves
     *(
         "guards.max_rollbacks",
         "optimizer.adamw.head_lr",

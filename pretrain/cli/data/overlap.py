@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print and write the report."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from eval.item_texts import item_texts
+    from eval.overlap_report import text_hash
     from pretrain.data.overlap import measure_overlap
     from pretrain.files import replace_text
 
@@ -74,7 +75,8 @@ def run(options: argparse.Namespace) -> int:
         max_bytes=options.max_bytes,
         progress=_Progress(),
     )
-    report = json.dumps(_as_json(found), indent=1)
+    hashes = {task: [text_hash(text) for text in own] for task, own in texts.items()}
+    report = json.dumps(_as_json(found, hashes), indent=1)
     print(report if options.json else "\n".join(_as_text(found)))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +100,13 @@ class _Progress:
             )
 
 
-def _as_json(found: Overlap) -> dict[str, object]:
+def _as_json(found: Overlap, hashes: dict[str, list[str]]) -> dict[str, object]:
     complete = found.coverage.complete_units == found.coverage.all_units
     tasks = {}
     for name, task in found.tasks.items():
         items = [{**asdict(one), "place": one.place._asdict()} for one in task.overlapping]
-        tasks[name] = {**asdict(task), "overlapping": items}
+        # Which items these were, for `aurora eval --overlap`.
+        tasks[name] = {**asdict(task), "overlapping": items, "item_hashes": hashes[name]}
     return {"ngram": found.ngram, "coverage": {**asdict(found.coverage), "complete": complete}, "tasks": tasks}
 
 

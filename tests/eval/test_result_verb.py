@@ -1,0 +1,132 @@
+"""``aurora result``, and what ``aurora eval`` does besides scoring tasks."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from eval import identities, lm_eval_files
+from eval.harness import evaluate
+from eval.item_texts import item_texts
+from eval.overlap_report import text_hash
+from eval.results import read_result, write_result
+from pretrain.cli import held_out, main
+from pretrain.config import Config, parse_config
+from pretrain.data.split import is_validation
+from tests.conftest import TINY, merged
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model_folder: Path, fetched: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A result, with its made-up items where the verbs look for them."""
+    monkeypatch.setattr(identities, "item_identities", partial(identities.item_identities, **fetched))
+    monkeypatch.setattr(lm_eval_files, "write_lm_eval_files", partial(lm_eval_files.write_lm_eval_files, **fetched))
+    write_result(evaluate(model_folder, ["hellaswag"], limit=8, **fetched), tmp_path / "result")
+    return tmp_path / "result"
+
+
+def test_a_result_is_marked_in_place_or_elsewhere(
+    tmp_path: Path, folder: Path, fetched: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (folder / "results.json").read_bytes()
+    (tmp_path / "list.txt").write_text("1\n2\n9\n")
+    hashes = [text_hash(text) for text in item_texts(["hellaswag"], **fetched)["hellaswag"]]
+    task = {"too_short": 0, "overlapping": [{"item": 3}], "item_hashes": hashes}
+    report = {"ngram": 13, "coverage": {"complete": True, "text_bytes": 5}, "tasks": {"hellaswag": task}}
+    (tmp_path / "overlap.json").write_text(json.dumps(report))
+    marks = ["--subset", f"mine={tmp_path}/list.txt", "--overlap", str(tmp_path / "overlap.json")]
+    assert main(["result", str(folder), *marks, "--out", str(tmp_path / "new")]) == 0
+    shown = capsys.readouterr().out
+    assert "  mine" in shown
+    assert "2 of 3" in shown
+    assert "  without overlap" in shown
+    assert f"result in {tmp_path}/new/results.json" in shown
+    assert (folder / "results.json").read_bytes() == before
+    assert main(["result", str(folder / "results.json"), *marks]) == 0
+    assert read_result(folder) == read_result(tmp_path / "new")
+    assert main(["result", str(folder)]) == 0
+    assert "  without overlap" in capsys.readouterr().out
+
+
+def test_a_result_is_converted(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["result", str(folder), "--format", "lm-eval", "--out", str(tmp_path / "files")]) == 0
+    [results] = (tmp_path / "files").rglob("results_*.json")
+    assert f"wrote {results}" in capsys.readouterr().out
+    assert len(list(results.parent.glob("samples_hellaswag_*.jsonl"))) == 1
+    assert not (tmp_path / "files" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no result given"),
+        (["{}", "--format", "lm-eval"], "needs --out"),
+        (["{}/missing"], "no result of an evaluation"),
+        (["{}", "--overlap", "{}/missing"], "cannot read"),
+        (["{}", "--subset", "silverswag"], "unknown subset 'silverswag'"),
+    ],
+)
+def test_bad_requests_are_refused_and_nothing_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = (folder / "results.json").read_bytes()
+    assert main(["result", *(word.format(folder) for word in arguments)]) == 2
+    assert message in capsys.readouterr().err
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_eval_measures_bits_per_byte_alone(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "sea.txt").write_text("The whale, the sea. " * 40)
+    command = ["eval", str(model_folder), "--tasks", "", "--bits-per-byte", str(tmp_path / "sea.txt"), "--stride", "16"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    text = read_result(tmp_path / "out")["bits_per_byte"]["sea"]
+    assert (text["documents"], text["stride"], text["bytes"]) == (1, 16, 800)
+    assert "bits per byte" in capsys.readouterr().out
+    for extra, message in (
+        (["--bits-per-byte", "nowhere"], "no text 'nowhere'"),
+        (["--bits-per-byte", "validation"], "is the validation split of a run, and the model is not one"),
+        (["--subset", "silverswag"], "unknown subset 'silverswag'"),
+        (["--overlap", str(tmp_path / "nowhere")], "cannot read"),
+    ):
+        assert main([*command, *extra, "--out", str(tmp_path / "other")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    lines = [json.dumps({"text": f"document {number} about the sea"}) for number in range(400)]
+    for name, own in (("a", lines[:250]), ("b", lines[250:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(own) + "\n")
+    sources = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl")}]
+    changes = {"data.sources": sources, "data.lanes": 1, "data.validation_fraction": 0.2}
+    return parse_config(merged(TINY, changes))
+
+
+def run_of(config: Config, folder: Path) -> Callable[[Path], Any]:
+    checkpoint = SimpleNamespace(index={"config": config.model_dump(mode="json")}, folder=folder / "run/checkpoints/1")
+    return lambda path: checkpoint
+
+
+def test_the_validation_split_of_a_run_is_a_text(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.export.run.open_checkpoint", run_of(config, tmp_path))
+    (text,) = held_out.held_out_texts(["validation"], tmp_path / "run")
+    expected = [f"document {number} about the sea" for number in range(400)]
+    held = [document for document in expected if is_validation(document.encode(), 0.2)]
+    assert sorted(text.documents) == sorted(held)
+    assert 40 < len(held) < 120
+    assert text.name == "validation"
+    assert text.origin == f"validation split of {config.run.name}"
+    few = config.model_copy(update={"validation": config.validation.model_copy(update={"max_tokens": 20})})
+    monkeypatch.setattr("pretrain.export.run.open_checkpoint", run_of(few, tmp_path))
+    (text,) = held_out.held_out_texts(["validation"], tmp_path / "run")
+    assert sum(len(document) for document in text.documents) in range(100, 130)
