@@ -104,8 +104,10 @@ def _weight_of(module: nn.Module, getter: str) -> Tensor | None:
 
 
 def _reason(p: Tensor, why: str) -> Seen:
-    if p.ndim != 2 or "norm gain" in why or "bias" in why:
+    if p.ndim < 2 or "norm gain" in why or "bias" in why:
         return Seen("vector", False, why)
+    if p.ndim > 2:
+        return Seen("tensor", False, why)
     role: Role = "embedding" if why.startswith("embedding") else "head" if "output head" in why else "hidden"
     return Seen(role, False, why)
 
@@ -137,6 +139,8 @@ def _held(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor, 
         gates = 1 if name.startswith("weight_hr") else _GATES.get(getattr(module, "mode", type(module).__name__), 1)
         fused = (len(p) // gates,) * gates if gates > 1 else None
         return Seen("hidden", True, PLAIN + (f", {gates} gates" if fused else ""), fused=fused)
+    if any(other is not None and other.ndim == 3 and len(other) == len(p) for other in module._parameters.values()):
+        return Seen("vector", False, "a vector for each expert")
     if len(p) in _expert_counts(module):
         return Seen("hidden", False, "router of experts")
     return Seen("hidden", True, f"a bare parameter of {type(module).__name__}", is_sure=False)

@@ -116,9 +116,11 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
         rows += [_row(names[0], shape, kind, matrix, why, found.role, count) for shape, count in shapes.items()]
     if settings.name != "adamw" and not any(row.optimizer == "matrix" for row in rows):
         unsure = [row.name for row in rows if row.is_unsure]
+        optional = sorted({found.optional for found in seen.values() if found.optional is not None})
         raise OptionError(
             f"optimizer {settings.name!r} found no matrix among {len(rows)} parameters, so it would step nothing. "
             + (f"Of {', '.join(unsure)} it is not sure; an override makes them matrices. " if unsure else "")
+            + (f"Settings has an option for these: {', '.join(optional)}. " if optional else "")
             + "Use name 'adamw' if that is intended",
             "name",
         )

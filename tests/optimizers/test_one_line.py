@@ -68,6 +68,7 @@ class Experts(nn.Module):
         self.shared_gate = nn.Linear(8, 1)
         self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 8)) for _ in range(4))
         self.stacked = nn.Parameter(torch.randn(4, 24, 8))
+        self.stacked_bias = nn.Parameter(torch.zeros(4, 24))
 
 
 class Vision(nn.Module):
@@ -177,6 +178,7 @@ def test_routers_gates_and_experts() -> None:
     assert rows["0.gate.weight"].why == "router of experts"
     assert rows["1.shared_gate.weight"].why == "one row or column"
     assert rows["0.stacked"].role == "tensor"
+    assert (rows["0.stacked_bias"].role, rows["0.stacked_bias"].optimizer) == ("vector", "adamw")
     assert rows["0.experts.3.0.weight"].direction == "aurora"
     stack = table(model, Settings(unsure="adamw", experts="matrix"))["0.stacked"]
     assert (stack.shape, stack.blocks, stack.direction) == ((24, 8), 4, "aurora")
@@ -326,6 +328,8 @@ def test_bad_options_of_a_model_are_refused(given: dict[str, Any], message: str)
 def test_a_model_without_a_matrix_is_refused_and_the_doubtful_are_named() -> None:
     with pytest.raises(OptionError, match=r"no matrix .* Of weight it is not sure"):
         Aurora(nn.Linear(8, 4))
+    with pytest.raises(OptionError, match=r"an option for these: conv\."):
+        Aurora(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     with pytest.raises(OptionError, match="routing has no effect"):
         Aurora(NanoGPT().parameters(), routing=Settings())
 

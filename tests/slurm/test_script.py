@@ -255,6 +255,17 @@ def test_the_other_scripts_start_their_verb_once(
     assert not (nodes.folder / "hacked").exists()
 
 
+def test_an_evaluation_keeps_items_and_scores_over_jobs_and_its_compile_caches_on_the_node(nodes: Nodes) -> None:
+    script, shared = REPOSITORY / "slurm/eval.sbatch", str(nodes.folder / "my shared; folder")
+    arguments = ("my run", "--every-checkpoint", "--follow")
+    assert nodes.run(*arguments, script=script, SLURM_JOB_NUM_NODES="1", AURORA_CACHE=shared).returncode == 0
+    own = f"{nodes.folder}/local/aurora-{os.getuid()}-123456"
+    assert nodes.environment("batch-environment")["AURORA_COMPILE_CACHE"] == own  # which is deleted at the end
+    assert nodes.environment()["AURORA_CACHE"] == shared
+    assert nodes.environment()["TRITON_CACHE_DIR"] == f"{own}/triton"
+    assert nodes.arguments() == ["-m", "pretrain", "eval", *arguments]
+
+
 @pytest.mark.parametrize("script", ["pretrain", "eval", "sweep"])
 def test_a_requeued_job_keeps_its_log_and_may_be_requeued(script: str) -> None:
     lines = (REPOSITORY / f"slurm/{script}.sbatch").read_text().splitlines()
