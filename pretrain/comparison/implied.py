@@ -66,7 +66,7 @@ def _of_reference(facts: Facts, claim: Claim, verdicts: dict[str, str], sources:
             Cell(task) if task else EMPTY,
             Cell(times(ratio), ratio, "", cited),
             flops,
-            Cell(verdict, small="measured by us" if verdicts else ""),
+            Cell(verdict, small="measured by us" if task else ""),
         ]
 
 

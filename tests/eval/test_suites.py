@@ -166,6 +166,14 @@ def test_several_models_get_a_folder_each_and_one_table(
     assert [line.split()[0] for line in table[1:]] == ["one", "other"]
     assert sum(scored) == 2 * 3 * 6
 
+    # The comparison page takes the same config, and the folder of the results.
+    assert main(["compare-page", config, str(out), "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "comparison.md").read_text()
+    assert "2 of 2 models run." in page
+    assert "**other against one**" in page
+    assert "the result is of" not in page  # another model than the config's
+    assert page.count(f"| {results['one']['tasks']['winogrande']['acc']:.4f} ") > 0
+
     # The command line takes precedence, and the same scores serve it.
     assert main(["eval", config, "--tasks", "winogrande,", "--limit", "2", "--out", str(tmp_path / "less")]) == 0
     less = read_result(tmp_path / "less" / "one")

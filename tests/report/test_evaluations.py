@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from eval.compare import compare
 from pretrain.cli import main
 from pretrain.report import schema
 from tests.eval.results import a_result, write
@@ -166,7 +167,7 @@ def test_scores_beyond_accuracy(tmp_path: Path) -> None:
             task.update(acc=task.pop("acc_norm"), acc_stderr=task.pop("acc_norm_stderr"), num_fewshot=5, metric="acc")
             for item in task["items"]:
                 item["acc"] = item.pop("acc_norm")
-    result["tasks"]["lambada_openai"].update(perplexity=12.5, perplexity_stderr=0.7)
+    result["tasks"]["lambada_openai"].update(perplexity=12.5, perplexity_stderr=0.7, note="other items than published")
     part = {"num_items": 1, "acc": 0.0, "acc_norm": 0.75}
     result["tasks"]["hellaswag"].update(overlap={"without": part}, subsets={"goldenswag": {**part, "acc_norm": 0.125}})
     members = ["mmlu_anatomy", "mmlu_law"]
@@ -189,5 +190,67 @@ def test_scores_beyond_accuracy(tmp_path: Path) -> None:
     whole, _, hidden = section((folder / "report.html").read_text(), "evaluations").partition("<details>")
     for part_of, names in ((whole, ["mmlu", "lambada_openai", "hellaswag"]), (hidden, members)):
         assert [name for name in rows if f"<span>{name} " in part_of] == names
-    for text in ("everything", "perplexity 12.50", "acc_norm: goldenswag 0.1250"):
+    for text in ("everything", "perplexity 12.50", "acc_norm: goldenswag 0.1250", "other items than published"):
         assert text in page.text
+
+
+def test_parts_and_texts_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `compare` returns them: the same keys, with a part, or a text instead of a task."""
+    folder = two_runs(tmp_path)
+    for name in ("muon", "aurora"):
+        write(tmp_path / name / "eval", a_result({"hellaswag": [1, 0, 1]}))
+
+    def with_more(*arguments: Any, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = dict(compare(*arguments, **options))
+        text = {"text": "passages", "model": "aurora", "baseline": "muon", "difference": -0.25, "interval": None}
+        text |= {"num_documents": 7, "won": 6, "lost": 1, "outcome": "different", "better": "aurora"}
+        parts = [{**row, "part": "without overlap", "difference": 0.125} for row in found["comparisons"]]
+        return {**found, "parts": parts, "bits_per_byte": [text]}
+
+    monkeypatch.setattr("pretrain.cli.evaluated_runs.compare", with_more)
+    found, page = report(folder)
+    rows = found["evaluations"]["differences"]
+    assert [(row["task"], row["metric"], row["num_items"]) for row in rows] == [
+        ("hellaswag", "acc_norm", 3),
+        ("hellaswag: without overlap", "acc_norm", 3),
+        ("passages", "bits per byte", 7),
+    ]
+    assert (rows[2]["low"], rows[2]["verdict"]) == (None, "aurora is better")
+    assert {frozenset(row) for row in rows} == {frozenset(get_type_hints(schema.DifferenceRow))}
+    for part in ("hellaswag: without overlap", "+0.1250 [", "-0.2500", "6/1", "aurora is better"):
+        assert part in page.text
+
+
+def test_several_runs_are_compared_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if they have the same name: then they are called by their paths."""
+    folders = [tmp_path / root / "one" for root in ("a", "b")]
+    for number, folder in enumerate(folders):
+        write_run(folder, records(20, loss=4.0 - number / 8), config={"optimizer": {"name": "muon"}})
+        write(folder / "eval", a_result({"winogrande": [number] * 50}))
+    other = write_run(tmp_path / "c", records(20, loss=3.75))
+    out = tmp_path / "page.html"
+    assert main(["report", *map(str, folders), str(other), "--out", str(out)]) == 0
+    found, page = json.loads(out.with_suffix(".json").read_text()), Page(out.read_text())
+    names = [*map(str, folders), "c"]
+    assert [job["run"] for job in found["jobs"]] == names
+    assert [row["run"] for row in found["evaluations"]["scores"]] == names[:2]
+    (row,) = found["evaluations"]["differences"]
+    assert (row["run"], row["baseline"], row["won"]) == (names[1], names[0], 50)
+    differences = [row["difference"] for row in found["final"]]
+    assert [difference and difference["mean"] for difference in differences] == [
+        None,
+        pytest.approx(-0.125),
+        pytest.approx(-0.25),
+    ]
+    for part in ("3 of 3 runs done", "Differences to the baseline", f"{names[1]} is better", "3.7599"):
+        assert part in page.text
+
+    capsys.readouterr()
+    for arguments, said in (
+        ([*folders], "name the page: --out FILE.html"),
+        ([folders[0], folders[0], "--out", out], "given twice"),
+        ([folders[0], two_runs(tmp_path / "s"), "--out", out], "a sweep; a report about several folders compares runs"),
+        ([folders[0], tmp_path / "no", tmp_path / "nor", "--out", out], "no: no such folder"),
+    ):
+        assert main(["report", *map(str, arguments)]) == 2
+        assert said in capsys.readouterr().err

@@ -254,15 +254,15 @@ def test_the_other_scripts_start_their_verb_once(
     assert not (nodes.folder / "hacked").exists()
 
 
-def test_an_evaluation_keeps_its_items_over_jobs_and_its_compile_caches_on_the_node(nodes: Nodes) -> None:
-    script, one = REPOSITORY / "slurm/eval.sbatch", {"SLURM_JOB_NUM_NODES": "1"}
-    shared = str(nodes.folder / "my shared; folder")
-    for given, expected in (({"AURORA_CACHE": shared}, shared), ({"HOME": "/h"}, "/h/.cache/aurora-pretrain")):
-        assert nodes.run("my config.yaml", script=script, **one, **given).returncode == 0
-        own = f"{nodes.folder}/local/aurora-{os.getuid()}-123456"
-        assert nodes.environment("batch-environment")["AURORA_CACHE"] == own  # which is deleted at the end
-        assert nodes.environment()["AURORA_CACHE"] == expected
-        assert nodes.environment()["TRITON_CACHE_DIR"] == f"{own}/triton"
+def test_an_evaluation_keeps_items_and_scores_over_jobs_and_its_compile_caches_on_the_node(nodes: Nodes) -> None:
+    script, shared = REPOSITORY / "slurm/eval.sbatch", str(nodes.folder / "my shared; folder")
+    arguments = ("my run", "--every-checkpoint", "--follow")
+    assert nodes.run(*arguments, script=script, SLURM_JOB_NUM_NODES="1", AURORA_CACHE=shared).returncode == 0
+    own = f"{nodes.folder}/local/aurora-{os.getuid()}-123456"
+    assert nodes.environment("batch-environment")["AURORA_COMPILE_CACHE"] == own  # which is deleted at the end
+    assert nodes.environment()["AURORA_CACHE"] == shared
+    assert nodes.environment()["TRITON_CACHE_DIR"] == f"{own}/triton"
+    assert nodes.arguments() == ["-m", "pretrain", "eval", *arguments]
 
 
 @pytest.mark.parametrize("script", ["pretrain", "eval", "sweep"])
