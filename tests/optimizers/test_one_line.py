@@ -246,6 +246,41 @@ def test_phi3s_fused_weights_are_split_by_its_heads() -> None:
     assert [(row.shape, row.blocks) for row in rows if "layers.0.mlp.gate_up" in row.name] == [((24, 16), 2)]
 
 
+def test_heads_have_directions_of_their_own_if_asked_for() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = Settings(unsure="adamw", heads=1)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": 40}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    rows = table(model, settings)
+    found = {name: rows[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkvo"}
+    assert [(row.shape, row.blocks) for row in found.values()] == [
+        ((8, 16), 4),
+        ((8, 16), 2),
+        ((8, 16), 2),
+        ((16, 32), 1),
+    ]
+    three = [row for row in routes(model, Settings(unsure="adamw", heads=3)) if "1.self_attn.q" in row.name]
+    assert [(row.shape, row.blocks) for row in three] == [((24, 16), 1), ((8, 16), 1)]
+    fused = table(gpt2(), settings)
+    assert (fused["transformer.h.0.attn.c_attn.weight"].shape, fused["transformer.h.0.attn.c_attn.weight"].blocks) == (
+        (8, 16),
+        6,
+    )
+    assert fused["transformer.h.0.mlp.c_fc.weight"].blocks == 1
+    vision = table(Vision(), settings)["layers.0.self_attn.in_proj_weight"]
+    assert (vision.shape, vision.blocks) == ((8, 16), 6)
+    # An attention that says nothing of its heads is not split.
+    assert table(NanoGPT(), settings)["h.0.attn.c_attn.weight"].blocks == 1
+    with pytest.raises(OptionError, match="heads is -1"):
+        table(NanoGPT(), Settings(heads=-1))
+    optimizer = Aurora(model, routing=settings)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert bool(optimizer.last_step_finite)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_convolutions_and_experts_step_as_their_matrices_would(channels_last: bool) -> None:
     conv, experts = nn.Conv2d(3, 64, 2, bias=False), nn.Parameter(torch.randn(3, 12, 5))
