@@ -28,6 +28,7 @@ from pretrain.processes.errors import did_you_mean
 
 MetricChoice = Literal["auto", "acc", "acc_norm"]
 DEFAULT_MARGIN = 0.02
+LEFT_OUT = "not compared, of "  # how the note on a model's tasks starts that others do not have
 
 
 def compare(
@@ -317,7 +318,7 @@ def _notes(models: Sequence[ComparedModel], results: Sequence[EvalResult], names
     }
     for label, tasks in left_out.items():
         if tasks:
-            yield f"not compared, of {label}: {', '.join(tasks)}"
+            yield f"{LEFT_OUT}{label}: {', '.join(tasks)}"
     for what, values in (
         ("dtype of the weights", [result["dtype"] for result in results]),
         ("version of lm-eval", [result["versions"].get("lm_eval", "unknown") for result in results]),

@@ -5,8 +5,9 @@ inside a block of layers does, and so does one whose outputs a later layer takes
 router of a mixture of experts and a weight of one row or column do not. What modules do not tell, such as a bare
 parameter or the last Linear of a model, is `is_sure = False`, with the best guess.
 
-Names are read in one place only, `FUSED`: whether the rows of a fused weight lie one part after the other cannot be
-seen from its module. A fused weight that is not listed is one matrix, which is right for rows in any order.
+Names are read for the rows of attention and fused weights only, `FUSED` and `QUERIES_KEYS_VALUES`: whether the rows of
+a fused weight lie one part after the other cannot be seen from its module. A fused weight that is not listed is one
+matrix, which is right for rows in any order.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,8 @@ class Seen:
     view: View | None = None
     fused: tuple[int, ...] | None = None
     """The rows of the parts of a fused weight, if they lie one after the other."""
+    head_size: int | None = None
+    """The rows of an attention head, if it is the weight of queries, keys or values."""
     optional: Literal["conv", "experts"] | None = None
     """What it could be a matrix as, if asked for."""
     is_flattened: bool = False
@@ -104,8 +107,10 @@ def _weight_of(module: nn.Module, getter: str) -> Tensor | None:
 
 
 def _reason(p: Tensor, why: str) -> Seen:
-    if p.ndim != 2 or "norm gain" in why or "bias" in why:
+    if p.ndim < 2 or "norm gain" in why or "bias" in why:
         return Seen("vector", False, why)
+    if p.ndim > 2:
+        return Seen("tensor", False, why)
     role: Role = "embedding" if why.startswith("embedding") else "head" if "output head" in why else "hidden"
     return Seen(role, False, why)
 
@@ -119,6 +124,7 @@ def _held(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor, 
     if p.ndim < 2:
         return Seen("vector", False, "not 2-D")
     parent = _parent(model, path)
+    fused: tuple[int, ...] | None
     if 1 in p.shape:
         return Seen("hidden", False, "one row or column")
     if isinstance(module, nn.Linear) and len(p) in _expert_counts(parent):
@@ -126,17 +132,20 @@ def _held(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor, 
     if isinstance(module, nn.Linear) and name == "weight":
         return linears.seen(path, module, parent)
     if is_conv1d(module) and name == "weight":
-        return Seen(
-            "hidden", True, f"{PLAIN}, stored as inputs x outputs", view="in_out", fused=_parts(path, p.mT, parent)
-        )
-    fused: tuple[int, ...] | None
+        stored, weight = f"{PLAIN}, stored as inputs x outputs", p.mT
+        fused, size = _parts(path, weight, parent), _head_size(path, weight, parent)
+        return Seen("hidden", True, stored, view="in_out", fused=fused, head_size=size)
     if isinstance(module, nn.MultiheadAttention):
         fused = (len(p) // 3,) * 3 if name == "in_proj_weight" else None
-        return Seen("hidden", True, PLAIN + (", q, k and v" if fused else ""), fused=fused)
+        # out_proj is a Linear of its own; what is here are queries, keys and values.
+        why = PLAIN + (", q, k and v" if fused else "")
+        return Seen("hidden", True, why, fused=fused, head_size=module.head_dim)
     if isinstance(module, _RECURRENT):
         gates = 1 if name.startswith("weight_hr") else _GATES.get(getattr(module, "mode", type(module).__name__), 1)
         fused = (len(p) // gates,) * gates if gates > 1 else None
         return Seen("hidden", True, PLAIN + (f", {gates} gates" if fused else ""), fused=fused)
+    if any(other is not None and other.ndim == 3 and len(other) == len(p) for other in module._parameters.values()):
+        return Seen("vector", False, "a vector for each expert")
     if len(p) in _expert_counts(module):
         return Seen("hidden", False, "router of experts")
     return Seen("hidden", True, f"a bare parameter of {type(module).__name__}", is_sure=False)
@@ -207,7 +216,8 @@ class _Linears:
                 return Seen("head", False, "output head: as many outputs as an embedding has entries")
             is_taken = any(other > place for other in takers)
         if is_taken:
-            return Seen("hidden", True, PLAIN, fused=_parts(path, module.weight, parent))
+            fused, size = _parts(path, module.weight, parent), _head_size(path, module.weight, parent)
+            return Seen("hidden", True, PLAIN, fused=fused, head_size=size)
         return Seen("head", True, f"no later layer takes its {outputs} outputs: perhaps an output head", is_sure=False)
 
 
@@ -271,3 +281,22 @@ def _parts(path: str, p: Tensor, parent: nn.Module | None) -> tuple[int, ...] | 
     """The rows of the parts of a fused weight [outputs, inputs], None if it is one matrix as far as we know."""
     known: Any = FUSED.get(path.rpartition(".")[2])
     return None if known is None else known(p, parent)
+
+
+QUERIES_KEYS_VALUES = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", *FUSED} - {"gate_up_proj"})
+"""Layers whose rows are heads of an attention, one after the other in each of their parts."""
+
+_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
+
+
+def _head_size(path: str, p: Tensor, parent: nn.Module | None) -> int | None:
+    """The rows of a head of a weight [outputs, inputs], if its attention says how large they are, or how many."""
+    name = path.rpartition(".")[2]
+    if name not in QUERIES_KEYS_VALUES or (name in FUSED and _parts(path, p, parent) is None):
+        return None
+    sizes = [size for key in _HEAD_SIZES if isinstance(size := getattr(parent, key, None), int)]
+    counts = [count for key in _HEAD_COUNTS if isinstance(count := getattr(parent, key, None), int) and count > 0]
+    sizes += [p.shape[1] // count for count in counts if p.shape[1] % count == 0]
+    parts = _parts(path, p, parent) or (len(p),)
+    return next((size for size in sizes if size > 0 and not any(part % size for part in parts)), None)

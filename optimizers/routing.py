@@ -52,6 +52,9 @@ class Settings:
     split_fused: bool = False
     """Give each part of a fused weight a direction of its own, if the parts are known: q, k and v of an attention, gate
     and up, the gates of an LSTM."""
+    heads: int = 0
+    """Give every so many attention heads of queries, keys and values a direction of their own; 0: none. Head sizes are
+    those that the attention states, as in transformers; the table shows which weights are split."""
     conv: options.Kind = "adamw"
     """Where the weights of convolutions go; "matrix": each is one of outputs x (inputs * kernel)."""
     experts: options.Kind = "adamw"
@@ -116,9 +119,11 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
         rows += [_row(names[0], shape, kind, matrix, why, found.role, count) for shape, count in shapes.items()]
     if settings.name != "adamw" and not any(row.optimizer == "matrix" for row in rows):
         unsure = [row.name for row in rows if row.is_unsure]
+        optional = sorted({found.optional for found in seen.values() if found.optional is not None})
         raise OptionError(
             f"optimizer {settings.name!r} found no matrix among {len(rows)} parameters, so it would step nothing. "
             + (f"Of {', '.join(unsure)} it is not sure; an override makes them matrices. " if unsure else "")
+            + (f"Settings has an option for these: {', '.join(optional)}. " if optional else "")
             + "Use name 'adamw' if that is intended",
             "name",
         )
@@ -209,6 +214,8 @@ def _matrix_options(settings: Settings) -> dict[str, Any] | None:
             raise OptionError(
                 f"{key} is {given!r}: expected one of {expected}{did_you_mean(given, ('matrix', 'adamw'))}"
             )
+    if not isinstance(settings.heads, int) or isinstance(settings.heads, bool) or settings.heads < 0:
+        raise OptionError(f"heads is {settings.heads!r}: expected a whole number of at least 0")
     full = options.complete("matrix", {"direction": settings.name, **settings.matrix}, preset=settings.preset)
     without = options.ineffective(full)
     return {key: value for key, value in full.items() if key not in without}
@@ -280,7 +287,7 @@ def _row_blocks(
     if settings.name == "adamw":
         return None
     if not wanted:
-        return seen.fused if settings.split_fused and kind == "matrix" else None
+        return _known_parts(p, seen, settings) if kind == "matrix" else None
     if len(wanted) > 1:
         raise OptionError(
             f"row_blocks contradict each other for {names[0]}: {', '.join(map(repr, wanted))}", "row_blocks"
@@ -299,6 +306,15 @@ def _row_blocks(
             f"row_blocks {pattern!r} splits {names[0]} into {split}: expected parts of its {rows} rows", "row_blocks"
         )
     return tuple(heights)
+
+
+def _known_parts(p: Tensor, seen: Seen, settings: Settings) -> tuple[int, ...] | None:
+    """The rows of the parts of a weight that the settings split without naming it."""
+    if not settings.heads or seen.head_size is None:
+        return seen.fused if settings.split_fused else None
+    parts = seen.fused or (row_shape(p.shape, _view(p, seen))[-1],)
+    height = settings.heads * seen.head_size
+    return tuple(min(height, part - start) for part in parts for start in range(0, part, height))
 
 
 def _check_patterns(what: str, by_pattern: Mapping[str, object], names: list[str]) -> None:

@@ -149,7 +149,7 @@ def test_the_card_of_a_checkpoint_has_its_own_scores_and_settings(trained: Confi
         }  # fmt: skip
         write(trained.run_folder / "eval" / folder, found)
 
-    result(1, [1, 1, 1], digest, "step-00000001")
+    result(1, [1] * 9, digest, "step-00000001")
     result(2, [1, 0, 0, 0], digest, "step-00000002")
     result(2, [1, 1], digest, "fewer")
     result(2, [1] * 9, "0" * 64, "of-other-weights")
@@ -163,6 +163,25 @@ def test_the_card_of_a_checkpoint_has_its_own_scores_and_settings(trained: Confi
     for line in ("| winogrande | 0 | acc | 0.2500 ± 0.0100 |", "| optimizer.lr | 0.02 |", "packaged in made-up-1"):
         assert line in text
     assert "| train.global\\_batch\\_tokens | 768 |" in text
+
+
+def test_a_group_of_tasks_is_one_line_of_the_card(trained: Config, tmp_path: Path) -> None:
+    result = a_result({"mmlu_a": [1, 1, 0], "mmlu_b": [0], "winogrande": [1]})
+    result["model"]["provenance"] = {"run_name": "tiny", "step": 2, "tokens": 1}
+    for task in ("mmlu_a", "mmlu_b"):
+        result["tasks"][task] |= {"num_fewshot": 5, "metric": "acc"}
+    names = ["mmlu_a", "mmlu_b"]
+    result["groups"] = {"mmlu": {"tasks": names, "num_items": 4, "acc": 0.5, "acc_stderr": 0.25}}
+    shutil.rmtree(trained.run_folder / "eval", ignore_errors=True)
+    write(trained.run_folder / "eval" / "mmlu", result)
+    assert main(["export", str(trained.run_folder), str(tmp_path / "out")]) == 0
+    shutil.rmtree(trained.run_folder / "eval")
+    text = (tmp_path / "out" / "README.md").read_text().split("## Evaluation")[1].split("##")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()[2:]]
+    assert rows == [
+        ["mmlu", "5", "acc", "0.5000 ± 0.2500", "4 of 4 (2 tasks, validation, packaged in made-up-1)"],
+        ["winogrande", "0", "acc", "1.0000 ± 0.0100", "1 of 1 (validation, packaged in made-up-1)"],
+    ]
 
 
 def test_the_options_reach_the_files(trained: Config, tmp_path: Path) -> None:

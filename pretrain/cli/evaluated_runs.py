@@ -102,9 +102,8 @@ def _points(run: str, series: str, step: int, result: EvalResult) -> list[Series
     provenance = result["model"].get("provenance")
     points: list[SeriesRow] = []
     for name, task in result["tasks"].items():
-        metric = _metric(cast(Mapping[str, Any], task))
-        score = cast(Mapping[str, Any], task)[metric]
-        low, high = wilson_interval(score, task["num_items"])
+        metric = main_metric(task)
+        low, high = wilson_interval(task[metric], task["num_items"])
         points.append(
             {
                 "run": run,
@@ -113,7 +112,7 @@ def _points(run: str, series: str, step: int, result: EvalResult) -> list[Series
                 "tokens": provenance["tokens"] if provenance else None,
                 "task": name,
                 "metric": metric,
-                "score": score,
+                "score": task[metric],
                 "low": low,
                 "high": high,
                 "num_items": task["num_items"],
@@ -131,16 +130,16 @@ def wilson_interval(share: float, items: int, z: float = 1.959964) -> tuple[floa
 
 def _scores(run: str, file: str, result: EvalResult) -> list[ScoreRow]:
     """The scores of a result: of its groups of tasks, then of its tasks."""
-    groups: Mapping[str, Any] = cast(Mapping[str, Any], result).get("groups", {})
+    groups = result.get("groups", {})
     group_of = {task: name for name, group in groups.items() for task in group["tasks"]}
-    rows = [_score(run, file, result, name, group) for name, group in groups.items()]
+    rows = [_score(run, file, result, name, cast(Mapping[str, Any], group)) for name, group in groups.items()]
     for name, task in result["tasks"].items():
         rows.append({**_score(run, file, result, name, cast(Mapping[str, Any], task)), "group": group_of.get(name)})
     return rows
 
 
 def _score(run: str, file: str, result: EvalResult, name: str, task: Mapping[str, Any]) -> ScoreRow:
-    metric = _metric(task)
+    metric = main_metric(cast(TaskResult, task))
     return {
         "run": run,
         "file": file,
@@ -151,15 +150,11 @@ def _score(run: str, file: str, result: EvalResult, name: str, task: Mapping[str
         "num_items": task["num_items"],
         "num_items_in_split": task.get("num_items_in_split", task["num_items"]),
         "num_fewshot": task.get("num_fewshot", result["num_fewshot"]),
-        "suite": cast(Mapping[str, Any], result).get("suite"),
+        "suite": result.get("suite"),
         "group": None,
+        "note": task.get("note", ""),
         "other": _other_figures(task, metric),
     }
-
-
-def _metric(task: Mapping[str, Any]) -> str:
-    """The metric that a task is reported by; results of earlier versions do not name it."""
-    return str(task.get("metric") or main_metric(cast(TaskResult, task)))
 
 
 def _other_figures(task: Mapping[str, Any], metric: str) -> dict[str, float]:
@@ -173,7 +168,6 @@ def _other_figures(task: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 
 def _bits(run: str, file: str, step: int | None, result: EvalResult) -> list[BitsRow]:
-    texts: Mapping[str, Any] = cast(Mapping[str, Any], result).get("bits_per_byte", {})
     return [
         {
             "run": run,
@@ -181,31 +175,44 @@ def _bits(run: str, file: str, step: int | None, result: EvalResult) -> list[Bit
             "step": step,
             "text": name,
             "bits_per_byte": text["bits_per_byte"],
-            "stderr": text.get("stderr"),
+            "stderr": text["stderr"],
             "bytes": text["bytes"],
             "documents": text["documents"],
         }
-        for name, text in texts.items()
+        for name, text in result.get("bits_per_byte", {}).items()
     ]
 
 
 def _differences(found: Mapping[str, Path]) -> list[DifferenceRow]:
-    """Compare results of the same name with that of the first run."""
-    comparison = compare(list(found.values()), labels=list(found))
-    return [
-        {
-            "run": row["model"],
-            "baseline": row["baseline"],
-            "task": row["task"],
-            "metric": row["metric"],
-            "num_items": row["num_items"],
-            "difference": row["difference"],
-            "low": row["interval"][0],
-            "high": row["interval"][1],
-            "won": row["won"],
-            "lost": row["lost"],
-            "outcome": row["outcome"],
-            "verdict": verdict(row),
-        }
-        for row in comparison["comparisons"]
+    """Compare results of the same name with that of the first run: tasks, parts of their items, and held-out texts."""
+    comparison: Mapping[str, Any] = cast(Mapping[str, Any], compare(list(found.values()), labels=list(found)))
+    rows = [(row, row["task"]) for row in comparison["comparisons"]]
+    rows += [(row, f"{row['task']}: {row['part']}") for row in comparison.get("parts", [])]
+    tasks = [_difference(row, task, row["metric"], row["num_items"], verdict(row)) for row, task in rows]
+    texts = [
+        _difference(row, row["text"], "bits per byte", row["num_documents"], _verdict_on_bits(row))
+        for row in comparison.get("bits_per_byte", [])
     ]
+    return tasks + texts
+
+
+def _difference(row: Mapping[str, Any], task: str, metric: str, num_items: int, in_words: str) -> DifferenceRow:
+    low, high = row["interval"] or (None, None)
+    return {
+        "run": row["model"],
+        "baseline": row["baseline"],
+        "task": task,
+        "metric": metric,
+        "num_items": num_items,
+        "difference": row["difference"],
+        "low": low,
+        "high": high,
+        "won": row["won"],
+        "lost": row["lost"],
+        "outcome": row["outcome"],
+        "verdict": in_words,
+    }
+
+
+def _verdict_on_bits(row: Mapping[str, Any]) -> str:
+    return f"{row['better']} is better" if row["outcome"] == "different" else str(row["outcome"])

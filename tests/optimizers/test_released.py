@@ -67,7 +67,17 @@ def test_the_preset_repeats_the_released_steps_bit_for_bit(nesterov: bool) -> No
             assert torch.equal(optimizer.state[w]["momentum"], momentum)
 
 
-@pytest.mark.parametrize("shapes", [[(512, 128)], [(300, 299)] * 3, [(1024, 256)], [(257, 64), (257, 64)], [(64, 257)]])
+LARGE: list[list[tuple[int, int]]] = [
+    [(512, 128)],
+    [(300, 299)] * 3,
+    [(1024, 256)],
+    [(256, 1024)] * 3,
+    [(257, 64), (257, 64)],
+    [(299, 300)],
+]
+
+
+@pytest.mark.parametrize("shapes", LARGE, ids=str)
 def test_large_and_tall_matrices_repeat_the_released_directions_bit_for_bit(shapes: list[tuple[int, int]]) -> None:
     """From about 257 rows on a sum over a row depends on how the factor lies in memory."""
     generator = torch.Generator().manual_seed(3)

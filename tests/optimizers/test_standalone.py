@@ -118,6 +118,28 @@ def test_hugging_faces_trainer_makes_it_from_class_and_options(tmp_path: Path) -
     assert {group["kind"] for group in trainer.optimizer.param_groups} == {"mixed"}
 
 
+def test_accelerate_prepares_it_with_the_model() -> None:
+    from accelerate import Accelerator
+
+    torch.manual_seed(0)
+    model, twin = Regression(), Regression()
+    twin.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="perhaps an output head"):
+        optimizer, other = Aurora(model, lr=0.02), Aurora(twin, lr=0.02)
+    accelerator = Accelerator(cpu=True)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    x = torch.randn(16, 8)
+    for _ in range(3):
+        wrapped.zero_grad()
+        accelerator.backward(prepared(x, x[:, :4])["loss"])
+        wrapped.step()
+        other.zero_grad()
+        twin(x, x[:, :4])["loss"].backward()
+        other.step()
+    for got, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_a_thousand_small_matrices_take_one_polar_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

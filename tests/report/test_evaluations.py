@@ -100,8 +100,18 @@ def at_step(result: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def bits(value: float, stderr: float | None = 0.01) -> dict[str, Any]:
-    sums = {"bytes": 5000, "tokens": 1000, "documents": 12}
-    return {"bits_per_byte": {"passages": {"bits_per_byte": value, "stderr": stderr, **sums}}}
+    """Bits per byte on twelve documents of rising difficulty, 5,000 bytes in all."""
+    sizes = [450] * 11 + [50]
+    documents = [
+        {"doc_hash": f"document-{place}", "bytes": size, "tokens": size // 4, "bits": size * value}
+        for place, size in enumerate(sizes)
+    ]
+    text = {
+        **{"bits_per_byte": value, "stderr": stderr, "bytes": sum(sizes), "tokens": sum(size // 4 for size in sizes)},
+        **{"documents": 12, "documents_in_text": 12, "context": 128, "stride": 64, "first_token": "<|endoftext|>"},
+        **{"documents_changed_by_tokenizer": 0, "sha256": "0", "origin": "file", "per_document": documents},
+    }
+    return {"bits_per_byte": {"passages": text}}
 
 
 def test_checkpoints_are_curves_with_bands(tmp_path: Path) -> None:
@@ -166,9 +176,13 @@ def test_scores_beyond_accuracy(tmp_path: Path) -> None:
             task.update(acc=task.pop("acc_norm"), acc_stderr=task.pop("acc_norm_stderr"), num_fewshot=5, metric="acc")
             for item in task["items"]:
                 item["acc"] = item.pop("acc_norm")
-    result["tasks"]["lambada_openai"].update(perplexity=12.5, perplexity_stderr=0.7)
-    part = {"num_items": 1, "acc": 0.0, "acc_norm": 0.75}
-    result["tasks"]["hellaswag"].update(overlap={"without": part}, subsets={"goldenswag": {**part, "acc_norm": 0.125}})
+    result["tasks"]["lambada_openai"].update(perplexity=12.5, perplexity_stderr=0.7, note="other items than published")
+    part = {"num_items": 1, "acc": 0.0, "acc_stderr": None, "acc_norm": 0.75}
+    overlap = {"report_sha256": "0", "ngram": 13, "complete": True, "text_bytes": 9, "too_short_in_split": 0}
+    subset = {**part, "acc_norm": 0.125, "origin": "file", "sha256": "0", "num_items_in_split": 1, "doc_ids": [0]}
+    result["tasks"]["hellaswag"].update(
+        overlap={**overlap, "overlapping": part, "without": part}, subsets={"goldenswag": subset}
+    )
     members = ["mmlu_anatomy", "mmlu_law"]
     result["groups"] = {"mmlu": {"tasks": members, "num_items": 4, "acc": 0.75, "acc_stderr": 0.02}}
     write(folder / "eval" / "all", result)
@@ -189,5 +203,61 @@ def test_scores_beyond_accuracy(tmp_path: Path) -> None:
     whole, _, hidden = section((folder / "report.html").read_text(), "evaluations").partition("<details>")
     for part_of, names in ((whole, ["mmlu", "lambada_openai", "hellaswag"]), (hidden, members)):
         assert [name for name in rows if f"<span>{name} " in part_of] == names
-    for text in ("everything", "perplexity 12.50", "acc_norm: goldenswag 0.1250"):
+    for text in ("everything", "perplexity 12.50", "acc_norm: goldenswag 0.1250", "other items than published"):
         assert text in page.text
+
+
+def test_parts_and_texts_are_compared_too(tmp_path: Path) -> None:
+    """Items without overlap, and bits per byte, of which fewer are better."""
+    folder = two_runs(tmp_path)
+    for name, right, value in (("muon", 10, 2.0), ("aurora", 40, 1.75)):
+        result = a_result({"winogrande": [1] * right + [0] * (60 - right)}, **bits(value))
+        for item in result["tasks"]["winogrande"]["items"]:
+            item["overlap"] = item["doc_id"] >= 20
+        write(tmp_path / name / "eval", result)
+    found, page = report(folder)
+    rows = found["evaluations"]["differences"]
+    assert [(row["task"], row["metric"], row["num_items"], row["difference"]) for row in rows] == [
+        ("winogrande", "acc", 60, 0.5),
+        ("winogrande: without overlap", "acc", 20, 0.5),
+        ("passages", "bits per byte", 12, pytest.approx(-0.25)),
+    ]
+    assert (rows[2]["won"], rows[2]["lost"], rows[2]["verdict"]) == (12, 0, "aurora is better")
+    assert {frozenset(row) for row in rows} == {frozenset(get_type_hints(schema.DifferenceRow))}
+    for part in ("winogrande: without overlap", "+0.5000 [", "-0.2500", "12/0", "aurora is better"):
+        assert part in page.text
+
+
+def test_several_runs_are_compared_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if they have the same name: then they are called by their paths."""
+    folders = [tmp_path / root / "one" for root in ("a", "b")]
+    for number, folder in enumerate(folders):
+        write_run(folder, records(20, loss=4.0 - number / 8), config={"optimizer": {"name": "muon"}})
+        write(folder / "eval", a_result({"winogrande": [number] * 50}))
+    other = write_run(tmp_path / "c", records(20, loss=3.75))
+    out = tmp_path / "page.html"
+    assert main(["report", *map(str, folders), str(other), "--out", str(out)]) == 0
+    found, page = json.loads(out.with_suffix(".json").read_text()), Page(out.read_text())
+    names = [*map(str, folders), "c"]
+    assert [job["run"] for job in found["jobs"]] == names
+    assert [row["run"] for row in found["evaluations"]["scores"]] == names[:2]
+    (row,) = found["evaluations"]["differences"]
+    assert (row["run"], row["baseline"], row["won"]) == (names[1], names[0], 50)
+    differences = [row["difference"] for row in found["final"]]
+    assert [difference and difference["mean"] for difference in differences] == [
+        None,
+        pytest.approx(-0.125),
+        pytest.approx(-0.25),
+    ]
+    for part in ("3 of 3 runs done", "Differences to the baseline", f"{names[1]} is better", "3.7599"):
+        assert part in page.text
+
+    capsys.readouterr()
+    for arguments, said in (
+        ([*folders], "name the page: --out FILE.html"),
+        ([folders[0], folders[0], "--out", out], "given twice"),
+        ([folders[0], two_runs(tmp_path / "s"), "--out", out], "a sweep; a report about several folders compares runs"),
+        ([folders[0], tmp_path / "no", tmp_path / "nor", "--out", out], "no: no such folder"),
+    ):
+        assert main(["report", *map(str, arguments)]) == 2
+        assert said in capsys.readouterr().err

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from pretrain.report.arrays import survival, why_no_survival
 from pretrain.report.write import results, write_report
+from pretrain.run.reader import read_run
 from tests.report.folders import CONFIG, job, records, write_run, write_sweep
 from tests.report.test_page import NASTY, Page, small_sweep
 
@@ -40,7 +42,7 @@ def three_seeds(root: Path, losses: dict[str, list[float]], **changes: Any) -> P
 
 
 MUON = [4.0, 4.1, 4.2]
-LOSSES = {"muon": MUON, "aurora": [3.99, 4.088, 4.191], "adamw": [6.0, 6.1, 6.3]}
+LOSSES = {"muon": MUON, "aurora": [3.99, 4.088, 4.191], "adamw-0.5": [6.0, 6.1, 6.3]}
 CLAIM = {"measure": "validation_loss", "where": {"optimizer": "aurora"}}
 
 
@@ -98,12 +100,12 @@ def test_differences_of_a_hundredth_can_be_seen(page: str) -> None:
     """The baseline has none; AdamW, two nats behind, is an arrow at the edge of the panel."""
     panel = section(page, "differences")
     assert "aurora: −0.0103 ± 0.0038" in panel
-    assert "adamw: +2.0333 ± 0.1434" in panel
+    assert "adamw-0.5: +2.0333 ± 0.1434" in panel
     assert "muon:" not in panel
     ticks = [float(text.replace("−", "-")) for text in re.findall(r">([−-]?[0-9.]+)</text>", panel)]
     assert max(ticks) - min(ticks) <= 0.05
     curve = hovers(page)["Difference of validation loss to the baseline"]
-    assert [line["name"] for line in curve["lines"]] == ["aurora", "adamw"]
+    assert [line["name"] for line in curve["lines"]] == ["aurora", "adamw-0.5"]
     x, mean, low, high = curve["lines"][0]["points"][-1]
     assert (x, mean) == (409600, pytest.approx(-0.0103333, abs=1e-6))
     assert (low, high) == (pytest.approx(mean - 0.0037946, abs=1e-5), pytest.approx(mean + 0.0037946, abs=1e-5))
@@ -175,26 +177,18 @@ def test_names_in_the_data_of_figures_are_escaped(tmp_path: Path) -> None:
 def test_a_run_shows_its_samples(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", records(20))
     samples = [
-        {"step": step, "prompt": prompt, "text": f"{NASTY} {step}"} for step in (10, 20) for prompt in ("", "So")
+        {"step": step, "prompt": prompt, "text": f"{NASTY} {step}."} for step in range(1, 71) for prompt in ("", "So")
     ]
     lines = [json.dumps(sample) for sample in samples]
     (folder / "samples.jsonl").write_text("\n".join([*lines, '{"step": 20, "prompt": 3}', '{"step": 2']))
     assert results(folder)["samples"] == samples
     html = write_report(folder).read_text()
     shown, _, earlier = section(html, "samples").partition("<details>")
-    assert Page(shown).text.count(f"{NASTY} 20") == 2
-    assert Page(earlier).text.count(f"{NASTY} 10") == 2
+    assert Page(shown).text.count(f"{NASTY} 70.") == 2
+    assert Page(earlier).text.count(f"{NASTY} 20.") == 2
+    assert f"{NASTY} 19." not in Page(earlier).text
+    assert "The newest 100 of 138" in earlier
     assert "samples" not in results(write_run(tmp_path / "none", records(5)))
-
-
-def test_the_newest_of_many_samples_are_shown(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", records(20))
-    lines = (json.dumps({"step": step, "prompt": "p", "text": f"text {step}."}) for step in range(1, 301))
-    (folder / "samples.jsonl").write_text("\n".join(lines))
-    text = Page(write_report(folder).read_text()).text
-    assert "The newest 100 of 299" in text
-    assert "text 200." in text
-    assert "text 199." not in text
 
 
 @pytest.mark.parametrize(
@@ -214,12 +208,17 @@ def test_arrays_are_said_to_be_missing_only_where_they_are(
     arrays: tuple[int, ...], config: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     folder = write_run(tmp_path / "run", records(100), arrays=arrays, config=config)
+    assert survival(read_run(folder)) is None
+    assert why_no_survival(read_run(folder)) == said
+
+
+def test_the_page_says_why_dead_rows_are_not_followed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", records(100), arrays=(1, 100), config={"telemetry": {"reference_step": 2}})
     text = Page(write_report(folder).read_text()).text
-    assert f"Whether dead rows stay dead is not shown: {said}." in text
-    assert ("there are no telemetry arrays" in text) == (not arrays)
+    assert "Whether dead rows stay dead is not shown: no row was dead at step 1." in text
+    assert "missing" not in text
     assert CONFIG["model"]["num_layers"] == 4
 
 
-def test_a_page_whose_rows_are_followed_says_nothing_is_missing(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", records(600), arrays=(500, 600))
-    assert "is not shown" not in Page(write_report(folder).read_text()).text
+def test_rows_that_are_followed_miss_nothing(tmp_path: Path) -> None:
+    assert why_no_survival(read_run(write_run(tmp_path / "run", records(3), arrays=(500, 600)))) == ""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pretrain.report.statistics import band, log2_slope, mean_interval, smoothed, value_at
+from pretrain.report.statistics import band, log2_slope, mean_interval, paired_band, smoothed, value_at
 
 
 def test_t_interval_of_three_numbers() -> None:
@@ -31,6 +31,41 @@ def test_t_interval_of_one_number_and_of_none() -> None:
     assert found.half_width is None
     assert (found.low, found.high) == (-math.inf, math.inf)
     assert mean_interval([]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "agree"),
+    [
+        ([4.2 - 4.1, 4.3 - 4.2, 4.4 - 4.3], True),  # 0.1 with three different roundings
+        ([0.0, 0.0], True),
+        ([0.1, 0.1001, 0.1], False),
+        ([-0.1, 0.1], False),
+        ([1 / 4096, 2 / 4096], False),
+        ([5.0], False),  # nothing to agree with
+    ],
+)
+def test_values_that_agree_up_to_rounding(values: list[float], agree: bool) -> None:
+    found = mean_interval(values)
+    assert found is not None
+    assert found.is_degenerate == agree
+
+
+def test_paired_bands_are_t_intervals_of_the_differences() -> None:
+    """Differences 1, 2, 3 everywhere, although the curves have other x; see the t interval of these numbers above."""
+    x, other = np.array([0.0, 10.0, 20.0]), np.array([5.0, 15.0, 20.0])
+    pairs = [((x, x + seed), (other, other)) for seed in (1.0, 2.0, 3.0)]
+    found = paired_band(pairs, points=50)
+    assert found is not None
+    grid, mean, low, high = found
+    np.testing.assert_allclose(grid, [10.0, 20.0])
+    np.testing.assert_allclose(mean, 2.0)
+    np.testing.assert_allclose(low, -0.484138, atol=1e-6)
+    np.testing.assert_allclose(high, 4.484138, atol=1e-6)
+    single = paired_band(pairs[:1], points=50)
+    assert single is not None
+    np.testing.assert_array_equal(single[2], single[3])
+    assert paired_band([], points=50) is None
+    assert paired_band([((x, x), (np.empty(0), np.empty(0)))], points=50) is None
 
 
 def test_slope_is_the_change_per_doubling() -> None:
