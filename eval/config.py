@@ -50,9 +50,8 @@ class ModelSection(Section):
             path = Path(model).expanduser()
             path.exists()
         except (OSError, RuntimeError, ValueError) as error:  # too long a name, an unknown user, a null character
-            raise ValueError(
-                f"neither a path nor an id on the Hub: {getattr(error, 'strerror', None) or error}"
-            ) from None
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+            raise ValueError(f"neither a path nor an id on the Hub: {reason}") from None
         return str(path) if model.startswith("~") else model
 
     @model_validator(mode="after")

@@ -84,7 +84,7 @@ def _model(name: str) -> ModelSection:
     """A model that the command line names."""
     model, problems = validate_section(ModelSection, {"model": name}, "")
     if problems:
-        raise UserError("\n".join(f"MODEL {problem.removeprefix('.model: ')}" for problem in problems))
+        raise UserError("\n".join(f"MODEL: {problem.removeprefix('.model: ')}" for problem in problems))
     found: ModelSection = model
     return found
 

@@ -29,6 +29,7 @@ from pretrain.config import ConfigError
 from pretrain.shipped import shipped
 from tests.eval.conftest import cache_with_items, export_model, small_llama
 from tests.eval.results import a_result
+from tests.eval.results import write as write_made_up
 
 # --- suites -------------------------------------------------------------------------------------
 
@@ -220,7 +221,7 @@ def test_a_model_that_cannot_be_loaded_does_not_stop_the_others(
         (["org/name", "--tasks", "piqa", "--shots", "3"], "task piqa: the 3 solved examples"),
         (["no/such/model"], "no/such/model"),
         (["org/name", "--tasks", ","], "no task given"),
-        ([""], "MODEL "),
+        ([""], "MODEL: string should have at least 1 character"),
         (["~nobody-of-this-name/model"], "neither a path nor an id on the Hub"),
         (["m" * 300], "neither a path nor an id on the Hub: File name too long"),
     ],
@@ -298,6 +299,29 @@ def test_marks_that_do_not_suit_the_tasks_and_a_stride_that_is_too_long_are_refu
         assert main([*command, *words]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_result_of_other_weights_or_another_dtype_is_kept_before_anything_is_scored(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ContinuationScorer, "loglikelihood", lambda *_, **__: pytest.fail("something was scored"))
+    result = a_result({"winogrande": [1]})
+    result["model"] |= {"name": str(model_folder), "sha256": "of earlier weights"}
+    write_made_up(tmp_path / "out", result)
+    command = [
+        "eval",
+        str(model_folder),
+        "--tasks",
+        "winogrande",
+        "--dtype",
+        "bfloat16",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 2
+    assert "lost: it is of other weights; it is in float32, the new one in bfloat16;" in capsys.readouterr().err
+    assert read_result(tmp_path / "out") == result
 
 
 @pytest.mark.usefixtures("made_up")
