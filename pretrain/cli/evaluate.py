@@ -139,12 +139,12 @@ def run(options: argparse.Namespace) -> int:
     # The parent of several processes loads neither torch nor lm-eval.
     from eval.sharing import joined_team
     from pretrain.cli.evaluation_run import evaluate_checkpoints_of, evaluate_plan
-    from pretrain.cli.result import check_marks
+    from pretrain.cli.result import check_marks, marks_asked
 
     if options.every_checkpoint:
         evaluate_checkpoints_of(plan, options)
         return 0
-    check_plan(plan, options.out, options.overwrite)
+    check_plan(plan, options.out, options.overwrite, marks_asked(options))
     check_marks(options)
     with joined_team() as team:
         evaluate_plan(plan, options, team)
