@@ -44,7 +44,7 @@ def compare(
     Args:
         files: result files, or folders that contain results.json; at least two. A file may be given twice.
         tasks: which tasks; None for those that all results have.
-        metric: "auto" takes acc_norm where the task has it, otherwise acc.
+        metric: "auto" takes the one that the task is reported by.
         margin: differences below it count as none in the test of equivalence; above 0 and below 1.
         labels: what the tables call each model; None for a name from its result.
 
