@@ -90,7 +90,7 @@ def evaluate_checkpoints_of(plan: Plan, options: argparse.Namespace) -> None:
 
         shots = {task.name: task.shots for task in plan.tasks}
         request = Request(shots, asked["limit"], asked["selection"], asked["items"], texts)
-        evaluate_checkpoints(run, options, request, evaluate)
+        evaluate_checkpoints(run, options, request, evaluate, prepared)
 
 
 @contextmanager
