@@ -310,7 +310,7 @@ def test_a_second_process_waits_and_finds_nothing_left(run: Path) -> None:
         (["other", "--every-checkpoint", "--follow"], "other: --every-checkpoint expects a run folder"),
         (["empty", "--every-checkpoint"], "no checkpoint yet; --follow waits for them"),
         (["run", "--follow", "--out", "x"], "--follow: works only with --every-checkpoint"),
-        (["run", "--every-steps", "2", "--out", "x"], "--every-steps: has an effect"),
+        (["run", "--every-steps", "2", "--out", "x"], "--every-steps: works only"),
         (["run"], "--out DIR is missing"),
         (["run", "--every-checkpoint", "--log", "wandb"], "wandb is disabled for this run"),
         (["other", "--out", "x", "--log", "wandb"], "neither a run folder nor a checkpoint"),
