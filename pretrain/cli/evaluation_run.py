@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from eval.config import ModelSection
+from eval.errors import TeamError
 from eval.harness import Evaluation, evaluation
 from eval.result_table import format_scores, format_table
 from eval.results import check_out, write_result
@@ -29,7 +30,7 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
     """Evaluate each model with the processes of the team; the first one prints and writes.
 
     Raises:
-        UserError: a model cannot be evaluated; a single process has evaluated the others.
+        UserError: a model cannot be evaluated; the others have been, unless only some processes found out.
     """
     writes = team.ranks.rank == 0
     log = ScoreLog(run_of(Path(plan.models[0].model))) if options.log and writes else None
@@ -44,10 +45,12 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
                 results[model.name] = result = _result(prepared, plan, model, model.source, team)
             except UserError as error:
                 # Several processes must not part ways.
-                if len(plan.models) == 1 or team.ranks.world_size > 1:
+                alone = team.ranks.world_size > 1 and not isinstance(error, TeamError)
+                if len(plan.models) == 1 or alone:
                     raise
                 failures += [f"{model.name}: {line}" for line in str(error).splitlines()]
-                _say(f"{failures[-1]}; continuing with the other models")
+                if writes:
+                    _say(f"{failures[-1]}; continuing with the other models")
                 continue
             if writes:
                 _write(result, plan.folder(model, options.out), options)
@@ -95,7 +98,7 @@ def _prepared(plan: Plan, options: argparse.Namespace, team: Team) -> AbstractCo
 def _result(prepared: Evaluation, plan: Plan, model: ModelSection, source: str, team: Team) -> EvalResult:
     """Evaluate `source` with the settings of a model of the plan."""
     with as_model(source, team) as name:
-        texts = held_out_texts(plan.texts, Path(source) if name != source else None)
+        texts = team.together(lambda: held_out_texts(plan.texts, Path(source) if name != source else None))
         result = prepared.run(
             name, dtype=model.dtype, trust_remote_code=model.trust_remote_code, texts=texts, stride=plan.stride
         )
