@@ -50,7 +50,7 @@ TOKENIZER_FILES = (
 )
 CODE_FILES = ("*.py",)
 # In the order in which transformers looks for them. Weights in pieces have an index.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         EvalError: the index of weights in pieces cannot be read.
     """
-    name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if name is None or not name.endswith(".json"):
         return [name] if name else []
     return _pieces(folder / name)
@@ -215,9 +215,9 @@ def _download(name: str, revision: str | None, info: ModelInfo, with_code: bool)
     folder = _fetch_config(name, revision).parent
     names = [file.rfilename for file in info.siblings or []]
     patterns = (*CONFIG_FILES, *TOKENIZER_FILES, *(CODE_FILES if with_code else ()))
-    weights = next((file for file in _WEIGHTS if file in names), None)
+    weights = next((file for file in WEIGHTS if file in names), None)
     if weights is None:
-        raise EvalError(f"{name} has no weights: none of {', '.join(_WEIGHTS)}")
+        raise EvalError(f"{name} has no weights: none of {', '.join(WEIGHTS)}")
     for wanted in [*_matching(names, patterns), weights]:
         _fetch(name, wanted, folder.name)
     for piece in weight_files(folder):
