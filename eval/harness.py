@@ -301,14 +301,22 @@ def chosen_items(total: int, limit: int | None, selection: Selection) -> Sequenc
 
 
 def _device(name: str | None) -> torch.device:
-    default = f"cuda:{world().local_rank}" if world().size > 1 else "cuda"
+    here = world()
+    default = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or (default if torch.cuda.is_available() else "cpu"))
+        device = torch.device(default)
+        if here.size > 1 and device.type not in ("cpu", "meta"):
+            if device.index is not None:
+                raise EvalError(
+                    f"device {name} is one for all of {here.size} processes, which each take their own; pass --device"
+                    f" {device.type}"
+                )
+            device = torch.device(device.type, here.local_rank)
         torch.empty(0, device=device)
         if device.type == "meta":
             raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:  # builds of torch without CUDA raise AssertionError
-        raise EvalError(f"cannot use device {name or default!r}: {str(error).splitlines()[0]}") from error
+        raise EvalError(f"cannot use device {default!r}: {str(error).splitlines()[0]}") from error
     return device
 
 

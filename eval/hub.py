@@ -8,11 +8,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -29,6 +30,8 @@ from huggingface_hub.hf_api import ModelInfo
 
 from eval.errors import EvalError
 from pretrain.processes.redaction import redact
+
+T = TypeVar("T")
 
 ANSWER_SECONDS = 6.0
 """How long the Hub may take to say whether it has a model."""
@@ -130,6 +133,23 @@ def weight_files(folder: Path) -> list[str]:
     return _pieces(folder / name)
 
 
+def outcome_within(seconds: float, work: Callable[[], T]) -> T | Exception:
+    """Return what `work` returns or raises, or a `TimeoutError` if it takes longer."""
+    outcomes: list[T | Exception] = []
+
+    def attempt() -> None:
+        try:
+            outcomes.append(work())
+        except Exception as error:
+            outcomes.append(error)
+
+    # In a thread, since looking up a host name has no time limit of its own.
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcomes[0] if outcomes else TimeoutError(f"no answer within {seconds:g} seconds")
+
+
 def _endpoint() -> str:
     return redact(constants.ENDPOINT)
 
@@ -148,26 +168,19 @@ def _ask(name: str, revision: str | None) -> ModelInfo | _Silence:
     Raises:
         EvalError: the Hub says that there is none, or that access is not granted.
     """
-    answers: list[ModelInfo | Exception] = []
     deadline = time.monotonic() + ANSWER_SECONDS
 
-    def ask() -> None:
-        for pause in (*_PAUSES, None):
+    def ask() -> ModelInfo:
+        for pause in _PAUSES:
             try:
-                answers.append(HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS))
-            except Exception as error:
-                again = isinstance(error, HfHubHTTPError) and error.response.status_code in _FAILURES
-                if again and pause is not None and time.monotonic() + pause < deadline:
-                    time.sleep(pause)
-                    continue
-                answers.append(error)
-            return
+                return HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS)
+            except HfHubHTTPError as error:
+                if error.response.status_code not in _FAILURES or time.monotonic() + pause >= deadline:
+                    raise
+                time.sleep(pause)
+        return HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS)
 
-    # In a thread, since looking up a host name has no time limit of its own.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    answer = answers[0] if answers else TimeoutError()
+    answer = outcome_within(ANSWER_SECONDS, ask)
     if isinstance(answer, ModelInfo):
         return answer
     where = f"the Hub at {_endpoint()}"

@@ -14,12 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import TRANSFORMERS_DYNAMIC_MODULE_NAME as _COPIED_CODE
 
-from eval.errors import EvalError
+from eval.errors import EvalError, first_line
 from eval.hub import CODE_FILES, TOKENIZER_FILES, WEIGHTS, check_available, find_snapshot, weight_files
 from eval.items import say
 from eval.schema import ModelIdentity, Provenance
 from pretrain.files import file_sha256
-from pretrain.processes.redaction import redact
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -128,7 +127,7 @@ def load_model(
             f" {_plain(model.dtype)}; use a narrower --dtype or another --device"
         ) from error
     except Exception as error:  # models raise anything
-        raise EvalError(f"cannot run the model {name} on {device}: {_first_line(error)}") from error
+        raise EvalError(f"cannot run the model {name} on {device}: {first_line(error)}") from error
     if sees_ahead:
         raise EvalError(
             f"{name} is not a causal language model: what it predicts for a token depends on later ones"
@@ -198,7 +197,7 @@ def _load(
                 f"{name} can only be loaded by running Python code that comes with it; none of it was run. Read that"
                 " code, then pass --trust-remote-code (trust_remote_code: true in a config)"
             ) from error
-        raise EvalError(f"cannot load the model {name}: {_first_line(error)}") from error
+        raise EvalError(f"cannot load the model {name}: {first_line(error)}") from error
     _check_weights(name, info)
     if len(tokenizer) > rows:
         raise EvalError(f"the tokenizer of {name} has {len(tokenizer)} entries, but the model only {rows}")
@@ -315,8 +314,3 @@ def _provenance(file: Path) -> Provenance:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: Exception) -> str:
-    lines = redact(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 
 from eval import models
 from eval.errors import EvalError, TeamError
-from eval.harness import evaluate
+from eval.harness import _device, evaluate
 from eval.hub import Snapshot
 from eval.results import read_result
 from eval.schema import EvalResult
@@ -28,6 +29,7 @@ from eval.score_cache import ScoreCache
 from eval.scoring import ContinuationScorer, Score
 from eval.sharing import divide, joined_team
 from pretrain.cli import evaluation_run, main
+from pretrain.processes.environment import World
 from pretrain.processes.torchrun import free_port
 from tests.eval.conftest import NUM_ITEMS, cache_with_items, export_model, small_llama
 from tests.eval.forked import run_ranks
@@ -252,6 +254,17 @@ def test_all_processes_skip_a_model_that_cannot_be_loaded(
 
     assert run_ranks(2, work) == [(2, None), (2, None)]
     assert len(read_result(tmp_path / "out" / model_folder.name)["requests"]["scored_by_rank"]) == 2
+
+
+@pytest.mark.parametrize("name", ["cuda", None])
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    monkeypatch.setattr("eval.harness.world", lambda: World(5, 1, 8))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _device(name) == torch.device("cuda:1")
+    assert _device("cpu") == torch.device("cpu")
+    with pytest.raises(EvalError, match=r"device cuda:0 is one for all of 8 processes.*pass --device cuda"):
+        _device("cuda:0")
 
 
 def launched(folder: Path, model: Path, fetched: Mapping[str, Any], **environment: str) -> list[tuple[int, str]]:
