@@ -34,9 +34,21 @@ def as_model(source: str, team: Team) -> Iterator[str]:
     if team.ranks.rank == 0 and checkpoint != Path(source).resolve():
         print(f"evaluating {checkpoint}", flush=True)
     exports = default_cache().expanduser() / "eval-exports"
-    held = held_folder(exports, name, lambda out: export_checkpoint(checkpoint, out))
+    held = held_folder(exports, name, lambda out: _export(checkpoint, out))
     with contextlib.ExitStack() as stack:
         yield str(team.together(lambda: stack.enter_context(held)))
+
+
+def _export(checkpoint: Path, out: Path) -> None:
+    try:
+        export_checkpoint(checkpoint, out)
+    except OSError as error:
+        cure = (
+            "set AURORA_CACHE to a writable folder with enough room"
+            if (checkpoint / INDEX).exists()
+            else "the checkpoint has been deleted meanwhile; evaluate another one"
+        )
+        raise EvalError(f"cannot export {checkpoint} to {out.parent}: {error}; {cure}") from error
 
 
 def _checkpoint_of(source: Path) -> tuple[Path, str] | None:
