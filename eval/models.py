@@ -56,7 +56,9 @@ def locate_model(model: str | Path, revision: str | None = None) -> ModelSource:
         if not (folder / "config.json").is_file():
             raise EvalError(f"{folder} is not a Hugging Face model folder: it has no config.json")
         if revision is not None:
-            raise EvalError(f"{folder} is a folder, which has no revision {revision!r}; only models of the Hub have")
+            raise EvalError(
+                f"{folder} is a folder, which has no revision {revision!r}; only models on the Hub have revisions"
+            )
         return ModelSource("folder", str(folder.resolve()))
     hub_id = _HUB_ID.fullmatch(str(model))
     if folder.exists() or not hub_id:
@@ -159,8 +161,8 @@ def _check_config(name: str, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise EvalError(f"cannot load the model {name}: config.json: {error}") from error
     if (folder / "adapter_config.json").is_file():
-        raise EvalError(f"{name} holds an adapter; merge it into its model, and evaluate the folder of that")
-    if "transformers_weights" in config:
+        raise EvalError(f"{name} contains only an adapter; merge it into its base model and evaluate the merged folder")
+    if config.get("transformers_weights") is not None:
         raise EvalError(
             f"the config.json of {name} names a file of weights, in transformers_weights; rename the file to"
             f" {WEIGHTS[0]}, and remove the key"
@@ -221,8 +223,8 @@ def _check_weights(name: str, info: dict[str, Any]) -> None:
     surplus = sorted(info["unexpected_keys"])
     if surplus:
         raise EvalError(
-            f"the weights of {name} hold {len(surplus)} tensors that have no place in the model of its config.json, for"
-            f" example {surplus[0]}; the config may be of another model"
+            f"the weights of {name} contain {len(surplus)} tensors that the model in config.json does not have, for"
+            f" example {surplus[0]}; the config may belong to another model"
         )
 
 
@@ -275,10 +277,10 @@ def _code_elsewhere(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     modules = {type(one).__module__ for one in (model, model.config, tokenizer)}
     packages = {name.rpartition(".")[0] + "." for name in modules if name.startswith(f"{_COPIED_CODE}.")}
     return {
-        f"code {name.removeprefix(package)}": Path(module.__file__)
+        f"code {name.removeprefix(package)}": Path(file)
         for package in sorted(packages)
         for name, module in list(sys.modules.items())
-        if name.startswith(package) and getattr(module, "__file__", None)
+        if name.startswith(package) and (file := getattr(module, "__file__", None))
     }
 
 
