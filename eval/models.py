@@ -168,7 +168,7 @@ def _check_config(name: str, folder: Path) -> None:
             f" {WEIGHTS[0]}, and remove the key"
         )
     if not weight_files(folder):
-        raise EvalError(f"{name} has no weights: none of {', '.join(WEIGHTS)}")
+        raise EvalError(f"cannot load the model {name}: it has no weights: none of {', '.join(WEIGHTS)}")
     architectures = [str(kind) for kind in config.get("architectures") or []]
     refused = next((kind for kind in architectures if _NOT_CAUSAL.fullmatch(kind)), None)
     if refused or config.get("is_encoder_decoder"):
