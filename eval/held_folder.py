@@ -1,11 +1,12 @@
 """Folders that processes share while they need them, and that do not outlive them.
 
-    <parent>/<name>/        the folder
-    <parent>/<name>.lock    locked by every process that uses the folder
+    <parent>/<host>/<name>/        the folder
+    <parent>/<host>/<name>.lock    locked by every process that uses the folder
 
 The last process that uses a folder deletes it. A process that is killed cannot, so the folder stays: the same command
-finds it again, and any other command that looks below the same parent deletes it, since nobody holds its lock. Where
-the file system has no locks, each process has a temporary folder of its own instead.
+finds it again, and any other command of the same host that looks below the same parent deletes it, since nobody holds
+its lock. Hosts share nothing, since some file systems keep locks to the host that took them. Where the file system has
+no locks at all, each process has a temporary folder of its own instead.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,17 +30,19 @@ _PARTIAL = ("", ".tmp", ".old")
 
 @contextlib.contextmanager
 def held_folder(parent: Path, name: str, fill: Callable[[Path], object]) -> Iterator[Path]:
-    """Yield the folder `parent`/`name`, and delete it when no process uses it any more.
+    """Yield the folder `name` of this host below `parent`, and delete it when no process uses it any more.
 
     Args:
         parent: holds nothing but such folders; those that no process uses are deleted first.
-        name: of the folder, without a dot; processes that give the same name share it.
+        name: of the folder, without a dot; processes of a host that give the same name share it.
         fill: creates the folder at the path that it is given, if it is not there; the folder must appear only when it
             is complete. Other processes wait for it.
 
     Raises:
         EvalError: nothing can be written to `parent`.
+        Exception: what `fill` raised.
     """
+    parent = parent / re.sub(r"[^\w-]", "-", socket.gethostname())
     folder = parent / name
     if not _can_lock(parent):
         # Nobody could tell whether the folder is in use: each process has one of its own.
@@ -45,12 +50,10 @@ def held_folder(parent: Path, name: str, fill: Callable[[Path], object]) -> Iter
             fill(Path(own, name))
             yield Path(own, name)
         return
-    try:
+    with _writable(parent):
         parent.mkdir(parents=True, exist_ok=True)
         _delete_leftovers(parent, name)
-        lock = _lock_filled(folder, fill)
-    except OSError as error:
-        raise EvalError(f"cannot write to {parent}: {error}; set AURORA_CACHE to a writable folder") from error
+    lock = _lock_filled(folder, fill)
     try:
         yield folder
     finally:
@@ -58,6 +61,14 @@ def held_folder(parent: Path, name: str, fill: Callable[[Path], object]) -> Iter
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _delete(folder)
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _writable(parent: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EvalError(f"cannot write to {parent}: {error}; set AURORA_CACHE to a writable folder") from error
 
 
 def _can_lock(parent: Path) -> bool:
@@ -75,7 +86,8 @@ def _lock_filled(folder: Path, fill: Callable[[Path], object]) -> int:
     """Return the descriptor of a shared lock on a folder that is there."""
     file = folder.with_name(f"{folder.name}.lock")
     while True:
-        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        with _writable(folder.parent):
+            lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_SH)
             if not folder.is_dir():

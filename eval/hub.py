@@ -8,11 +8,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -29,6 +30,8 @@ from huggingface_hub.hf_api import ModelInfo
 
 from eval.errors import EvalError
 from pretrain.processes.redaction import redact
+
+T = TypeVar("T")
 
 ANSWER_SECONDS = 6.0
 """How long the Hub may take to say whether it has a model."""
@@ -50,7 +53,7 @@ TOKENIZER_FILES = (
 )
 CODE_FILES = ("*.py",)
 # In the order in which transformers looks for them. Weights in pieces have an index.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,27 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         EvalError: the index of weights in pieces cannot be read.
     """
-    name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if name is None or not name.endswith(".json"):
         return [name] if name else []
     return _pieces(folder / name)
+
+
+def outcome_within(seconds: float, work: Callable[[], T]) -> T | Exception:
+    """Return what `work` returns or raises, or a `TimeoutError` if it takes longer."""
+    outcomes: list[T | Exception] = []
+
+    def attempt() -> None:
+        try:
+            outcomes.append(work())
+        except Exception as error:
+            outcomes.append(error)
+
+    # In a thread, since looking up a host name has no time limit of its own.
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcomes[0] if outcomes else TimeoutError(f"no answer within {seconds:g} seconds")
 
 
 def _endpoint() -> str:
@@ -148,26 +168,19 @@ def _ask(name: str, revision: str | None) -> ModelInfo | _Silence:
     Raises:
         EvalError: the Hub says that there is none, or that access is not granted.
     """
-    answers: list[ModelInfo | Exception] = []
     deadline = time.monotonic() + ANSWER_SECONDS
 
-    def ask() -> None:
-        for pause in (*_PAUSES, None):
+    def ask() -> ModelInfo:
+        for pause in _PAUSES:
             try:
-                answers.append(HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS))
-            except Exception as error:
-                again = isinstance(error, HfHubHTTPError) and error.response.status_code in _FAILURES
-                if again and pause is not None and time.monotonic() + pause < deadline:
-                    time.sleep(pause)
-                    continue
-                answers.append(error)
-            return
+                return HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS)
+            except HfHubHTTPError as error:
+                if error.response.status_code not in _FAILURES or time.monotonic() + pause >= deadline:
+                    raise
+                time.sleep(pause)
+        return HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS)
 
-    # In a thread, since looking up a host name has no time limit of its own.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    answer = answers[0] if answers else TimeoutError()
+    answer = outcome_within(ANSWER_SECONDS, ask)
     if isinstance(answer, ModelInfo):
         return answer
     where = f"the Hub at {_endpoint()}"
@@ -215,9 +228,9 @@ def _download(name: str, revision: str | None, info: ModelInfo, with_code: bool)
     folder = _fetch_config(name, revision).parent
     names = [file.rfilename for file in info.siblings or []]
     patterns = (*CONFIG_FILES, *TOKENIZER_FILES, *(CODE_FILES if with_code else ()))
-    weights = next((file for file in _WEIGHTS if file in names), None)
+    weights = next((file for file in WEIGHTS if file in names), None)
     if weights is None:
-        raise EvalError(f"{name} has no weights: none of {', '.join(_WEIGHTS)}")
+        raise EvalError(f"{name} has no weights: none of {', '.join(WEIGHTS)}")
     for wanted in [*_matching(names, patterns), weights]:
         _fetch(name, wanted, folder.name)
     for piece in weight_files(folder):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,13 @@ import torch
 from lm_eval.models.utils import resolve_max_length
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import TRANSFORMERS_DYNAMIC_MODULE_NAME as _COPIED_CODE
 
-from eval.errors import EvalError
-from eval.hub import CODE_FILES, TOKENIZER_FILES, check_available, find_snapshot, weight_files
+from eval.errors import EvalError, first_line
+from eval.hub import CODE_FILES, TOKENIZER_FILES, WEIGHTS, check_available, find_snapshot, weight_files
 from eval.items import say
 from eval.schema import ModelIdentity, Provenance
 from pretrain.files import file_sha256
-from pretrain.processes.redaction import redact
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -78,6 +79,19 @@ def check_model(source: ModelSource) -> None:
         check_available(source.name, source.revision)
 
 
+def find_commit(source: ModelSource, *, with_code: bool) -> str | None:
+    """Return the commit of a model of the Hub, whose files are then in the Hugging Face cache; None for a folder.
+
+    Args:
+        source: where the model is.
+        with_code: whether its Python code is needed as well.
+
+    Raises:
+        EvalError: the model is not available.
+    """
+    return find_snapshot(source.name, source.revision, with_code=with_code).commit if source.kind == "hub" else None
+
+
 def load_model(
     source: ModelSource, *, dtype: DType, device: torch.device, trust_remote_code: bool, progress: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelIdentity]:
@@ -107,13 +121,16 @@ def load_model(
     model, tokenizer = _load(name, folder, dtype, trust_remote_code)
     try:
         model.to(device)
+        sees_ahead = _sees_ahead(model, min(16, resolve_max_length(model.config, tokenizer)))
     except torch.OutOfMemoryError as error:
         gigabytes = model.num_parameters() * model.dtype.itemsize / 1e9
         raise EvalError(
             f"{name} does not fit into the memory of {device}: its weights take {gigabytes:.1f} GB as"
             f" {_plain(model.dtype)}; use a narrower --dtype or another --device"
         ) from error
-    if _sees_ahead(model, min(16, resolve_max_length(model.config, tokenizer))):
+    except Exception as error:  # models raise anything
+        raise EvalError(f"cannot run the model {name} on {device}: {first_line(error)}") from error
+    if sees_ahead:
         raise EvalError(
             f"{name} is not a causal language model: what it predicts for a token depends on later ones"
             f" ({type(model).__name__}, an encoder); only models that read from left to right can be evaluated"
@@ -145,6 +162,13 @@ def _check_config(name: str, folder: Path) -> None:
         raise EvalError(f"cannot load the model {name}: config.json: {error}") from error
     if (folder / "adapter_config.json").is_file():
         raise EvalError(f"{name} contains only an adapter; merge it into its base model and evaluate the merged folder")
+    if config.get("transformers_weights") is not None:
+        raise EvalError(
+            f"the config.json of {name} names a file of weights, in transformers_weights; rename the file to"
+            f" {WEIGHTS[0]}, and remove the key"
+        )
+    if not weight_files(folder):
+        raise EvalError(f"cannot load the model {name}: it has no weights: none of {', '.join(WEIGHTS)}")
     architectures = [str(kind) for kind in config.get("architectures") or []]
     refused = next((kind for kind in architectures if _NOT_CAUSAL.fullmatch(kind)), None)
     if refused or config.get("is_encoder_decoder"):
@@ -168,15 +192,15 @@ def _load(
             ignore_mismatched_sizes=True,  # rejected below, with the name of the weight
             **options,
         )
+        rows = model.get_input_embeddings().weight.shape[0]
     except Exception as error:  # loaders of models raise anything
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise EvalError(
                 f"{name} can only be loaded by running Python code that comes with it; none of it was run. Read that"
                 " code, then pass --trust-remote-code (trust_remote_code: true in a config)"
             ) from error
-        raise EvalError(f"cannot load the model {name}: {_first_line(error)}") from error
+        raise EvalError(f"cannot load the model {name}: {first_line(error)}") from error
     _check_weights(name, info)
-    rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise EvalError(f"the tokenizer of {name} has {len(tokenizer)} entries, but the model only {rows}")
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -225,8 +249,11 @@ def _identify(
 ) -> ModelIdentity:
     weights = {name: file_sha256(folder / name) for name in weight_files(folder)}
     kinds = ("config.json", *TOKENIZER_FILES, *(CODE_FILES if trust_remote_code else ()))
-    others = {path.name for kind in kinds for path in folder.glob(kind) if path.is_file()} - set(weights)
-    digests = weights | {name: file_sha256(folder / name) for name in others}
+    others = {path for kind in kinds for path in folder.glob(kind) if path.is_file()}
+    if trust_remote_code and identity["source"] == "folder":
+        others |= {path for kind in CODE_FILES for path in folder.rglob(kind) if path.is_file()}
+    digests = {path.relative_to(folder).as_posix(): file_sha256(path) for path in others} | weights
+    digests |= {name: file_sha256(path) for name, path in _code_elsewhere(model, tokenizer).items()}
     identity["sha256"] = hashlib.sha256(
         "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
     ).hexdigest()
@@ -240,6 +267,21 @@ def _identify(
     if (folder / "aurora.json").is_file():
         identity["provenance"] = _provenance(folder / "aurora.json")
     return identity
+
+
+def _code_elsewhere(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
+    """The files of code that was loaded with a model, by module: transformers runs copies of them.
+
+    They may come from another repository, so that a model's own files do not say what its code is.
+    """
+    modules = {type(one).__module__ for one in (model, model.config, tokenizer)}
+    packages = {name.rpartition(".")[0] + "." for name in modules if name.startswith(f"{_COPIED_CODE}.")}
+    return {
+        f"code {name.removeprefix(package)}": Path(file)
+        for package in sorted(packages)
+        for name, module in list(sys.modules.items())
+        if name.startswith(package) and (file := getattr(module, "__file__", None))
+    }
 
 
 def _parameters_without_embeddings(model: PreTrainedModel) -> int:
@@ -274,8 +316,3 @@ def _provenance(file: Path) -> Provenance:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: Exception) -> str:
-    lines = redact(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

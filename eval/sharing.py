@@ -14,19 +14,22 @@ import heapq
 import json
 import socket
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 
+from eval.errors import TeamError
 from eval.scoring import ContinuationScorer, Score, ScoreStore, request_key
 from pretrain.engine.ranks import Ranks
 from pretrain.processes.environment import world
-from pretrain.processes.errors import PeerError
+from pretrain.processes.errors import PeerError, UserError
 from pretrain.processes.failures import report
+
+T = TypeVar("T")
 
 _FAILED = "aurora-eval-failed"
 """The key of the store under which the first process that fails says so."""
@@ -127,6 +130,48 @@ class Team:
     ranks: Ranks = field(default_factory=Ranks)
     store: dist.Store | None = None
     """Where a process that fails says so; None for a single process."""
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns here; bad input on one process is bad input on all of them.
+
+        Args:
+            work: must not communicate.
+
+        Raises:
+            UserError: a single process: what `work` raised.
+            TeamError: on every one of several processes, if `work` raised a `UserError` on any.
+            Exception: what else `work` raised here.
+            PeerError: it raised that on another process.
+        """
+        if self.ranks.world_size == 1:
+            return work()
+        found: list[T] = []
+
+        def attempt() -> tuple[str, str] | None:
+            try:
+                found.append(work())
+            except UserError as error:
+                return str(error), socket.gethostname()
+            return None
+
+        answers = self.ranks.together(attempt)
+        problems = [(rank, *answer) for rank, answer in enumerate(answers) if answer is not None]
+        if problems:
+            rank, problem, host = problems[0]
+            everywhere = len(problems) == len(answers) and len({text for _, text, _ in problems}) == 1
+            raise TeamError(problem if everywhere else f"{problem} (on rank {rank}, host {host})")
+        return found[0]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do `work` on the first process alone; its picklable result, on every process.
+
+        Raises:
+            UserError: as for `together`.
+        """
+        values: list[T] = []
+        self.together(lambda: values.append(work()) if self.ranks.rank == 0 else None)
+        value: T = self.ranks.broadcast(values[0] if values else None)
+        return value
 
     def check(self) -> None:
         """Stop here if another process has failed.

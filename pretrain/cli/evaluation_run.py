@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from eval.config import ModelSection
+from eval.errors import TeamError
 from eval.harness import Evaluation, evaluation
 from eval.result_table import format_scores, format_table
 from eval.results import check_same_model, write_result
@@ -30,7 +31,7 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
     """Evaluate each model with the processes of the team; the first one prints and writes.
 
     Raises:
-        UserError: a model cannot be evaluated; a single process has evaluated the others.
+        UserError: a model cannot be evaluated; the others have been, unless only some processes found out.
     """
     writes = team.ranks.rank == 0
     logged = plan.models if options.log and writes else []
@@ -52,10 +53,12 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
                 results[model.name] = result
             except UserError as error:
                 # Several processes must not part ways.
-                if len(plan.models) == 1 or team.ranks.world_size > 1:
+                alone = team.ranks.world_size > 1 and not isinstance(error, TeamError)
+                if len(plan.models) == 1 or alone:
                     raise
                 failures += [f"{model.name}: {line}" for line in str(error).splitlines()]
-                _say(f"{failures[-1]}; continuing with the other models")
+                if writes:
+                    _say(f"{failures[-1]}; continuing with the other models")
                 continue
             if writes:
                 _say_what_remains(number, len(plan.models), time.monotonic() - started)
@@ -116,7 +119,7 @@ def _result(
             check_same_model(kept, identity)
 
     with as_model(source, team) as name:
-        texts = held_out_texts(plan.texts, Path(source) if name != source else None)
+        texts = team.together(lambda: held_out_texts(plan.texts, Path(source) if name != source else None))
         result = prepared.run(
             name,
             revision=model.revision,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +39,10 @@ def filler(fills: Path) -> Callable[[Path], None]:
 
 
 def names(parent: Path) -> list[str]:
-    return sorted(path.name for path in parent.iterdir())
+    """Of what this host has below `parent`, where it has nothing else."""
+    (host,) = parent.iterdir()
+    assert host.name == re.sub(r"[^\w-]", "-", socket.gethostname())
+    return sorted(path.name for path in host.iterdir())
 
 
 def test_a_folder_ends_with_its_last_user(tmp_path: Path) -> None:
@@ -103,6 +109,20 @@ def test_a_folder_in_use_is_not_deleted_by_others(tmp_path: Path) -> None:
         assert (one / "weights").exists()
 
 
+def test_a_host_deletes_nothing_of_another_whose_locks_it_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, fills = tmp_path / "held", tmp_path / "fills"
+    with held_folder(parent, "a", filler(fills)) as one:
+        with monkeypatch.context() as node:
+            node.setattr("eval.held_folder.socket.gethostname", lambda: "node-2.cluster")
+            node.setattr("eval.held_folder.fcntl.flock", lambda *_: None)
+            with held_folder(parent, "b", filler(fills)), held_folder(parent, "a", filler(fills)) as other:
+                assert other != one
+        assert (one / "weights").exists()
+        assert not other.exists()
+
+
 def test_without_locks_each_process_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -121,6 +141,12 @@ def test_a_folder_that_cannot_be_filled_leaves_nothing(tmp_path: Path) -> None:
         raise ValueError("no checkpoint")
 
     with pytest.raises(ValueError, match="no checkpoint"), held_folder(tmp_path / "held", "a", fail):
+        pass
+
+    def miss(folder: Path) -> None:
+        raise FileNotFoundError(2, "No such file", "weights.safetensors")
+
+    with pytest.raises(FileNotFoundError, match=r"weights\.safetensors"), held_folder(tmp_path / "held", "a", miss):
         pass
     (tmp_path / "file").touch()
     with pytest.raises(EvalError, match="set AURORA_CACHE"), held_folder(tmp_path / "file", "a", fail):
@@ -152,3 +178,15 @@ def test_a_run_is_exported_to_the_cache_and_a_killed_evaluation_leaves_the_expor
         assert other != folder
     with as_model("org/name", Team()) as name:
         assert name == "org/name"
+
+    def vanish(*_: object) -> None:
+        shutil.rmtree(checkpoint)
+        raise FileNotFoundError(2, "No such file", "weights.safetensors")
+
+    monkeypatch.setattr(evaluated_models, "export_checkpoint", vanish)
+    with pytest.raises(EvalError, match=r"cannot export .*step-1 to .*deleted meanwhile"), as_model(str(run), Team()):
+        pass
+    run.joinpath("checkpoints").mkdir(exist_ok=True)
+    monkeypatch.setattr(evaluated_models, "is_run_or_checkpoint", lambda _: True)
+    with pytest.raises(EvalError, match=r"cannot read the checkpoint .*step-1"), as_model(str(run), Team()):
+        pass

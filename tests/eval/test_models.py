@@ -15,6 +15,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -234,6 +235,27 @@ def test_a_tokenizer_without_a_token_for_empty_contexts_is_refused(folder: Path)
         identity_of(folder)
 
 
+def test_weights_that_are_not_part_of_the_digest_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(EvalError, match=r"has no weights: none of model\.safetensors"):
+        identity_of(folder)
+    edit(folder / "config.json", transformers_weights="other.safetensors")
+    with pytest.raises(EvalError, match=r"names a file of weights, in transformers_weights; rename"):
+        identity_of(folder)
+
+
+@pytest.mark.parametrize("method", ["forward", "get_input_embeddings"])
+def test_a_model_that_fails_is_an_error_of_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise NotImplementedError("only on the moon")
+
+    monkeypatch.setattr(LlamaForCausalLM, method, fail)
+    with pytest.raises(EvalError, match=r"cannot (load|run) the model .*NotImplementedError: only on the moon"):
+        identity_of(folder)
+
+
 # --- code that comes with a model ---------------------------------------------------------------
 
 CODE = """
@@ -269,6 +291,28 @@ def test_code_runs_only_if_it_is_allowed_to(folder: Path, tmp_path: Path, monkey
     assert trusted["parameters"] == plain["parameters"]
     (folder / "modeling_odd.py").write_text((folder / "modeling_odd.py").read_text() + "# changed\n")
     assert identity_of(folder, trust_remote_code=True)["sha256"] != trusted["sha256"]
+
+
+@pytest.mark.parametrize("place", ["a folder below", "another repository"])
+def test_code_that_is_not_next_to_the_weights_is_part_of_the_digest(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    add_code(folder, tmp_path / "marker")
+    code = folder / "modeling_odd.py"
+    if place == "a folder below":
+        (folder / "parts").mkdir()
+        code = folder / "parts" / "layers.py"
+        code.touch()
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        code = code.rename(tmp_path / "elsewhere" / code.name)
+        found = {"AutoConfig": "modeling_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddModel"}
+        edit(folder / "config.json", auto_map={kind: f"{code.parent}--{name}" for kind, name in found.items()})
+    before = identity_of(folder, trust_remote_code=True)["sha256"]
+    assert identity_of(folder, trust_remote_code=True)["sha256"] == before
+    code.write_text(code.read_text() + "# changed\n")
+    assert identity_of(folder, trust_remote_code=True)["sha256"] != before
 
 
 def test_code_of_a_tokenizer_does_not_run_either(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,27 @@ def test_a_hub_without_goldenswag_names_the_way_out(golden: Any) -> None:
     golden.dead = True
     with pytest.raises(EvalError, match="--subset goldenswag=FILE"):
         read_subset("goldenswag")
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+def test_a_hub_that_fails_is_named_without_its_secrets_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, stalls: bool
+) -> None:
+    ended = threading.Event()
+
+    def fail(*_: object, **__: object) -> str:
+        if stalls:
+            ended.wait(60)
+        raise OSError("403 for https://me:hunter2@cdn.example/file?X-Amz-Signature=abcdef\nRequest ID: 7")
+
+    monkeypatch.setattr("eval.subsets.snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:hunter2@hub.example")
+    monkeypatch.setattr("eval.subsets._DOWNLOAD_SECONDS", 0.05 if stalls else 60)
+    with pytest.raises(EvalError, match=r"at https://hub\.example: .*--subset goldenswag=FILE") as caught:
+        read_subset("goldenswag")
+    ended.set()
+    assert ("TimeoutError" in str(caught.value)) == stalls
+    assert not any(secret in str(caught.value) for secret in ("hunter2", "abcdef", "Request ID"))
 
 
 # --- comparisons --------------------------------------------------------------------------------

@@ -5,25 +5,33 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 
-from eval.harness import evaluate
+from eval import models
+from eval.errors import EvalError, TeamError
+from eval.harness import _device, evaluate
+from eval.hub import Snapshot
 from eval.results import read_result
 from eval.schema import EvalResult
 from eval.score_cache import ScoreCache
 from eval.scoring import ContinuationScorer, Score
 from eval.sharing import divide, joined_team
+from pretrain.cli import evaluation_run, main
+from pretrain.processes.environment import World
 from pretrain.processes.torchrun import free_port
-from tests.eval.conftest import NUM_ITEMS, cache_with_items
+from tests.eval.conftest import NUM_ITEMS, cache_with_items, export_model, small_llama
 from tests.eval.forked import run_ranks
 
 TASKS = ["hellaswag", "winogrande", "piqa"]
@@ -167,6 +175,96 @@ def test_a_rank_that_fails_ends_the_others_and_says_why(
     assert "rank 1 on" in first
     assert "MemoryError: no room on this rank" in first
     assert int((tmp_path / "batches0").read_text()) <= 4  # of about 20
+
+
+def fails_on_rank_1(error: Exception) -> Callable[[], str]:
+    def work() -> str:
+        def attempt() -> None:
+            if os.environ["RANK"] == "1":
+                raise error
+
+        with joined_team() as team:
+            try:
+                team.together(attempt)
+            except TeamError as bad:
+                return f"{bad}; {team.on_first(lambda: os.environ['RANK'])}"
+        return "nothing"
+
+    return work
+
+
+def test_bad_input_on_one_rank_is_bad_input_on_all_which_stay_together() -> None:
+    answers = run_ranks(2, fails_on_rank_1(EvalError("no such file")))
+    assert answers[0] == answers[1]
+    assert answers[0] == (f"no such file (on rank 1, host {socket.gethostname()}); 0", None)
+
+
+def test_any_other_error_ends_all() -> None:
+    (_, first), (_, second) = run_ranks(2, fails_on_rank_1(MemoryError("no room")))
+    assert "PeerError: rank 1 on" in str(first)
+    assert "MemoryError: no room" in str(second)
+
+
+def test_processes_that_find_different_models_are_refused(
+    tmp_path: Path, model_folder: Path, fetched: dict[str, Any]
+) -> None:
+    folders = [model_folder, export_model(tmp_path / "other", small_llama(seed=1))]
+
+    def work() -> None:
+        with joined_team() as team:
+            evaluate(folders[team.ranks.rank], ["winogrande"], team=team, limit=2, **fetched)
+
+    for _, error in run_ranks(2, work):
+        assert "TeamError: the processes have different models at" in str(error)
+        assert "rank 1 on" in str(error)
+
+
+def test_the_first_process_decides_what_a_branch_stands_for(
+    tmp_path: Path, model_folder: Path, fetched: dict[str, Any]
+) -> None:
+    """Another one whose request fails would fall back to what it has in its cache."""
+    commits = {"new": model_folder, "old": export_model(tmp_path / "other", small_llama(seed=1))}
+
+    def find(name: str, revision: str | None, *, with_code: bool) -> Snapshot:
+        commit = revision or ("new", "old")[int(os.environ["RANK"])]
+        return Snapshot(commits[commit], commit, "")
+
+    def work() -> EvalResult:
+        models.find_snapshot = find
+        with joined_team() as team:
+            return evaluate("org/name", ["winogrande"], team=team, limit=2, **fetched)
+
+    for result, error in run_ranks(2, work):
+        assert error is None
+        assert result["model"]["revision"] == "new"
+
+
+def test_all_processes_skip_a_model_that_cannot_be_loaded(
+    tmp_path: Path, model_folder: Path, fetched: dict[str, Any]
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("[]")
+
+    def work() -> int:
+        evaluation_run.evaluation = partial(evaluation_run.evaluation, package=fetched["package"])
+        os.environ["AURORA_CACHE"] = str(fetched["cache"])
+        words = ["--tasks", "winogrande", "--limit", "2", "--no-cache", "--out", str(tmp_path / "out")]
+        return main(["eval", str(broken), str(model_folder), *words])
+
+    assert run_ranks(2, work) == [(2, None), (2, None)]
+    assert len(read_result(tmp_path / "out" / model_folder.name)["requests"]["scored_by_rank"]) == 2
+
+
+@pytest.mark.parametrize("name", ["cuda", None])
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    monkeypatch.setattr("eval.harness.world", lambda: World(5, 1, 8))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _device(name) == torch.device("cuda:1")
+    assert _device("cpu") == torch.device("cpu")
+    with pytest.raises(EvalError, match=r"device cuda:0 is one for all of 8 processes.*pass --device cuda"):
+        _device("cuda:0")
 
 
 def launched(folder: Path, model: Path, fetched: Mapping[str, Any], **environment: str) -> list[tuple[int, str]]:

@@ -134,6 +134,20 @@ def prompt_of_mmlu(subject: str, place: int) -> str:
     return f"The following are multiple choice questions (with answers) about {subject}.\n\n{solved}{texts[-1]}"
 
 
+def test_items_that_cannot_be_loaded_are_named_without_secrets(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("403 for https://me:hunter2@cdn.example/file?X-Amz-Signature=abcdef\nRequest ID: 7")
+
+    monkeypatch.setattr("eval.tasks.TaskManager.load", fail)
+    with (
+        pytest.raises(EvalError, match=r"of boolq: OSError: 403 for https://cdn\.example/file$"),
+        loaded_tasks(["boolq"], cache=more["cache"], package=more["package"], progress=False),
+    ):
+        pass
+
+
 def test_mmlu_has_five_examples_of_the_subject_and_one_score_for_all_of_them(result: EvalResult) -> None:
     model, tokenizer = small_llama(context_length=1024), Tokenizer.from_file(str(TOKENIZER))
     outcomes = []
