@@ -71,6 +71,8 @@ def evaluate_checkpoints_of(plan: Plan, options: argparse.Namespace) -> None:
     Raises:
         UserError: it is not a run, a result would be lost, or a checkpoint is damaged.
     """
+    if len(plan.models) != 1:
+        raise UserError(f"--every-checkpoint: expected one run, got {', '.join(model.name for model in plan.models)}")
     run, team = Path(plan.models[0].model), Team()
     asked = plan.settings
     check_no_revision(plan.models[0])
@@ -89,7 +91,7 @@ def evaluate_checkpoints_of(plan: Plan, options: argparse.Namespace) -> None:
             return result
 
         shots = {task.name: task.shots for task in plan.tasks}
-        request = Request(shots, asked["limit"], asked["selection"], asked["items"], texts)
+        request = Request(shots, asked["limit"], asked["selection"], asked["items"], plan.models[0].dtype, texts)
         evaluate_checkpoints(run, options, request, evaluate, prepared)
 
 

