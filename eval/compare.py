@@ -11,7 +11,7 @@ from typing import Literal
 
 from eval.compare_bits import bits_notes, bits_problems, compare_bits
 from eval.compare_groups import joined, shared_groups
-from eval.compare_parts import WITHOUT_OVERLAP, PartOfTask, parts_of
+from eval.compare_parts import WITHOUT_OVERLAP, parts_of
 from eval.compare_problems import by_key, pair_problems
 from eval.compare_schema import (
     SCHEMA_VERSION,
@@ -81,21 +81,10 @@ def compare(
             row["tasks"] = chosen[row["task"]]
     of_groups = {task: by_task[task] for tasks in chosen.values() for task in tasks}
     members = _rows(models, [result["tasks"] for result in results], of_groups, margin)
-    # A group has no subsets of its own.
-    subsets_of = {task: metric for task, metric in of_groups.items() if task not in metrics}
-    parts = [
-        _part_row(name, metrics[name], models[0], part, model, margin)
-        for model, tasks in zip(models[1:], compared[1:], strict=True)
-        for name in names
-        for part in parts_of(compared[0][name], tasks[name])
-    ]
-    parts += [
-        _part_row(name, metric, models[0], part, model, margin)
-        for model, result in zip(models[1:], results[1:], strict=True)
-        for name, metric in subsets_of.items()
-        for part in parts_of(results[0]["tasks"][name], result["tasks"][name])
-        if part.name != WITHOUT_OVERLAP
-    ]
+    parts = _parts(models, compared, metrics, margin)
+    # A group has no subsets of its own; what overlaps is left out of the whole group.
+    of_members = _parts(models, [result["tasks"] for result in results], of_groups, margin)
+    parts += [row for row in of_members if row["part"] != WITHOUT_OVERLAP and row["task"] not in metrics]
     _decide(parts)
     comparison: Comparison = {
         "schema_version": SCHEMA_VERSION,
@@ -272,10 +261,19 @@ def _row(
     }
 
 
-def _part_row(
-    task: str, metric: Metric, baseline: ComparedModel, part: PartOfTask, model: ComparedModel, margin: float
-) -> PartComparison:
-    return {**_row(task, metric, baseline, part.first, model, part.second, margin), "part": part.name}
+def _parts(
+    models: Sequence[ComparedModel],
+    compared: Sequence[Mapping[str, TaskResult]],
+    metrics: Mapping[str, Metric],
+    margin: float,
+) -> list[PartComparison]:
+    """Compare each model with the first one on parts of the tasks that `metrics` names; verdicts are still open."""
+    return [
+        {**_row(name, metric, models[0], part.first, model, part.second, margin), "part": part.name}
+        for model, tasks in zip(models[1:], compared[1:], strict=True)
+        for name, metric in metrics.items()
+        for part in parts_of(compared[0][name], tasks[name])
+    ]
 
 
 def _decide(rows: Sequence[TaskComparison]) -> None:
