@@ -4,15 +4,18 @@
     <parent>/<name>.lock    locked by every process that uses the folder
 
 The last process that uses a folder deletes it. A process that is killed cannot, so the folder stays: the same command
-finds it again, and any other command that looks below the same parent deletes it, since nobody holds its lock.
+finds it again, and any other command that looks below the same parent deletes it, since nobody holds its lock. Where
+the file system has no locks, each process has a temporary folder of its own instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,6 +39,12 @@ def held_folder(parent: Path, name: str, fill: Callable[[Path], object]) -> Iter
         EvalError: nothing can be written to `parent`.
     """
     folder = parent / name
+    if not _can_lock(parent):
+        # Nobody could tell whether the folder is in use: each process has one of its own.
+        with tempfile.TemporaryDirectory(prefix="aurora-eval-") as own:
+            fill(Path(own, name))
+            yield Path(own, name)
+        return
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _delete_leftovers(parent, name)
@@ -49,6 +58,17 @@ def held_folder(parent: Path, name: str, fill: Callable[[Path], object]) -> Iter
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _delete(folder)
         os.close(lock)
+
+
+def _can_lock(parent: Path) -> bool:
+    """Whether the file system has locks, which some of clusters lack."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+    return True
 
 
 def _lock_filled(folder: Path, fill: Callable[[Path], object]) -> int:

@@ -8,7 +8,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,9 +30,9 @@ from huggingface_hub.hf_api import ModelInfo
 from eval.errors import EvalError
 from pretrain.processes.redaction import redact
 
-ANSWER_SECONDS = 9.0
+ANSWER_SECONDS = 6.0
 """How long the Hub may take to say whether it has a model."""
-_PAUSES = (0.5, 1.5, 3.0)
+_PAUSES = (0.5, 1.0, 2.0)
 """Seconds before each further attempt if the Hub fails."""
 _FAILURES = (429, 500, 502, 503, 504)
 
@@ -84,12 +85,31 @@ def find_snapshot(name: str, revision: str | None, *, with_code: bool) -> Snapsh
     answer = _ask(name, revision)
     if isinstance(answer, _Silence):
         return _cached(name, revision, answer)
-    try:
+    with _explained(name, revision):
         return _download(name, revision, answer, with_code)
+
+
+def check_available(name: str, revision: str | None) -> None:
+    """Check that a model can be had, by its config alone.
+
+    Raises:
+        EvalError: as `find_snapshot`.
+    """
+    answer = _ask(name, revision)
+    if isinstance(answer, _Silence):
+        _cached(name, revision, answer)
+        return
+    with _explained(name, revision):
+        _fetch_config(name, revision)
+
+
+@contextmanager
+def _explained(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what goes wrong in a download into an `EvalError`."""
+    try:
+        yield
     except GatedRepoError as error:
-        raise EvalError(
-            f"{name} is gated: request access at {_endpoint()}/{name}, then set HF_TOKEN or run `hf auth login`"
-        ) from error
+        raise EvalError(_gated(name)) from error
     except EvalError:
         raise
     except Exception as error:  # a broken connection, a strange answer, a full disk
@@ -112,6 +132,10 @@ def weight_files(folder: Path) -> list[str]:
 
 def _endpoint() -> str:
     return redact(constants.ENDPOINT)
+
+
+def _gated(name: str) -> str:
+    return f"{name} is gated: request access at {_endpoint()}/{name}, then set HF_TOKEN or run `hf auth login`"
 
 
 def _label(name: str, revision: str | None) -> str:
@@ -148,7 +172,7 @@ def _ask(name: str, revision: str | None) -> ModelInfo | _Silence:
         return answer
     where = f"the Hub at {_endpoint()}"
     if isinstance(answer, GatedRepoError):
-        raise EvalError(f"{name} is gated: request access at {_endpoint()}/{name}, then set HF_TOKEN") from answer
+        raise EvalError(_gated(name)) from answer
     if isinstance(answer, RevisionNotFoundError):
         raise EvalError(f"{name} has no revision {revision!r} on {where}; give a branch, a tag or a commit") from answer
     if isinstance(answer, RepositoryNotFoundError):
@@ -188,12 +212,7 @@ def _cached(name: str, revision: str | None, silence: _Silence) -> Snapshot:
 
 
 def _download(name: str, revision: str | None, info: ModelInfo, with_code: bool) -> Snapshot:
-    # By its branch, so that the cache knows the branch's commit; everything else by that commit.
-    try:
-        config = _fetch(name, "config.json", revision)
-    except RemoteEntryNotFoundError as error:
-        raise EvalError(f"{name} is not a model that transformers can load: it has no config.json") from error
-    folder = config.parent
+    folder = _fetch_config(name, revision).parent
     names = [file.rfilename for file in info.siblings or []]
     patterns = (*CONFIG_FILES, *TOKENIZER_FILES, *(CODE_FILES if with_code else ()))
     weights = next((file for file in _WEIGHTS if file in names), None)
@@ -204,6 +223,14 @@ def _download(name: str, revision: str | None, info: ModelInfo, with_code: bool)
     for piece in weight_files(folder):
         _fetch(name, piece, folder.name)
     return Snapshot(folder, folder.name, "")
+
+
+def _fetch_config(name: str, revision: str | None) -> Path:
+    try:
+        # By its branch, so that the cache knows the branch's commit; everything else by that commit.
+        return _fetch(name, "config.json", revision)
+    except RemoteEntryNotFoundError as error:
+        raise EvalError(f"{name} is not a model that transformers can load: it has no config.json") from error
 
 
 def _fetch(name: str, file: str, revision: str | None) -> Path:

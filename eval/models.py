@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.errors import EvalError
-from eval.hub import CODE_FILES, TOKENIZER_FILES, find_snapshot, weight_files
+from eval.hub import CODE_FILES, TOKENIZER_FILES, check_available, find_snapshot, weight_files
 from eval.items import say
 from eval.schema import ModelIdentity, Provenance
 from pretrain.files import file_sha256
@@ -64,6 +64,16 @@ def locate_model(model: str | Path, revision: str | None = None) -> ModelSource:
     if revision is not None and in_name is not None and revision != in_name:
         raise EvalError(f"{model} names another revision than the one given, {revision!r}; give one of them")
     return ModelSource("hub", name, revision or in_name)
+
+
+def check_model(source: ModelSource) -> None:
+    """Check that a model of the Hub can be had, before more is done for it.
+
+    Raises:
+        EvalError: it does not exist, access is not granted, or it is neither in the cache nor can it be had now.
+    """
+    if source.kind == "hub":
+        check_available(source.name, source.revision)
 
 
 def load_model(

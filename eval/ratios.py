@@ -33,7 +33,9 @@ def ratio_of_sums(parts: Sequence[float], sizes: Sequence[int]) -> tuple[float, 
 def ratio_interval(changes: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
     """Return the 95 % interval of sum(changes) / sum(sizes) by bootstrap over the pairs.
 
-    Percentiles, widened for the number of pairs (Hesterberg 2015, The American Statistician 69).
+    Percentiles, widened for the number of pairs (Hesterberg 2015, The American Statistician 69). Where a few long
+    documents hold much of the text it covers less than it says: 91 % of 600 simulations with 80 documents of lognormal
+    length (sigma 1). Studentized resamples did no better.
     """
     count = len(changes)
     over, under = np.asarray(changes, dtype=np.float64), np.asarray(sizes, dtype=np.float64)

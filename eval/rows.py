@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-_MOST_TEXTS = 64  # in a row
+_MOST_TEXTS = 64  # in a row; bounds the search
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def separate_rows(texts: Iterable[Text]) -> list[Row]:
     return _longest_first([Row((text,), len(text.tokens)) for text in texts])
 
 
-def shared_rows(texts: Iterable[Text], *, longest_text: int, longest_row: int, hidden_size: int) -> list[Row]:
+def shared_rows(
+    texts: Iterable[Text], *, longest_text: int, longest_row: int, most_texts: int = _MOST_TEXTS, hidden_size: int
+) -> list[Row]:
     """Return the texts in the rows that cost least; of each kind (several texts, one text) the longest first.
 
     In alphabetical order of tokens, texts with a common beginning are neighbours. The best division of that sequence
@@ -119,6 +121,7 @@ def shared_rows(texts: Iterable[Text], *, longest_text: int, longest_row: int, h
         texts: the texts.
         longest_text: texts of more tokens get a row of their own.
         longest_row: the most tokens of a row with several texts.
+        most_texts: the most texts of a row.
         hidden_size: of the model.
     """
     ordered = sorted(texts, key=lambda text: text.tokens)
@@ -127,7 +130,7 @@ def shared_rows(texts: Iterable[Text], *, longest_text: int, longest_row: int, h
     for end, text in enumerate(ordered):
         shared = total = len(text.tokens)
         best, start = cost[end] + _price(total, hidden_size), end
-        for begin in range(end - 1, max(-1, end - _MOST_TEXTS), -1):
+        for begin in range(end - 1, max(-1, end - min(most_texts, _MOST_TEXTS)), -1):
             tokens = len(ordered[begin].tokens)
             shared, total = min(shared, common[begin + 1]), total + tokens
             length = total - (end - begin) * shared

@@ -93,6 +93,10 @@ class ContinuationScorer(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
         """Return (log-likelihood, whether greedy decoding would produce it) for each request."""
+        for request in requests:
+            context, continuation = request.args
+            if not context and not self.tok_encode(continuation, add_special_tokens=False):
+                raise EvalError(f"the tokenizer produces no token for the continuation {continuation!r}")
         self._truncated.clear()
         results = super().loglikelihood(requests, disable_tqdm=True)
         truncated = Counter(str(requests[index].task_name) for index in self._truncated)
@@ -146,11 +150,13 @@ class ContinuationScorer(HFLM):
         """Arrange the texts in rows of several texts if the model scores these exactly, or else of one."""
         if self.shares is False:
             return separate_rows(texts)
+        by_texts = self._limit.kind == "texts"
         rows = shared_rows(
             texts,
             # The mask of a row knows nothing of windows.
             longest_text=min([self.max_length, *_windows(self.model.config.get_text_config())]),
-            longest_row=self.max_length,
+            longest_row=self.max_length if by_texts else min(self.max_length, self._limit.most),
+            most_texts=self._limit.most if by_texts else len(texts),
             hidden_size=self.model.get_input_embeddings().weight.shape[1],
         )
         packed = [row for row in rows if is_packed(row)]
@@ -174,6 +180,9 @@ class ContinuationScorer(HFLM):
                 batch = [row for row in map(found.unfinished, rows[start:end]) if row.texts]
                 scores = self._score(batch) if batch else None
                 if batch and scores is None:
+                    if end - start == 1 and is_packed(rows[start]):
+                        rows = [*rows[:start], *separate_rows(rows[start].texts), *rows[start + 1 :]]
+                        continue
                     if end - start == 1:
                         raise EvalError(
                             f"a text of {rows[start].length:,} tokens does not fit into the memory of {self.device};"

@@ -30,7 +30,7 @@ from bench_eval_page import write_page
 from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.items import default_cache, fetch_items, write_task_definitions
+from eval.items import fetch_items, write_task_definitions
 from eval.results import read_result
 
 BOUND = 2e-5
@@ -46,18 +46,14 @@ class Commands:
         self.model, self.tasks, self.scratch, self.batch_size = model, tasks, scratch, batch_size
         self.definitions = scratch / "tasks"
         self.definitions.mkdir()
-        write_task_definitions(fetch_items(), tasks, self.definitions)
+        write_task_definitions(fetch_items(tasks=tasks), tasks, self.definitions)
 
-    def ours(self, limit: int | None, dtype: str, *more: str) -> tuple[float, dict[str, Any]]:
+    def ours(self, limit: int | None, dtype: str) -> tuple[float, dict[str, Any]]:
         """Return the seconds of `aurora eval`, and its result."""
         with tempfile.TemporaryDirectory(dir=self.scratch) as name:
-            # A cache of its own, which holds the items but no scores of an earlier round.
-            (Path(name) / "cache").mkdir()
-            (Path(name) / "cache/eval-items").symlink_to(default_cache().expanduser() / "eval-items")
             command = ["-m", "pretrain", "eval", str(self.model), "--tasks", ",".join(self.tasks), "--dtype", dtype]
-            command += ["--out", f"{name}/out", "--device", "cpu", *(["--limit", str(limit)] if limit else []), *more]
-            seconds = run(command, {"AURORA_CACHE": f"{name}/cache"})
-            return seconds, dict(read_result(Path(name) / "out"))
+            command += ["--out", name, "--device", "cpu", "--no-cache", *(["--limit", str(limit)] if limit else [])]
+            return run(command), dict(read_result(Path(name)))
 
     def theirs(self, limit: int | None, dtype: str, softmax: str | None = None) -> tuple[float, dict[str, Any]]:
         """Return the seconds of `lm_eval`, and the contents of its files."""
@@ -66,7 +62,7 @@ class Commands:
             command = ["-m", "lm_eval", "run", "--model", "hf", "--model_args", settings, "--device", "cpu"]
             command += ["--tasks", ",".join(self.tasks), "--include_path", str(self.definitions), "--num_fewshot", "0"]
             command += ["--batch_size", str(self.batch_size), "--output_path", name, "--log_samples"]
-            seconds = run(command + (["--limit", str(limit)] if limit else []), {})
+            seconds = run(command + (["--limit", str(limit)] if limit else []))
             (results,) = Path(name).rglob("results_*.json")
             found = json.loads(results.read_text())["results"]
             for task in self.tasks:
@@ -75,12 +71,12 @@ class Commands:
             return seconds, found
 
 
-def run(arguments: list[str], environment: dict[str, str]) -> float:
+def run(arguments: list[str]) -> float:
     """Run a command of this interpreter; return its wall time in seconds."""
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} | environment,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,

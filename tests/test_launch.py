@@ -83,6 +83,25 @@ def test_a_finished_run_is_left_alone(tiny_config: MakeConfig, capsys: pytest.Ca
     assert (config.run_folder / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_that_died_after_its_last_save_is_finished_by_the_next_launch(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise reports show it as stopped, and a sweep that it belongs to is never complete."""
+
+    def dies(self: RunFolder, step: int) -> None:
+        raise RuntimeError("power cut")
+
+    config = tiny_config({**SHORT, "train.total_tokens": 2 * 768})
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "mark_finished", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config)
+    assert checkpoints_of(config) == [2]
+    assert not RunFolder(config.run_folder).finished
+    assert train(config) == 0
+    assert (RunFolder(config.run_folder).manifest() or {})["finished"]["step"] == 2
+
+
 def test_stop_at_saves_and_exits_75_and_again_does_nothing(tiny_config: MakeConfig) -> None:
     config = tiny_config(SHORT)
     assert train(config, stop_at=3) == 75

@@ -22,6 +22,7 @@ from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.cli import main
 from pretrain.config import ConfigError
 from pretrain.processes.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
+from pretrain.processes.signals import PASSED_ON, StopRequests
 from pretrain.run.folder import RunError, RunFolder
 from pretrain.run.json_lines import JsonLines
 from pretrain.sweep import format_status, load_sweep, plan_jobs, run_job, run_sweep, runner
@@ -207,6 +208,23 @@ def test_killing_a_sweep_twice_changes_nothing(complete: Path, sweep_file: Calla
         assert [record["step"] for record in job.run.metrics.read()] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_sweep_does_not_ask_its_runs_a_second_time_and_ends_them_at_the_second_request(tmp_path: Path) -> None:
+    """They have the signal from Slurm already, and another of those would end them without a checkpoint."""
+    sent: list[int] = []
+
+    class Process:
+        send_signal = staticmethod(sent.append)
+
+    sweep = runner._Runner.__new__(runner._Runner)
+    sweep.requests = StopRequests()
+    sweep.running = [runner._Running(None, Process(), tmp_path, 0.0)]  # type: ignore[arg-type]
+    for expected in ([PASSED_ON], [PASSED_ON, signal.SIGKILL]):
+        sweep.requests.add("SIGUSR1")
+        sweep.pass_on_requests()
+        sweep.pass_on_requests()
+        assert sent == expected
+
+
 def test_a_failed_job_is_named_and_the_others_are_run(
     sweep_file: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +290,15 @@ def test_every_job_has_a_gpu_or_a_thread_of_its_own(
     environments.clear()
     assert run_sweep(load_sweep(sweep_file(axes=axes)), 4) == DONE
     assert [env["OMP_NUM_THREADS"] for env in environments] == ["1"] * 4
+
+
+def test_a_check_says_what_two_seeds_cannot_decide(
+    sweep_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    claim = {"claim": "x", "measure": "validation_loss", "where": {"optimizer": "muon"}, "below": 1}
+    for claims in ([], [claim]):
+        assert main(["check", str(sweep_file(claims=claims))]) == DONE
+        assert ("every claim will be undecided: the axis seed has 2 labels" in capsys.readouterr().out) == bool(claims)
 
 
 def test_shipped_sweeps_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:

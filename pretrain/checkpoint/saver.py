@@ -36,7 +36,8 @@ class Saver:
         ranks: with a group of their own if saves are asynchronous.
         newest: the checkpoint that the run started from, if any.
         prepare: called on rank 0 before anything is written; may raise an OSError, by which the save fails.
-        finish: called on rank 0 with the folder of a complete checkpoint; it may raise an OSError as well.
+        finish: called on rank 0 with the folder of a complete checkpoint. An OSError is a warning: the checkpoint is
+            saved, and the next save tries again what it could not do, such as to delete older ones.
         say: prints a line.
         warn: prints a warning.
     """
@@ -142,11 +143,16 @@ class Saver:
             with named(snapshot.step):
                 self._prepare()
 
+        def finish() -> None:
+            try:
+                self._finish(folder, snapshot)
+            except OSError as error:
+                self._warn(f"{folder} is saved, but what follows a save has failed: {error}; the next one tries again")
+
         try:
             self.ranks.on_rank_0(prepare)
-            folder = save_checkpoint(self.root, snapshot, fragments, generators, self.ranks)
-            self.newest = folder
-            self.ranks.on_rank_0(lambda: self._finish(folder, snapshot))
+            self.newest = folder = save_checkpoint(self.root, snapshot, fragments, generators, self.ranks)
+            self.ranks.on_rank_0(finish)
         except Exception as error:
             of_disk = isinstance(error, (OSError, PeerError))
             if not all(self.ranks.gather(of_disk)) or not isinstance(error, (OSError, PeerError)):

@@ -107,16 +107,19 @@ def _check_sweep(path: Path, overrides: Sequence[str], online: bool) -> int:
     """Check the config of every job; inputs that several share are read once."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from pretrain.config import ConfigError
+    from pretrain.report.seeds import seed_warnings
     from pretrain.sweep import format_status, plan_jobs
 
     if overrides:
         raise ConfigError([f"{overrides[0]}: a sweep takes no overrides on the command line; put them into the file"])
     sweep = read_sweep(path)
     by_inputs: dict[tuple[object, ...], Inputs] = {}
-    warnings: dict[str, None] = {}
+    warnings = dict.fromkeys(seed_warnings(sweep.file.axes, sweep.file.seed_axis) if sweep.file.claims else [])
     for config in (job.config for job in plan_jobs(sweep) if job.config):
-        sections = (config.data, config.tokenizer, config.train)
-        inputs = (*(section.model_dump_json() for section in sections), config.model.vocab_size)
+        # The order of the data, which differs between seeds, changes nothing of what is read here.
+        data = config.data.model_dump_json(exclude={"seed"})
+        sections = (config.tokenizer, config.train)
+        inputs = (data, *(section.model_dump_json() for section in sections), config.model.vocab_size)
         if inputs not in by_inputs:
             by_inputs[inputs] = check_config_inputs(config, online)
             warnings.update(dict.fromkeys(by_inputs[inputs].warnings))

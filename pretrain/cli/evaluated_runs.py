@@ -168,7 +168,6 @@ def _other_figures(task: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 
 def _bits(run: str, file: str, step: int | None, result: EvalResult) -> list[BitsRow]:
-    texts: Mapping[str, Any] = cast(Mapping[str, Any], result).get("bits_per_byte", {})
     return [
         {
             "run": run,
@@ -176,11 +175,11 @@ def _bits(run: str, file: str, step: int | None, result: EvalResult) -> list[Bit
             "step": step,
             "text": name,
             "bits_per_byte": text["bits_per_byte"],
-            "stderr": text.get("stderr"),
+            "stderr": text["stderr"],
             "bytes": text["bytes"],
             "documents": text["documents"],
         }
-        for name, text in texts.items()
+        for name, text in result.get("bits_per_byte", {}).items()
     ]
 
 

@@ -92,7 +92,7 @@ def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
         UserError: one line for each problem.
     """
     from eval.harness import check_request
-    from eval.models import locate_model
+    from eval.models import check_model, locate_model
     from eval.results import check_out
     from eval.texts import text_name, text_problems
     from pretrain.export.run import is_run_or_checkpoint
@@ -103,10 +103,15 @@ def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
     problems = text_problems([word for word in plan.texts if word != VALIDATION])
     for model in plan.models:
         try:
-            name = model.source if is_run_or_checkpoint(Path(model.source)) else locate_model(model.source).name
+            ours = is_run_or_checkpoint(Path(model.source))
+            source = None if ours else locate_model(model.source)
+            name = source.name if source else model.source
             if not overwrite:
                 texts = map(text_name, plan.texts)
                 check_out(plan.folder(model, out), name, plan.tasks, asked["limit"], asked["selection"], [*texts])
+            # One of several models that is missing does not stop the others.
+            if source and len(plan.models) == 1:
+                check_model(source)
         except UserError as error:
             problems.append(str(error))
     if problems:

@@ -74,8 +74,9 @@ def _work_of(command: Sequence[str], ranks: int) -> Work:
 
         folders()  # an invalid sweep is refused here
         return _work_on(sweep.file.name, folders)
-    out = options.out or Path(options.model) / "eval"
-    return Work(f"eval-{Path(options.model).name}", lambda: _results(out) if options.every_checkpoint else 0)
+    first = Path(options.models[0])
+    out = options.out or first / "eval"
+    return Work(f"eval-{first.name}", lambda: _results(out) if options.every_checkpoint else 0)
 
 
 def _results(out: Path) -> int:

@@ -16,7 +16,7 @@ _DEFINITION = (
     "Data efficiency is the number of tokens that another model needs for the same score, divided by the number that "
     "the subject was trained on. It depends on the other model, so each row names it. None of these definitions "
     "separates the optimizer from the text, the size, the schedule and the number of epochs: only runs that differ in "
-    "the optimizer alone do."
+    "the optimizer alone do. Tokens are counted by each model's own tokenizer, and are of different lengths."
 )
 _LIMITS = [
     "Tokens of the reference: a ratio of token counts is a data efficiency only if the scores are equal, which the "

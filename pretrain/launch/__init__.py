@@ -111,6 +111,8 @@ def _train(
         if step >= config.total_steps:
             longer = "; to extend it, raise train.total_tokens" if extend else ""
             display.say(f"{folder.path}: already complete at step {step}{longer}")
+            if start.is_resume:
+                ranks.on_rank_0(lambda: _mark_finished(setup, step))
             return DONE
         if stop_at is not None and step >= stop_at and not start.is_resume:
             raise RunError(
@@ -140,6 +142,12 @@ def _note_stop(setup: Setup, step: int, reason: str) -> None:
             setup.folder.mark_stopped(step, reason)
         except (OSError, RunError) as error:
             setup.display.warn(f"the reason for this stop could not be written to the manifest: {error}")
+
+
+def _mark_finished(setup: Setup, step: int) -> None:
+    """Record that a run is complete whose last launch was killed after the last save, and before it could do so."""
+    if not setup.folder.finished and setup.folder.manifest() is not None:
+        setup.folder.mark_finished(step)
 
 
 def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_signals: bool) -> int:

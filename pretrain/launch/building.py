@@ -150,7 +150,8 @@ def _make_hooks(setup: Setup, start: Start, optimizer: Aurora, watch: Watch) -> 
         batches = validator.batches if validator else list
         model = engine.module.model
         matrices = WatchedMatrices(model, optimizer, engine)
-        hooks.append(Telemetry(config.telemetry, model, matrices, folder.telemetry, batches, show))
+        warn = setup.display.warn
+        hooks.append(Telemetry(config.telemetry, model, matrices, folder.telemetry, batches, show, warn))
     if config.samples.every_steps is not None:
         seed = config.run.seed
         hooks.append(Sampler(config.samples, setup.tokenizer, setup.eos_id, seed, folder.samples, show))

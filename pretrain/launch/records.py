@@ -131,9 +131,11 @@ def make_saver(setup: Setup, reader: CheckpointReader | None, opened: contextlib
 
     def finish(path: Path, snapshot: Snapshot) -> None:
         folder.check_lock()  # writing may have taken minutes
-        prune(folder.checkpoints, keep.keep_last, keep.keep_every_steps, intact=path)
-        if mirror is not None:
-            mirror.push(folder.checkpoints)
+        try:
+            prune(folder.checkpoints, keep.keep_last, keep.keep_every_steps, intact=path)
+        finally:  # on NFS, a folder of which somebody reads a file cannot be deleted
+            if mirror is not None:
+                mirror.push(folder.checkpoints)
         folder.record_sources(snapshot.step, snapshot.provenance["sources"])
 
     return Saver(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -47,6 +47,7 @@ class Telemetry(Hook):
         folder: where the arrays of each measurement are written.
         batches: returns the validation split; if it is empty, activations are not measured.
         show: prints a line on rank 0.
+        warn: called if a file cannot be written or read, which does not end the run.
     """
 
     phase = "telemetry"
@@ -59,8 +60,9 @@ class Telemetry(Hook):
         folder: Path,
         batches: Callable[[], Sequence[TokenBatch]],
         show: Callable[[str], None],
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.settings, self.folder, self.show = settings, folder, show
+        self.settings, self.folder, self.show, self.warn = settings, folder, show, warn
         self.model, self.matrices, self._batches = model, matrices, batches
         self._survivors = _Survivors(settings.reference_step)
         matrices.optimizer.gradient_observer = matrices.move_averages
@@ -85,13 +87,22 @@ class Telemetry(Hook):
             activations = self._activations(context, batches)
             if context.engine.rank == 0:
                 arrays = _arrays(measured) | activations
-                forever = self._survivors.follow(step, _leverages(arrays), self.folder)
-                context.write(lambda: save_arrays(self.folder, step, arrays))
+                forever = self._keep(step, arrays)
                 found = summary(arrays) | _weight_variation(measured) | {"telemetry/dead_forever": forever}
                 found["telemetry/seconds"] = round(time.perf_counter() - started, 4)
                 self.show(_line(step, found))
         self.matrices.watch_directions(False)
         return found
+
+    def _keep(self, step: int, arrays: Mapping[str, Tensor | None]) -> float | None:
+        """Write a measurement; return the share of neurons that have been dead since the reference step."""
+        forever = None
+        try:
+            forever = self._survivors.follow(step, _leverages(arrays), self.folder)
+            save_arrays(self.folder, step, arrays)
+        except (OSError, SafetensorError) as error:  # safetensors' own error also means a full disk
+            self.warn(f"the measurements of step {step} were not kept in {self.folder}: {error}")
+        return forever
 
     def fragments(self) -> Iterable[Fragment]:
         """Yield the averages of the gradients."""
@@ -258,8 +269,12 @@ def _line(step: int, found: Mapping[str, Any]) -> str:
 
 
 def save_arrays(folder: Path, step: int, arrays: Mapping[str, Tensor | None]) -> Path:
-    """Write one measurement atomically, as fp32, without the arrays that are None; return the file's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write one measurement atomically, as fp32, without the arrays that are None; return the file's path.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written, or the run folder is not there, as after its disk was unmounted.
+    """
+    folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"
     kept = {key: values.float().cpu().contiguous() for key, values in arrays.items() if values is not None}
     with replacing(path) as partial:

@@ -93,6 +93,15 @@ class _Tolerant(io.RawIOBase):
             return len(content)
 
 
+class _Unbuffered(io.BufferedWriter):
+    """Writes everything immediately; unlike a raw stream it repeats a write of which only a part was taken."""
+
+    def write(self, data: Any) -> int:
+        count = super().write(data)
+        self.flush()
+        return count
+
+
 def _tolerant(name: str, stream: Any, work: str) -> io.TextIOWrapper | None:
     """A stream that drops what cannot be written; None if it is not a plain stream, such as a notebook's."""
     if type(stream) is not io.TextIOWrapper or not isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
@@ -102,7 +111,7 @@ def _tolerant(name: str, stream: Any, work: str) -> io.TextIOWrapper | None:
     raw = _Tolerant(name, stream.fileno(), work)
     is_unbuffered = getattr(stream.buffer, "raw", None) is None
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        _Unbuffered(raw) if is_unbuffered else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,

@@ -146,8 +146,10 @@ def judge(
     for rank, code in codes.items():
         if code < 0:
             return FAILED, f"rank {rank} on {here} was killed by {_signal_name(-code)} without reporting an error"
+    # What a process reports of another one has the rank of that one.
+    explained = sum(report["kind"] == "peer" for report in reports) >= len(codes)
     for rank, code in codes.items():
-        if code not in (STOPPED, BAD_INPUT, UNAVAILABLE):
+        if code not in (STOPPED, BAD_INPUT, UNAVAILABLE) and not explained:
             return FAILED, f"rank {rank} on {here} ended with exit code {code} without reporting an error"
     if reports:
         first = next((report for report in reports if report["kind"] == "peer"), reports[0])

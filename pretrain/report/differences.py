@@ -92,7 +92,7 @@ def _draw(axes: Axes, place: int, name: str, found: Summary, style: Style) -> No
     mean, half_width = found["mean"], found["half_width"]
     short = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
     size = "" if half_width is None else f" ± {half_width:.4f}"
-    text = f"{short}: {mean:+.4f}{size}".replace("-0.", "−0.")
+    text = f"{short}: {f'{mean:+.4f}'.replace('-', '−')}{size}"
     axes.text(0, place - 0.28, text, transform=axes.get_yaxis_transform(), color="#3d434b", fontsize=10.5)
     if not low < mean < high:
         edge, marker = (high, ">") if mean > 0 else (low, "<")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pretrain.report.judgement import LEAST_SEEDS
 from pretrain.report.sweep import Sweep
 
 _NAMES = {"run.seed": "the initialisation", "data.seed": "the order of the data"}
@@ -34,6 +35,24 @@ def intervals_cover(varied: Sequence[str]) -> str:
         f"Intervals over seeds cover {covered} only: the runs of all seeds read the same data in the same order, and "
         "how much the results depend on it is not known."
     )
+
+
+def seed_warnings(axes: Mapping[str, Mapping[str, Mapping[str, Any]]], seed_axis: str) -> list[str]:
+    """Return what the claims of a sweep file cannot say because of its seeds, before anything has been run.
+
+    Args:
+        axes: axis -> label -> dotted key -> value.
+        seed_axis: name of the axis whose labels are repetitions.
+    """
+    labels = axes.get(seed_axis, {})
+    if len(labels) < LEAST_SEEDS:
+        count = f"the axis {seed_axis} has {len(labels) or 'no'} label{'s' * (len(labels) != 1)}"
+        return [f"every claim will be undecided: {count}, and a verdict needs at least {LEAST_SEEDS} seeds"]
+    if any("run.seed" in changes for changes in labels.values()) and not all(
+        "data.seed" in changes for changes in labels.values()
+    ):
+        return [f"intervals will cover the initialisation only: not every label of the axis {seed_axis} sets data.seed"]
+    return []
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

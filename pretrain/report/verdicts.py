@@ -99,7 +99,7 @@ def _by_construction(claim: Claim, points: Points) -> Iterator[str]:
     ]
     if not constructed:
         return
-    same = "both series have the same value for every seed, which is true by construction"
+    same = "both series have the same value for every seed, which is true by construction or a limit of the measure"
     if claim.slope_over is None:
         yield same
         return

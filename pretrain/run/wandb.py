@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from pretrain.config import Config
 from pretrain.files import replace_text
+from pretrain.processes.redaction import redact
 from pretrain.run.folder import RunFolder
 from pretrain.run.reader import Run
 from pretrain.run.wandb_scores import AXIS, ScoreQueue
@@ -123,6 +124,8 @@ class SavedSteps:
         start: the step after which this launch trains.
         earlier: the records up to `start`, read from metrics.jsonl only if some of them were not sent.
         scores: evaluations that are sent as well.
+        warn: prints a warning. Training does not depend on wandb, whose own process may die: after an error nothing
+            more is sent by this launch, and the next one sends what is missing.
     """
 
     def __init__(
@@ -133,31 +136,51 @@ class SavedSteps:
         start: int,
         earlier: Callable[[], Iterable[dict[str, Any]]],
         scores: ScoreQueue | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.tracker, self._note, self._saved, self._scores = tracker, note, saved, scores
+        self.tracker, self._note, self._saved, self._scores, self._warn = tracker, note, saved, scores, warn
+        self._failed = False
         self._held: deque[dict[str, Any]] = deque()
-        self._sent, self._looked = self._read_note(), time.monotonic()
+        self._sent = self._noted = self._read_note()
+        self._looked = time.monotonic()
         if self._sent < start:
             self._held.extend(record for record in earlier() if record.get("step", 0) <= start)
-            self._send(start)
+            self._try(lambda: self._send(start))
 
     def log(self, record: dict[str, Any]) -> None:
         """Hold the record of one step; send those that a checkpoint holds by now."""
+        if self._failed:
+            return
         while self._held and self._held[-1]["step"] >= record["step"]:
             self._held.pop()  # rolled back
         self._held.append(record)
         if time.monotonic() - self._looked >= LOOK_SECONDS:
-            self._send(self._saved())
-            self._send_scores()
+            self._try(self._send_all)
             self._looked = time.monotonic()
 
     def close(self) -> None:
         """Send what a checkpoint holds, and finish."""
+        self._try(self._send_all)
+        self._try(self.tracker.close)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """Do what may fail for reasons of wandb's own, once."""
+        if self._failed:
+            return
         try:
-            self._send(self._saved())
-            self._send_scores()
-        finally:
-            self.tracker.close()
+            work()
+        except Exception as error:  # of whatever wandb is made of
+            self._failed = True
+            self._held.clear()
+            first = redact((str(error).splitlines() or [""])[0])
+            self._warn(
+                f"wandb: {type(error).__name__}: {first}; this launch sends nothing more to wandb, and the next one "
+                "sends what is missing"
+            )
+
+    def _send_all(self) -> None:
+        self._send(self._saved())
+        self._send_scores()
 
     def _send_scores(self) -> None:
         if self._scores is not None:
@@ -165,14 +188,17 @@ class SavedSteps:
                 self._scores.send(self.tracker.log_scores)
 
     def _send(self, step: int) -> None:
-        before = self._sent
-        while self._held and self._held[0]["step"] <= step:
-            record = self._held.popleft()
-            if record["step"] > self._sent:
-                self.tracker.log(record)
-                self._sent = record["step"]
-        if self._sent > before:
-            replace_text(self._note, json.dumps({"step": self._sent}))
+        try:
+            while self._held and self._held[0]["step"] <= step:
+                record = self._held.popleft()
+                if record["step"] > self._sent:
+                    self.tracker.log(record)
+                    self._sent = record["step"]
+        finally:
+            if self._sent > self._noted:
+                with contextlib.suppress(OSError):  # a full disk; the next look tries again
+                    replace_text(self._note, json.dumps({"step": self._sent}))
+                    self._noted = self._sent
 
     def _read_note(self) -> int:
         try:
@@ -207,4 +233,5 @@ def make_tracker(config: Config, folder: RunFolder, run_id: str, rank: int, star
         start=start,
         earlier=lambda: Run(folder, {}, {}).records,
         scores=ScoreQueue(folder.path / "wandb"),
+        warn=warn,
     )

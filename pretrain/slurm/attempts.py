@@ -42,10 +42,14 @@ class Attempts:
 
     Args:
         path: its file; need not exist.
+
+    Attributes:
+        problem: why it could not be written, if so; that does not end a job.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.problem: OSError | None = None
         self._found: list[Attempt] = _read(path)
 
     def begin(self, restart: int, nodes: str, step: int) -> None:
@@ -72,8 +76,13 @@ class Attempts:
         return count
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, json.dumps(self._found, indent=1) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path, json.dumps(self._found, indent=1) + "\n")
+        except OSError as error:  # a full quota, for example
+            self.problem = error
+        else:
+            self.problem = None
 
 
 class Verdict(NamedTuple):

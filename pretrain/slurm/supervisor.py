@@ -200,6 +200,11 @@ class Supervisor:
     def _finish(self, code: int, step: int, verdict: Verdict, status: JobStatus | None, bad: Sequence[str] = ()) -> int:
         job = self.job
         self.attempts.end(code, step, verdict)
+        if self.attempts.problem is not None and verdict.requeue and self.attempts.stalled(step):
+            why = (
+                f"{verdict.why}; {self.attempts.path} cannot be written ({self.attempts.problem.strerror}), so restarts"
+            )
+            verdict = Verdict(False, f"{why} without a newer checkpoint cannot be counted: not requeued")
         self.say(
             f"{'requeueing ' if verdict.requeue else ''}job {job.number}: {verdict.why}; newest checkpoint: step {step}"
         )

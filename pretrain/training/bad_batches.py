@@ -57,6 +57,6 @@ class BadBatches:
             "record": {key: finite_or_none(value) for key, value in step.record.items()},
             "places": batch_places(step.before, step.batch.position, self._seed),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)  # without the run folder, which its disk may have taken along
         with replacing(self.folder / f"step-{step.step:08d}-rank-{self._rank:05d}.safetensors") as partial:
             save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in described.items()})

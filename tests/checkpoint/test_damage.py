@@ -20,7 +20,7 @@ from tests.checkpoint.test_store import save
 from tests.conftest import TINY, merged
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import metrics, run
-from tests.distributed.test_deepspeed import zero
+from tests.distributed.test_deepspeed import zero_engine
 
 MakeConfig = Callable[..., Config]
 SHORT = {
@@ -69,7 +69,11 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("world_size", "changes"),
-    [pytest.param(1, {}, id="plain"), pytest.param(2, zero(1), id="zero 1"), pytest.param(2, zero(3), id="zero 3")],
+    [
+        pytest.param(1, {}, id="plain"),
+        pytest.param(2, zero_engine(1), id="zero 1"),
+        pytest.param(2, zero_engine(3), id="zero 3"),
+    ],
 )
 def test_no_flipped_bit_of_a_run_goes_unnoticed(world_size: int, changes: dict[str, object], tmp_path: Path) -> None:
     """200 places for each engine, over indexes, tensors and random generators of all ranks."""

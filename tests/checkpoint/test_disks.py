@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from pretrain.checkpoint import writer
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact
@@ -161,7 +164,7 @@ def test_a_disk_that_goes_away_is_not_replaced_by_the_folder_below_it(
     tmp_path: Path, tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As after `umount -l`: the root of the runs is an empty folder of another disk, and comes back later."""
-    config = tiny_config(SHORT)
+    config = tiny_config({**SHORT, "telemetry.every_steps": 1})
     folder, aside = config.run_folder, tmp_path / "aside"
     root = folder.parent
 
@@ -180,8 +183,53 @@ def test_a_disk_that_goes_away_is_not_replaced_by_the_folder_below_it(
     out = capsys.readouterr().out
     assert f"checkpoint of step 4 not saved: {folder} is not there any more; was its disk unmounted?" in out
     assert out.count("its lines wait in memory until it can be written") == 1
+    assert "warning: the measurements of step 4 were not kept" in out
     assert saved(folder / "checkpoints") == [6, 8]
     assert metrics(root, "step") == [[step] for step in range(1, 9)]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_no_failed_save(
+    tmp_path: Path, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on NFS while somebody, such as an evaluation, reads one of its files."""
+    remove = shutil.rmtree
+
+    def busy(path: str | Path, **options: Any) -> None:
+        if Path(path).name == "step-00000002.tmp" and not options:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr("pretrain.checkpoint.store.shutil.rmtree", busy)
+    copies = {"checkpoint.mirror": f"file://{tmp_path}/copies"}
+    changes = {"checkpoint.keep_last": 1, "checkpoint.max_failed_saves": 1, "train.total_tokens": 6 * 768}
+    config = tiny_config({**SHORT, **changes, **copies})
+    assert train(config) == 0
+    assert capsys.readouterr().out.count("is saved, but what follows a save has failed: [Errno 39]") == 1
+    assert [path.name for path in (config.run_folder / "checkpoints").iterdir()] == ["step-00000006"]
+    assert [path.name for path in (tmp_path / "copies/tiny").iterdir()] == ["step-00000006"]
+
+
+def test_measurements_that_a_full_disk_does_not_take_end_no_run(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor do files of earlier ones that cannot be read."""
+
+    def full(tensors: Any, path: Path) -> None:
+        if "step-00000002" in path.name:
+            path.write_bytes(b"part")
+            raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+        save_file(tensors, path)
+
+    monkeypatch.setattr("pretrain.neurons.telemetry.save_file", full)
+    config = tiny_config({**SHORT, "telemetry.every_steps": 1, "telemetry.reference_step": 1})
+    assert train(config, stop_at=4) == 75
+    assert capsys.readouterr().out.count("warning: the measurements of step") == 1
+    found = sorted(path.name for path in (config.run_folder / "telemetry").iterdir())
+    assert found == [f"step-{step:08d}.safetensors" for step in (1, 3, 4)]
+    (config.run_folder / "telemetry" / found[0]).write_bytes(b"damaged")
+    assert train(config, stop_at=6) == 75
+    assert "warning: the measurements of step 5 were not kept" in capsys.readouterr().out
+    assert metrics(config.run_folder.parent, "step") == [[step] for step in range(1, 7)]
 
 
 def test_a_folder_that_can_only_be_read_is_refused_before_training(tmp_path: Path, tiny_config: MakeConfig) -> None:

@@ -15,7 +15,7 @@ import torch
 from pretrain.checkpoint.store import CheckpointReader, step_folders
 from tests.checkpoint.kills import PHASES, attempt
 from tests.distributed.scenarios import metrics, newest, tensors
-from tests.distributed.test_deepspeed import zero
+from tests.distributed.test_deepspeed import zero_engine
 
 STEPS = 6
 SHORT = {
@@ -65,7 +65,7 @@ def test_a_chain_of_kills_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("engine", "world_size", "changes"),
-    [("plain", 2, {}), ("zero 1", 2, zero(1)), ("zero 3", 2, zero(3))],
+    [("plain", 2, {}), ("zero 1", 2, zero_engine(1)), ("zero 3", 2, zero_engine(3))],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_killed_at_many_moments(

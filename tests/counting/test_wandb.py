@@ -136,3 +136,59 @@ def test_a_roll_back_within_a_launch_drops_what_was_held(tmp_path: Path) -> None
     saved = 5
     tracker.close()
     assert sent[4:] == [(5, 5.0)]
+
+
+def test_training_does_not_depend_on_wandb_and_the_next_launch_sends_what_is_missing(tmp_path: Path) -> None:
+    """As when wandb's own process has died: every call raises from then on."""
+    sent, warnings = list[int](), list[str]()
+
+    class Breaks(NoTracker):
+        def log(self, record: dict[str, Any]) -> None:
+            if record["step"] >= 3:
+                raise BrokenPipeError("lost https://user:secret@host/x")
+            sent.append(record["step"])
+
+        def close(self) -> None:
+            raise BrokenPipeError("gone")
+
+    note, records = tmp_path / "note.json", [{"step": step, "loss": 1.0} for step in range(1, 6)]
+    tracker = SavedSteps(Breaks(), note, lambda: 4, 0, list, warn=warnings.append)
+    for record in records:
+        tracker._looked = -1e9 if record["step"] == 4 else 1e9  # when to look
+        tracker.log(record)
+    tracker.close()
+    assert sent == [1, 2]
+    assert len(warnings) == 1
+    assert "BrokenPipeError" in warnings[0]
+    assert "secret" not in warnings[0]
+
+    class Works(NoTracker):
+        def log(self, record: dict[str, Any]) -> None:
+            sent.append(record["step"])
+
+    SavedSteps(Works(), note, lambda: 4, 4, lambda: records, warn=warnings.append).close()
+    assert sent == [1, 2, 3, 4]
+    assert len(warnings) == 1
+
+
+def test_a_full_disk_does_not_keep_steps_from_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, warnings = list[int](), list[str]()
+
+    class Works(NoTracker):
+        def log(self, record: dict[str, Any]) -> None:
+            sent.append(record["step"])
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    note = tmp_path / "note.json"
+    tracker = SavedSteps(Works(), note, lambda: 3, 0, list, warn=warnings.append)
+    with monkeypatch.context() as patched:
+        patched.setattr("pretrain.run.wandb.replace_text", full)
+        for step in (1, 2, 3):
+            tracker.log({"step": step})
+            tracker._looked = -1e9  # time to look
+    tracker.close()
+    assert sent == [1, 2, 3]
+    assert warnings == []
+    assert json.loads(note.read_text()) == {"step": 3}

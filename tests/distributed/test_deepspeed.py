@@ -30,10 +30,15 @@ DENSE: dict[str, Any] = SMALL_VOCABULARY | {
 }
 
 
+def zero_engine(stage: int) -> dict[str, Any]:
+    """The keys of ZeRO."""
+    wire = {"engine.wire_dtype": "fp32"} if stage else {}
+    return {"engine.kind": "deepspeed", "engine.zero_stage": stage} | wire
+
+
 def zero(stage: int, **more: Any) -> dict[str, Any]:
     """The same run under ZeRO."""
-    wire = {"engine.wire_dtype": "fp32"} if stage else {}
-    return DENSE | {"engine.kind": "deepspeed", "engine.zero_stage": stage} | wire | more
+    return DENSE | zero_engine(stage) | more
 
 
 @pytest.fixture(scope="module")

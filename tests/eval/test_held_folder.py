@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -100,6 +101,19 @@ def test_a_folder_in_use_is_not_deleted_by_others(tmp_path: Path) -> None:
     parent, fills = tmp_path / "held", tmp_path / "fills"
     with held_folder(parent, "a", filler(fills)) as one, held_folder(parent, "b", filler(fills)):
         assert (one / "weights").exists()
+
+
+def test_without_locks_each_process_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("eval.held_folder.fcntl.flock", refuse)
+    parent, fills = tmp_path / "held", tmp_path / "fills"
+    with held_folder(parent, "a", filler(fills)) as one, held_folder(parent, "a", filler(fills)) as two:
+        assert one != two
+        assert (one / "weights").exists()
+    assert not one.exists()
+    assert names(parent) == []
 
 
 def test_a_folder_that_cannot_be_filled_leaves_nothing(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from eval import hub as eval_hub
 from eval.errors import EvalError
 from eval.harness import evaluate
 from eval.hub import find_snapshot
-from eval.models import load_model, locate_model
+from eval.models import check_model, load_model, locate_model
+from pretrain.cli.command import main
 from tests.eval.conftest import export_model, sha256, small_llama
 from tests.eval.test_models import add_code
 
@@ -229,6 +230,8 @@ def test_a_gated_model_says_how_to_get_access(here: str, hub: type[Hub], monkeyp
     with pytest.raises(EvalError, match=f"made/tiny is gated: request access at {here}/made/tiny") as raised:
         find_snapshot("made/tiny", None, with_code=False)
     assert "secret" not in str(raised.value)
+    with pytest.raises(EvalError, match="made/tiny is gated"):
+        check_model(locate_model("made/tiny"))
 
 
 def test_missing_models_and_revisions_are_told_apart(here: str) -> None:
@@ -296,3 +299,17 @@ def test_a_name_that_cannot_be_looked_up_takes_no_longer(here: str, monkeypatch:
         find_snapshot("made/tiny", None, with_code=False)
     assert not answered.is_set()
     answered.set()
+
+
+def test_a_single_model_is_asked_for_before_anything_is_fetched(
+    here: str, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("eval.tasks.fetch_items", lambda *_, **__: pytest.fail("the items were fetched first"))
+    for name, message in (
+        ("made/other", f"made/other is neither a local folder nor a model on the Hub at {here}"),
+        ("made/tiny@v9", "made/tiny has no revision 'v9'"),
+    ):
+        assert main(["eval", name, "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert not any("safetensors" in path for path in hub.asked)

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from lm_eval.tasks import TaskManager
 
 from eval.compare import compare
 from eval.compare_tables import render
@@ -376,3 +377,12 @@ def test_with_items_from_the_hub_the_control_is_lm_evals_task_without_the_prompt
     included = yaml.load(Path(definition["include"]).read_text().replace("!function", ""), yaml.SafeLoader)
     assert (included["dataset_path"], included["doc_to_choice"]) == ("Rowan/hellaswag", "choices")
     assert (definition["task"], definition["doc_to_text"]) == ("hellaswag_no_context", "")
+
+
+@pytest.mark.long
+def test_lm_eval_knows_the_control_among_its_own_tasks(tmp_path: Path) -> None:
+    write_controls(["hellaswag_no_context"], tmp_path)
+    manager = TaskManager(include_path=str(tmp_path))
+    assert {"hellaswag", "hellaswag_no_context"} <= set(manager.all_tasks)
+    entry = manager.task_index["hellaswag_no_context"]
+    assert str(entry.yaml_path).startswith(str(tmp_path))

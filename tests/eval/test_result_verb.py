@@ -15,6 +15,8 @@ from eval.item_texts import item_texts
 from eval.overlap_report import text_hash
 from eval.results import read_result, write_result
 from pretrain.cli import held_out, main
+from pretrain.cli.command import parse
+from pretrain.cli.evaluate import _arguments
 from pretrain.config import Config, parse_config
 from pretrain.data.split import is_validation
 from tests.conftest import TINY, merged
@@ -130,3 +132,12 @@ def test_the_validation_split_of_a_run_is_a_text(
     monkeypatch.setattr("pretrain.export.run.open_checkpoint", run_of(few, tmp_path))
     (text,) = held_out.held_out_texts(["validation"], tmp_path / "run")
     assert sum(len(document) for document in text.documents) in range(100, 130)
+
+
+def test_several_processes_get_the_same_command_line() -> None:
+    words = ["--bits-per-byte", "lambada", "--bits-per-byte", "sea=a,b.txt", "--subset", "goldenswag", "--tasks", ""]
+    words += ["--stride", "7", "--overlap", "report.json", "--format", "lm-eval", "--out", "out", "--overwrite"]
+    options = parse(["eval", "one", "two", *words, "--processes", "2"])
+    again = parse(["eval", *_arguments(options)])
+    assert vars(again) | {"processes": 2} == vars(options)
+    assert again.bits_per_byte == ["lambada", "sea=a,b.txt"]

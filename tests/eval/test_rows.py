@@ -23,18 +23,26 @@ def price(rows: list[Row], hidden_size: int) -> float:
     return sum(row.length * (1 + row.length / (6 * hidden_size)) for row in rows)
 
 
-@given(tokens=token_lists, longest_text=st.integers(1, 12), longest_row=st.integers(1, 30), hidden=st.integers(1, 64))
+@given(
+    tokens=token_lists,
+    longest_text=st.integers(1, 12),
+    longest_row=st.integers(1, 30),
+    most_texts=st.integers(1, 20),
+    hidden=st.integers(1, 64),
+)
 def test_rows_hold_each_text_once_behind_what_it_shares(
-    tokens: list[tuple[int, ...]], longest_text: int, longest_row: int, hidden: int
+    tokens: list[tuple[int, ...]], longest_text: int, longest_row: int, most_texts: int, hidden: int
 ) -> None:
     texts = texts_of(tokens)
-    rows = shared_rows(texts, longest_text=longest_text, longest_row=longest_row, hidden_size=hidden)
+    limits = {"longest_text": longest_text, "longest_row": longest_row, "most_texts": most_texts}
+    rows = shared_rows(texts, **limits, hidden_size=hidden)
     assert sorted(text.tokens for row in rows for text in row.texts) == sorted(tokens)
     for row in rows:
         assert len({text.tokens[: row.shared] for text in row.texts}) == 1
         assert row.shared <= min(len(text.tokens) for text in row.texts)
         if is_packed(row):
             assert row.shared > 0
+            assert len(row.texts) <= most_texts
             assert row.length <= longest_row
             assert max(len(text.tokens) for text in row.texts) <= longest_text
     assert price(rows, hidden) <= price(separate_rows(texts), hidden) + 1e-9

@@ -109,6 +109,8 @@ def test_a_continuation_without_tokens_is_refused(model_folder: Path) -> None:
     lm = scorer(small_llama(), model_folder)
     with pytest.raises(EvalError, match="no token for the continuation"):
         lm._loglikelihood_tokens([(("a", ""), [1], [])])
+    with pytest.raises(EvalError, match="no token for the continuation ''"):
+        lm.loglikelihood(requests([("", "")]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,10 +17,12 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from eval.harness import evaluate
+from eval.results import read_result
 from eval.schema import EvalResult
 from eval.score_cache import ScoreCache
 from eval.scoring import ContinuationScorer, Score
 from eval.sharing import divide, joined_team
+from pretrain.processes.torchrun import free_port
 from tests.eval.conftest import NUM_ITEMS, cache_with_items
 from tests.eval.forked import run_ranks
 
@@ -162,3 +167,51 @@ def test_a_rank_that_fails_ends_the_others_and_says_why(
     assert "rank 1 on" in first
     assert "MemoryError: no room on this rank" in first
     assert int((tmp_path / "batches0").read_text()) <= 4  # of about 20
+
+
+def launched(folder: Path, model: Path, fetched: Mapping[str, Any], **environment: str) -> list[tuple[int, str]]:
+    """Evaluate on two simulated nodes of two processes; return exit code and standard error of each launcher."""
+    folder.mkdir()
+    (folder / "package").write_bytes(pickle.dumps(fetched["package"]))
+    given = {"MADE_UP_PACKAGE": str(folder / "package"), "AURORA_CACHE": str(cache_with_items(fetched, folder / "c"))}
+    port = str(free_port())
+    launchers = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "pretrain.processes", "--nnodes", "2", "--nproc-per-node", "2"),
+                *("--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port),
+                *("-m", "tests.eval.made_up_command", "eval", str(model), "--suite", "core", "--batch-size", "2"),
+                *("--out", str(folder / "out")),
+            ],
+            env={**os.environ, **given, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment},
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    try:
+        return [(launcher.wait(300), launcher.communicate()[1]) for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+
+
+@pytest.mark.long
+def test_two_launchers_share_an_evaluation(
+    tmp_path: Path, model_folder: Path, fetched: dict[str, Any], alone: EvalResult
+) -> None:
+    ended = launched(tmp_path / "whole", model_folder, fetched)
+    assert [code for code, _ in ended] == [0, 0], ended
+    result = read_result(tmp_path / "whole" / "out")
+    assert len(result["requests"]["scored_by_rank"]) == 4
+    assert sum(result["requests"]["scored_by_rank"]) + result["requests"]["reused"] == NUM_ITEMS * 6
+    for name, task in result["tasks"].items():
+        assert task["acc"] == alone["tasks"][name]["acc"]
+
+    ended = launched(tmp_path / "broken", model_folder, fetched, FAULTY_RANK="3")
+    assert [code for code, _ in ended] == [1, 1], ended
+    assert "MemoryError: no room on this rank" in ended[1][1]
+    assert ended[1][1].count("Traceback") == 1
+    assert "without reporting" not in ended[0][1]  # both nodes are one host here, where rank 3 has said it already
+    assert not (tmp_path / "broken" / "out").exists()

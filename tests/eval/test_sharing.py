@@ -103,6 +103,25 @@ def test_every_architecture_scores_as_in_lm_eval(model_folder: Path, kind: str) 
     assert bool(lm.shares) == shares
 
 
+def test_texts_longer_than_a_window_stay_alone_whatever_the_comparison_says(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's mask has no window, and a text that just exceeds it may hide what that does."""
+    monkeypatch.setattr(scoring, "shares_exactly", lambda *_: True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, **WIDE, sliding_window=16)).eval()
+    pairs = questions(8)
+    lm = scorer(model, model_folder)
+    lengths = [len(lm.tok_encode(context + continuation)) for context, continuation in pairs]
+    assert min(lengths) < 16 < max(lengths)
+    with tokens_computed(model) as shared:
+        found = lm.loglikelihood(requests(pairs))
+    with tokens_computed(model) as alone:
+        expected = scorer(model, model_folder, share=False).loglikelihood(requests(pairs))
+    assert_close(found, expected)
+    assert sum(shared) < sum(alone)  # the short ones do share
+
+
 def test_what_choices_begin_with_is_computed_once(model_folder: Path) -> None:
     model, pairs = small_llama(), questions(8)
     with tokens_computed(model) as alone:
@@ -260,9 +279,40 @@ def test_batches_that_do_not_fit_are_halved(model_folder: Path, batch_size: Any)
     refused = [count for count in counts if count > cramped.room]
     assert refused
     assert len(refused) < 8  # and then it is known what fits
+    with tokens_computed(cramped) as counts:
+        lm.loglikelihood(requests(pairs))
+    assert max(counts) <= cramped.room
     cramped.room = 3
     with pytest.raises(EvalError, match="does not fit into the memory of cpu"):
         scorer(cramped, model_folder).loglikelihood(requests(pairs))
+
+
+def test_a_row_that_does_not_fit_is_scored_text_by_text(model_folder: Path) -> None:
+    model, pairs = small_llama(), questions(6)
+    cramped = Cramped(model.config).eval()
+    cramped.load_state_dict(model.state_dict())
+    expected = scorer(model, model_folder).loglikelihood(requests(pairs))
+    lm = scorer(cramped, model_folder)
+    lm.shares, lm._checked_length = True, 128  # the comparison would not fit either
+    cramped.room = max(len(lm.tok_encode(context + continuation)) for context, continuation in pairs)
+    assert_close(lm.loglikelihood(requests(pairs)), expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_number_of_texts_is_the_most_of_a_forward_pass(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    model, pairs = small_llama(), questions(5)
+    sizes: list[int] = []
+    real = scoring.score_rows
+    monkeypatch.setattr(
+        scoring,
+        "score_rows",
+        lambda model, rows, device: sizes.append(sum(len(row.texts) for row in rows)) or real(model, rows, device),
+    )
+    scorer(model, model_folder, batch_size=size).loglikelihood(requests(pairs))
+    assert max(sizes) <= size
+    assert len(sizes) < len(pairs) or size == 1
 
 
 def test_what_was_cut_is_on_the_screen(model_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -271,6 +271,9 @@ def told(kind: Any, rank: int, code: int = 1) -> Failure:
         ({1: Ended(2)}, [told("own", 1, code=2)], set(), 2, None),
         ({0: Ended(2), 1: Ended(2)}, [], set(), 2, None),
         ({0: Ended(2)}, [told("peer", 5, code=2)], set(), 2, None),
+        # On another node than the one where rank 5 failed.
+        ({0: Ended(1), 1: Ended(1)}, [told("peer", 5), told("peer", 5)], set(), 1, None),
+        ({0: Ended(7), 1: Ended(1)}, [told("peer", 5)], set(), 1, "rank 0 on {host} ended with exit code 7"),
         ({0: Ended(1)}, [told("lost", 0)], set(), 1, "rank 0 on n lost the connection to another rank"),
     ],
 )

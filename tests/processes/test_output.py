@@ -67,3 +67,18 @@ def test_work_continues_to_its_own_exit_code(redirection: str, shown: str | None
         assert done.stderr.count("warning: ") == shown.count("warning: ")
         assert shown in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_output_without_buffers_has_none() -> None:
+    """As in the batch scripts (PYTHONUNBUFFERED): a process that is killed must not take its last lines along."""
+    code = (
+        "import os\n"
+        "from pretrain.processes.output import output_may_fail\n"
+        "with output_may_fail('training'):\n"
+        "    print('the last line')\n"
+        "    os._exit(0)\n"
+    )
+    kept = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=kept, timeout=60, check=True)
+    assert done.stdout == "the last line\n"

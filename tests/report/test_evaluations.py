@@ -8,7 +8,6 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from eval.compare import compare
 from pretrain.cli import main
 from pretrain.report import schema
 from tests.eval.results import a_result, write
@@ -101,8 +100,18 @@ def at_step(result: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def bits(value: float, stderr: float | None = 0.01) -> dict[str, Any]:
-    sums = {"bytes": 5000, "tokens": 1000, "documents": 12}
-    return {"bits_per_byte": {"passages": {"bits_per_byte": value, "stderr": stderr, **sums}}}
+    """Bits per byte on twelve documents of rising difficulty, 5,000 bytes in all."""
+    sizes = [450] * 11 + [50]
+    documents = [
+        {"doc_hash": f"document-{place}", "bytes": size, "tokens": size // 4, "bits": size * value}
+        for place, size in enumerate(sizes)
+    ]
+    text = {
+        **{"bits_per_byte": value, "stderr": stderr, "bytes": sum(sizes), "tokens": sum(size // 4 for size in sizes)},
+        **{"documents": 12, "documents_in_text": 12, "context": 128, "stride": 64, "first_token": "<|endoftext|>"},
+        **{"documents_changed_by_tokenizer": 0, "sha256": "0", "origin": "file", "per_document": documents},
+    }
+    return {"bits_per_byte": {"passages": text}}
 
 
 def test_checkpoints_are_curves_with_bands(tmp_path: Path) -> None:
@@ -168,8 +177,12 @@ def test_scores_beyond_accuracy(tmp_path: Path) -> None:
             for item in task["items"]:
                 item["acc"] = item.pop("acc_norm")
     result["tasks"]["lambada_openai"].update(perplexity=12.5, perplexity_stderr=0.7, note="other items than published")
-    part = {"num_items": 1, "acc": 0.0, "acc_norm": 0.75}
-    result["tasks"]["hellaswag"].update(overlap={"without": part}, subsets={"goldenswag": {**part, "acc_norm": 0.125}})
+    part = {"num_items": 1, "acc": 0.0, "acc_stderr": None, "acc_norm": 0.75}
+    overlap = {"report_sha256": "0", "ngram": 13, "complete": True, "text_bytes": 9, "too_short_in_split": 0}
+    subset = {**part, "acc_norm": 0.125, "origin": "file", "sha256": "0", "num_items_in_split": 1, "doc_ids": [0]}
+    result["tasks"]["hellaswag"].update(
+        overlap={**overlap, "overlapping": part, "without": part}, subsets={"goldenswag": subset}
+    )
     members = ["mmlu_anatomy", "mmlu_law"]
     result["groups"] = {"mmlu": {"tasks": members, "num_items": 4, "acc": 0.75, "acc_stderr": 0.02}}
     write(folder / "eval" / "all", result)
@@ -194,30 +207,24 @@ def test_scores_beyond_accuracy(tmp_path: Path) -> None:
         assert text in page.text
 
 
-def test_parts_and_texts_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `compare` returns them: the same keys, with a part, or a text instead of a task."""
+def test_parts_and_texts_are_compared_too(tmp_path: Path) -> None:
+    """Items without overlap, and bits per byte, of which fewer are better."""
     folder = two_runs(tmp_path)
-    for name in ("muon", "aurora"):
-        write(tmp_path / name / "eval", a_result({"hellaswag": [1, 0, 1]}))
-
-    def with_more(*arguments: Any, **options: Any) -> dict[str, Any]:
-        found: dict[str, Any] = dict(compare(*arguments, **options))
-        text = {"text": "passages", "model": "aurora", "baseline": "muon", "difference": -0.25, "interval": None}
-        text |= {"num_documents": 7, "won": 6, "lost": 1, "outcome": "different", "better": "aurora"}
-        parts = [{**row, "part": "without overlap", "difference": 0.125} for row in found["comparisons"]]
-        return {**found, "parts": parts, "bits_per_byte": [text]}
-
-    monkeypatch.setattr("pretrain.cli.evaluated_runs.compare", with_more)
+    for name, right, value in (("muon", 10, 2.0), ("aurora", 40, 1.75)):
+        result = a_result({"winogrande": [1] * right + [0] * (60 - right)}, **bits(value))
+        for item in result["tasks"]["winogrande"]["items"]:
+            item["overlap"] = item["doc_id"] >= 20
+        write(tmp_path / name / "eval", result)
     found, page = report(folder)
     rows = found["evaluations"]["differences"]
-    assert [(row["task"], row["metric"], row["num_items"]) for row in rows] == [
-        ("hellaswag", "acc_norm", 3),
-        ("hellaswag: without overlap", "acc_norm", 3),
-        ("passages", "bits per byte", 7),
+    assert [(row["task"], row["metric"], row["num_items"], row["difference"]) for row in rows] == [
+        ("winogrande", "acc", 60, 0.5),
+        ("winogrande: without overlap", "acc", 20, 0.5),
+        ("passages", "bits per byte", 12, pytest.approx(-0.25)),
     ]
-    assert (rows[2]["low"], rows[2]["verdict"]) == (None, "aurora is better")
+    assert (rows[2]["won"], rows[2]["lost"], rows[2]["verdict"]) == (12, 0, "aurora is better")
     assert {frozenset(row) for row in rows} == {frozenset(get_type_hints(schema.DifferenceRow))}
-    for part in ("hellaswag: without overlap", "+0.1250 [", "-0.2500", "6/1", "aurora is better"):
+    for part in ("winogrande: without overlap", "+0.5000 [", "-0.2500", "12/0", "aurora is better"):
         assert part in page.text
 
 

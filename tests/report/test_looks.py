@@ -42,7 +42,7 @@ def three_seeds(root: Path, losses: dict[str, list[float]], **changes: Any) -> P
 
 
 MUON = [4.0, 4.1, 4.2]
-LOSSES = {"muon": MUON, "aurora": [3.99, 4.088, 4.191], "adamw": [6.0, 6.1, 6.3]}
+LOSSES = {"muon": MUON, "aurora": [3.99, 4.088, 4.191], "adamw-0.5": [6.0, 6.1, 6.3]}
 CLAIM = {"measure": "validation_loss", "where": {"optimizer": "aurora"}}
 
 
@@ -100,12 +100,12 @@ def test_differences_of_a_hundredth_can_be_seen(page: str) -> None:
     """The baseline has none; AdamW, two nats behind, is an arrow at the edge of the panel."""
     panel = section(page, "differences")
     assert "aurora: −0.0103 ± 0.0038" in panel
-    assert "adamw: +2.0333 ± 0.1434" in panel
+    assert "adamw-0.5: +2.0333 ± 0.1434" in panel
     assert "muon:" not in panel
     ticks = [float(text.replace("−", "-")) for text in re.findall(r">([−-]?[0-9.]+)</text>", panel)]
     assert max(ticks) - min(ticks) <= 0.05
     curve = hovers(page)["Difference of validation loss to the baseline"]
-    assert [line["name"] for line in curve["lines"]] == ["aurora", "adamw"]
+    assert [line["name"] for line in curve["lines"]] == ["aurora", "adamw-0.5"]
     x, mean, low, high = curve["lines"][0]["points"][-1]
     assert (x, mean) == (409600, pytest.approx(-0.0103333, abs=1e-6))
     assert (low, high) == (pytest.approx(mean - 0.0037946, abs=1e-5), pytest.approx(mean + 0.0037946, abs=1e-5))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.report.seeds import intervals_cover, varied_keys
+from pretrain.report.seeds import intervals_cover, seed_warnings, varied_keys
 from pretrain.report.sweep import load
 from pretrain.report.write import results
 from tests.conftest import REPOSITORY
@@ -76,3 +76,17 @@ def test_the_shipped_experiments_can_decide_claims_and_vary_the_order_of_the_dat
         assert len(seeds) >= 3, file
         for key in ("run.seed", "data.seed"):
             assert len({changes[key] for changes in seeds}) == len(seeds), file
+        assert seed_warnings(yaml.safe_load(file.read_text())["axes"], "seed") == [], file
+
+
+def test_a_check_says_beforehand_what_claims_will_not_say() -> None:
+    def of(*labels: dict[str, int]) -> str:
+        return "; ".join(seed_warnings({"seed": {str(n): label for n, label in enumerate(labels)}}, "seed"))
+
+    both = [{"run.seed": seed, "data.seed": seed} for seed in (1, 2, 3)]
+    assert of(*both) == ""
+    assert of(*both[:2]).startswith("every claim will be undecided: the axis seed has 2 labels")
+    assert of(both[0]).startswith("every claim will be undecided: the axis seed has 1 label,")
+    assert seed_warnings({}, "seed")[0].startswith("every claim will be undecided: the axis seed has no labels")
+    assert of(*both[:2], {"run.seed": 3}).startswith("intervals will cover the initialisation only")
+    assert of(*({"data.seed": seed} for seed in (1, 2, 3))) == ""

@@ -107,7 +107,8 @@ def test_the_command_is_one_that_aurora_eval_understands(tmp_path: Path) -> None
     section = {"every_steps": 4, "tasks": ["piqa", "arc_easy"], "limit": 7, "device": "cuda:1"}
     settings = config_in(tmp_path, evaluation=section).evaluation
     options = parse(follower.command_of(run, settings, log_scores=True)[3:])
-    assert (options.model, options.every_checkpoint, options.follow, options.every_steps) == (str(run), True, True, 4)
+    assert (options.models, options.every_checkpoint, options.follow) == ([str(run)], True, True)
+    assert options.every_steps == 4
     assert (options.tasks, options.limit, options.selection) == (["piqa", "arc_easy"], 7, "spread")
     assert (options.device, options.log, options.out) == ("cuda:1", "wandb", None)
     settings = config_in(tmp_path, evaluation={"every_steps": 4, "limit": None}).evaluation

@@ -38,7 +38,7 @@ MpiDefault=none
 ReturnToService=2
 JobRequeue=1
 SlurmdTimeout=15
-KillWait=5
+KillWait=30
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=all Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=120

@@ -143,9 +143,18 @@ def test_a_time_limit_with_a_notice(runs: Runs) -> None:
 def test_a_time_limit_without_a_notice(runs: Runs) -> None:
     """Slurm sends SIGTERM twice in a row, and leaves the run KillWait seconds: the second one is no second request."""
     number = runs.submit("surprised", "--signal=B:CONT@1")
-    runs.reach(10, "surprised", number)
-    seconds = runs.cluster.command("squeue", "--noheader", "--job", str(number), "--format=%M").strip()
-    runs.cluster.command("scontrol", "update", f"JobId={number}", f"TimeLimit={int(seconds.split(':')[0]) + 1}")
+    runs.reach(5, "surprised", number)
+    runs.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=1")
+    rank = runs.ranks("surprised")[0]
+
+    def is_told() -> bool:
+        """Slow the run down until then: the shortest limit of Slurm is a minute, which it looks at twice a minute."""
+        os.kill(rank, signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(rank, signal.SIGCONT)
+        return "SIGTERM: stopping" in runs.cluster.log(number).read_text()
+
+    runs.wait(is_told, number)
     runs.wait(lambda: runs.cluster.job(number).restarts == 1, number)
     runs.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     job = runs.finish(number)

@@ -127,13 +127,14 @@ def test_arguments_arrive_as_they_were_given_and_nothing_is_evaluated(nodes: Nod
 @pytest.mark.parametrize("script", ["pretrain", "eval", "sweep"])
 def test_the_cache_of_evaluations_is_not_that_of_what_is_compiled(nodes: Nodes, script: str) -> None:
     """The folder of what is compiled is deleted with the job; $AURORA_CACHE holds items and scores of evaluations."""
-    file = REPOSITORY / f"slurm/{script}.sbatch"
-    done = nodes.run("my config.yaml", script=file, AURORA_CACHE="/shared/cache", SLURM_JOB_NUM_NODES="1")
+    file, kept = REPOSITORY / f"slurm/{script}.sbatch", f"{nodes.folder}/my shared; folder"
+    done = nodes.run("my config.yaml", script=file, AURORA_CACHE=kept, SLURM_JOB_NUM_NODES="1")
     assert done.returncode == 0, done.stderr
-    found = nodes.environment()
-    assert found["AURORA_CACHE"] == "/shared/cache"
-    assert found["AURORA_COMPILE_CACHE"].startswith(f"{nodes.folder}/local/aurora-")
-    assert found["TRITON_CACHE_DIR"] == f"{found['AURORA_COMPILE_CACHE']}/triton"
+    own = f"{nodes.folder}/local/aurora-{os.getuid()}-123456"
+    for found in (nodes.environment("batch-environment"), nodes.environment()):
+        assert found["AURORA_CACHE"] == kept
+        assert found["AURORA_COMPILE_CACHE"] == own  # which is deleted at the end
+        assert found["TRITON_CACHE_DIR"] == f"{own}/triton"
 
 
 def test_nodes_meet_at_the_first_one_on_a_port_of_the_job(nodes: Nodes) -> None:
