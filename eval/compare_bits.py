@@ -49,7 +49,7 @@ def bits_problems(labels: Sequence[str], results: Sequence[EvalResult]) -> Itera
             other = result["bits_per_byte"][text]
             if _documents(first) != _documents(other):
                 yield (
-                    f"{text}: {labels[0]} and {label} are not of the same text: {first['documents']:,} and"
+                    f"{text}: {labels[0]} and {label} were measured on different texts: {first['documents']:,} and"
                     f" {other['documents']:,} documents; measure both on the same file with the same --limit"
                 )
 

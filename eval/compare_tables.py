@@ -91,7 +91,8 @@ def _p(value: float) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
-def _explanations(comparison: Comparison) -> list[str]:
+def explanations(comparison: Comparison) -> list[str]:
+    """Return how to read the tables, what the verdicts cover, and notes."""
     count = len(comparison["comparisons"])
     corrected = "" if count <= 1 else f", corrected for {count} comparisons (Holm)"
     lines = [
@@ -140,7 +141,7 @@ def _text(comparison: Comparison) -> str:
         lines += [printable(title)]
         lines += ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
         lines += [""]
-    lines += [printable(line) for line in _explanations(comparison)]
+    lines += [printable(line) for line in explanations(comparison)]
     for flip in comparison.get("flips", []):
         lines += ["", *_flip_lines(flip, comparison["models"][0]["label"])]
     return "\n".join(lines)
@@ -168,7 +169,7 @@ def _markdown(comparison: Comparison) -> str:
         lines += [f"**{markdown_text(title)}**", "", _pipes(HEADS), _pipes(["---"] * len(HEADS))]
         lines += [_pipes([markdown_text(cell) for cell in cells]) for cells in rows]
         lines += [""]
-    lines += [f"- {markdown_text(line)}" for line in _explanations(comparison)]
+    lines += [f"- {markdown_text(line)}" for line in explanations(comparison)]
     for flip in comparison.get("flips", []):
         first, prompt, *choices = _flip_lines(flip, comparison["models"][0]["label"])
         lines += ["", markdown_text(first) + ":", "", f"> {_markdown_line(prompt)}", ""]
@@ -252,7 +253,7 @@ def _latex(comparison: Comparison) -> str:
         lines += [r"\begin{table}", r"\centering", r"\begin{tabular}{llrrrrrrrl}", r"\toprule"]
         lines += [f"{' & '.join(latex_text(head) for head in HEADS)} \\\\", r"\midrule"]
         lines += [f"{' & '.join(latex_text(cell) for cell in cells)} \\\\" for cells in rows]
-        caption = " ".join(f"{line.rstrip('.')}." for line in [title, *_explanations(comparison)])
+        caption = " ".join(f"{line.rstrip('.')}." for line in [title, *explanations(comparison)])
         lines += [r"\bottomrule", r"\end{tabular}", f"\\caption{{{latex_text(caption)}}}", r"\end{table}", ""]
     for flip in comparison.get("flips", []):
         first, prompt, *choices = _flip_lines(flip, comparison["models"][0]["label"])
@@ -266,8 +267,3 @@ def latex_text(text: str) -> str:
     """Escape text so that LaTeX prints it as it is."""
     escaped = "".join(_LATEX.get(sign, sign) for sign in printable(text))
     return re.sub("-(?=-)", "-{}", escaped)  # not a dash
-
-
-def explanations(comparison: Comparison) -> list[str]:
-    """Return how to read the tables, what the verdicts cover, and notes."""
-    return _explanations(comparison)

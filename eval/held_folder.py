@@ -61,7 +61,7 @@ def held_folder(parent: Path, name: str, fill: Callable[[Path], object]) -> Iter
 
 
 def _can_lock(parent: Path) -> bool:
-    """Whether the file system has locks, which some of clusters lack."""
+    """Return whether the file system supports locks; some cluster file systems do not."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=parent) as file:

@@ -1,6 +1,6 @@
 """Find a model on the Hub or in the Hugging Face cache, and download what an evaluation needs of it.
 
-A missing or gated model, a Hub that fails, and no network are each told apart within `ANSWER_SECONDS`. What is
+A missing or gated model, a Hub that fails, and no network are reported separately within `ANSWER_SECONDS`. What is
 downloaded is of one commit, and without code unless that may run.
 """
 
@@ -191,11 +191,11 @@ def _reason(error: BaseException) -> str:
         hint = "check the token in HF_TOKEN" if status in (401, 403) else "try again later"
         return f"answered {status} {error.response.reason_phrase}; {hint}"
     if isinstance(error, OfflineModeIsEnabled):
-        return "is not asked, since HF_HUB_OFFLINE is set"
+        return "was not contacted because HF_HUB_OFFLINE is set"
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"did not answer within {ANSWER_SECONDS:g} seconds; check the network, or try again later"
     if isinstance(error, ValueError):
-        return f"gave an answer that cannot be understood ({type(error).__name__})"
+        return f"returned an invalid response ({type(error).__name__})"
     return "cannot be reached; check the name or the network"
 
 

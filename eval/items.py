@@ -21,7 +21,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -352,7 +352,9 @@ def _lock(folder: Path) -> Iterator[None]:
     """Hold an exclusive lock for `folder`, so that evaluations started at the same time download once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(folder.name + ".lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        # Some cluster file systems have no locks. Each process then downloads for itself; the folder appears by rename.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 

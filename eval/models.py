@@ -55,7 +55,9 @@ def locate_model(model: str | Path, revision: str | None = None) -> ModelSource:
         if not (folder / "config.json").is_file():
             raise EvalError(f"{folder} is not a Hugging Face model folder: it has no config.json")
         if revision is not None:
-            raise EvalError(f"{folder} is a folder, which has no revision {revision!r}; only models of the Hub have")
+            raise EvalError(
+                f"{folder} is a folder, which has no revision {revision!r}; only models on the Hub have revisions"
+            )
         return ModelSource("folder", str(folder.resolve()))
     hub_id = _HUB_ID.fullmatch(str(model))
     if folder.exists() or not hub_id:
@@ -142,7 +144,7 @@ def _check_config(name: str, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise EvalError(f"cannot load the model {name}: config.json: {error}") from error
     if (folder / "adapter_config.json").is_file():
-        raise EvalError(f"{name} holds an adapter; merge it into its model, and evaluate the folder of that")
+        raise EvalError(f"{name} contains only an adapter; merge it into its base model and evaluate the merged folder")
     architectures = [str(kind) for kind in config.get("architectures") or []]
     refused = next((kind for kind in architectures if _NOT_CAUSAL.fullmatch(kind)), None)
     if refused or config.get("is_encoder_decoder"):
@@ -197,8 +199,8 @@ def _check_weights(name: str, info: dict[str, Any]) -> None:
     surplus = sorted(info["unexpected_keys"])
     if surplus:
         raise EvalError(
-            f"the weights of {name} hold {len(surplus)} tensors that have no place in the model of its config.json, for"
-            f" example {surplus[0]}; the config may be of another model"
+            f"the weights of {name} contain {len(surplus)} tensors that the model in config.json does not have, for"
+            f" example {surplus[0]}; the config may belong to another model"
         )
 
 

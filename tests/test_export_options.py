@@ -87,17 +87,16 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path: Path) -> None:
         "datasets": ["allenai/dolma3"],
         "hyperparameters": {"optimizer.lr": 0.02},
         "scores": [
-            CardScore("winogrande", "acc", 0.5125, 0.0141, 1267, 0, "1,267 (validation)"),
-            CardScore(nasty, "acc_norm", 0.25, None, 1, 10, "1 (test, from the Hub)"),
+            CardScore("winogrande", "acc", 0.5125, 0.0141, 1267, 0, "validation", "1,267 (validation)"),
+            CardScore(nasty, "acc_norm", 0.25, None, 1, 10, "test", "1 (test, from the Hub)"),
         ],
     }
     out = save(llama(), tmp_path / "out", card=card(**facts))
     data = HubCard.load(out / "README.md").data
     assert (data.license, data.datasets, data.library_name) == ("apache-2.0", ["allenai/dolma3"], "transformers")
-    assert [(found.dataset_name, found.metric_type, found.metric_value) for found in data.eval_results] == [
-        ("winogrande", "acc", 0.5125),
-        (nasty, "acc_norm", 0.25),
-    ]
+    assert [
+        (found.dataset_name, found.dataset_split, found.metric_type, found.metric_value) for found in data.eval_results
+    ] == [("winogrande", "validation", "acc", 0.5125), (nasty, "test", "acc_norm", 0.25)]
     body = (out / "README.md").read_text().split("---\n", 2)[2]
     assert "<b>" not in body
     for line in (

@@ -147,7 +147,7 @@ class Saver:
             try:
                 self._finish(folder, snapshot)
             except OSError as error:
-                self._warn(f"{folder} is saved, but what follows a save has failed: {error}; the next one tries again")
+                self._warn(f"{folder} is saved, but the work after the save failed: {error}; the next save tries again")
 
         try:
             self.ranks.on_rank_0(prepare)

@@ -50,7 +50,7 @@ def _card_scores(result: EvalResult) -> list[CardScore]:
         of = result["tasks"][group["tasks"][0]]
         where = f"{group['num_items']:,} ({len(group['tasks'])} tasks, {of['split']}, {origin})"
         shots, items = of.get("num_fewshot", result["num_fewshot"]), group["num_items"]
-        scores.append(CardScore(name, "acc", group["acc"], group["acc_stderr"], items, shots, where))
+        scores.append(CardScore(name, "acc", group["acc"], group["acc_stderr"], items, shots, of["split"], where))
     grouped = {name for group in groups.values() for name in group["tasks"]}
     for name, task in result["tasks"].items():
         if name in grouped:
@@ -64,7 +64,8 @@ def _card_scores(result: EvalResult) -> list[CardScore]:
                 stderr=task["acc_stderr"] if metric == "acc" else task.get("acc_norm_stderr"),
                 num_items=task["num_items"],
                 num_fewshot=task.get("num_fewshot", result["num_fewshot"]),
-                split=f"{task['num_items_in_split']:,} ({task['split']}, {origin})",
+                split=task["split"],
+                items=f"{task['num_items_in_split']:,} ({task['split']}, {origin})",
             )
         )
     return scores

@@ -34,7 +34,7 @@ def score_part(facts: Facts, measured: Measured, sources: Sources) -> Part:
             "Scores are fractions. The interval covers the choice of items (of their sources, where the data set names "
             "them), not training seeds.",
             f"Published scores are other people's, by other programs and often with other prompts: compare them with "
-            f'measured ones at your own risk. "{UNKNOWN}": the source does not say. A model without a result of ours '
+            f'measured ones at your own risk. "{UNKNOWN}": the source does not say. A model that we have not run '
             f'is "{NOT_RUN}".',
         ],
     )
@@ -149,7 +149,7 @@ def chart_part(facts: Facts, measured: Measured) -> Part | None:
         notes=[
             "Filled dots: measured, with 95 % interval. Hollow diamonds: published. Crosses: published scores of one "
             "AdamW model on different texts, with 6ND FLOPs (see the influence of the text). The horizontal axis is "
-            "logarithmic; the vertical one does not start at 0. The FLOPs of a run of ours are those of the tokens "
+            "logarithmic; the vertical one does not start at 0. The FLOPs of our own runs are those of the tokens "
             "that it has recorded."
         ],
     )

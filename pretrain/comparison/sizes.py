@@ -74,7 +74,7 @@ def models_part(facts: Facts, measured: Measured, sources: Sources) -> Part:
     notes = [
         FORMULA,
         "Published parameters follow from the published shape where there is one. Loaded parameters are counted in "
-        "the weights; tied embeddings count once. Loaded tokens are from the record that a run of ours leaves in its "
+        "the weights; tied embeddings count once. Loaded tokens are from the record that our runs leave in their "
         "checkpoints.",
     ]
     return Part("models", "Models", tables=[published, loaded], notes=notes)

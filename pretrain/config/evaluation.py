@@ -34,8 +34,8 @@ class EvaluationConfig(Section):
     """Items of each task, evenly spread over it; null: all."""
 
     device: DeviceName = "cpu"
-    """Where the models are scored. On a GPU that trains as well, the model and its batches need memory beside the
-    training; with `cpu`, the scoring runs at a lower priority than the training."""
+    """Where the models are scored. On a GPU that trains as well, the model and its batches need memory in addition to
+    the training; with `cpu`, the scoring runs at a lower priority than the training."""
 
     def ineffective(self) -> dict[str, str]:
         """Return every option but `every_steps` if nothing is scored."""

@@ -28,7 +28,9 @@ class CardScore:
     num_items: int
     num_fewshot: int
     split: str
-    """Of the data set, with what is known of where the items come from."""
+    """Of the data set."""
+    items: str
+    """What the items are a part of, for people: "10,042 (validation, from the Hub)"."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _score_row(score: CardScore) -> list[object]:
         score.num_fewshot,
         score.metric,
         f"{score.value:.4f}{error}",
-        f"{score.num_items:,} of {score.split}",
+        f"{score.num_items:,} of {score.items}",
     ]
 
 

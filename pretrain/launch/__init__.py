@@ -182,8 +182,8 @@ def _take_steps(
 ) -> tuple[Trainer, str | None, FinishScores]:
     """Build everything, restore it from `start`, and take the steps.
 
-    What runs beside the training goes to `beside`. Returns the trainer, the reason why it stopped before the end of the
-    run or None, and what waits for the scores.
+    Processes that run alongside training are registered with `beside`. Returns the trainer, the reason why it stopped
+    before the end of the run or None, and what waits for the scores.
     """
     config, display = setup.config, setup.display
     with contextlib.ExitStack() as opened, watching(setup) as watch:

@@ -107,7 +107,7 @@ def _start(command: list[str], environment: dict[str, str], log: IO[bytes]) -> s
 
 @contextlib.contextmanager
 def following(setup: Setup) -> Iterator[FinishScores]:
-    """Score checkpoints beside the training, if the config says so; yield what waits for the last ones, on rank 0.
+    """Score checkpoints alongside training if the config says so; yield a function that waits for the last scores.
 
     The run folder must have its manifest. However the block ends, the process is ended.
     """

@@ -204,7 +204,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_no_failed_save(
     changes = {"checkpoint.keep_last": 1, "checkpoint.max_failed_saves": 1, "train.total_tokens": 6 * 768}
     config = tiny_config({**SHORT, **changes, **copies})
     assert train(config) == 0
-    assert capsys.readouterr().out.count("is saved, but what follows a save has failed: [Errno 39]") == 1
+    assert capsys.readouterr().out.count("is saved, but the work after the save failed: [Errno 39]") == 1
     assert [path.name for path in (config.run_folder / "checkpoints").iterdir()] == ["step-00000006"]
     assert [path.name for path in (tmp_path / "copies/tiny").iterdir()] == ["step-00000006"]
 

@@ -123,7 +123,7 @@ def test_pages_have_blocks_of_every_kind() -> None:
     assert {"README.md", "docs/guide/training.md", "docs/guide/data.md"} <= set(FAST)
     assert len(SKIPPED) < len(kept)
     readme = {word for block in PAGES["README.md"] for word in block.text.split()}
-    assert {"sbatch", "train", "eval", "Aurora,"} <= readme
+    assert {"sbatch", "train", "eval", "Aurora"} <= readme
 
 
 def test_the_readme_fits_on_two_screens() -> None:

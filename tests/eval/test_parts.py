@@ -365,7 +365,7 @@ def test_bits_per_byte_of_other_texts_are_refused(tmp_path: Path) -> None:
     one = write(tmp_path / "one", bits("one", [100.0] * 12))
     other = bits("two", [100.0] * 12)
     other["bits_per_byte"]["sea"]["per_document"][3]["doc_hash"] = "another"
-    with pytest.raises(EvalError, match="sea: one and two are not of the same text"):
+    with pytest.raises(EvalError, match="sea: one and two were measured on different texts"):
         compare([one, write(tmp_path / "two", other)])
 
 
