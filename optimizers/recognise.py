@@ -100,8 +100,8 @@ def _weight_of(module: nn.Module, getter: str) -> Tensor | None:
         return None
     try:
         layer = get()
-    except (NotImplementedError, AttributeError):
-        # The base classes of transformers raise these for models without such a layer.
+    except Exception:
+        # The base classes of transformers raise for models without such a layer; those of other code may do anything.
         return None
     return getattr(layer, "weight", None)
 
