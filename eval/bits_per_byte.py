@@ -65,9 +65,7 @@ def measure_bits_per_byte(
             that is not a number.
     """
     context = scorer.max_length
-    step = max(1, context // 2) if stride is None else stride
-    if not 1 <= step <= context:
-        raise EvalError(f"stride is {step}; expected 1 to {context:,} tokens, the context of the model")
+    step = window_step(context, stride)
     first_token = scorer.prefix_token_id
     if first_token is None:
         raise EvalError("bits per byte need a token before the text, but the tokenizer has neither BOS nor EOS")
@@ -97,6 +95,18 @@ def measure_bits_per_byte(
         "origin": text.origin,
         "per_document": per_document,
     }
+
+
+def window_step(context: int, stride: int | None) -> int:
+    """Return how many tokens a window of `context` tokens advances: `stride`, or half of the context.
+
+    Raises:
+        EvalError: the stride is out of range.
+    """
+    step = max(1, context // 2) if stride is None else stride
+    if not 1 <= step <= context:
+        raise EvalError(f"stride is {step}; expected 1 to {context:,} tokens, the context of the model")
+    return step
 
 
 def document_windows(tokens: int, context: int, stride: int) -> Iterator[Window]:

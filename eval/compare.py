@@ -5,12 +5,14 @@ read_result() -> EvalResult, several -> compare() -> Comparison -> eval.compare_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from eval.compare_bits import bits_notes, bits_problems, compare_bits
-from eval.compare_parts import PartOfTask, parts_of
+from eval.compare_groups import joined, shared_groups
+from eval.compare_parts import WITHOUT_OVERLAP, PartOfTask, parts_of
+from eval.compare_problems import by_key, pair_problems
 from eval.compare_schema import (
     SCHEMA_VERSION,
     SCOPE,
@@ -23,7 +25,7 @@ from eval.compare_schema import (
 from eval.errors import EvalError
 from eval.paired import ERROR, PairedOutcomes, holm
 from eval.results import read_result
-from eval.schema import EvalResult, ItemOutcome, TaskResult
+from eval.schema import EvalResult, TaskResult
 from pretrain.processes.errors import did_you_mean
 
 MetricChoice = Literal["auto", "acc", "acc_norm"]
@@ -44,7 +46,7 @@ def compare(
     Args:
         files: result files, or folders that contain results.json; at least two. A file may be given twice.
         tasks: which tasks; None for those that all results have.
-        metric: "auto" takes acc_norm where the task has it, otherwise acc.
+        metric: "auto" takes the one that the task is reported by.
         margin: differences below it count as none in the test of equivalence; above 0 and below 1.
         labels: what the tables call each model; None for a name from its result.
 
@@ -58,28 +60,41 @@ def compare(
         raise EvalError(f"margin is {margin}; expected a difference of scores above 0 and below 1, such as 0.02")
     results = _read_all(files)
     models = _models(files, results, labels or [None] * len(files))
-    names = _shared_tasks(models, results, tasks)
-    metrics = {name: _metric(metric, [result["tasks"][name] for result in results]) for name in names}
+    groups = shared_groups(results)
+    names = _shared_tasks(models, results, groups, tasks)
+    chosen = {name: groups[name] for name in names if name in groups}
+    compared = [_tasks_of(result, names, chosen) for result in results]
+    metrics = {name: _metric(metric, [tasks[name] for tasks in compared]) for name in names}
+    by_task = {task: metrics[name] for name in names for task in chosen.get(name, [name])}
     problems = [
         problem
         for model, result in zip(models[1:], results[1:], strict=True)
-        for problem in _problems(models[0]["label"], results[0], model["label"], result, names, metrics)
+        for problem in pair_problems(models[0]["label"], results[0], model["label"], result, by_task)
     ]
     known = [model["label"] for model in models]
     problems += bits_problems(known, results)
     if problems:
         raise EvalError("\n".join(problems))
-    rows = [
-        _row(name, metrics[name], models[0], results[0]["tasks"][name], model, result["tasks"][name], margin)
-        for model, result in zip(models[1:], results[1:], strict=True)
-        for name in names
-    ]
-    _decide(rows)
+    rows = _rows(models, compared, metrics, margin)
+    for row in rows:
+        if row["task"] in chosen:
+            row["tasks"] = chosen[row["task"]]
+    of_groups = {task: by_task[task] for tasks in chosen.values() for task in tasks}
+    members = _rows(models, [result["tasks"] for result in results], of_groups, margin)
+    # A group has no subsets of its own.
+    subsets_of = {task: metric for task, metric in of_groups.items() if task not in metrics}
     parts = [
         _part_row(name, metrics[name], models[0], part, model, margin)
-        for model, result in zip(models[1:], results[1:], strict=True)
+        for model, tasks in zip(models[1:], compared[1:], strict=True)
         for name in names
+        for part in parts_of(compared[0][name], tasks[name])
+    ]
+    parts += [
+        _part_row(name, metric, models[0], part, model, margin)
+        for model, result in zip(models[1:], results[1:], strict=True)
+        for name, metric in subsets_of.items()
         for part in parts_of(results[0]["tasks"][name], result["tasks"][name])
+        if part.name != WITHOUT_OVERLAP
     ]
     _decide(parts)
     comparison: Comparison = {
@@ -87,14 +102,38 @@ def compare(
         "models": models,
         "margin": margin,
         "comparisons": rows,
-        "notes": [*_notes(models, results, names), *bits_notes(known, results)],
+        "notes": [*_notes(models, results, list(by_task)), *bits_notes(known, results)],
         "scope": SCOPE,
     }
+    if members:
+        comparison["members"] = members
     if parts:
         comparison["parts"] = parts
     if bits := compare_bits(known, results):
         comparison["bits_per_byte"] = bits
     return comparison
+
+
+def _tasks_of(result: EvalResult, names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> dict[str, TaskResult]:
+    """Return what is compared of a result; a group of tasks as one task."""
+    found = result["tasks"]
+    return {name: joined([found[task] for task in groups[name]]) if name in groups else found[name] for name in names}
+
+
+def _rows(
+    models: Sequence[ComparedModel],
+    compared: Sequence[Mapping[str, TaskResult]],
+    metrics: Mapping[str, Metric],
+    margin: float,
+) -> list[TaskComparison]:
+    """Compare each model with the first one on the tasks that `metrics` names, corrected for the number of rows."""
+    rows = [
+        _row(name, metric, models[0], compared[0][name], model, tasks[name], margin)
+        for model, tasks in zip(models[1:], compared[1:], strict=True)
+        for name, metric in metrics.items()
+    ]
+    _decide(rows)
+    return rows
 
 
 def _read_all(files: Sequence[Path]) -> list[EvalResult]:
@@ -144,10 +183,16 @@ def _short_name(result: EvalResult) -> str:
 
 
 def _shared_tasks(
-    models: Sequence[ComparedModel], results: Sequence[EvalResult], wanted: Sequence[str] | None
+    models: Sequence[ComparedModel],
+    results: Sequence[EvalResult],
+    groups: Mapping[str, Sequence[str]],
+    wanted: Sequence[str] | None,
 ) -> list[str]:
-    shared = [name for name in results[0]["tasks"] if all(name in result["tasks"] for result in results)]
+    """Return the tasks and groups that are compared; the tasks of a group not by themselves, unless they are wanted."""
     if wanted is None:
+        members = {task for tasks in groups.values() for task in tasks}
+        shared = [name for name in results[0]["tasks"] if all(name in result["tasks"] for result in results)]
+        shared = [*(name for name in shared if name not in members), *groups]
         texts = [set(result.get("bits_per_byte", {})) for result in results]
         if not shared and not set.intersection(*texts):
             has = "; ".join(
@@ -157,10 +202,10 @@ def _shared_tasks(
             raise EvalError(f"no task is in all results: {has}")
         return shared
     problems = [
-        f"{model['label']} has no task {name!r}{did_you_mean(name, result['tasks'])}"
+        f"{model['label']} has no task {name!r}{did_you_mean(name, [*result['tasks'], *groups])}"
         for model, result in zip(models, results, strict=True)
         for name in dict.fromkeys(wanted)
-        if name not in result["tasks"]
+        if name not in result["tasks"] and name not in groups
     ]
     if problems or not wanted:
         raise EvalError("\n".join(problems) or "no task given; expected at least one, or none to compare all")
@@ -178,69 +223,6 @@ def _metric(wanted: MetricChoice, tasks: Sequence[TaskResult]) -> Metric:
     return "acc_norm" if any(main_metric(task) == "acc_norm" for task in tasks) else "acc"
 
 
-def _problems(
-    first_label: str,
-    first: EvalResult,
-    label: str,
-    other: EvalResult,
-    names: Sequence[str],
-    metrics: dict[str, Metric],
-) -> Iterator[str]:
-    """Yield why two results cannot be compared item by item."""
-    pair = f"{first_label} and {label}"
-    yield from _shots_problems(pair, first, other, names)
-    for name in names:
-        one, two = first["tasks"][name], other["tasks"][name]
-        if one["version"] != two["version"]:
-            yield (
-                f"{name}: {pair} differ in the version of the task: {one['version']} and {two['version']}; evaluate"
-                " both with the same version of lm-eval"
-            )
-        if one["split"] != two["split"]:
-            yield f"{name}: {pair} differ in the split: {one['split']} and {two['split']}; evaluate both on one split"
-        lacking = [who for who, task in ((first_label, one), (label, two)) if metrics[name] not in task]
-        if lacking:
-            verb, advice = ("lacks", "; --metric acc compares what both have") if len(lacking) == 1 else ("lack", "")
-            yield f"{name}: {pair} cannot be compared by {metrics[name]}, which {' and '.join(lacking)} {verb}{advice}"
-        yield from _item_problems(f"{name}: {pair}", one["items"], two["items"])
-
-
-def _shots_problems(pair: str, first: EvalResult, other: EvalResult, names: Sequence[str]) -> Iterator[str]:
-    differing: dict[tuple[int, int], list[str]] = {}
-    for name in names:
-        # Results of earlier versions have one number for all tasks.
-        one, two = (result["tasks"][name].get("num_fewshot", result["num_fewshot"]) for result in (first, other))
-        if one != two:
-            differing.setdefault((one, two), []).append(name)
-    for (one, two), tasks in differing.items():
-        where = "" if len(tasks) == len(names) else f"{', '.join(tasks)}: "
-        yield (
-            f"{where}{pair} differ in the number of solved examples in the prompt: {one} and {two}; evaluate both with"
-            " the same number"
-        )
-
-
-def _item_problems(pair: str, one: Sequence[ItemOutcome], two: Sequence[ItemOutcome]) -> Iterator[str]:
-    keys, others = _by_key(one), _by_key(two)
-    if keys.keys() != others.keys():
-        both = len(keys.keys() & others.keys())
-        yield (
-            f"{pair} are not of the same items: {len(keys):,} and {len(others):,} items, {both:,} in both; evaluate"
-            " both with the same --items, --limit and --selection"
-        )
-        return
-    differing = sum(
-        "source" in item and "source" in others[key] and item["source"] != others[key]["source"]
-        for key, item in keys.items()
-    )
-    if differing:
-        yield f"{pair} contradict each other: {differing:,} items have different sources; evaluate both again"
-
-
-def _by_key(items: Sequence[ItemOutcome]) -> dict[tuple[int, str], ItemOutcome]:
-    return {(item["doc_id"], item["doc_hash"]): item for item in items}
-
-
 def _row(
     task: str,
     metric: Metric,
@@ -251,8 +233,8 @@ def _row(
     margin: float,
 ) -> TaskComparison:
     """Compare two models on a task; the verdict is still open."""
-    others = _by_key(two["items"])
-    pairs = [(item, others[key]) for key, item in _by_key(one["items"]).items()]
+    others = by_key(two["items"])
+    pairs = [(item, others[key]) for key, item in by_key(one["items"]).items()]
     # A result of an earlier version has no sources, but the items are the same.
     sources = [item.get("source", other.get("source")) for item, other in pairs]
     known = [source for source in sources if source is not None]
@@ -310,6 +292,13 @@ def _decide(rows: Sequence[TaskComparison]) -> None:
             row["outcome"] = "equivalent"
 
 
+def _source_of(result: EvalResult) -> str:
+    source = result["items_source"]
+    if source["kind"] == "hub":
+        return "the Hub"
+    return f"{source.get('package', 'packaged')} (sha256 {source.get('sha256', 'unknown')[:8]})"
+
+
 def _notes(models: Sequence[ComparedModel], results: Sequence[EvalResult], names: Sequence[str]) -> Iterator[str]:
     """Yield what a reader should know about results that can be compared."""
     left_out = {
@@ -321,9 +310,11 @@ def _notes(models: Sequence[ComparedModel], results: Sequence[EvalResult], names
             yield f"{LEFT_OUT}{label}: {', '.join(tasks)}"
     for what, values in (
         ("dtype of the weights", [result["dtype"] for result in results]),
+        ("token before each text", [result["model"].get("bos", "unknown") for result in results]),
+        ("source of the items", [_source_of(result) for result in results if names]),
         ("version of lm-eval", [result["versions"].get("lm_eval", "unknown") for result in results]),
     ):
-        if len(set(values)) > 1:
+        if len({value for value in values if value != "unknown"}) > 1:
             of_each = ", ".join(f"{model['label']} {value}" for model, value in zip(models, values, strict=True))
             yield f"the {what} differs: {of_each}"
     for model, result in zip(models, results, strict=True):

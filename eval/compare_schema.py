@@ -25,7 +25,10 @@ class ComparedModel(TypedDict):
 class TaskComparison(TypedDict):
     """One model against the first one, on one task. A difference is the model's score minus the first one's."""
 
+    # Or a group of tasks, over the items of all of them.
     task: str
+    # Names of the tasks of a group. Absent for a task.
+    tasks: NotRequired[list[str]]
     metric: Metric
     # Label of the model, and of the first one.
     model: str
@@ -134,11 +137,15 @@ class Comparison(TypedDict):
     margin: float
     # By model, then by task.
     comparisons: list[TaskComparison]
+    # The same on each task of the groups; P values are corrected for the number of these comparisons alone. Absent if
+    # no group is compared.
+    members: NotRequired[list[TaskComparison]]
     # The same on parts of the items. Absent if no result has marked items or subsets.
     parts: NotRequired[list[PartComparison]]
     # By model, then by text. Absent if the results share no text.
     bits_per_byte: NotRequired[list[BitsComparison]]
-    # What a reader should know: tasks left out, cut texts, different dtypes or versions of lm-eval.
+    # What a reader should know: tasks left out, cut texts, different dtypes, tokens before a text, sources of the
+    # items or versions of lm-eval.
     notes: list[str]
     # What the verdicts cover.
     scope: str

@@ -101,6 +101,12 @@ def explanations(comparison: Comparison) -> list[str]:
         f"p: exact test of no difference; p equiv.: test of |difference| >= {comparison['margin']:g}{corrected}",
         f"verdict: at p <= {ERROR:g}; could show: the true difference that such a set finds with a probability of 80 %",
     ]
+    if "members" in comparison:
+        groups = list(dict.fromkeys(row["task"] for row in comparison["comparisons"] if "tasks" in row))
+        lines.append(
+            f"{', '.join(groups)}: over the items of all its tasks; each of them is in the formats json and csv, with P"
+            f" values corrected for these {len(comparison['members'])} comparisons alone"
+        )
     if "parts" in comparison:
         lines.append(
             f"rows with a part of a task: P values corrected for these {len(comparison['parts'])} alone; items without "
@@ -228,7 +234,7 @@ def _csv(comparison: Comparison) -> str:
     ]
     writer = csv.DictWriter(out, plain, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    for row in (*comparison["comparisons"], *comparison.get("parts", [])):
+    for row in (*comparison["comparisons"], *comparison.get("members", []), *comparison.get("parts", [])):
         values: dict[str, object] = {**cast(dict[str, object], row), "margin": comparison["margin"]}
         values["interval_low"], values["interval_high"] = row["interval"]
         values |= {"within_margin": str(row["within_margin"]).lower(), "scope": comparison["scope"]}

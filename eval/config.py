@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from eval.suites import SUITES, MainMetric, TaskChoice
 from pretrain.config.base import EXECUTION, Section
@@ -43,6 +43,17 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
 
+    @field_validator("model")
+    @classmethod
+    def _home_is_expanded(cls, model: str) -> str:
+        try:
+            path = Path(model).expanduser()
+            path.exists()
+        except (OSError, RuntimeError, ValueError) as error:  # too long a name, an unknown user, a null character
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+            raise ValueError(f"neither a path nor an id on the Hub: {reason}") from None
+        return str(path) if model.startswith("~") else model
+
     @model_validator(mode="after")
     def _label_is_a_file_name(self) -> Self:
         if self.label is not None and not _LABEL.fullmatch(self.label):
@@ -53,7 +64,7 @@ class ModelSection(Section):
 
     @property
     def source(self) -> str:
-        """The model with its revision, as the command line names it."""
+        """The model with its revision, for people."""
         return self.model if self.revision is None else f"{self.model}@{self.revision}"
 
     @property

@@ -35,37 +35,41 @@ def flipped_items(comparison: Comparison, most: int, **options: Any) -> list[Fli
         for won in (True, False)
     ]
     wanted: dict[str, set[int]] = {}
-    for row, pairs, _ in chosen:
-        if pairs:
-            wanted.setdefault(row["task"], set()).update(item["doc_id"] for item, _ in pairs)
+    for _, pairs, _ in chosen:
+        for task, (item, _) in pairs:
+            wanted.setdefault(task, set()).add(item["doc_id"])
     if not wanted:
         return []
     source = results[comparison["models"][0]["label"]]["items_source"]["kind"]
     shown = show_items({task: sorted(places) for task, places in wanted.items()}, items=source, **options)
-    return [_flip(row, pair, won, shown[row["task"]]) for row, pairs, won in chosen for pair in pairs]
+    return [_flip(row, task, pair, won, shown[task]) for row, pairs, won in chosen for task, pair in pairs]
 
 
-def _flips(row: TaskComparison, results: dict[str, EvalResult], won: bool) -> list[Pair]:
-    """The items that flipped in one direction, by ascending doc_id."""
-    one, two = (
-        {item["doc_id"]: item for item in results[label]["tasks"][row["task"]]["items"]}
-        for label in (row["baseline"], row["model"])
-    )
+def _flips(row: TaskComparison, results: dict[str, EvalResult], won: bool) -> list[tuple[str, Pair]]:
+    """The items that flipped in one direction and their tasks, by ascending doc_id."""
     metric, change = row["metric"], 1 if won else -1
-    return [(one[place], two[place]) for place in sorted(one) if two[place][metric] - one[place][metric] == change]
+    found = []
+    for task in row.get("tasks", [row["task"]]):
+        one, two = (
+            {item["doc_id"]: item for item in results[label]["tasks"][task]["items"]}
+            for label in (row["baseline"], row["model"])
+        )
+        places = (place for place in sorted(one) if two[place][metric] - one[place][metric] == change)
+        found += [(task, (one[place], two[place])) for place in places]
+    return found
 
 
-def _spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
+def _spread(pairs: Sequence[tuple[str, Pair]], most: int) -> list[tuple[str, Pair]]:
     count = min(most, len(pairs))
     return [pairs[place * len(pairs) // count] for place in range(count)]
 
 
-def _flip(row: TaskComparison, pair: Pair, won: bool, shown: dict[int, ItemView]) -> Flip:
+def _flip(row: TaskComparison, task: str, pair: Pair, won: bool, shown: dict[int, ItemView]) -> Flip:
     item, other = pair
     view = shown.get(item["doc_id"])
     if view is None or view.doc_hash != item["doc_hash"]:
         raise EvalError(
-            f"{row['task']}: the item {item['doc_id']} of the results is not the one at hand; --examples needs those"
+            f"{task}: the item {item['doc_id']} of the results is not the one at hand; --examples needs those"
             " that were evaluated"
         )
     figures = []
@@ -73,7 +77,7 @@ def _flip(row: TaskComparison, pair: Pair, won: bool, shown: dict[int, ItemView]
         known = outcome.get("log_likelihoods", [])
         figures.append(known if len(known) == len(view.choices) else [None] * len(view.choices))
     return {
-        "task": row["task"],
+        "task": task,
         "model": row["model"],
         "won": won,
         "doc_id": item["doc_id"],

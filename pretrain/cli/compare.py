@@ -32,7 +32,7 @@ def add(verbs: Verbs) -> None:
         "--metric",
         choices=("auto", "acc", "acc_norm"),
         default="auto",
-        help="what to compare; auto: acc_norm where the task has it, otherwise acc (default: %(default)s)",
+        help="what to compare; auto: the metric that the task is reported by (default: %(default)s)",
     )
     add_margin(parser)
     parser.add_argument(

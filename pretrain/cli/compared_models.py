@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from eval.compare import LEFT_OUT, compare, main_metric
+from eval.compare_groups import shared_groups
 from eval.compare_schema import Comparison
 from eval.compare_tables import HEADS, explanations, tables, verdict
 from eval.config import load_eval_config
@@ -146,12 +147,13 @@ def _compared(
 def _comparison(
     labels: Sequence[str], files: Mapping[str, Path], results: Mapping[str, EvalResult], margin: float
 ) -> Comparison:
-    """Compare models on the tasks that all of them have, without the parts of a group of tasks."""
+    """Compare models on the tasks and groups of tasks that all of them have, without the parts of a group."""
     shared = [
         name
         for name in results[labels[0]]["tasks"]
         if all(name in results[label]["tasks"] and name not in _grouped(results[label]) for label in labels)
     ]
+    shared += shared_groups([results[label] for label in labels])
     if not shared:
         raise EvalError(f"{' and '.join(labels)} have no task in common")
     comparison = compare([files[label] for label in labels], labels=labels, tasks=shared, margin=margin)

@@ -45,8 +45,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         metavar="NAME",
-        help="a suite of tasks: core (HellaSwag and WinoGrande), standard, mmlu or leaderboard (default: core, unless "
-        "--tasks or a file names tasks)",
+        help="a suite of tasks: core (HellaSwag and WinoGrande), standard, mmlu or leaderboard (needs --items hub) "
+        "(default: core, unless --tasks or a file names tasks)",
     )
     parser.add_argument("--tasks", type=task_names, metavar="NAMES", help="tasks or groups, separated by commas")
     parser.add_argument(
@@ -75,7 +75,12 @@ def _add_items(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write to")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the folder to write to; required, but with --every-checkpoint eval/ of the run by default",
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -139,12 +144,12 @@ def run(options: argparse.Namespace) -> int:
     # The parent of several processes loads neither torch nor lm-eval.
     from eval.sharing import joined_team
     from pretrain.cli.evaluation_run import evaluate_checkpoints_of, evaluate_plan
-    from pretrain.cli.result import check_marks
+    from pretrain.cli.result import check_marks, marks_asked
 
     if options.every_checkpoint:
         evaluate_checkpoints_of(plan, options)
         return 0
-    check_plan(plan, options.out, options.overwrite)
+    check_plan(plan, options.out, options.overwrite, marks_asked(options))
     check_marks(options)
     with joined_team() as team:
         evaluate_plan(plan, options, team)
@@ -165,7 +170,7 @@ def _check_series(options: argparse.Namespace) -> None:
         return
     for name in ("follow", "every_steps"):
         if getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')}: has an effect with --every-checkpoint only")
+            raise UserError(f"--{name.replace('_', '-')}: works only with --every-checkpoint")
     if options.out is None:
         raise UserError("--out DIR is missing: the folder to write the result to")
 

@@ -7,11 +7,39 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from eval.config import ModelSection
+from eval.errors import EvalError
 from eval.held_folder import held_folder
 from eval.items import default_cache
+from eval.models import ModelSource, locate_model
 from eval.sharing import Team
 from pretrain.checkpoint.format import INDEX
 from pretrain.export.run import export_checkpoint, is_run_or_checkpoint, open_checkpoint
+
+
+def locate(model: ModelSection) -> ModelSource | None:
+    """Decide where a model is, without using the network; None for a run or a checkpoint.
+
+    Raises:
+        UserError: it is nowhere, or has a revision although it is not on the Hub.
+    """
+    if not is_run_or_checkpoint(Path(model.model)):
+        return locate_model(model.model, model.revision)
+    check_no_revision(model)
+    return None
+
+
+def check_no_revision(model: ModelSection) -> None:
+    """Check that a run or a checkpoint is given without a revision.
+
+    Raises:
+        EvalError: it has one.
+    """
+    if model.revision is not None:
+        raise EvalError(
+            f"{model.model} is a run or a checkpoint, which has no revision {model.revision!r}; only models of the Hub"
+            " have"
+        )
 
 
 @contextlib.contextmanager

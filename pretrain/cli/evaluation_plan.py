@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from eval.config import EvalConfig, ModelSection, load_eval_config
 from eval.suites import DEFAULT_SUITE, TaskChoice, choose, suite
 from pretrain.cli.held_out import VALIDATION
+from pretrain.config.validate import validate_section
 from pretrain.processes.errors import UserError
 
 
@@ -20,6 +22,7 @@ class Plan:
     models: list[ModelSection]
     tasks: list[TaskChoice]
     suite: str | None
+    """The suite that has these very tasks; None if they were changed, or named one by one."""
     settings: dict[str, Any]
     """Arguments of `eval.harness.evaluation`."""
     texts: list[str]
@@ -44,17 +47,17 @@ def plan_of(options: argparse.Namespace) -> Plan:
     if len(files) > 1:
         raise UserError(f"expected at most one YAML file, got {', '.join(files)}")
     config = load_eval_config(Path(files[0])) if files else EvalConfig()
-    models = [*config.models, *(ModelSection(model=name) for name in options.models if name not in files)]
+    models = [*config.models, *(_model(name) for name in options.models if name not in files)]
     if not models:
         raise UserError(f"{files[0]}: models: it names none; add some, or give them on the command line")
     given = {"dtype": options.dtype} if options.dtype else {}
     given |= {"trust_remote_code": True} if options.trust_remote_code else {}
     models = [model.model_copy(update=given) for model in models]
 
-    name = options.suite or (None if options.tasks else config.suite)
-    tasks = [*(suite(name) if name else ()), *(options.tasks or ())]
-    tasks = tasks if options.suite or options.tasks else config.choices()
-    if not tasks and options.tasks is None:
+    given_tasks = options.suite is not None or options.tasks is not None
+    name = options.suite if given_tasks else config.suite
+    tasks = [*(suite(name) if name else ()), *(options.tasks or ())] if given_tasks else config.choices()
+    if not tasks and not given_tasks:
         name = DEFAULT_SUITE
         tasks = list(suite(name))
     only_texts = options.bits_per_byte and options.tasks == [] and not tasks
@@ -65,15 +68,25 @@ def plan_of(options: argparse.Namespace) -> Plan:
             f"several models have the label {', '.join(twice)}, which names the folder of a result; give each a label "
             "in a YAML file"
         )
+    chosen = [] if only_texts else choose(tasks, options.shots)
     return Plan(
         models=models,
-        tasks=[] if only_texts else choose(tasks, options.shots),
-        suite=name,
+        tasks=chosen,
+        suite=name if name is not None and chosen == list(suite(name)) else None,
         settings=_settings(options, config),
         texts=options.bits_per_byte or [],
         stride=options.stride,
         apart=bool(files) or len(models) > 1,
     )
+
+
+def _model(name: str) -> ModelSection:
+    """A model that the command line names."""
+    model, problems = validate_section(ModelSection, {"model": name}, "")
+    if problems:
+        raise UserError("\n".join(f"MODEL: {problem.removeprefix('.model: ')}" for problem in problems))
+    found: ModelSection = model
+    return found
 
 
 def _settings(options: argparse.Namespace, config: EvalConfig) -> dict[str, Any]:
@@ -85,17 +98,22 @@ def _settings(options: argparse.Namespace, config: EvalConfig) -> dict[str, Any]
     return found
 
 
-def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
+def check_plan(plan: Plan, out: Path, overwrite: bool, marks: Collection[str] = ()) -> None:
     """Refuse what can be refused before anything is fetched or loaded.
+
+    Args:
+        plan: what is asked for.
+        out: the folder to write to.
+        overwrite: whether earlier results may be lost.
+        marks: what `eval.results.marks_of` will find in the results.
 
     Raises:
         UserError: one line for each problem.
     """
     from eval.harness import check_request
-    from eval.models import check_model, locate_model
-    from eval.results import check_out
-    from eval.texts import text_name, text_problems
-    from pretrain.export.run import is_run_or_checkpoint
+    from eval.models import check_model
+    from eval.texts import text_problems
+    from pretrain.cli.evaluated_models import locate
 
     asked = plan.settings
     check_request(plan.tasks, asked["limit"], asked["batch_size"], asked["items"], asked["selection"])
@@ -103,12 +121,10 @@ def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
     problems = text_problems([word for word in plan.texts if word != VALIDATION])
     for model in plan.models:
         try:
-            ours = is_run_or_checkpoint(Path(model.source))
-            source = None if ours else locate_model(model.source)
-            name = source.name if source else model.source
+            source = locate(model)
             if not overwrite:
-                texts = map(text_name, plan.texts)
-                check_out(plan.folder(model, out), name, plan.tasks, asked["limit"], asked["selection"], [*texts])
+                name, kind = (source.name, source.kind) if source else (model.model, "folder")
+                check_folder(plan, plan.folder(model, out), name, kind, marks)
             # One of several models that is missing does not stop the others.
             if source and len(plan.models) == 1:
                 check_model(source)
@@ -116,3 +132,26 @@ def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def check_folder(plan: Plan, out: Path, model: str, source: str, marks: Collection[str]) -> None:
+    """Refuse a folder whose earlier result would be lost; see `eval.results.check_out`.
+
+    Raises:
+        UserError: it would.
+    """
+    from eval.results import check_out
+    from eval.texts import text_name
+
+    asked, texts = plan.settings, [text_name(word) for word in plan.texts]
+    check_out(
+        out,
+        model,
+        plan.tasks,
+        asked["limit"],
+        asked["selection"],
+        texts,
+        source=source,
+        items=asked["items"],
+        marks=marks,
+    )

@@ -6,21 +6,22 @@ import argparse
 import functools
 import sys
 import time
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from eval.config import ModelSection
 from eval.harness import Evaluation, evaluation
 from eval.result_table import format_scores, format_table
-from eval.results import check_out, write_result
-from eval.schema import EvalResult
+from eval.results import check_same_model, write_result
+from eval.schema import EvalResult, ModelIdentity
 from eval.sharing import Team
 from eval.texts import text_name
-from pretrain.cli.evaluated_models import as_model
-from pretrain.cli.evaluation_plan import Plan
+from pretrain.cli.evaluated_models import as_model, check_no_revision
+from pretrain.cli.evaluation_plan import Plan, check_folder
 from pretrain.cli.held_out import held_out_texts
 from pretrain.cli.log_scores import ScoreLog, run_of
-from pretrain.cli.result import convert, mark
+from pretrain.cli.result import check_marks_of, convert, mark, marks_asked
 from pretrain.cli.series import Request, check_run, evaluate_checkpoints
 from pretrain.processes.errors import UserError
 
@@ -32,7 +33,8 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
         UserError: a model cannot be evaluated; a single process has evaluated the others.
     """
     writes = team.ranks.rank == 0
-    log = ScoreLog(run_of(Path(plan.models[0].model))) if options.log and writes else None
+    logged = plan.models if options.log and writes else []
+    logs = {model.name: ScoreLog(run_of(Path(model.model))) for model in logged}
     results: dict[str, EvalResult] = {}
     failures = []
     started = time.monotonic()
@@ -41,7 +43,13 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
             if writes and len(plan.models) > 1:
                 _say(f"[{number}/{len(plan.models)}] {model.name}: {model.source}")
             try:
-                results[model.name] = result = _result(prepared, plan, model, model.source, team)
+                out = plan.folder(model, options.out)
+                result = _result(prepared, plan, model, model.model, team, None if options.overwrite else out)
+                if writes:
+                    _write(result, out, options)
+                if model.name in logs:
+                    logs[model.name].add(result)
+                results[model.name] = result
             except UserError as error:
                 # Several processes must not part ways.
                 if len(plan.models) == 1 or team.ranks.world_size > 1:
@@ -50,10 +58,7 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
                 _say(f"{failures[-1]}; continuing with the other models")
                 continue
             if writes:
-                _write(result, plan.folder(model, options.out), options)
                 _say_what_remains(number, len(plan.models), time.monotonic() - started)
-            if log is not None:
-                log.add(result)
     if writes and len(results) > 1:
         print(f"\n{format_scores(results)}")
     if failures:
@@ -66,38 +71,60 @@ def evaluate_checkpoints_of(plan: Plan, options: argparse.Namespace) -> None:
     Raises:
         UserError: it is not a run, a result would be lost, or a checkpoint is damaged.
     """
+    if len(plan.models) != 1:
+        raise UserError(f"--every-checkpoint: expected one run, got {', '.join(model.name for model in plan.models)}")
     run, team = Path(plan.models[0].model), Team()
     asked = plan.settings
+    check_no_revision(plan.models[0])
     check_run(run, options.follow)
 
-    texts = [text_name(word) for word in plan.texts]
+    texts, marks = [text_name(word) for word in plan.texts], marks_asked(options)
     with ExitStack() as opened:
         # The tasks are loaded once, and only if a checkpoint has to be evaluated.
         prepared = functools.cache(lambda: opened.enter_context(_prepared(plan, options, team)))
 
         def evaluate(checkpoint: Path, out: Path, overwrite: bool) -> EvalResult:
             if not overwrite:
-                check_out(out, str(checkpoint), plan.tasks, asked["limit"], asked["selection"], texts)
-            result = _result(prepared(), plan, plan.models[0], str(checkpoint), team)
+                check_folder(plan, out, str(checkpoint), "folder", marks)
+            result = _result(prepared(), plan, plan.models[0], str(checkpoint), team, None if overwrite else out)
             _write(result, out, options)
             return result
 
         shots = {task.name: task.shots for task in plan.tasks}
-        request = Request(shots, asked["limit"], asked["selection"], asked["items"], texts)
-        evaluate_checkpoints(run, options, request, evaluate)
+        request = Request(shots, asked["limit"], asked["selection"], asked["items"], plan.models[0].dtype, texts)
+        evaluate_checkpoints(run, options, request, evaluate, prepared)
 
 
-def _prepared(plan: Plan, options: argparse.Namespace, team: Team) -> AbstractContextManager[Evaluation]:
-    progress = team.ranks.rank == 0
-    return evaluation(plan.tasks, **plan.settings, keep_scores=not options.no_cache, progress=progress, team=team)
+@contextmanager
+def _prepared(plan: Plan, options: argparse.Namespace, team: Team) -> Iterator[Evaluation]:
+    first = team.ranks.rank == 0
+    with evaluation(
+        plan.tasks, **plan.settings, keep_scores=not options.no_cache, progress=first, team=team
+    ) as prepared:
+        if first and (options.overlap or options.subset):
+            check_marks_of(prepared.tasks.tasks, plan.settings["items"], options)
+        yield prepared
 
 
-def _result(prepared: Evaluation, plan: Plan, model: ModelSection, source: str, team: Team) -> EvalResult:
-    """Evaluate `source` with the settings of a model of the plan."""
+def _result(
+    prepared: Evaluation, plan: Plan, model: ModelSection, source: str, team: Team, kept: Path | None
+) -> EvalResult:
+    """Evaluate `source` with the settings of a model of the plan; a result of another model in `kept` is not lost."""
+
+    def accept(identity: ModelIdentity) -> None:
+        if kept is not None:
+            check_same_model(kept, identity)
+
     with as_model(source, team) as name:
         texts = held_out_texts(plan.texts, Path(source) if name != source else None)
         result = prepared.run(
-            name, dtype=model.dtype, trust_remote_code=model.trust_remote_code, texts=texts, stride=plan.stride
+            name,
+            revision=model.revision,
+            dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+            texts=texts,
+            stride=plan.stride,
+            accept=accept,
         )
     if name != source:
         result["model"]["name"] = source

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from eval.errors import EvalError
 from eval.schema import EvalResult
 from pretrain.config import parse_stored_config
 from pretrain.processes.errors import UserError
+from pretrain.processes.redaction import redact
 from pretrain.run.reader import Run, read_run
 from pretrain.run.wandb import WandbTracker
-from pretrain.run.wandb_scores import ScoreQueue
-
-MODES = ("online", "offline")
+from pretrain.run.wandb_scores import MODES, ScoreQueue, score_mode
 
 
 class ScoreLog:
@@ -48,7 +46,13 @@ class ScoreLog:
         self.send()
 
     def send(self) -> None:
-        """Send what is queued, unless the process that trains the run does."""
+        """Send what is queued, unless the process that trains the run does.
+
+        If wandb cannot be used, a line says so, and what was not sent stays queued.
+
+        Raises:
+            UserError: the run's config cannot be read.
+        """
         found = read_run(self.run)
         if found.state != "done" and found.folder.is_locked() and found.section("wandb").get("mode") in MODES:
             self._say("wandb: the process that trains the run sends the result")
@@ -62,10 +66,19 @@ class ScoreLog:
             opened[0].log_scores(scores)
 
         try:
-            self.queue.send(log)
-        finally:
-            for tracker in opened:
-                tracker.close()
+            try:
+                self.queue.send(log)
+            finally:
+                for tracker in opened:
+                    tracker.close()
+        except UserError:
+            raise
+        except Exception as error:  # of whatever wandb is made of
+            first = redact((str(error).splitlines() or [""])[0])
+            self._say(
+                f"warning: wandb: {type(error).__name__}: {first}; what was not sent stays queued, and the next "
+                "evaluation or launch of the run sends it"
+            )
 
 
 _COUNTS = {"num_items", "num_items_in_split", "num_truncated_requests", "num_fewshot", "version"}
@@ -93,7 +106,7 @@ def _mode_of(run: Run) -> str:
     """How the run's results are sent: by WANDB_MODE, or else as its config says."""
     if not run.manifest.get("id") or not run.config:
         raise EvalError(f"{run.path}: --log wandb expects a run folder, whose manifest.json names the wandb run")
-    mode = os.environ.get("WANDB_MODE") or str(run.section("wandb").get("mode", "disabled"))
+    mode = score_mode(str(run.section("wandb").get("mode", "disabled")))
     if mode not in MODES:
         raise EvalError(
             f"{run.path}: wandb is {mode} for this run: leave --log wandb out, or set WANDB_MODE=online or "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from pretrain.cli.arguments import add_marks
 
@@ -46,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from eval.errors import EvalError
     from eval.result_table import format_table
-    from eval.results import read_result, write_result
+    from eval.results import RESULT_FILE, read_result, write_result_file
 
     if options.schema:
         from eval.json_schema import comparison_schema, result_schema
@@ -59,14 +61,57 @@ def run(options: argparse.Namespace) -> int:
     if options.format == "lm-eval" and options.out is None:
         raise EvalError("--format lm-eval needs --out, the folder to write the files to")
     result = read_result(options.result)
+    source = options.result / RESULT_FILE if options.result.is_dir() else options.result
+    target = options.out / RESULT_FILE if options.out else source
+    if options.overlap or options.subset:
+        _check_target(target, source, result, marks_asked(options))
     mark(result, options)
     print(format_table(result))
     if options.format == "lm-eval":
         convert(result, options.out)
     if options.overlap or options.subset:
-        file = options.result if options.result.is_dir() else options.result.parent
-        print(f"result in {write_result(result, options.out or file)}")
+        print(f"result in {write_result_file(result, target)}")
     return 0
+
+
+def _check_target(target: Path, source: Path, result: EvalResult, marks: Collection[str]) -> None:
+    """Check that writing a marked result loses no other one.
+
+    Raises:
+        EvalError: the file holds another result, or one with more marks.
+    """
+    from eval.errors import EvalError
+    from eval.results import marks_of, read_result
+
+    if not target.exists() or target.resolve() == source.resolve():
+        return
+    earlier = read_result(target)
+    kept = {*marks, *marks_of(result)}
+    if unmarked(earlier) != unmarked(result):
+        raise EvalError(f"{target} holds another result, which would be lost; choose another --out")
+    lost = [mark for mark in marks_of(earlier) if mark not in kept]
+    if lost:
+        raise EvalError(f"{target} also has {', '.join(lost)}, which would be lost; choose another --out")
+
+
+def unmarked(result: EvalResult) -> dict[str, Any]:
+    """Return a copy of a result without what `mark` adds."""
+    copied: dict[str, Any] = copy.deepcopy(dict(result))
+    for task in copied["tasks"].values():
+        task.pop("overlap", None)
+        task.pop("subsets", None)
+        for item in task["items"]:
+            item.pop("overlap", None)
+    return copied
+
+
+def marks_asked(options: argparse.Namespace) -> list[str]:
+    """Return what `eval.results.marks_of` finds in a result that --overlap and --subset have marked."""
+    from eval.results import OVERLAP, subset_mark
+    from eval.subsets import subset_name
+
+    names = [subset_name(request) for request in options.subset or []]
+    return [*([OVERLAP] if options.overlap else []), *map(subset_mark, names)]
 
 
 def check_marks(options: argparse.Namespace) -> None:
@@ -86,10 +131,27 @@ def check_marks(options: argparse.Namespace) -> None:
             read_subset(request)
 
 
+def check_marks_of(tasks: Iterable[str], items: str, options: argparse.Namespace) -> None:
+    """Check before anything is scored that --overlap and --subset suit the tasks and their items.
+
+    Raises:
+        EvalError: they are of other tasks or items.
+    """
+    # A result without outcomes.
+    empty = {"tasks": {name: {"items": []} for name in tasks}, "items_source": {"kind": items}}
+    _mark(cast("EvalResult", empty), options)
+
+
 def mark(result: EvalResult, options: argparse.Namespace) -> None:
     """Carry out --overlap and --subset."""
+    for note in _mark(result, options):
+        print(f"note: {note}")
+
+
+def _mark(result: EvalResult, options: argparse.Namespace) -> list[str]:
+    """Mark a result; return a line for each task that the report is not about."""
     if not (options.overlap or options.subset):
-        return
+        return []
     from eval.controls import items_of
     from eval.identities import item_identities
     from eval.overlap_report import read_overlap_report
@@ -100,11 +162,10 @@ def mark(result: EvalResult, options: argparse.Namespace) -> None:
     subsets = [read_subset(request) for request in options.subset or []]
     tasks = list(dict.fromkeys(map(items_of, result["tasks"])))
     identities = item_identities(tasks, items=result["items_source"]["kind"]) if tasks else {}
-    if report:
-        for note in mark_overlap(result, report, identities):
-            print(f"note: {note}")
+    notes = mark_overlap(result, report, identities) if report else []
     for subset in subsets:
         add_subset(result, subset, identities)
+    return notes
 
 
 def convert(result: EvalResult, out: Path) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from eval.errors import EvalError
 from eval.results import RESULT_FILE, read_result
 from eval.schema import EvalResult
@@ -44,10 +46,12 @@ class Request:
     shots: Mapping[str, int]
     """Task, or group of tasks -> number of solved examples in its prompts."""
     limit: int | None
-    """Items of each task; None: all."""
+    """Items of each task; None: all. A result of all items has those of every limit."""
     selection: str
     items: str
     """``packaged`` or ``hub``."""
+    dtype: str = "auto"
+    """Of the weights; ``auto``: any."""
     texts: Sequence[str] = ()
     """Names of the texts with bits per byte."""
 
@@ -57,10 +61,19 @@ class Request:
             is_of(result, digest)
             and set(self.texts) <= result.get("bits_per_byte", {}).keys()
             and all(_shots(result, name) == shots for name, shots in self.shots.items())
-            and result["limit"] == self.limit
-            and (self.limit is None or result["selection"] == self.selection)
+            and self._has_items(result)
             and result["items_source"]["kind"] == self.items
+            and self.dtype in ("auto", result["dtype"])
         )
+
+    def _has_items(self, result: EvalResult) -> bool:
+        """Return whether a result has the items that are asked for, or all items."""
+        if result["limit"] is None:
+            return True
+        enough = self.limit is not None and result["limit"] >= self.limit
+        # The first 1,000 items contain the first 100; items that are spread evenly do not contain fewer such.
+        same = result["limit"] == self.limit or self.selection == "first"
+        return enough and same and result["selection"] == self.selection
 
 
 def _shots(result: EvalResult, name: str) -> int | None:
@@ -82,6 +95,7 @@ def evaluate_checkpoints(
     options: argparse.Namespace,
     request: Request,
     evaluate: Callable[[Path, Path, bool], EvalResult],
+    prepare: Callable[[], object] = lambda: None,
 ) -> None:
     """Evaluate the checkpoints of a run.
 
@@ -90,21 +104,34 @@ def evaluate_checkpoints(
         options: with those of `pretrain.cli.arguments.add_series`, and `out` and `overwrite`.
         request: what a result must hold.
         evaluate: see `CheckpointSeries`; returns the result.
+        prepare: called before an evaluation; its errors are not those of a checkpoint.
 
     Raises:
-        EvalError: it is not a run, a result would be lost, or a checkpoint is damaged.
+        UserError: nothing can be evaluated, or some checkpoints could not be.
     """
     out = options.out or run / "eval"
     log = ScoreLog(run, say) if options.log and (run / "manifest.json").exists() else None
 
-    def evaluate_and_log(checkpoint: Path, target: Path, overwrite: bool) -> None:
+    def prepare_and_log() -> None:
         nonlocal log
-        result = evaluate(checkpoint, target, overwrite or options.overwrite)
+        prepare()
         if options.log:
             log = log or ScoreLog(run, say)  # the run has appeared
+
+    def evaluate_and_log(checkpoint: Path, target: Path, overwrite: bool) -> None:
+        result = evaluate(checkpoint, target, overwrite)
+        if log is not None:
             log.add(result)
 
-    series = CheckpointSeries(run, out, request, evaluate_and_log, every_steps=options.every_steps)
+    series = CheckpointSeries(
+        run,
+        out,
+        request,
+        evaluate_and_log,
+        prepare=prepare_and_log,
+        every_steps=options.every_steps,
+        overwrite=options.overwrite,
+    )
     with alone(out):
         try:
             series.work(options.follow, 60 * options.idle_minutes)
@@ -126,8 +153,10 @@ class CheckpointSeries:
         out: gets a folder with a result for each checkpoint, of the checkpoint's name.
         request: what a result must hold.
         evaluate: evaluates a checkpoint and writes the result to a folder; if the last argument is true, in the place
-            of an earlier one of another checkpoint.
+            of whatever result is there.
+        prepare: called before each evaluation; its errors are not those of a checkpoint, and end the series.
         every_steps: only the checkpoints whose step is a multiple of this, and the last one of a finished run.
+        overwrite: replace results that are not of this request, or cannot be read.
         say: prints a line.
     """
 
@@ -138,13 +167,16 @@ class CheckpointSeries:
         request: Request,
         evaluate: Callable[[Path, Path, bool], None],
         *,
+        prepare: Callable[[], object] = lambda: None,
         every_steps: int | None = None,
+        overwrite: bool = False,
         say: Callable[[str], None] = say,
     ) -> None:
         self.run, self.out, self.request, self.every_steps = run, out, request, every_steps
+        self.overwrite = overwrite
         self.problems: dict[Path, str] = {}
         """The checkpoints that could not be evaluated, and why."""
-        self._evaluate, self._say = evaluate, say
+        self._evaluate, self._prepare, self._say = evaluate, prepare, say
         self._settled: dict[Path, int] = {}  # checkpoint -> mtime of its index; nothing is left to do for it
         self._waiting: set[Path] = set()
 
@@ -156,7 +188,8 @@ class CheckpointSeries:
             idle_seconds: how long to wait for a process that trains the run.
 
         Raises:
-            EvalError: a result would be lost, or some checkpoints are damaged; the others have been evaluated.
+            EvalError: some checkpoints are damaged, a result would be lost, or memory did not suffice; the others have
+                been evaluated.
         """
         idle_since: float | None = None
         while True:
@@ -190,12 +223,11 @@ class CheckpointSeries:
         self._say(f"evaluating {folder}" + (f"; {len(pending) - 1} more to do" if len(pending) > 1 else ""))
         self._waiting.discard(folder)
         modified = _modified(folder)
+        self._prepare()
         try:
-            self._evaluate(folder, self.out / folder.name, need == "another")
+            self._evaluate(folder, self.out / folder.name, need == "another" or self.overwrite)
             self.problems.pop(folder, None)
-        except (UserError, OSError) as error:
-            if (folder / INDEX).is_file() and not isinstance(error, CheckpointError):
-                raise
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
             self._give_up(folder, error)
         self._settle(folder, modified)
         return True
@@ -209,7 +241,7 @@ class CheckpointSeries:
                 continue
             try:
                 need = self._need(folder, self.out / folder.name)
-            except CheckpointError as error:
+            except (CheckpointError, EvalError) as error:
                 self._give_up(folder, error)
                 need = None
             if need is None:
@@ -229,12 +261,22 @@ class CheckpointSeries:
         return [folder for folder in found if step_of(folder) % every == 0 or folder in last]
 
     def _need(self, folder: Path, target: Path) -> Need | None:
-        """Why a checkpoint has to be evaluated; None if its result is complete."""
+        """Why a checkpoint has to be evaluated; None if its result is complete.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+            EvalError: the result cannot be read, and must not be replaced.
+        """
         if not (target / RESULT_FILE).is_file():
             return "new"
         index = CheckpointReader(folder).index
         digest = index.get("digest") or index_digest(index)
-        result = read_result(target)
+        try:
+            result = read_result(target)
+        except EvalError as error:
+            if self.overwrite:
+                return "another"
+            raise EvalError(f"{error}\nmove it, or pass --overwrite") from error
         if self.request.is_met(result, digest):
             return None
         return "more" if is_of(result, digest) else "another"
@@ -243,7 +285,8 @@ class CheckpointSeries:
         if not (folder / INDEX).is_file():
             self._skip(folder)
             return
-        self.problems[folder] = f"not evaluated: {'; '.join(str(error).splitlines())}"
+        lines = str(error).splitlines() or [type(error).__name__]
+        self.problems[folder] = f"not evaluated: {'; '.join(lines)}"
         self._say(f"warning: {self.problems[folder]}")
 
     def _skip(self, folder: Path) -> None:

@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.cli.slurm_job", description="Run the batch step of a job."
     )
-    parser.add_argument("--ranks", type=positive, default=1, help="processes on all nodes together")
+    parser.add_argument(
+        "--ranks", type=positive, default=1, help="processes on all nodes together (default: %(default)s)"
+    )
     given = list(sys.argv[1:] if arguments is None else arguments)
     end = given.index("--") if "--" in given else len(given)
     options, command = parser.parse_args(given[:end]), given[end + 1 :]
@@ -75,6 +77,8 @@ def _work_of(command: Sequence[str], ranks: int) -> Work:
         folders()  # an invalid sweep is refused here
         return _work_on(sweep.file.name, folders)
     first = Path(options.models[0])
+    if options.every_checkpoint and first.suffix in (".yaml", ".yml"):
+        raise JobError(f"--every-checkpoint: expected a run, got {first}")
     out = options.out or first / "eval"
     return Work(f"eval-{first.name}", lambda: _results(out) if options.every_checkpoint else 0)
 

@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TypeAlias
@@ -19,6 +20,7 @@ from pretrain.config.evaluation import EvaluationConfig
 from pretrain.launch.setup import Setup
 from pretrain.processes.environment import LAUNCHER, MPI
 from pretrain.processes.parent import parent_of_what_starts
+from pretrain.run.wandb_scores import MODES, score_mode
 
 LOG_FILE = "follow.log"
 """What the process prints, in ``eval/`` of the run folder."""
@@ -61,9 +63,35 @@ class Follower:
             self._process = _start(self._command, environment, log)
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)
+        self._awaited, self._reported = threading.Event(), False
+        self._watcher = threading.Thread(target=self._watch, name="evaluation", daemon=True)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        """Report a failure when it happens, not only after a training of weeks."""
+        while not self._awaited.wait(POLL_SECONDS):
+            if self._process.poll() is not None:
+                self._report(self._process.returncode)
+                return
+
+    def _stop_watching(self) -> None:
+        self._awaited.set()
+        self._watcher.join()
+
+    def _report(self, code: int) -> None:
+        if code != 0 and not self._reported:
+            self._reported = True
+            self._warn(
+                f"the evaluation of checkpoints ended with exit code {code}: see {self.log_path}; to score those that "
+                f"are left: {self._again()}"
+            )
+
+    def _again(self) -> str:
+        return f"aurora {shlex.join(self._command[3:])}"
 
     def finish(self, stopped: Callable[[], bool]) -> None:
         """Wait until the last checkpoint of a finished run has been scored; end the process if `stopped`."""
+        self._stop_watching()
         if self._process.poll() is None:
             self._say(f"waiting for the scores of the last checkpoints: see {self.log_path}")
         while not stopped():
@@ -71,14 +99,14 @@ class Follower:
                 code = self._process.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 continue
-            if code != 0:
-                self._warn(f"the evaluation of checkpoints ended with exit code {code}: see {self.log_path}")
+            self._report(code)
             return
         self.end()
-        self._warn(f"not all checkpoints are scored; to continue: aurora {shlex.join(self._command[3:])}")
+        self._warn(f"not all checkpoints are scored; to continue: {self._again()}")
 
     def end(self) -> None:
         """End the process, which leaves complete results only."""
+        self._stop_watching()
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -116,7 +144,7 @@ def following(setup: Setup) -> Iterator[FinishScores]:
         yield lambda stopped: None
         return
     try:
-        logs = config.wandb.mode != "disabled"
+        logs = config.wandb.mode != "disabled" and score_mode(config.wandb.mode) in MODES
         follower = Follower(setup.folder.path, config.evaluation, logs, display.say, display.warn)
     except OSError as error:
         display.warn(f"checkpoints are not scored: the process could not be started: {error}")

@@ -87,8 +87,9 @@ class Telemetry(Hook):
             activations = self._activations(context, batches)
             if context.engine.rank == 0:
                 arrays = _arrays(measured) | activations
-                forever = self._keep(step, arrays)
-                found = summary(arrays) | _weight_variation(measured) | {"telemetry/dead_forever": forever}
+                found = summary(arrays) | _weight_variation(measured) | {"telemetry/dead_forever": None}
+                # All ranks learn of an error of ours.
+                context.write(lambda: found.update({"telemetry/dead_forever": self._keep(step, arrays)}))
                 found["telemetry/seconds"] = round(time.perf_counter() - started, 4)
                 self.show(_line(step, found))
         self.matrices.watch_directions(False)

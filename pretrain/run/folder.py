@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pretrain.files import now, replace_text
+from pretrain.files import now, read_limited, replace_text
 from pretrain.run.json_lines import JsonLines
 from pretrain.run.lock import RunError, RunLock, is_locked
 
@@ -65,7 +65,7 @@ class RunFolder:
             RunError: it cannot be read.
         """
         try:
-            found = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            found = json.loads(read_limited(self.manifest_path))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, RecursionError) as error:

@@ -92,7 +92,7 @@ class RunLock:
         begun = time.monotonic()
         patient_until, claimed = begun + SHORT_WAIT_SECONDS, False
         try:
-            while (holder := self._try()) is not None:
+            while (holder := self._try(stopped)) is not None:
                 moment = time.monotonic()
                 is_earlier = self._is_earlier_attempt(holder)
                 if is_earlier and not claimed:
@@ -153,12 +153,12 @@ class RunLock:
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
-    def _try(self) -> dict[str, Any] | None:
-        """Try to take the lock; return who holds it, or None when it is taken."""
+    def _try(self, stopped: Callable[[], bool]) -> dict[str, Any] | None:
+        """Try to take the lock; return who holds it or, if `stopped`, may hold it, or None when it is taken."""
         file = self.path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), self.path.stat()) and not self._may_be_held_elsewhere():
+            if os.path.samestat(os.fstat(file.fileno()), self.path.stat()) and not self._may_be_held_elsewhere(stopped):
                 self._file = file
                 return None
         except BlockingIOError:
@@ -169,14 +169,17 @@ class RunLock:
         file.close()
         return self._holder() or {}
 
-    def _may_be_held_elsewhere(self) -> bool:
-        """Whether another machine holds the lock, which this one cannot see, and has touched it lately."""
+    def _may_be_held_elsewhere(self, stopped: Callable[[], bool]) -> bool:
+        """Whether another machine holds the lock, which this one cannot see, and has touched it lately.
+
+        If `stopped`, it is not waited for, and may be held.
+        """
         holder = self._holder()
         if not holder or (holder["host"], holder["boot"]) == (self.own["host"], self.own["boot"]):
             return False
         touched, end = self._touched(), time.monotonic() + SILENCE_SECONDS
         while time.monotonic() < end:
-            if self._touched() != touched:
+            if self._touched() != touched or stopped():
                 return True
             time.sleep(POLL_SECONDS)
         return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,15 @@ from pretrain.files import replace_text
 AXIS = "eval/step"
 """The step of the checkpoint, by which wandb draws results. wandb's own counter only ever rises, and the training may
 be far ahead of the checkpoint."""
+
+
+MODES = ("online", "offline")
+"""The modes of wandb in which results are sent."""
+
+
+def score_mode(configured: str) -> str:
+    """Return how results are sent: by WANDB_MODE, or else as the run's `wandb.mode` says."""
+    return os.environ.get("WANDB_MODE") or configured
 
 
 class ScoreQueue:

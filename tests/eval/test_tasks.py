@@ -6,8 +6,10 @@ import gzip
 import json
 import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from eval.result_table import format_scores, format_table
 from eval.results import check_out, read_result, write_result
 from eval.schema import EvalResult
 from eval.suites import TaskChoice
-from eval.tasks import loaded_tasks
+from eval.tasks import _check_outcomes, loaded_tasks, right_or_wrong
 from tests.eval.conftest import TOKENIZER, export_model, sentence, sha256, small_llama
 from tests.eval.test_harness import log_likelihood
 
@@ -229,3 +231,21 @@ def test_tasks_that_cannot_be_evaluated_are_refused(
 def test_a_task_named_twice_counts_once(model_folder: Path, more: dict[str, Any]) -> None:
     once = evaluate(model_folder, ["mmlu_virology", "mmlu", "mmlu_virology"], **more)
     assert list(once["tasks"]) == ["mmlu_virology", "mmlu_anatomy"]
+
+
+def test_a_task_with_fractions_of_a_point_is_refused_by_name() -> None:
+    def task(outcomes: Callable[[Sequence[Any]], float]) -> Any:
+        config = SimpleNamespace(process_results=outcomes)
+        return SimpleNamespace(
+            config=config,
+            eval_docs=[{"choices": ["a", "b", "c"]}],
+            doc_to_choice=lambda doc: doc["choices"],
+            process_results=lambda doc, results: {"acc": outcomes(results), "other": 0.5},
+        )
+
+    with pytest.raises(EvalError, match=r"task mc2 gives its items fractions of a point, such as 0\.333333"):
+        _check_outcomes("mc2", task(lambda results: 1 / len(results)))
+    _check_outcomes("mc1", task(lambda results: 1.0))
+    assert (right_or_wrong("a", 1.0), right_or_wrong("a", 0)) == (1, 0)
+    with pytest.raises(EvalError, match="fractions"):
+        right_or_wrong("a", math.nan)

@@ -6,17 +6,21 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints
 from pretrain.cli.command import parse
+from pretrain.cli.log_scores import ScoreLog
 from pretrain.config import Config, ConfigError, parse_config
 from pretrain.launch import follower, train
+from pretrain.run.folder import RunFolder
 from tests.conftest import SMALL_VOCABULARY, TINY, merged
 
 SHORT = SMALL_VOCABULARY | {
@@ -151,6 +155,65 @@ def test_a_stop_while_it_is_waited_for_ends_it_and_says_how_to_continue(
     process.finish(lambda: time.monotonic() - began > 0.2)
     assert stand_in.processes[0].poll() is not None
     assert said[1:] == [f"not all checkpoints are scored; to continue: aurora {' '.join(stand_in.commands[0][3:])}"]
+
+
+@pytest.mark.parametrize("name", ["finish", "end"])
+def test_a_failure_is_reported_while_the_run_trains_and_once(tmp_path: Path, stand_in: StandIn, name: str) -> None:
+    config = config_in(tmp_path, evaluation__every_steps=2)
+    (config.run_folder).mkdir(parents=True)
+    stand_in.code = 3
+    said: list[str] = []
+    warned = threading.Event()
+
+    def warn(line: str) -> None:
+        said.append(line)
+        warned.set()
+
+    process = follower.Follower(config.run_folder, config.evaluation, False, said.append, warn)
+    assert warned.wait(60)
+    process.finish(lambda: False) if name == "finish" else process.end()
+    [line] = said
+    assert "ended with exit code 3: see" in line
+    assert line.endswith(f"aurora {' '.join(stand_in.commands[0][3:])}")
+
+
+@pytest.mark.parametrize(
+    ("configured", "variable", "logs"),
+    [
+        ("offline", None, True),
+        ("offline", "", True),
+        ("offline", "disabled", False),
+        ("online", "offline", True),
+        ("online", "dryrun", False),
+        ("disabled", None, False),
+        ("disabled", "online", False),
+    ],
+)
+def test_scores_are_logged_only_if_the_evaluation_would_accept_it(
+    tmp_path: Path,
+    stand_in: StandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    configured: str,
+    variable: str | None,
+    logs: bool,
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    config = config_in(tmp_path, evaluation__every_steps=2, wandb__mode=configured)
+    run = config.run_folder
+    run.mkdir(parents=True)
+    (run / "manifest.json").write_text(json.dumps({"id": "0123"}))
+    (run / "config.yaml").write_text(config.to_yaml())
+    display: Any = SimpleNamespace(say=lambda line: None, warn=lambda line: None)
+    engine: Any = SimpleNamespace(rank=0)
+    setup: Any = SimpleNamespace(config=config, display=display, engine=engine, folder=RunFolder(run))
+    with follower.following(setup):
+        pass
+    [command] = stand_in.commands
+    assert ("--log" in command) == logs
+    if logs:
+        assert ScoreLog(run).mode in ("online", "offline")
 
 
 @pytest.mark.parametrize(

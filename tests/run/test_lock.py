@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pretrain.run import lock
-from pretrain.run.lock import RunError, RunLock, is_locked
+from pretrain.run.lock import RunError, RunLock, WaitStoppedError, is_locked
 from tests.conftest import REPOSITORY
 
 
@@ -271,3 +271,20 @@ def test_a_process_that_is_stopped_shows_no_life(tmp_path: Path) -> None:
             assert is_touched(tmp_path / lock.LOCK_FILE, 30)
         finally:
             process.kill()
+
+
+def test_a_stop_ends_the_wait_for_a_lock_of_another_machine(
+    attempt: Callable[..., RunLock], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 20.0)
+    elsewhere(attempt, tmp_path)
+    looks: list[int] = []
+
+    def stopped() -> bool:
+        looks.append(0)
+        return True
+
+    own = attempt()
+    with pytest.raises(WaitStoppedError, match="on gpu9"):
+        own.acquire(stopped=stopped)
+    assert len(looks) == 2

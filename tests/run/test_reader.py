@@ -130,3 +130,17 @@ def test_reading_does_not_import_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.startswith(f"running 1 {config.total_steps} Parameters(total="), done.stderr
     assert done.stdout.split()[-1] == "False"
+
+
+def test_a_manifest_without_end_is_refused(tmp_path: Path) -> None:
+    for name, make in {"device": lambda path: path.symlink_to("/dev/zero"), "large": sparse}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        make(folder / "manifest.json")
+        with pytest.raises(RunError, match=r"manifest\.json: cannot be read"):
+            RunFolder(folder).manifest()
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate((64 << 20) + 1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.cli.check import check_webhook
 from pretrain.config import ConfigError, parse_config
 from pretrain.processes.errors import UserError
 from pretrain.training.guards import Guards
@@ -185,3 +186,15 @@ def test_a_run_that_fails_tells_why_and_keeps_the_url_to_itself(
     assert files
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
     assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_check_refuses_what_the_run_would_refuse_at_its_start(tmp_path: Path) -> None:
+    (tmp_path / "hook").write_text(SECRET)
+    for file in (tmp_path / "hook", tmp_path, Path("/dev/zero")):
+        with pytest.raises(UserError, match=r"watch\.webhook") as error:
+            check_webhook(parse_config(merged(TINY, {"watch.webhook": f"file:{file}"})))
+        assert SECRET not in str(error.value)
+    (tmp_path / "hook").write_text("https://example.test/x")
+    # What is not on this machine may be on that of the run.
+    for setting in (f"file:{tmp_path / 'hook'}", f"file:{tmp_path / 'none'}", "env:NO_SUCH_HOOK", None):
+        check_webhook(parse_config(merged(TINY, {"watch.webhook": setting})))
