@@ -1,8 +1,8 @@
 """Which parameter gets which optimizer, and why.
 
 Modules decide, not names (see optimizers.recognise): input embeddings, the output head (tied or not), routers, biases,
-norm gains and everything that is not 2-D go to AdamW; every other 2-D weight is a matrix. Settings say what happens to
-weights that the modules leave unsure. A regular expression can override all this.
+norm gains and everything that is not 2-D go to AdamW; every other 2-D weight is a matrix. Settings can make matrices of
+convolutions and stacks of experts too, and say what happens to weights that the modules leave unsure. A regular expression can override all this.
 """
 
 import re
@@ -37,7 +37,7 @@ class Settings:
     matrix: Mapping[str, Any] = field(default_factory=dict)
     """Options of the matrix group (see optimizers.options), except `direction`, which is `name`."""
     adamw: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the adamw groups. `weight_decay` acts on 2-D weights only, never on norm gains and biases."""
+    """Options of the adamw groups. `weight_decay` acts on weights, never on norm gains and biases."""
     adamw_lrs: Mapping[Role, float] = field(default_factory=dict)
     """Learning rates of adamw groups that differ from the one in `adamw`, by role."""
     preset: str | None = None
