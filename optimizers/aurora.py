@@ -12,9 +12,11 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from . import binding, options
 from .adamw import AdamwTensor, adamw_step
+from .blocks import singly
 from .fields import OptionError, did_you_mean
 from .matrices import DirectionObserver, Matrices, WholeMatrices, check_params, dense_grad, matrix_step
-from .routing import Route, Settings, format_table, group_routes, model_groups, model_settings, routes
+from .routing import Route, Settings, model_groups, model_settings, routes
+from .table import format_table, table_routes
 from .update import all_finite
 
 # What an optimizer has besides its options; a copy or a pickle begins with these.
@@ -25,6 +27,7 @@ _FRESH: dict[str, Any] = {
     "_model": None,
     "_routes": None,
     "_has_begun": False,
+    "_is_partitioned": False,
 }
 
 
@@ -36,8 +39,8 @@ class Aurora(Optimizer):
             modules are; `table` says where each one goes and why, and whatever is not recognised goes to AdamW. A group
             is a dict with `params`, `kind` ("matrix" or "adamw"), any of the options below, and for matrices
             `row_blocks` and `views` (see optimizers.blocks). Groups without a kind, and tensors, are matrices if all of
-            them are 2-D. If not, as with `model.parameters()`, they are "mixed": those with at least two rows and
-            columns are matrices, AdamW steps the others, and a warning lists the shapes.
+            them are 2-D; otherwise "mixed": those with at least two rows and columns are matrices, and AdamW steps the
+            others. A warning lists the matrices by shape; it cannot know that a Conv1D's is inputs x outputs.
         lr: of the matrices. With a model, and in mixed groups, that of AdamW is `adamw_lr_ratio` times as large.
         preset: "released" takes the matrix options of the released code (see optimizers.options).
         routing: how to route a model, where the defaults do not fit: overrides, convolutions or experts as matrices.
@@ -100,6 +103,7 @@ class Aurora(Optimizer):
     _model: weakref.ref[nn.Module] | None
     _routes: list[Route] | None
     _has_begun: bool
+    _is_partitioned: bool
     _used: set[str]
     _idle: dict[str, str]
     _ndims: list[list[int]]
@@ -150,6 +154,10 @@ class Aurora(Optimizer):
             problems = "; ".join(f"{key} has no effect: {why}" for key, why in idle.items())
             raise OptionError(f"bad options of Aurora: {problems}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: self.__dict__[name] for name in (*_FRESH, "_options", "_used", "_idle") if name in self.__dict__}
+        return {**super().__getstate__(), **kept, "_model": None, "permitted": self.permitted}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for name, empty in (*_FRESH.items(), ("_options", {}), ("_used", set()), ("_idle", {})):
@@ -157,7 +165,7 @@ class Aurora(Optimizer):
         for group in self.param_groups:
             for key, default in options.DEFAULTS[group["kind"]].items():
                 group.setdefault(key, default)
-            group.setdefault("base_lr", group["lr"])
+            group.setdefault("base_lr", binding.fixed(group["lr"]))
         self._ndims = [[p.ndim for p in group["params"]] for group in self.param_groups]
         self.reset_report()
 
@@ -171,17 +179,24 @@ class Aurora(Optimizer):
         inherited = {
             key: value for key, value in self._options.items() if key in options.DEFAULTS[kind] and key not in own
         }
+        if kind == "adamw" and "lr" in inherited and self._routes is not None:
+            share = self._options.get("adamw_lr_ratio", options.SHARED["adamw_lr_ratio"].default)
+            inherited["lr"] = inherited["lr"] * share
         preset = None if kind == "adamw" else self._preset
         full = options.complete(kind, own, inherited=inherited, preset=preset)
         if kind != "adamw" and full["direction"] == "aurora" and full["iterations"] == 1:
             warnings.warn(options.ONE_ITERATION, UserWarning, stacklevel=2)
         self._mark_used(kind, own, inherited, full)
-        added = {"base_lr": full["lr"], **param_group, "kind": kind, **full}
+        added = {"base_lr": binding.fixed(full["lr"]), **param_group, "kind": kind, **full}
         if added.setdefault("maximize", self._maximize) not in (True, False):
             raise OptionError(f"maximize is {added['maximize']!r}: expected true or false")
         added["params"] = binding.listed(param_group["params"])
         if not added["maximize"]:
             del added["maximize"]
+        if binding.is_partitioned():
+            binding.refuse_reordered(added)
+            self._is_partitioned = True
+            added.pop("param_names", None)
         named = any("param_names" in group for group in self.param_groups)
         if named and "param_names" not in added and not any(isinstance(p, tuple) for p in added["params"]):
             number = len(self.param_groups)
@@ -203,9 +218,9 @@ class Aurora(Optimizer):
     def table(self) -> str:
         """Where each parameter goes and why, one line each, as text. A parameter that was not recognised for certain is
         marked "unsure"."""
-        rows = self._routes
-        if rows is None:
-            rows = [row for index, group in enumerate(self.param_groups) for row in group_routes(group, index)]
+        rows: Sequence[Route] = self._routes or ()
+        if self.matrices.is_whole or not rows:  # groups of shards say nothing of the weights
+            rows = table_routes(self.param_groups, rows)
         return "\n".join(format_table(rows))
 
     def _mark_used(self, kind: str, own: dict[str, Any], inherited: dict[str, Any], full: dict[str, Any]) -> None:
@@ -270,6 +285,9 @@ class Aurora(Optimizer):
 
     def _check(self, work: Sequence[tuple[dict[str, Any], list[Tensor]]]) -> None:
         """Refuse parameters that a wrapper has replaced or flattened since the groups were made."""
+        if self._is_partitioned:  # ZeroRedundancyOptimizer copies the names back, in another order
+            for group, _ in work:
+                group.pop("param_names", None)
         binding.refuse_flattened(work, self._ndims)
         if self._has_begun:
             return
@@ -329,7 +347,7 @@ class Aurora(Optimizer):
             for p in group["params"]
         ]
         states = {
-            p: _loaded_state(p, shapes, state_dict["state"][index])
+            p: binding.loaded_state(p, shapes, state_dict["state"][index])
             for (p, shapes), index in zip(own, saved_ids, strict=False)
             if index in state_dict["state"]
         }
@@ -337,19 +355,18 @@ class Aurora(Optimizer):
         # How the matrices lie in the parameters is a fact of this model, which states of older versions do not know.
         kept = [{"views": group["views"]} if "views" in group else {} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, facts in zip(self.param_groups, kept, strict=True):
-            group.update(facts)
         self.state.update(states)
-        for group, saved, base_lr in zip(self.param_groups, saved_groups, base_lrs, strict=True):
-            group["base_lr"] = saved.get("base_lr", base_lr)
+        for group, facts, saved, base_lr in zip(self.param_groups, kept, saved_groups, base_lrs, strict=True):
+            group.update(facts, base_lr=saved.get("base_lr", base_lr))
 
     def _matrix_step(self, params: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> Tensor:
         """Step the matrices or shards of a group; return the fallbacks and retries of their directions, int64 [2]."""
         if not params:
             return torch.zeros(2, dtype=torch.int64, device=finite.device)
         turns = self.matrices.turns(params, group)
+        alone = dict(singly(group)) if self.matrices.is_whole else {}
         for p in params:
-            self.state_of(p, group)["step"] += finite.to(p.device)
+            self.state_of(p, alone.get(p, group))["step"] += finite.to(p.device)
         return matrix_step(self.matrices, turns, self.state, group, finite, self.direction_observer)
 
     def _adamw_step(self, params: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> None:
@@ -380,17 +397,3 @@ class Aurora(Optimizer):
 
 if Aurora.__doc__ is not None:  # it is under python -OO
     Aurora.__doc__ += "\n".join(f"    {line}" for line in options.documentation().splitlines()) + "\n"
-
-
-def _loaded_state(p: Tensor, shapes: Mapping[str, torch.Size], given: Mapping[str, Any]) -> dict[str, Tensor]:
-    # Some frameworks keep a step count as a plain number.
-    saved = {key: torch.as_tensor(value, dtype=torch.float32) for key, value in given.items()}
-    if set(saved) != set(shapes):
-        raise ValueError(f"the loaded state of a parameter has {sorted(saved)}: expected {sorted(shapes)}")
-    for key, value in saved.items():
-        if value.shape != shapes[key]:
-            raise ValueError(
-                f"the loaded {key} has shape {tuple(value.shape)}, its parameter {tuple(shapes[key])}: "
-                "the parameters are in another order or of another model"
-            )
-    return {key: value.to(p.device, torch.float32, copy=True) for key, value in saved.items()}

@@ -38,17 +38,21 @@ def same(first: object, second: object) -> bool:
     return first == second
 
 
+def fixed(value: Any) -> Any:
+    """A value that changes no more when a tensor is changed in place."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def with_kinds(params: Any) -> tuple[Any, options.GroupKind]:
     """Parameters or groups as a list, and the kind of the groups that do not say theirs.
 
-    "matrix" if all their tensors are 2-D; otherwise "mixed", with a warning that lists the matrices.
+    "matrix" if all their tensors are 2-D, otherwise "mixed". A warning lists the matrices.
 
     Raises:
         OptionError: tensors, or groups without a kind, and no matrix among them.
     """
     if isinstance(params, Tensor):
         return params, "matrix"
-    is_iterator = not isinstance(params, Sequence)
     given = list(params)
     if any(isinstance(entry, dict) for entry in given):
         given = [_with_list(g) if isinstance(g, dict) else g for g in given]
@@ -57,13 +61,12 @@ def with_kinds(params: Any) -> tuple[Any, options.GroupKind]:
     else:
         without = []
         tensors = _entries(given)
-    partitioned = _is_partitioned() and bool(without)
-    flat = [p for _, p in tensors if p.ndim != 2]
-    if not partitioned and not flat:
-        if is_iterator and tensors:
+    partitioned = is_partitioned() and bool(without)
+    matrices = [(name, p) for name, p in tensors if _is_matrix(p)]
+    if not partitioned and all(p.ndim == 2 for _, p in tensors):
+        if tensors:
             _warn_of_matrices(tensors)
         return given, "matrix"
-    matrices = [(name, p) for name, p in tensors if _is_matrix(p)]
     if not matrices and not partitioned:
         name, p = next((name, p) for name, p in tensors if p.ndim != 2)
         raise OptionError(
@@ -92,7 +95,7 @@ def warn_of_unsure(rows: Sequence[Route]) -> None:
     if unsure:
         where = {row.optimizer for row in rows if row.is_unsure}
         warnings.warn(
-            f"it is not sure whether these weights are matrices: {', '.join(unsure)}. They go to "
+            f"it is unclear whether these weights are matrices: {', '.join(unsure)}. They go to "
             f"{' and '.join(sorted(where))}; overrides in routing=Settings(...) change that",
             UserWarning,
             stacklevel=4,
@@ -125,6 +128,21 @@ def adamw_parts(
     return [(part, chosen) for part, chosen in parts if part]
 
 
+def refuse_reordered(group: Mapping[str, Any]) -> None:
+    """Refuse lists by position in a group whose parameters torch's ZeroRedundancyOptimizer has sorted and shared out.
+
+    Raises:
+        OptionError: it has row_blocks or views.
+    """
+    given = [key for key in ("row_blocks", "views") if any(group.get(key) or ())]
+    if given:
+        raise OptionError(
+            f"a group has {' and '.join(given)}, with an entry for each parameter, and ZeroRedundancyOptimizer sorts "
+            "the parameters but not these: they would be those of other parameters. Make groups without them "
+            "(Settings(split_fused=False), no heads, row_blocks or Conv1D), or use DistributedDataParallel"
+        )
+
+
 def refuse_flattened(work: Work, ndims: Sequence[Sequence[int]]) -> None:
     """Refuse a mixed group whose parameters have other dimensions than when it was made: it would give pieces of
     matrices to AdamW.
@@ -141,8 +159,8 @@ def refuse_flattened(work: Work, ndims: Sequence[Sequence[int]]) -> None:
 
 
 def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str]) -> None:
-    """Refuse parameters without a gradient that are no longer those of the model. Without a model, and where its
-    parameters are those of the groups, a first step without any gradient is a warning.
+    """Refuse parameters without a gradient that were replaced: by another of that name in the model, or by fully_shard.
+    A name that is gone from the model, and a first step without any gradient, are a warning.
 
     Args:
         work: of the first step.
@@ -154,31 +172,62 @@ def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str]) ->
     """
     cure = "Make the optimizer after the model is wrapped (fully_shard, for example), or wrap both together"
     if model is not None:
-        current = set(model.parameters())
-        lost = [
+        current = dict(model.named_parameters(remove_duplicate=False))
+        held = set(current.values())
+        gone = [
             name
             for group, _ in work
             for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
-            if name in names and p.grad is None and p not in current
+            if name in names and p.grad is None and p not in held
         ]
+        lost = [name for name in gone if name in current]
         if lost:
             raise OptionError(
                 f"{len(lost)} parameters have no gradient and are no longer those of the model, {lost[0]} for "
                 f"example: they were replaced after the optimizer was made, so that it would step nothing. {cure}"
             )
-    if any(params for _, params in work):
-        return
-    if _has_fully_sharded():
+        if gone:
+            warnings.warn(
+                f"{len(gone)} parameters have no gradient and are no longer in the model, {gone[0]} for example: they "
+                "are not stepped",
+                UserWarning,
+                stacklevel=5,
+            )
+    idle = [p for group, _ in work for p in group["params"] if p.grad is None and p.requires_grad]
+    is_first = not any(params for _, params in work)
+    if idle and _has_fully_sharded() and (is_first or (missing := _unheld(idle))):
+        what = "no parameter has" if is_first else f"{missing} parameters in no module have no"
         raise OptionError(
-            "no parameter has a gradient at the first step, and a model in this process was sharded by fully_shard, "
-            f"which replaces parameters: the optimizer would step nothing. {cure}"
+            f"{what} {'a ' * is_first}gradient at the first step, and a model in this process was sharded by "
+            f"fully_shard, which replaces parameters: the optimizer would not step them. {cure}"
         )
+    if not is_first:
+        return
     warnings.warn(
         "no parameter has a gradient at the first step, so it does nothing. If a wrapper has replaced the parameters "
         "of the model, make the optimizer after it",
         UserWarning,
         stacklevel=5,
     )
+
+
+def loaded_state(p: Tensor, shapes: Mapping[str, torch.Size], given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A copy of the saved state of a parameter, in fp32 on its device.
+
+    Raises:
+        ValueError: other tensors than `shapes` has, or of other shapes.
+    """
+    # Some frameworks keep a step count as a plain number.
+    saved = {key: torch.as_tensor(value, dtype=torch.float32) for key, value in given.items()}
+    if set(saved) != set(shapes):
+        raise ValueError(f"the loaded state of a parameter has {sorted(saved)}: expected {sorted(shapes)}")
+    for key, value in saved.items():
+        if value.shape != shapes[key]:
+            raise ValueError(
+                f"the loaded {key} has shape {tuple(value.shape)}, its parameter {tuple(shapes[key])}: "
+                "the parameters are in another order or of another model"
+            )
+    return {key: value.to(p.device, torch.float32, copy=True) for key, value in saved.items()}
 
 
 def _is_matrix(p: Tensor) -> bool:
@@ -201,14 +250,23 @@ def _warn_of_matrices(matrices: Sequence[tuple[str, Tensor]]) -> None:
     shapes = Counter(f"{name} " * bool(name) + " x ".join(map(str, p.shape)) for name, p in matrices)
     found = ", ".join(shape + (f" ({count} times)" if count > 1 else "") for shape, count in shapes.items())
     warnings.warn(
-        f"these parameters are taken for matrices, since nothing but their shapes is known: {found}. Embeddings and "
-        "output heads should go to AdamW: Aurora(model) or optimizers.param_groups(model, ...) knows which they are",
+        f"these parameters are treated as matrices, since nothing but their shapes is known: {found}. Embeddings and "
+        "output heads should go to AdamW, and weights stored as inputs x outputs (GPT-2's Conv1D) are transposed: "
+        "Aurora(model) or optimizers.param_groups(model, ...) knows which they are. Groups of kind 'matrix' or 'adamw' "
+        "are not guessed",
         UserWarning,
         stacklevel=4,
     )
 
 
-def _is_partitioned() -> bool:
+def _unheld(params: Sequence[Tensor]) -> int:
+    """How many parameters no module of this process holds. Looks at all objects."""
+    modules = [known for known in gc.get_objects() if issubclass(type(known), nn.Module)]
+    held = {p for module in modules for p in module.parameters(recurse=False)}
+    return sum(p not in held for p in params)
+
+
+def is_partitioned() -> bool:
     """Whether the caller is torch's ZeroRedundancyOptimizer, which gives each rank some of the parameters: perhaps
     none that is a matrix, though the groups have to be alike on all ranks."""
     frame = sys._getframe(1)

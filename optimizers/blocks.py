@@ -166,6 +166,15 @@ def entry_of(p: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...] | Non
     return next((entry, view) for other, entry, view in entries if other is p)
 
 
+def singly(group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Every parameter of a group, with the group that has no other. The entries of the group are checked once."""
+    if group.get("row_blocks") is None and group.get("views") is None:
+        yield from ((p, group) for p in group["params"])
+        return
+    for p, entry, view in zip(group["params"], row_blocks(group), views(group), strict=True):
+        yield p, {**group, "params": [p], "row_blocks": [entry], "views": [view]}
+
+
 def blocks(p: Tensor, entry: tuple[int, ...] | None, view: View | None = None) -> Iterator[Block]:
     """The blocks of one parameter; a stack has those of each of its matrices."""
     *stacked, rows = row_shape(p.shape, view)

@@ -1,7 +1,7 @@
 """What each parameter of a model is, from the modules that hold it.
 
 A weight is a matrix for the matrix optimizer if it maps hidden features to hidden features. Modules tell: a Linear
-inside a block of layers does, and so does one whose outputs a later layer takes in. An embedding, an output head, the
+inside a block of layers does, and so does one whose outputs a later layer takes. An embedding, an output head, the
 router of a mixture of experts and a weight of one row or column do not. What modules do not tell, such as a bare
 parameter or the last Linear of a model, is `is_sure = False`, with the best guess.
 
@@ -100,8 +100,8 @@ def _weight_of(module: nn.Module, getter: str) -> Tensor | None:
         return None
     try:
         layer = get()
-    except (NotImplementedError, AttributeError):
-        # The base classes of transformers raise these for models without such a layer.
+    except Exception:
+        # The base classes of transformers raise for models without such a layer; those of other code may do anything.
         return None
     return getattr(layer, "weight", None)
 
@@ -185,13 +185,13 @@ def _expert_counts(module: nn.Module | None) -> set[int]:
 
 
 class _Linears:
-    """The Linears of a model: which are inside blocks of layers, and whose outputs another layer takes in."""
+    """The Linears of a model: which are inside blocks of layers, and whose outputs another layer takes."""
 
     def __init__(self, model: nn.Module, *, has_head: bool) -> None:
         self._has_head = has_head
         self._blocks = dict(_blocks(model))
         self._order: dict[str, int] = {}
-        # Features -> the places in the order of layers that take so many in.
+        # Features -> the places in the order of layers that have so many inputs.
         self._takers: dict[int, list[int]] = {}
         self._vocabularies: set[tuple[int, int]] = set()
         last: dict[str, str] = {}
@@ -222,7 +222,7 @@ class _Linears:
 
 
 def _inputs(module: nn.Module) -> int | None:
-    """The features that a layer takes in."""
+    """The number of input features of a layer."""
     if isinstance(module, nn.Linear):
         return module.in_features
     if isinstance(module, _NORMS) and module.weight is not None:

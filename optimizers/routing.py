@@ -1,21 +1,21 @@
 """Which parameter gets which optimizer, and why.
 
 Modules decide, not names (see optimizers.recognise): input embeddings, the output head (tied or not), routers, biases,
-norm gains and everything that is not 2-D go to AdamW; every other 2-D weight is a matrix. Settings say what happens to
-weights that the modules leave unsure. A regular expression can override all this.
+norm gains and everything that is not 2-D go to AdamW; every other 2-D weight is a matrix. Settings can make matrices of
+convolutions and stacks of experts too, and say what happens to weights that the modules leave unsure. A regular expression can override all this.
 """
 
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from . import options
-from .blocks import View, blocks, row_blocks, row_shape, views
+from .blocks import View, blocks, row_shape
 from .directions import Form, form, lr_scale, treats
 from .fields import OptionError, did_you_mean
 from .matrices import refuse_sharded
@@ -37,7 +37,7 @@ class Settings:
     matrix: Mapping[str, Any] = field(default_factory=dict)
     """Options of the matrix group (see optimizers.options), except `direction`, which is `name`."""
     adamw: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the adamw groups. `weight_decay` acts on 2-D weights only, never on norm gains and biases."""
+    """Options of the adamw groups. `weight_decay` acts on weights, never on norm gains and biases."""
     adamw_lrs: Mapping[Role, float] = field(default_factory=dict)
     """Learning rates of adamw groups that differ from the one in `adamw`, by role."""
     preset: str | None = None
@@ -46,12 +46,12 @@ class Settings:
     """Regular expression that is searched in the parameter's name -> "matrix" or "adamw"."""
     row_blocks: Mapping[str, RowBlocks] = field(default_factory=dict)
     """Regular expression that is searched in the parameter's name -> blocks of rows that get their own directions."""
-    unsure: options.Kind = "matrix"
+    unsure: options.Kind | None = None
     """Where 2-D weights go that may be matrices or not, such as bare parameters and the last Linear of a model.
-    "matrix" warns and lists them."""
-    split_fused: bool = False
+    "matrix" warns and lists them. None: "matrix" in `param_groups` and `routes`, "adamw" in `Aurora(model)`."""
+    split_fused: bool | None = None
     """Give each part of a fused weight a direction of its own, if the parts are known: q, k and v of an attention, gate
-    and up, the gates of an LSTM."""
+    and up, the gates of an LSTM. None: False in `param_groups` and `routes`, True in `Aurora(model)`."""
     heads: int = 0
     """Give every so many attention heads of queries, keys and values a direction of their own; 0: none. Head sizes are
     those that the attention states, as in transformers; the table shows which weights are split."""
@@ -106,17 +106,17 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
     for p, names in _names(model).items():
         refuse_sharded(names[0], p)
         if not p.requires_grad:
-            rows.append(_row(names[0], tuple(p.shape), "frozen", None, "requires_grad is False"))
+            rows.append(row(names[0], tuple(p.shape), "frozen", None, "requires_grad is False"))
             continue
         found = seen[p]
         kind, why = _choose(p, names, found, settings)
         if kind == "adamw":
-            rows.append(_row(names[0], tuple(p.shape), kind, matrix, why, found.role))
+            rows.append(row(names[0], tuple(p.shape), kind, matrix, why, found.role))
             _row_blocks(p, names, kind, found, settings)  # refuses those of a parameter that is not a matrix
             continue
         view, split = _view(p, found), _row_blocks(p, names, kind, found, settings)
         shapes = Counter(block.shape for block in blocks(p, split, view))
-        rows += [_row(names[0], shape, kind, matrix, why, found.role, count) for shape, count in shapes.items()]
+        rows += [row(names[0], shape, kind, matrix, why, found.role, count) for shape, count in shapes.items()]
     if settings.name != "adamw" and not any(row.optimizer == "matrix" for row in rows):
         unsure = [row.name for row in rows if row.is_unsure]
         optional = sorted({found.optional for found in seen.values() if found.optional is not None})
@@ -153,9 +153,10 @@ def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """
     groups = model_groups(model, settings)
     unsure = [f"{row.name}, {row.why.removeprefix(UNSURE)}" for row in routes(model, settings) if row.is_unsure]
-    if settings.unsure == "matrix" and unsure:
+    if settings.unsure in (None, "matrix") and unsure:
         warnings.warn(
-            f"{len(unsure)} weights are taken for matrices, though it is not sure that they are: {'; '.join(unsure)}. "
+            f"{len(unsure)} weights are treated as matrices, though it is unclear whether they are: "
+            f"{'; '.join(unsure)}. "
             'Settings(unsure="adamw") gives such weights to AdamW, an override decides for each',
             UserWarning,
             stacklevel=2,
@@ -209,7 +210,8 @@ def _matrix_options(settings: Settings) -> dict[str, Any] | None:
             raise OptionError(f"these options have no effect with optimizer 'adamw': {', '.join(given)}")
         return None
     for key in ("unsure", "conv", "experts"):
-        if (given := getattr(settings, key)) not in get_args(options.Kind):
+        given = getattr(settings, key)
+        if given not in get_args(options.Kind) and not (key == "unsure" and given is None):
             expected = ", ".join(get_args(options.Kind))
             raise OptionError(
                 f"{key} is {given!r}: expected one of {expected}{did_you_mean(given, ('matrix', 'adamw'))}"
@@ -267,7 +269,7 @@ def _choose(p: Tensor, names: list[str], seen: Seen, settings: Settings) -> tupl
         return "matrix", "convolution" if seen.optional == "conv" else f"stack of {len(p)} experts"
     if seen.is_sure:
         return "matrix" if seen.is_matrix else "adamw", seen.why
-    return settings.unsure, UNSURE + seen.why
+    return settings.unsure or "matrix", UNSURE + seen.why
 
 
 def _matches(pattern: str, names: list[str], what: str = "override") -> bool:
@@ -327,7 +329,7 @@ def _check_patterns(what: str, by_pattern: Mapping[str, object], names: list[str
             raise OptionError(f"{what} {pattern!r} matches no parameter name; names look like {names[0]!r}", KEYS[what])
 
 
-def _row(
+def row(
     name: str,
     shape: tuple[int, ...],
     optimizer: Literal["matrix", "adamw", "frozen"],
@@ -336,6 +338,7 @@ def _row(
     role: Role = "hidden",
     blocks: int = 1,
 ) -> Route:
+    """A row of the table; `matrix` has the options of matrices."""
     shape_form = form(*shape) if len(shape) == 2 else "none"
     direction: options.OptimizerName | Literal["none"] = "none" if optimizer == "frozen" else "adamw"
     scale = None
@@ -354,45 +357,18 @@ def model_settings(routing: Settings | None, given: Mapping[str, Any], preset: s
         given: options by name; they act in all groups that know them. `lr` is that of the matrices, AdamW's is a share.
         preset: of matrix options.
     """
-    base = routing if routing is not None else Settings(unsure="adamw", split_fused=True)
+    base = routing if routing is not None else Settings()
+    unsure: options.Kind = base.unsure if base.unsure is not None else "adamw"
+    base = replace(base, unsure=unsure, split_fused=base.split_fused is not False)
     known = {kind: {k: v for k, v in given.items() if k in options.DEFAULTS[kind]} for kind in ("matrix", "adamw")}
     name = known["matrix"].pop("direction", base.name)
     ratio = given.get("adamw_lr_ratio", options.SHARED["adamw_lr_ratio"].default)
     if problem := options.SHARED["adamw_lr_ratio"].problem(ratio):
         raise OptionError(problem)
-    if "lr" in given or "adamw_lr_ratio" in given:
+    if "lr" in {*given, *base.matrix} or "adamw_lr_ratio" in given:
         lr = given.get("lr", base.matrix.get("lr", options.MATRIX["lr"].default))
         if problem := options.MATRIX["lr"].problem(lr):
             raise OptionError(problem)
-        known["adamw"]["lr"] = lr * ratio
+        known["adamw"]["lr"] = base.adamw.get("lr", lr * ratio)
     matrix = {} if name == "adamw" else {**base.matrix, **known["matrix"]}
     return replace(base, name=name, matrix=matrix, adamw={**base.adamw, **known["adamw"]}, preset=preset or base.preset)
-
-
-def group_routes(group: Mapping[str, Any], index: int) -> list[Route]:
-    """The rows of a group that was not made from a model."""
-    rows = []
-    names = group.get("param_names", [f"group {index} parameter {i}" for i in range(len(group["params"]))])
-    entries = [(None, None)] * len(names)
-    if group["kind"] == "matrix":
-        entries = list(zip(row_blocks(group), views(group), strict=True))  # type: ignore[arg-type]
-    for name, p, (split, view) in zip(names, group["params"], entries, strict=True):
-        is_matrix = group["kind"] == "matrix" or (group["kind"] == "mixed" and p.ndim == 2 and min(p.shape) > 1)
-        why = f"in a group of kind {group['kind']!r}"
-        if not is_matrix:
-            rows.append(_row(name, tuple(p.shape), "adamw", None, why, "hidden" if p.ndim == 2 else "vector"))
-            continue
-        shapes = Counter(block.shape for block in blocks(p, split, view))
-        rows += [_row(name, shape, "matrix", group, why, blocks=count) for shape, count in shapes.items()]
-    return rows
-
-
-def format_table(rows: Iterable[Route]) -> list[str]:
-    """A routing table as text, in columns: name, shape, form, optimizer, direction, lr scale, why."""
-    cells = [("parameter", "shape", "form", "optimizer", "direction", "lr scale", "why")]
-    for row in rows:
-        shape = " x ".join(map(str, row.shape)) + (f" ({row.blocks} blocks)" if row.blocks > 1 else "")
-        scale = "" if row.lr_scale is None else f"{row.lr_scale:.4g}"
-        cells.append((row.name, shape, row.form, row.optimizer, row.direction, scale, row.why))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

@@ -111,7 +111,7 @@ class AuroraOptions(ScopedOptions):
         With 1 % more rows than columns the squared row norms of any orthonormal direction have a mean of 0.99 and a
         maximum of 1, so there is next to nothing to even out. To find it takes 1 - l_i of scores l_i near 1, and the
         polar factor of a badly conditioned D u: in fp32 the direction comes out 5 to 30 % off. The released code
-        balances them all the same.
+        balances them nevertheless.
         """
         too_square = nearly_square(m, n) and options["eps_mode"] != "absolute"
         return not too_square and balances(options["scope"], form(m, n))

@@ -187,7 +187,7 @@ def with_row_norms(x: Tensor, norm: float) -> Tensor:
     return x * torch.where(norms > 0, norm / norms, 0.0)
 
 
-# An empty matrix, n = 0, has a scale all the same, though nothing to multiply with it.
+# An empty matrix, n = 0, has a scale too, though nothing to multiply with it.
 LR_SCALES: dict[str, Callable[[int, int], float]] = {
     "aspect": lambda m, n: math.sqrt(max(1.0, m / max(1, n))),
     "rms": lambda m, n: 0.2 * math.sqrt(max(m, n)),

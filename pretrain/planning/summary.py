@@ -10,7 +10,7 @@ from torch import nn
 
 from optimizers.blocks import blocks, row_blocks
 from optimizers.flops import step_flops
-from optimizers.routing import format_table
+from optimizers.table import format_table
 from pretrain.config import Config
 from pretrain.model.cost import flops_per_token, parameter_count
 

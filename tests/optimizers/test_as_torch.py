@@ -52,7 +52,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 def test_the_parameters_of_a_model_are_one_group_of_both_kinds() -> None:
     model, twin = mlp(), mlp()
-    with pytest.warns(UserWarning, match=r"taken for matrices.*12 x 6, 4 x 12") as caught:
+    with pytest.warns(UserWarning, match=r"treated as matrices.*12 x 6, 4 x 12") as caught:
         optimizer = Aurora(model.parameters(), lr=0.1, weight_decay=0.2, betas=(0.8, 0.9))
     assert len(caught) == 1
     assert [group["kind"] for group in optimizer.param_groups] == ["mixed"]
@@ -79,11 +79,12 @@ def test_named_and_mixed_parameters_in_any_form() -> None:
         ("mixed", 0.1, 2),
         ("mixed", 0.0, 4),
     ]
+    for given in (decay, iter(decay), [{"params": decay}]):
+        with pytest.warns(UserWarning, match="treated as matrices"):
+            Aurora(given)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Aurora(decay)
-    with pytest.warns(UserWarning, match="taken for matrices"):
-        Aurora(p for p in decay)
+        Aurora([{"params": decay, "kind": "matrix"}])
 
 
 def test_vectors_and_single_rows_alone_are_refused() -> None:

@@ -117,7 +117,7 @@ def test_one_iteration_warns() -> None:
         Aurora([weight()], iterations=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Aurora([weight()], iterations=2)
+        Aurora([{"params": [weight()], "kind": "matrix"}], iterations=2)
 
 
 def test_a_refused_group_is_not_added() -> None:

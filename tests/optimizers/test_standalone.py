@@ -111,7 +111,7 @@ def test_hugging_faces_trainer_makes_it_from_class_and_options(tmp_path: Path) -
         weight_decay=0.01,
     )
     trainer = Trainer(Regression(), arguments, train_dataset=data, optimizer_cls_and_kwargs=(Aurora, {"lr": 0.02}))  # type: ignore[arg-type]
-    with pytest.warns(UserWarning, match="taken for matrices.*: 32 x 8, 4 x 32"):
+    with pytest.warns(UserWarning, match="treated as matrices.*: 32 x 8, 4 x 32"):
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < 0.8 * losses[0]
