@@ -2,7 +2,8 @@
 
 Modules decide, not names (see optimizers.recognise): input embeddings, the output head (tied or not), routers, biases,
 norm gains and everything that is not 2-D go to AdamW; every other 2-D weight is a matrix. Settings can make matrices of
-convolutions and stacks of experts too, and say what happens to weights that the modules leave unsure. A regular expression can override all this.
+convolutions and stacks of experts too, and say what happens to weights that the modules leave unsure. A regular
+expression can override all this.
 """
 
 import re
