@@ -45,6 +45,14 @@ def signal_pipe() -> Iterator[tuple[int, int]]:
         os.close(writing)
 
 
+def arrived(pipe: int, seconds: float) -> bytes:
+    """Wait for at most `seconds`; return the numbers of the signals that have arrived, a byte each."""
+    # Not `select.select`, which refuses descriptors from 1,024 on: a process with many open files has those.
+    waiting = select.poll()
+    waiting.register(pipe, select.POLLIN)
+    return os.read(pipe, 64) if waiting.poll(1000 * seconds) else b""
+
+
 @contextlib.contextmanager
 def exit_timer(requests: StopRequests) -> Iterator[None]:
     """End this process, whatever its main thread does, once a request to stop has not been followed.
@@ -70,8 +78,7 @@ def exit_timer(requests: StopRequests) -> Iterator[None]:
 def _watch(requests: StopRequests, signals: int, ended: threading.Event) -> None:
     counted, asked_at, saved_at = SignalCount(), None, None
     while not ended.is_set():
-        ready, _, _ = select.select([signals], [], [], LOOK_SECONDS)
-        received = os.read(signals, 64) if ready else b""
+        received = arrived(signals, LOOK_SECONDS)
         for number in received:
             if number in SIGNALS and counted.add(number) and counted.count > 1:
                 os._exit(128 + number)

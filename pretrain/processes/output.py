@@ -80,7 +80,9 @@ class _Tolerant(io.RawIOBase):
         try:
             return os.write(self._descriptor, content)
         except BlockingIOError:
-            select.select([], [self._descriptor], [], 1.0)  # somebody has made the pipe non-blocking
+            waiting = select.poll()  # somebody has made the pipe non-blocking
+            waiting.register(self._descriptor, select.POLLOUT)
+            waiting.poll(1000)
             return 0
         except OSError as error:
             if not self._warned:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import select
 import signal
 import threading
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from pretrain.processes.exit_codes import STOPPED
-from pretrain.processes.exit_timer import signal_pipe
+from pretrain.processes.exit_timer import arrived, signal_pipe
 from pretrain.processes.failures import PID_FILE
 from pretrain.processes.signals import NOTICE, PASSED_ON, SIGNALS, SignalCount, handled, say
 
@@ -102,11 +101,10 @@ class Overseer:
     def _watch(self, pipe: int, ended: threading.Event) -> None:
         counted, asked_at, looked_at = SignalCount(), math.inf, time.monotonic()
         while True:
-            ready, _, _ = select.select([pipe], [], [], LOOK_SECONDS if self.signals else 1.0)
-            arrived = os.read(pipe, 64) if ready else b""
+            numbers = arrived(pipe, LOOK_SECONDS if self.signals else 1.0)
             if ended.is_set():
                 return
-            received = [signal.Signals(number) for number in arrived if number in SIGNALS and counted.add(number)]
+            received = [signal.Signals(number) for number in numbers if number in SIGNALS and counted.add(number)]
             self.signals += received
             processes, now = self.processes(), time.monotonic()
             if now - looked_at >= 1:

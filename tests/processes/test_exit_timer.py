@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.processes.exit_timer import arrived
 from pretrain.processes.signals import REPEAT_SECONDS
 from tests.conftest import REPOSITORY
 
@@ -118,3 +121,19 @@ def test_a_process_whose_parent_has_died_stops_by_itself(tmp_path: Path) -> None
     )
     assert done.returncode == -signal.SIGKILL
     assert "run.stop_seconds" in done.stderr
+
+
+def test_signals_arrive_in_a_process_with_many_open_files() -> None:
+    """`select.select` refuses descriptors from 1,024 on."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft <= 1500:
+        pytest.skip(f"no more than {soft} open files are allowed")
+    reading, writing = os.pipe()
+    high = fcntl.fcntl(reading, fcntl.F_DUPFD, 1024)
+    try:
+        assert arrived(high, 0.0) == b""
+        os.write(writing, b"\x0f")
+        assert arrived(high, 30.0) == b"\x0f"
+    finally:
+        for descriptor in (reading, writing, high):
+            os.close(descriptor)

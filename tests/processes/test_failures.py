@@ -150,7 +150,7 @@ def test_only_bad_input_loses_its_traceback(
 
 
 def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
     monkeypatch.setattr("pretrain.export.run.export_checkpoint", fail)
