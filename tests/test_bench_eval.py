@@ -73,7 +73,7 @@ def test_metrics_that_differ_without_a_flip_are_a_problem(bench: SimpleNamespace
 
 @pytest.mark.parametrize("other", [{1: ITEM | {"doc_id": 1}}, {0: ITEM | {"doc_hash": "b"}}])
 def test_other_items_are_not_compared(bench: SimpleNamespace, other: Outcomes) -> None:
-    with pytest.raises(RuntimeError, match="different items|differs between the two commands"):
+    with pytest.raises(RuntimeError, match=r"different items|differs between the two commands"):
         bench.compare({"piqa": {0: ITEM}}, {"piqa": other})
 
 
