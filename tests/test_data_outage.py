@@ -158,7 +158,10 @@ def test_a_signal_while_the_server_is_dead_saves_and_stops(ranks: int, files: di
         assert record(stopped) == record(parse_config(whole))
 
 
-READ_LITTLE_AHEAD = "from pretrain.data import reading\nreading.REFILL_BYTES = 1 << 11\n"
+READ_LITTLE_AHEAD = """
+from pretrain.data import reading, workers
+reading.REFILL_BYTES, workers._BLOCKS_AHEAD = 1 << 11, 2
+"""
 
 
 def outage(config: dict[str, Any], endpoint: str, stop_at: int, scripts: str) -> int:
