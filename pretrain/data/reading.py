@@ -48,7 +48,8 @@ def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], Document
     epoch, epochs = own.epoch, task.plan.rings[index].epochs
     # Threads of the tokenizer that are done with the texts of one call find work in the other.
     calls = 2 if encodes_in_parallel() else 1
-    with ThreadPoolExecutor(calls, "tokenizer") as threads:
+    threads = ThreadPoolExecutor(calls, "tokenizer")
+    try:
         source = _DocumentSource(encoder, threads, calls)
         while epochs is None or epoch < epochs:
             for lane in ring:
@@ -63,6 +64,10 @@ def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], Document
                 yield item
             epoch += 1
             ring.extend(lanes.values())
+    finally:
+        # Without waiting: the collector may end this generator inside another thread that is just starting, and joining
+        # a thread there takes a lock that the starting one holds.
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 class _Read(NamedTuple):
