@@ -93,7 +93,7 @@ def read_subset(request: str) -> SubsetList:
             and doc_hash, or the `IDENTIFYING_COLUMNS` of the task.
 
     Raises:
-        EvalError: there is no such subset, or it cannot be read.
+        EvalError: the subset does not exist or cannot be read.
     """
     label, separator, path = request.partition("=")
     task = label.partition(":")[0] if ":" in label else "hellaswag"

@@ -51,7 +51,7 @@ def suite(name: str) -> tuple[TaskChoice, ...]:
     """Return the tasks of a suite.
 
     Raises:
-        EvalError: there is no such suite.
+        EvalError: the suite is unknown.
     """
     if name not in SUITES:
         raise EvalError(f"unknown suite {name!r}{did_you_mean(name, sorted(SUITES))}")
