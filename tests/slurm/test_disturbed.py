@@ -141,7 +141,7 @@ def test_a_time_limit_with_a_notice(runs: Runs) -> None:
 
 
 def test_a_time_limit_without_a_notice(runs: Runs) -> None:
-    """Slurm sends SIGTERM twice in a row, and leaves the run KillWait seconds: the second one is not another request."""
+    """Slurm sends SIGTERM twice in a row, and leaves the run KillWait seconds: the second is not another request."""
     number = runs.submit("surprised", "--signal=B:CONT@1")
     runs.reach(5, "surprised", number)
     runs.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=1")
