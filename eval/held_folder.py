@@ -15,10 +15,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,9 +59,9 @@ def held_folder(parent: Path, name: str, fill: Callable[[Path], object]) -> Iter
     try:
         yield folder
     finally:
-        with contextlib.suppress(OSError):  # another process uses it
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _delete(folder)
+        with contextlib.suppress(OSError):
+            if _try_exclusive(lock):  # else another process uses it
+                _delete(folder)
         os.close(lock)
 
 
@@ -89,19 +91,31 @@ def _lock_filled(folder: Path, fill: Callable[[Path], object]) -> int:
         with _writable(folder.parent):
             lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if not folder.is_dir():
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_SH)  # waits for a process that fills it
+            filled = folder.is_dir()
+            # Never waited for: users of a folder that was filled meanwhile keep their shared locks for hours.
+            if not filled and _try_exclusive(lock):
                 if os.fstat(lock).st_nlink and not folder.is_dir():
                     fill(folder)
                 fcntl.flock(lock, fcntl.LOCK_SH)
+                filled = folder.is_dir()
             # Another process may have deleted both while this one had no lock, which is between two of them.
-            if os.fstat(lock).st_nlink and folder.is_dir():
+            if filled and os.fstat(lock).st_nlink:
                 return lock
         except BaseException:
             os.close(lock)
             raise
         os.close(lock)
+        time.sleep(random.SystemRandom().uniform(0.01, 0.05))  # processes that refused each other do not meet again
+
+
+def _try_exclusive(lock: int) -> bool:
+    """Turn the shared lock into an exclusive one, unless others hold the shared one too; it may be lost then."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _delete_leftovers(parent: Path, own: str) -> None:

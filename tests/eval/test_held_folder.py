@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -58,7 +60,15 @@ def test_a_folder_ends_with_its_last_user(tmp_path: Path) -> None:
 
 
 def test_processes_that_start_together_fill_it_once(tmp_path: Path) -> None:
-    parent, fills = tmp_path / "held", tmp_path / "fills"
+    for attempt in range(4):
+        parent, fills = tmp_path / f"held-{attempt}", tmp_path / f"fills-{attempt}"
+        _start_together(parent, fills)
+        assert fills.read_text() == "x"
+        assert names(parent) == []
+
+
+def _start_together(parent: Path, fills: Path) -> None:
+    """Four processes that leave the folder only when all four have it."""
     ready = CONTEXT.Barrier(4)
 
     def work() -> None:
@@ -72,7 +82,30 @@ def test_processes_that_start_together_fill_it_once(tmp_path: Path) -> None:
         process.start()
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 4
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * 4
+
+
+def test_a_user_of_the_folder_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that did not see the folder, which another filled and uses since, gets it at once."""
+    parent, fills = tmp_path / "held", tmp_path / "fills"
+    with contextlib.ExitStack() as users:
+        flock = fcntl.flock
+
+        def filled_meanwhile(lock: int, operation: int) -> None:
+            if operation & fcntl.LOCK_EX and not fills.exists():
+                monkeypatch.setattr("eval.held_folder.fcntl.flock", flock)
+                flock(lock, fcntl.LOCK_UN)  # what the system does before it waits for the exclusive lock
+                users.enter_context(held_folder(parent, "a", filler(fills)))
+                assert operation & fcntl.LOCK_NB, "waits for all users"
+            flock(lock, operation)
+
+        monkeypatch.setattr("eval.held_folder.fcntl.flock", filled_meanwhile)
+        with held_folder(parent, "a", filler(fills)) as folder:
+            assert (folder / "weights").read_text() == "w"
+        assert (folder / "weights").exists()
     assert fills.read_text() == "x"
     assert names(parent) == []
 
