@@ -70,6 +70,8 @@ def main() -> int:
             if index:  # the first round warms up
                 for clock in ("wall", "cpu"):
                     ratios[clock].append(took["off"][clock] / took["on"][clock])
+                shown = ", ".join(f"{clock} {found[-1]:.4f}" for clock, found in ratios.items())
+                print(f"round {index} of {options.rounds}: {shown}", file=sys.stderr, flush=True)
         for trainer in trainers.values():
             trainer.batches.close()
     result = {
