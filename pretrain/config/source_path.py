@@ -22,7 +22,8 @@ def path_problem(path: str) -> str | None:
     if found is None:
         return None
     scheme, rest = found["scheme"].lower(), found["host"] + found["path"]
-    secret = "@" in found["host"] or re.search(r"\?.*=", rest, re.DOTALL)
+    # `year=202?/month=*` is a pattern, `?name=value` a query.
+    secret = "@" in found["host"] or re.search(r"\?[^/]*=", rest)
     if secret or (scheme in ("http", "https") and re.search("[?#]", rest)):
         return (
             "a URL with a password, a query or a fragment cannot be used, since it would be stored with the run: give "

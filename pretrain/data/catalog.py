@@ -120,7 +120,7 @@ def resolve_sources(config: DataConfig, journal: Path | None = None, say: Callab
             if not is_remote(source.path) or source.path in found:
                 continue
             try:
-                resolved = resolve_source(source.path, text_recipe(source, config), notes)
+                resolved = resolve_source(source.path, text_recipe(source, config), notes, config.max_bad_rows)
             except DataUnavailableError:
                 raise
             except DataError as error:
@@ -189,7 +189,8 @@ def catalog_source(
 def _remote_source(source: SourceConfig, config: DataConfig, locked: Locked) -> tuple[CatalogSource, list[str]]:
     found = locked.get(source.path)
     try:
-        found = found or resolve_source(source.path, text_recipe(source, config))
+        recipe = text_recipe(source, config)
+        found = found or resolve_source(source.path, recipe, max_bad_rows=config.max_bad_rows)
     except DataUnavailableError:
         raise
     except DataError as error:

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
+from itertools import islice
 
 from pretrain.config.data import DataConfig, SourceConfig
 from pretrain.config.row_filter import condition_fields, parse_condition
@@ -30,6 +31,8 @@ FULL_SCAN_BYTES = 512 << 20
 _SAMPLE_BYTES = 1 << 20
 # Text of each source that is tokenized to see whether that works.
 _TRIED_BYTES = 1 << 18
+# Of a remote source, rows and units that are read for that at most.
+_TRIED_ROWS, _TRIED_UNITS = 10_000, 64
 
 
 def check_sources(config: DataConfig) -> list[str]:
@@ -78,7 +81,7 @@ def survey(
         if found.tokenizer and found.pinned is None:  # copies of remote shards were checked when they were made
             faults += scan.shards(found.files)
         if not faults and found.pinned is None and before == (scan.documents.total(), len(scan.sampled)):
-            faults = [_empty(source, scan.fields)]
+            faults = [_empty(source, scan.fields, scan.first_bad)]
         elif counts is not None and scan.count.documents and before[1] == len(scan.sampled):
             counts[index] = scan.count
         scan.fields.clear()
@@ -109,10 +112,13 @@ def survey(
     return catalog, problems
 
 
-def _empty(source: SourceConfig, fields: Collection[str]) -> str:
+def _empty(source: SourceConfig, fields: Collection[str], bad: BadRow | None) -> str:
     if source.where is None:
+        if bad is not None:
+            return f"{source.path}: no row holds any text that can be used, the first problem: {bad}"
         return f"{source.path}: the source is empty, no row holds any text"
-    unknown = [field for field in condition_fields(parse_condition(source.where)) if field.split(".")[0] not in fields]
+    named = condition_fields(parse_condition(source.where))
+    unknown = [field for field in named if field not in fields and field.split(".")[0] not in fields]
     hint = f"; {unknown[0]!r} is none of its fields: {named_fields(fields, unknown[0], 'fields')}" if unknown else ""
     return f"{source.path}: no row that meets where {source.where!r} holds any text{hint}"
 
@@ -157,18 +163,21 @@ def _unencodable(texts: list[str], encoder: DocumentEncoder) -> list[str]:
 
 
 def _remote_texts(source: SourceConfig, found: CatalogSource, config: DataConfig) -> list[str]:
-    """About the first 256 KiB of text of a remote source; none of a local one, whose files are read anyway."""
+    """About the first 256 KiB of text of a remote source; none of a local one, whose files are read anyway.
+
+    Less if the first rows hold no more, because few or none of them meet the condition of the source.
+    """
     texts: list[str] = []
     if found.pinned is None:
         return texts
-    size = 0
-    for unit in source_units(source, found, config):
+    size = rows = 0
+    for unit in islice(source_units(source, found, config), _TRIED_UNITS):
         for _, text in read_unit(unit, 0, _TRIED_BYTES):
-            if isinstance(text, BadRow):
-                continue
-            texts.append(text[:_TRIED_BYTES])
-            size += len(texts[-1])
-            if size >= _TRIED_BYTES:
+            rows += 1
+            if text and isinstance(text, str):
+                texts.append(text[:_TRIED_BYTES])
+                size += len(texts[-1])
+            if size >= _TRIED_BYTES or rows >= _TRIED_ROWS:
                 return texts
     return texts
 
@@ -202,6 +211,8 @@ class _Scan:
         """Expect the files of another source."""
         self.first_texts: list[str] = []
         """About the first 256 KiB of text of the source, to try the tokenizer on."""
+        self.first_bad: BadRow | None = None
+        """The first bad row of the source."""
         self._untried = _TRIED_BYTES
         self.count = TextCount()
         """Of the texts of the source that were read."""
@@ -224,6 +235,7 @@ class _Scan:
         for one in texts:
             if isinstance(one, BadRow):
                 self.bad.spend(one)
+                self.first_bad = self.first_bad or one
                 continue
             if self._untried > 0:
                 self.first_texts.append(one[:_TRIED_BYTES])

@@ -46,6 +46,10 @@ def find_column(schema: Any, field: str) -> Column | None:
             raise DoubledError(f"has {schema.names.count(name)} columns {name!r}, expected one")
         kind, leaf = tops[index].type, starts[index]
         for one in inner:
+            if len(kind.get_all_field_indices(one)) > 1:
+                raise DoubledError(
+                    f"has {len(kind.get_all_field_indices(one))} fields {one!r} in {name!r}, expected one"
+                )
             child = kind.get_field_index(one)
             leaf += sum(_count_leaves(kind.field(before).type) for before in range(child))
             kind = kind.field(child).type

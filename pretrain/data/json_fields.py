@@ -12,7 +12,7 @@ from pretrain.processes.errors import nearest
 MISSING: Final = object()
 """What `lookup` returns for a field that a row does not have."""
 
-_MOST_NAMES = 30  # in a message
+_MOST_NAMES, _MOST_LETTERS = 30, 80  # in a message
 
 
 class RowError(Exception):
@@ -85,6 +85,12 @@ def named(names: Iterable[str], wanted: str, what: str) -> str:
     """Say which fields there are, and which of them may have been meant."""
     names = list(names)
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    listed = ", ".join(names[:_MOST_NAMES]) or "none"
-    near = nearest(wanted, names)
+    listed = ", ".join(map(_shown, names[:_MOST_NAMES])) or "none"
+    near = [_shown(name) for name in nearest(wanted, names)]
     return f"its {what} are {listed}{more}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+def _shown(name: str) -> str:
+    """A name on one line of a message; data may call a field anything."""
+    cut = name if len(name) <= _MOST_LETTERS else name[:_MOST_LETTERS] + "..."
+    return cut if cut.isprintable() else repr(cut)[1:-1]

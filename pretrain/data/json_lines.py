@@ -85,8 +85,7 @@ class JsonText:
         if start:
             start += len(self._file.readline())  # most likely the end of a line
         for line in self._file:
-            content = line if start else line.removeprefix(codecs.BOM_UTF8)
-            text = self._text(content, f"the line at byte {start}")
+            text = self._text(line.removeprefix(codecs.BOM_UTF8), f"the line at byte {start}")
             start += len(line)
             if text is not None:
                 yield text
@@ -230,8 +229,7 @@ class _Lines:
             while long and line and not line.endswith(b"\n"):
                 line = self._stream.readline(most)
                 self._byte += len(line)
-            if first == 0:
-                line = line.removeprefix(codecs.BOM_UTF8)
+            line = line.removeprefix(codecs.BOM_UTF8)  # of the file, or of one that was joined to it
             yield first, None if long else line, begin, self._byte
             self._number = first + 1
             if step == 1 and line.isspace():

@@ -43,7 +43,8 @@ def mirror_name(folder: Path, url: str) -> str:
 
     """
     scheme, _, rest = url.partition("://")
-    rest, query, text = rest.partition("?")
+    # In the name of a file on the Hub or in a bucket, `?` is a letter.
+    rest, query, text = rest.partition("?") if scheme.lower() in ("http", "https") else (rest, "", "")
     if _PLAIN.fullmatch(rest) and scheme and not query:
         return f"{folder}/{scheme.lower()}/{rest}"
     parts = rest.split("/")

@@ -149,7 +149,7 @@ class Lane:
 
         After a resume there are no such tokens: reading then begins at the cursor, in whichever epoch that is.
         """
-        task = self._task
+        task, encoder = self._task, self._encoder
         self._documents = lane_documents(
             task.plan,
             self._lane,
@@ -157,7 +157,8 @@ class Lane:
             epoch,
             task.lane_bytes,
             self._skipped,
-            lambda: token_bytes(self._encoder.tokenizer, self._encoder.eos_id),
+            # Of the encoder, not of the lane: files that are read in a cycle of references would stay open.
+            lambda: token_bytes(encoder.tokenizer, encoder.eos_id),
         )
         self._documents_read = 0
         self._read_from = Cursor(epoch + 1, 0, 0, 0)

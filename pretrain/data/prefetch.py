@@ -106,6 +106,7 @@ class Prefetcher:
             self._thread.join(_COMPLETE_SECONDS)
             self._stream.close()
             self._thread.join(_FAIL_SECONDS)
+            self._stream.close()  # what the thread was just reading
 
     def _start(self) -> threading.Thread:
         # A daemon: a thread that waits for a rank which is gone must not keep the process alive.

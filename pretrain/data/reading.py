@@ -2,7 +2,7 @@
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from pretrain.data.tokenizer import DocumentEncoder, Tokens, encodes_in_parallel
 REFILL_BYTES = 1 << 20
 
 
-def read_rings(task: ReaderTask, encoder: DocumentEncoder | None = None) -> dict[int, Iterator[Item]]:
+def read_rings(task: ReaderTask, encoder: DocumentEncoder | None = None) -> dict[int, Generator[Item]]:
     """Return the items of each ring, which are read only when they are requested; see `read_items`.
 
     The rings do not depend on one another: the mixture decides which of them gives the next sequence.
@@ -31,7 +31,7 @@ def read_rings(task: ReaderTask, encoder: DocumentEncoder | None = None) -> dict
     return {index: read_items(task, index, load) for index in task.rings}
 
 
-def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], DocumentEncoder]) -> Iterator[Item]:
+def read_items(task: ReaderTask, index: int, load_encoder: Callable[[], DocumentEncoder]) -> Generator[Item]:
     """Yield the sequences of a reader's lanes of one ring, in the order of the ring, until its last epoch ends.
 
     Lanes take turns. A lane whose remaining tokens of the epoch do not fill a sequence yields its `EpochEnd` instead

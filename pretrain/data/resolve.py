@@ -29,6 +29,8 @@ from pretrain.data.units import DataFile, TextRecipe, Unit
 CONCURRENT = 16
 """Footers that are read at the same time."""
 _MOST_PROBLEMS = 20
+_MOST_TRIED = 100
+"""Bad rows at the beginning of a source, whatever `data.max_bad_rows` allows: more mean that it has no such field."""
 
 
 class Journal(AbstractContextManager["Journal"]):
@@ -84,13 +86,16 @@ def _journal_entries(path: Path) -> Iterator[tuple[tuple[str, str], tuple[int, .
             continue  # torn by the interruption
 
 
-def resolve_source(path: str, recipe: TextRecipe, journal: Journal | None = None) -> CatalogSource:
+def resolve_source(
+    path: str, recipe: TextRecipe, journal: Journal | None = None, max_bad_rows: int = 0
+) -> CatalogSource:
     """List the files of a remote source and read the footers of the parquet files.
 
     Args:
         path: its path as in the config.
         recipe: how a row becomes text.
         journal: what an earlier attempt has found, and where this one notes what it finds.
+        max_bad_rows: the bad rows that may be skipped.
 
     Raises:
         DataError: it cannot be listed, or with a line for every file that cannot be read (the first 20).
@@ -101,7 +106,7 @@ def resolve_source(path: str, recipe: TextRecipe, journal: Journal | None = None
     pinned, revision = _pinned(path, listed)
     if prepared := prepared_source(path, listed):
         return described_source(path, pinned, revision, _licences(pinned), *prepared)
-    _look_at_first(listed, recipe)
+    _look_at_first(listed, recipe, max_bad_rows)
     files: list[CatalogFile] = []
     problems: list[str] = []
     with ThreadPoolExecutor(CONCURRENT) as pool:
@@ -173,16 +178,19 @@ def _read_row_groups(opened: BinaryIO, path: str, recipe: TextRecipe) -> tuple[i
     return text_file(opened, path, recipe).row_groups()
 
 
-def _look_at_first(listed: Sequence[DataFile], recipe: TextRecipe) -> None:
-    """Read a row of the first file without a footer, to find a wrong `text_field` here rather than in training."""
+def _look_at_first(listed: Sequence[DataFile], recipe: TextRecipe, max_bad_rows: int) -> None:
+    """Read a good row of the first file without a footer, to find a wrong `text_field` here rather than in training."""
     first = next((file for file in listed if not _has_row_groups(file.path)), None)
     if first is None:
         return
-    unit = Unit(first, recipe, None, None, 0, 1)
+    unit, bad = Unit(first, recipe, None, None, 0, 1), list[BadRow]()
     with open_bytes(first) as opened:
-        _, text = next(text_file(opened, first.path, recipe).rows(unit, 0, 1 << 16), (0, ""))
-    if isinstance(text, BadRow):
-        raise DataError(str(text))
+        for _, text in text_file(opened, first.path, recipe).rows(unit, 0, 1 << 16):
+            if not isinstance(text, BadRow):
+                return
+            bad.append(text)
+            if len(bad) > min(max_bad_rows, _MOST_TRIED):
+                raise DataError(str(bad[0]))
 
 
 def _pinned(path: str, listed: Sequence[DataFile]) -> tuple[str, str | None]:

@@ -149,7 +149,9 @@ def _whole(opened: "_Files", units: Sequence[Unit], read_bytes: int, windows: in
                 total, waiting, texts = total + waiting, 0, []
                 if total > _MAX_EXPANSION * read_bytes:
                     return None
-    except DataError:
+    except DataError as error:
+        if not _bytes(units):  # there is no place to read at, where it would be found again
+            opened.problems.append(str(error))
         return None
     if texts:
         samples.append(Sample(1.0, len(texts), tuple(texts)))

@@ -57,6 +57,8 @@ def sample_texts(config: DataConfig, sample_bytes: int, seed: int, locked: Locke
 def _spread(units: Sequence[Unit], left: int, budget: BadRowBudget) -> Iterator[str]:
     """Yield texts of `left` bytes from the beginnings of the units, in order."""
     for index, unit in enumerate(units):
+        if left <= 0:
+            return
         share = -(-left // (len(units) - index))
         for text in _beginning(unit, share, budget):
             left -= len(text.encode())

@@ -19,8 +19,9 @@ Everything depends on config, data and tokenizer alone: every machine draws the 
 import hashlib
 import io
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, BinaryIO, NamedTuple
@@ -36,6 +37,7 @@ from pretrain.data.errors import DataError
 from pretrain.data.formats import text_file
 from pretrain.data.order import epoch_order
 from pretrain.data.prepared.reading import holds_tokens, read_runs
+from pretrain.data.sources.retries import stopping
 from pretrain.data.split import is_validation
 from pretrain.data.tokenizer import DocumentEncoder, Tokens, token_bytes
 from pretrain.data.units import DataFile, Unit
@@ -211,20 +213,20 @@ class _Source:
         if not self.wanted or not self.units:
             return found
         prepared = holds_tokens(self.units[0][1].file.path)
-        every = self._prepared_units() if prepared else self._text_units()
         complete = 0
-        for documents, read_bytes, whole in every:
-            found.documents += documents
-            found.tokens += sum(len(document.tokens) for document in documents)
-            found.units_read += 1
-            found.read_bytes += read_bytes
-            complete += whole
-            if found.tokens >= self.wanted:
-                break
+        with closing(self._prepared_units() if prepared else self._text_units()) as every:
+            for documents, read_bytes, whole in every:
+                found.documents += documents
+                found.tokens += sum(len(document.tokens) for document in documents)
+                found.units_read += 1
+                found.read_bytes += read_bytes
+                complete += whole
+                if found.tokens >= self.wanted:
+                    break
         found.has_more = complete < len(self.units)
         return found
 
-    def _prepared_units(self) -> Iterator[tuple[list[_Document], int, bool]]:
+    def _prepared_units(self) -> Generator[tuple[list[_Document], int, bool]]:
         left = max(_LEAST_BYTES, self.max_bytes)
         for rank, unit in self.units:
             if left <= 0:
@@ -241,7 +243,7 @@ class _Source:
     def _token_bytes(self) -> npt.NDArray[np.uint32]:
         return token_bytes(self.encoder.tokenizer, self.encoder.eos_id)
 
-    def _text_units(self) -> Iterator[tuple[list[_Document], int, bool]]:
+    def _text_units(self) -> Generator[tuple[list[_Document], int, bool]]:
         """Read several units at a time; which ones are read depends on what was found in those before them alone."""
         most = max(_LEAST_BYTES, self.max_bytes // min(_SPREAD, len(self.units)))
         left, rest = self.max_bytes, iter(self.units[:MAX_UNITS])
@@ -263,7 +265,8 @@ class _Source:
                         self.budget.spend(bad)
                     yield self._encoded(rank, part.texts), part.read_bytes, part.complete
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                with stopping():  # what was read ahead is not wanted, and a server may take long to give it
+                    pool.shutdown(cancel_futures=True)
 
     def _encoded(self, rank: int, texts: list[str]) -> list[_Document]:
         pairs = zip(texts, self.encoder.encode(texts), strict=True)

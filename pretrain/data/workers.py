@@ -68,8 +68,10 @@ class InlineReader:
         return self._items[ring]
 
     def close(self) -> None:
-        """Close the open files."""
-        self._items = {}
+        """Close the open files and end the threads of the tokenizer, unless another thread is just reading."""
+        for items in self._items.values():
+            with contextlib.suppress(ValueError):  # another thread is executing it
+                items.close()
 
 
 class WorkerReader:

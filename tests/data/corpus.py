@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -138,6 +139,19 @@ def rows(batches: Sequence[TokenBatch]) -> list[tuple[list[int], int]]:
         for batch in batches
         for tokens, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)
     ]
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Do something in a forked process; return its exit status, negative for a signal."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def ranks_of(group: Any) -> Ranks:

@@ -117,7 +117,8 @@ FAULTS: list[tuple[Builder, str]] = [
     (flipped("a.jsonl.zst"), r"a\.jsonl\.zst: damaged after line \d+"),
     (written("a.jsonl.zst", b""), r"a\.jsonl\.zst: the file is empty, which a compressed file never is"),
     (written("a.jsonl.gz", b""), r"a\.jsonl\.gz: the file is empty, which a compressed file never is"),
-    (appended(b"\xef\xbb\xbf{}"), r"a\.jsonl: line 13 is not valid JSON"),
+    (appended(b"\xef\xbb\xbf{}"), r"a\.jsonl: line 13 has no key 'text'; its keys are none: set text_field"),
+    (appended(b"\xef\xbb\xbf\xef\xbb\xbf{}"), r"a\.jsonl: line 13 is not valid JSON"),
     (written("a.jsonl.gz", b"plain"), r"a\.jsonl\.gz: damaged after line 0"),
 ]
 

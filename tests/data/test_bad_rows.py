@@ -329,6 +329,28 @@ def test_a_condition_that_no_row_meets_names_the_fields(tmp_path: Path) -> None:
     [problem] = check_sources(DataConfig(sources=[source], lanes=1))
     assert "no row that meets where \"langauge == 'en'\" holds any text" in problem
     assert "did you mean language?" in problem
+    source = SourceConfig(path=str(tmp_path / "a.jsonl"), where="`a.b` == 1")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "a.b": 2}\n')
+    [problem] = check_sources(DataConfig(sources=[source], lanes=1))
+    assert problem.endswith("holds any text")
+
+
+def test_two_fields_of_one_name_within_a_column_are_refused(tmp_path: Path) -> None:
+    pair = pa.StructArray.from_arrays([pa.array(["z"]), pa.array(["a"]), pa.array(["b"])], names=["z", "t", "t"])
+    pq.write_table(pa.table({"x": pair, "text": ["c"]}), tmp_path / "a.parquet")
+    for source in ({"text_field": "x.t"}, {"where": "x.t == 'a'"}):
+        with pytest.raises(DataError, match=r"a\.parquet: has 2 fields 't' in 'x', expected one: rename one"):
+            read(tmp_path / "a.parquet", **source)
+    assert read(tmp_path / "a.parquet", text_field="x.z", where="x.z == 'z'") == (["z"], 0)
+
+
+def test_a_source_of_bad_rows_alone_is_not_called_empty(tmp_path: Path) -> None:
+    """A file with the line ends of old Macs is a single row."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
+    source = SourceConfig(path=str(tmp_path / "a.jsonl"))
+    [problem] = check_sources(DataConfig(sources=[source], lanes=1, max_bad_rows=10))
+    assert "no row holds any text that can be used, the first problem: " in problem
+    assert "a.jsonl: line 1 is not valid JSON: Extra data" in problem
 
 
 def test_a_file_that_ended_a_run_by_a_bad_row_may_be_repaired_and_no_other(

@@ -144,6 +144,14 @@ def test_a_line_that_cannot_be_read_is_reported(tmp_path: Path, tokenizer: Token
     assert "not valid JSON" in found.problems[0]
 
 
+def test_a_compressed_file_without_a_byte_is_reported(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
+    (tmp_path / "a.jsonl.gz").touch()
+    found = estimate(tmp_path, load_tokenizer(tokenizer), SMALL)
+    assert found.tokens == Quantity(0)
+    [problem] = found.problems
+    assert "a.jsonl.gz: the file is empty, which a compressed file never is" in problem
+
+
 def test_one_compressed_file_tells_little(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
     texts = [chr(97 + index % 26) * 5 + str(index * 7919 % 10007) * (index % 9) for index in range(60_000)]
     write_jsonl(tmp_path / "a.jsonl.gz", texts)

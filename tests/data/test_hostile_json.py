@@ -87,3 +87,24 @@ def test_brackets_without_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" * (1 << 24)))
     [problem] = check_sources(setting(tmp_path / "a.json.gz"))
     assert "a.json.gz: damaged after element 0: an element is nested more than 100,000 deep" in problem
+
+
+def test_the_names_of_fields_cannot_break_a_message(tmp_path: Path) -> None:
+    """They come from data: half a character, a line break, a sequence that a terminal obeys, or a megabyte."""
+    row = r'{"\ud800": 1, "a\nb": 2, "\u001b[31m": 3, "' + "x" * 1_000_000 + '": 4, "lang": 5}'
+    (tmp_path / "a.jsonl").write_text(row)
+    [problem] = check_sources(setting(tmp_path / "a.jsonl"))
+    assert problem.isprintable()
+    assert r"its keys are \ud800, a\nb, \x1b[31m, xxx" in problem
+    assert "x..., lang: set text_field" in problem
+    assert len(problem) < 1000
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_files_with_byte_order_marks_may_be_joined(tmp_path: Path, name: str, parts: int) -> None:
+    pieces = [b"\xef\xbb\xbf" + b'{"text": "%d"}\r\n{"text": "more"}\r\n' % number for number in range(3)]
+    (tmp_path / name).write_bytes(b"".join(map(gzip.compress, pieces) if name.endswith(".gz") else pieces))
+    config = setting(tmp_path / name, split_units=parts)
+    assert check_sources(config) == []
+    assert sorted(text for _, text in read(config) if isinstance(text, str)) == ["0", "1", "2", "more", "more", "more"]

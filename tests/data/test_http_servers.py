@@ -153,6 +153,17 @@ def test_a_server_that_compresses_what_it_sends_is_refused_by_name() -> None:
         read(server)
 
 
+def test_a_server_may_say_that_a_compressed_file_is_compressed() -> None:
+    data = gzip.compress(DATA)
+
+    def answer(path: str, headers: Mapping[str, str], number: int) -> Answer:
+        code, sent, body = whole_or_range(headers, data)
+        return code, {**sent, "Content-Encoding": "x-gzip" if number % 2 else "gzip"}, body
+
+    with serving(answer) as server, open_bytes(DataFile(f"{server.url}.gz", len(data), "v1")) as stream:
+        assert stream.read() == data
+
+
 @pytest.mark.parametrize("length", ["unknown", "known"])
 def test_a_file_whose_size_is_not_known_is_not_taken_for_empty(length: str) -> None:
     sent = {"ETag": TAG} | ({"Transfer-Encoding": "chunked"} if length == "unknown" else {})
@@ -340,3 +351,50 @@ def test_the_clients_log_no_address(caplog: pytest.LogCaptureFixture, monkeypatc
         assert any("Signature" in path for path, _ in hub.requests)
     assert "Signature" not in caplog.text
     assert TOKEN not in caplog.text
+
+
+LISTINGS: dict[str, tuple[Answer, str]] = {
+    "redirects in a circle": ((302, {"Location": "/api/again"}, b""), "lead in a circle"),
+    "a body that is not compressed": ((200, {"Content-Encoding": "gzip"}, b"[]"), "unavailable"),
+    "an object": ((200, {}, b'{"error": "busy"}'), "the Hub's answer is a JSON dict, expected a list"),
+    "names": ((200, {}, b'["a.jsonl"]'), "the Hub's listing cannot be read"),
+    "no path": ((200, {}, b'[{"type": "file"}]'), "the Hub's listing cannot be read"),
+    "endless brackets": ((200, {}, b"[" * 1_000_000), "the Hub's answer is not whole"),
+    "a next page without a host": ((200, {"Link": '<http://[x>; rel="next"'}, b"[]"), "has no valid address"),
+    "a next page without a port": ((200, {"Link": '<http://h:x/>; rel="next"'}, b"[]"), "has no valid address"),
+}
+
+
+@pytest.mark.parametrize("case", LISTINGS)
+def test_a_listing_that_cannot_be_right_is_one_error(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, message = LISTINGS[case]
+    with serving(lambda path, headers, number: answer) as server, patient(total_seconds=0.05):
+        monkeypatch.setenv("HF_ENDPOINT", server.origin)
+        with pytest.raises(DataError, match=message):
+            list_files(f"hf://datasets/org/set@{'a' * 40}", SUFFIXES)
+
+
+def test_a_listing_may_be_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = gzip.compress(json.dumps([{"type": "file", "oid": "b" * 40, "size": 3, "path": "a.jsonl"}]).encode())
+    with serving(lambda path, headers, number: (200, {"Content-Encoding": "gzip"}, body)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.origin)
+        [file] = list_files(f"hf://datasets/org/set@{'a' * 40}", SUFFIXES)
+        assert file.bytes == 3
+
+
+@pytest.mark.parametrize("location", ["http://[x/", "http://h:x/", "http://\x7f/"])
+def test_a_redirect_to_no_address_is_one_error(location: str) -> None:
+    with (
+        serving(lambda path, headers, number: (302, {"Location": location}, b"")) as server,
+        pytest.raises(DataError, match=r"a\.jsonl: redirected to an address that cannot be read"),
+    ):
+        read(server)
+
+
+@pytest.mark.parametrize("after", ["nan", "-3", "Wed, 21 Oct 99999999999 07:28:00 GMT", "1e999", "\u00b2"])
+def test_a_wait_that_makes_no_sense_is_an_ordinary_wait(after: str) -> None:
+    def answer(path: str, headers: Mapping[str, str], number: int) -> Answer | None:
+        return (429, {"Retry-After": after}, b"") if number == 1 else None
+
+    with serving(answer) as server, patient(total_seconds=0.5):
+        assert read(server) == DATA

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from pretrain.config.data import DataConfig, TokenizerConfig
-from pretrain.data import DataError, TokenStream, fingerprint, make_catalog, survey
+from pretrain.data import DataError, DocumentEncoder, TokenStream, check, fingerprint, make_catalog, survey
 from pretrain.data.catalog import resolve_sources
 from pretrain.data.described import CatalogFile
 from pretrain.data.lock import Lock, load_lock, locked_source, locked_sources, save_lock, unresolved
@@ -137,6 +138,18 @@ def test_all_unreadable_files_are_reported_together(store: Store) -> None:
 def test_a_wrong_text_field_is_found_when_resolving(store: Store) -> None:
     with pytest.raises(DataError, match="body"):
         resolve_sources(DataConfig(sources=[{"path": LINES, "text_field": "body"}], lanes=1))
+    wrong = DataConfig(sources=[{"path": LINES, "text_field": "body"}], lanes=1, max_bad_rows=10**9)
+    write_jsonl(store.folder / "org/lines/part-0/x.jsonl.zst", TEXTS * 3)
+    with pytest.raises(DataError, match="body"):  # and not after all of the file
+        resolve_sources(wrong)
+
+
+def test_a_source_may_begin_with_bad_rows_that_the_config_allows(store: Store) -> None:
+    bad = '{"text": null}\n' * 3 + '{"text": "good"}\n' + '{"text": 1}\n' * 9
+    (store.folder / "org/lines/part-0/x.jsonl.zst").write_bytes(zstandard.compress(bad.encode()))
+    assert resolve_sources(remote_config(LINES, max_bad_rows=3)).files
+    with pytest.raises(DataError, match=r"line 1: .*holds NoneType"):
+        resolve_sources(remote_config(LINES, max_bad_rows=2))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +171,20 @@ def test_a_damaged_lock_is_refused(store: Store, tmp_path: Path, change: Any, me
     path.unlink()
     with pytest.raises(DataError, match="no such lock file"):
         load_lock(path)
+
+
+@pytest.mark.parametrize("source", [LINES, PARQUET])
+def test_a_condition_that_no_row_meets_does_not_read_all_of_a_remote_source(
+    store: Store, tokenizer: TokenizerConfig, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(check, "_TRIED_ROWS", 20)
+    monkeypatch.setattr(check, "_TRIED_UNITS", 5)
+    data = DataConfig(sources=[{"path": source, "where": "id == 'none'"}], lanes=1)
+    locked = locked_sources(resolve_sources(data), data, "lock")
+    store.opened.clear()
+    _, problems = survey(data, locked, DocumentEncoder.load(tokenizer))
+    assert problems == []
+    assert store.opened.total() == (1 if source == LINES else 5)  # of 2 files with 30 rows, and of 12 row groups
 
 
 def test_unresolved_sources_are_not_checked(store: Store) -> None:

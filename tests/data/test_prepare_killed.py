@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pretrain.data.prepared import prepare as module
 from pretrain.data.prepared.layout import is_prepared, load_index
 from pretrain.data.prepared.plan import PrepareOptions
 from pretrain.data.prepared.prepare import prepare
-from tests.data.corpus import Setting, make_setting, make_texts, write_jsonl, write_parquet
+from tests.data.corpus import Setting, forked, make_setting, make_texts, write_jsonl, write_parquet
 
 OPTIONS = PrepareOptions(shard_tokens=3_000, remove_duplicates=True)
 KILLS = 10
@@ -108,19 +107,6 @@ def test_a_disk_that_is_too_small_is_noticed_early(
             prepare(setting.config, setting.tokenizer, tmp_path / "to")
     assert len(list((tmp_path / "to" / "parts").glob("*.npz"))) == 1  # after the first of ten parts
     prepare(setting.config, setting.tokenizer, tmp_path / "to")
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Do something in a forked process; return its exit status, negative for a signal."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("dies_after", [False, True], ids=["before", "after"])

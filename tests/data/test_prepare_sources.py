@@ -158,3 +158,15 @@ def test_workers_read_from_servers_and_wait_as_long_as_the_config_says(
         [remote] = prepare(config, tokenizer, tmp_path / "to", locked=locked)
     [local] = prepare(make_setting(tokenizer, tmp_path / "*.jsonl").config, tokenizer, tmp_path / "local")
     assert remote.index.shards == local.index.shards
+
+
+def test_a_source_may_be_called_as_the_folder_of_the_parts(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
+    (tmp_path / "parts").mkdir()
+    paths = [write_jsonl(tmp_path / "parts" / "0.jsonl", make_texts(1, 20)), write_jsonl(tmp_path / "b.jsonl", ["b"])]
+    setting = make_setting(tokenizer, paths[0].parent, paths[1])
+    assert setting.config.names == ("parts", "b")
+    for _ in range(2):  # a repeated command finds all complete
+        done = prepare(setting.config, tokenizer, tmp_path / "to")
+        assert [one.folder.name for one in done] == ["parts", "b"]
+        assert [one.index.documents for one in done] == [len([text for text in make_texts(1, 20) if text]), 1]
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["b", "parts", "plan.json"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pretrain.config.data import DataConfig, SourceConfig, TokenizerConfig
+from pretrain.config.source_path import path_problem
 from pretrain.data import DataError, check_sources, make_catalog
 from pretrain.data.errors import DataUnavailableError
 from pretrain.data.sources import http, list_files, open_bytes, retries
@@ -85,6 +86,17 @@ def test_listing_pages_through_the_tree_and_pins_the_commit(corpus: Path, monkey
         assert sum("cursor=" in path for path, _ in hub.requests) > 4
         # The pinned path stands for the same files.
         assert list_files(files[1].path, SUFFIXES) == [files[1]]
+
+
+def test_partitioned_folders_may_be_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = [f"year=202{year}/month={month}/a b.jsonl" for year in range(3) for month in (1, 12)]
+    with hub_server(dict.fromkeys(every, b'{"text": "a"}\n')) as hub:
+        connect(hub, monkeypatch)
+        for pattern, found in {"year=202?/month=1/*": every[::2], "year=202?/month=1?/*": every[1::2]}.items():
+            path = hub.path(pattern)
+            assert path_problem(path) is None
+            assert names(list_files(path, SUFFIXES)) == found
+            assert redact(path) == path
 
 
 def test_revisions_with_slashes_and_the_default_branch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ import yaml
 
 from pretrain.cli import main
 from pretrain.config.data import DataConfig, TokenizerConfig
-from pretrain.data import DataError, load_tokenizer, separator_id, vocabulary_rows
+from pretrain.data import DataError, load_tokenizer, separator_id, train_tokenizer, vocabulary_rows
 from pretrain.data.catalog import resolve_sources
 from pretrain.data.lock import save_lock
 from pretrain.data.train_tokenizer import sample_texts
+from pretrain.data.units import Unit
 from tests.conftest import TINY, merged
 from tests.data.corpus import EOS, make_texts, write_jsonl, write_parquet
 from tests.data.store import LINES, Store, remote_config
@@ -62,6 +63,38 @@ def test_it_refuses_what_it_cannot_do(tmp_path: Path, paths: list[Path], capsys:
     empty = write_jsonl(tmp_path / "empty.jsonl", ["", ""])
     assert main([*words[:2], str(empty), *words[3:], "300"]) == 2
     assert "no text to train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["https://me:secret@host/a.jsonl", "--to", "t.json"], "data.sources.0.path: a URL with a password"),
+        (["a.jsonl", "--to", "t.json", "--text-field", "{text"], "data.sources.0.text_field: has a single '{'"),
+        (["a.jsonl", "--to", "/dev/null/t.json"], "/dev/null/t.json: cannot be written"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_in_a_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "tokenizer", *words, "--vocab-size", "300"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert "secret" not in err
+
+
+def test_a_source_without_a_share_is_not_opened(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = config_of(*paths).model_copy(update={"mixture": {"a": 1.0, "b": 0.0}})
+    opened: list[str] = []
+    real = train_tokenizer.read_unit
+
+    def read_unit(unit: Unit, *rest: Any) -> Any:
+        opened.append(unit.file.path)
+        return real(unit, *rest)
+
+    monkeypatch.setattr(train_tokenizer, "read_unit", read_unit)
+    assert list(sample_texts(data, 1000, 0))
+    assert set(opened) == {str(paths[0])}
 
 
 def test_the_sample_is_bounded_seeded_and_of_all_units(paths: list[Path]) -> None:

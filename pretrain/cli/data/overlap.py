@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.cli.arguments import add_config, add_tasks, positive
-from pretrain.cli.data.sources import open_sources
+from pretrain.cli.data.sources import open_sources, refuse_unwritable
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
     from pretrain.data.overlap import measure_overlap
     from pretrain.files import replace_text
 
+    if options.out is not None:
+        refuse_unwritable(options.out)
     config, catalog = open_sources(options)
     texts = item_texts(options.tasks, items=options.items)
     found = measure_overlap(
@@ -79,7 +81,6 @@ def run(options: argparse.Namespace) -> int:
     report = json.dumps(_as_json(found, hashes), indent=1)
     print(report if options.json else "\n".join(_as_text(found)))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         replace_text(options.out, report + "\n")
     return 0
 

@@ -1,8 +1,10 @@
-"""The sources of a config, for the verbs that look at them."""
+"""The sources of a config, for the verbs that look at them, and the files that these verbs write."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,3 +30,21 @@ def open_sources(options: argparse.Namespace) -> tuple[Config, Catalog]:
     config = load_config(options.config, options.overrides)
     locked = lock_of_check(config.data, RunFolder(config.run_folder), online=True)
     return config, make_catalog(config.data, locked)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Make the folder of a file that is written after long work, and find out before it whether that will work.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    # Imported here: `aurora --help` loads neither torch nor pydantic.
+    from pretrain.data import DataError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        reason = "is a folder" if path.is_dir() else f"{path.parent} is not writable"
+        raise DataError(f"{path}: cannot be written: {reason}: name another file")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.cli.arguments import positive
+from pretrain.cli.data.sources import refuse_unwritable
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
     path = Path(options.to)
     refuse_existing(path)
+    refuse_unwritable(path)
     data, eos_token, locked = _inputs(options)
     texts = sample_texts(data, options.sample_mb * 1_000_000, options.seed, locked)
     tokenizer = train_tokenizer(texts, options.vocab_size, eos_token)
@@ -72,8 +74,9 @@ def run(options: argparse.Namespace) -> int:
 def _inputs(options: argparse.Namespace) -> tuple[DataConfig, str, Locked]:
     """The sources, the separator, and the lock of the remote ones."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from pretrain.config import load_config
-    from pretrain.config.data import DataConfig, SourceConfig
+    from pretrain.config import ConfigError, load_config
+    from pretrain.config.data import DataConfig
+    from pretrain.config.validate import validate_section
     from pretrain.run.data_lock import lock_of_check
     from pretrain.run.folder import RunFolder
 
@@ -82,5 +85,8 @@ def _inputs(options: argparse.Namespace) -> tuple[DataConfig, str, Locked]:
         config = load_config(first, rest)
         locked = lock_of_check(config.data, RunFolder(config.run_folder), online=True)
         return config.data, options.eos_token or config.tokenizer.eos_token, locked
-    sources = tuple(SourceConfig(path=path, text_field=options.text_field) for path in options.inputs)
-    return DataConfig(sources=sources, lanes=1), options.eos_token or "<|endoftext|>", {}
+    sources = [{"path": path, "text_field": options.text_field} for path in options.inputs]
+    data, problems = validate_section(DataConfig, {"sources": sources, "lanes": 1}, "data")
+    if problems:
+        raise ConfigError(problems)
+    return data, options.eos_token or "<|endoftext|>", {}

@@ -89,17 +89,19 @@ def prepare(
     loaded = load_tokenizer(tokenizer)
     plan = make_plan(config, tokenizer, folder, options, locked)
     skipped: dict[int, list[BadRow]] = {}
+    # No source has a name that begins with a dot.
+    parts = folder / (_PARTS if folder / _PARTS not in plan.folders else f".{_PARTS}")
     with _writable(folder), _locked(folder):
         begin(plan, folder)
         if not all((source / INDEX_FILE).is_file() for source in plan.folders):
             dtype = "uint16" if vocabulary_rows(loaded) <= 1 << 16 else "uint32"
-            encoding = Encoding(folder / _PARTS, tokenizer, dtype, config.max_bad_rows)
-            _delete_leftovers(folder, plan)
+            encoding = Encoding(parts, tokenizer, dtype, config.max_bad_rows)
+            _delete_leftovers(folder, parts, plan)
             check_division(plan, encoding.folder)
             _write_parts(plan, encoding, workers, say)
             skipped = _skipped(plan, encoding)
             _assemble(plan, encoding, options, separator_id(loaded, tokenizer), skipped, say)
-        shutil.rmtree(folder / _PARTS, ignore_errors=True)
+        shutil.rmtree(parts, ignore_errors=True)
         for source in plan.folders:
             for record in source.glob("shard-*.json"):
                 record.unlink()
@@ -139,9 +141,9 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _delete_leftovers(folder: Path, plan: Plan) -> None:
+def _delete_leftovers(folder: Path, parts: Path, plan: Plan) -> None:
     """Delete files that a killed preparation was writing."""
-    for place in {folder, folder / _PARTS, *plan.folders}:
+    for place in {folder, parts, *plan.folders}:
         place.mkdir(exist_ok=True)
         for file in place.glob("*.tmp"):
             file.unlink(missing_ok=True)

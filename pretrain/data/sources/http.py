@@ -72,7 +72,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     try:
         when = parsedate_to_datetime(value)
         return max(0.0, (when - datetime.now(when.tzinfo)).total_seconds())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -223,6 +223,8 @@ class RangeReader(PartReader):
             before = len(received)
             try:
                 self._request(start + before, start + length, received)
+            except httpx2.InvalidURL as error:
+                raise DataError(f"{self._path}: redirected to an address that cannot be read: {error}") from None
             except httpx2.TransportError as error:
                 if len(received) == length:
                     return
@@ -260,7 +262,7 @@ class RangeReader(PartReader):
                 if linked := _tag(response.headers, "x-linked-etag"):
                     self._check_version(linked)
                     vouched = True
-                url = urljoin(url, response.headers["location"])
+                url = joined(url, response.headers["location"])
         raise DataError(f"{self._path}: redirected more than {_REDIRECTS} times")
 
     def _refuse(self, response: httpx2.Response, url: str) -> None:
@@ -295,7 +297,8 @@ class RangeReader(PartReader):
     def _check_extent(self, response: httpx2.Response, start: int, vouched: bool) -> None:
         """Check which bytes a response holds, of how many."""
         coding = response.headers.get("content-encoding", "identity").lower()
-        if coding != "identity":
+        own = ("gzip", "x-gzip") if self._path.lower().endswith(".gz") else ()  # what the file is anyway
+        if coding not in ("identity", *own):
             raise DataError(f"{self._path}: the server sends it compressed ({coding}) though it was asked not to")
         first, total = _range_of(response)
         if response.status_code == 206 and first != start:
@@ -338,7 +341,23 @@ class RangeReader(PartReader):
         )
 
 
-def reason(error: httpx2.TransportError) -> str:
+def joined(url: str, location: str) -> str:
+    """Return the address that a server leads to, which may be relative.
+
+    Raises:
+        httpx2.InvalidURL: there is no such address.
+
+    """
+    try:
+        found = urljoin(url, location)
+        origin(found)
+        httpx2.URL(found)
+    except ValueError as error:
+        raise httpx2.InvalidURL(str(error)) from None
+    return found
+
+
+def reason(error: httpx2.RequestError) -> str:
     """What went wrong with a connection."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
@@ -374,8 +393,8 @@ def _range_of(response: httpx2.Response) -> tuple[int, int | None]:
         unit, _, value = response.headers.get("content-range", "").partition(" ")
         span, _, total = value.partition("/")
         first = span.partition("-")[0]
-        if unit != "bytes" or not first.isdigit():
+        if unit != "bytes" or not first.isdecimal():
             raise TransientError("the response does not say which bytes it holds")
-        return int(first), int(total) if total.isdigit() else None
+        return int(first), int(total) if total.isdecimal() else None
     length = response.headers.get("content-length", "")
-    return 0, int(length) if length.isdigit() else None
+    return 0, int(length) if length.isdecimal() else None

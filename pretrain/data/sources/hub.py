@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import quote, unquote, urljoin
+from urllib.parse import quote, unquote
 
 import httpx2
 from huggingface_hub import constants, hf_hub_url
@@ -23,6 +23,7 @@ from pretrain.data.sources.http import (
     Address,
     client,
     describe,
+    joined,
     open_url,
     origin,
     reason,
@@ -112,7 +113,7 @@ def commit_of(path: HubPath) -> str:
     if path.revision and is_commit(path.revision):
         return path.revision
     revision = f"/revision/{quote(path.revision, safe='')}" if path.revision else ""
-    commit = _get(path, f"{_endpoint()}/api/{path.kind}/{path.repository}{revision}")[0].get("sha")
+    commit = _get(path, f"{_endpoint()}/api/{path.kind}/{path.repository}{revision}", dict)[0].get("sha")
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise DataError(f"{path}: the Hub does not say which commit this revision is")
     return commit
@@ -122,7 +123,7 @@ def licences_of(url: str) -> tuple[str, ...]:
     """The licences that the card of a data set states; none if there is no card."""
     path = HubPath.parse(url)
     revision = f"/revision/{quote(path.revision, safe='')}" if path.revision else ""
-    card = _get(path, f"{_endpoint()}/api/datasets/{path.repository}{revision}")[0].get("cardData")
+    card = _get(path, f"{_endpoint()}/api/datasets/{path.repository}{revision}", dict)[0].get("cardData")
     stated = card.get("license") if isinstance(card, dict) else None
     return tuple(map(str, stated if isinstance(stated, list) else [stated] if stated else []))
 
@@ -182,8 +183,11 @@ def _tree(pinned: HubPath, folder: str, recursive: bool) -> Iterator[RepoFile]:
     query: dict[str, Any] | None = {"recursive": recursive, "expand": False}
     seen: set[str] = set()
     while url:
-        entries, following = _get(pinned, url, query, missing_is_empty=bool(folder))
-        files = (RepoFile(**entry) for entry in entries if entry.get("type") == "file")
+        entries, following = _get(pinned, url, list, query, missing_is_empty=bool(folder))
+        try:
+            files = [RepoFile(**entry) for entry in entries if entry.get("type") == "file"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{pinned}: the Hub's listing cannot be read: {error!r}") from None
         yield from (file for file in files if not folder or file.path.startswith(f"{folder}/"))
         if following in seen:
             raise DataError(f"{pinned}: the pages of the Hub's listing do not end: one leads back to an earlier one")
@@ -191,8 +195,10 @@ def _tree(pinned: HubPath, folder: str, recursive: bool) -> Iterator[RepoFile]:
         url, query = following, None
 
 
-def _get(path: HubPath, url: str, query: dict[str, Any] | None = None, *, missing_is_empty: bool = False) -> Any:
-    """Request JSON from the Hub; return it, and the address of the next page or an empty string."""
+def _get(
+    path: HubPath, url: str, kind: type, query: dict[str, Any] | None = None, *, missing_is_empty: bool = False
+) -> Any:
+    """Request JSON of a kind from the Hub; return it, and the address of the next page or an empty string."""
 
     # A page may lead to another host, which must not get the token.
     headers = build_hf_headers() if origin(url) == origin(_endpoint()) else build_hf_headers(token=False)
@@ -202,7 +208,9 @@ def _get(path: HubPath, url: str, query: dict[str, Any] | None = None, *, missin
             response = client().get(
                 url, params=query, headers=headers, timeout=request_timeout(), follow_redirects=True
             )
-        except httpx2.TransportError as error:
+        except httpx2.TooManyRedirects:
+            raise DataError(f"{path}: the Hub's answers lead in a circle") from None
+        except httpx2.RequestError as error:  # also a body that cannot be decompressed
             raise TransientError(reason(error)) from None
         if problem := transient(response):
             raise problem
@@ -211,16 +219,21 @@ def _get(path: HubPath, url: str, query: dict[str, Any] | None = None, *, missin
         if response.status_code != 200:
             raise DataError(f"{path}: the Hub answered {response.status_code}: {_advice(response)}")
         try:
-            return response.json(), _next_page(response)
-        except ValueError:
+            found = response.json(), _next_page(response)
+        except httpx2.InvalidURL as error:
+            raise DataError(f"{path}: the next page of the Hub's listing has no valid address: {error}") from None
+        except (ValueError, RecursionError):
             raise TransientError("the Hub's answer is not whole") from None
+        if not isinstance(found[0], kind):  # the page of a proxy, say
+            raise TransientError(f"the Hub's answer is a JSON {type(found[0]).__name__}, expected a {kind.__name__}")
+        return found
 
     return retrying(str(path), attempt)
 
 
 def _next_page(response: httpx2.Response) -> str:
     following = response.links.get("next", {}).get("url", "")
-    return urljoin(str(response.url), following) if following else ""
+    return joined(str(response.url), following) if following else ""
 
 
 def _error_code(response: httpx2.Response) -> str:

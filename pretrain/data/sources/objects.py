@@ -9,6 +9,7 @@ import glob
 import io
 import logging
 import os
+import re
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
 
@@ -32,7 +33,7 @@ _EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 def list_objects(url: str, suffixes: tuple[str, ...]) -> list[DataFile]:
     """List an object, a folder or a glob of a bucket."""
     scheme, _, path = url.partition("://")
-    if "@" in path.partition("/")[0] or ("?" in path and "=" in path):
+    if "@" in path.partition("/")[0] or re.search(r"\?[^/]*=", path):
         raise DataError(f"{redact(url)}: credentials do not belong into a path: set them in the environment")
     system = _system(scheme, os.getpid())
     path = path.rstrip("/")
