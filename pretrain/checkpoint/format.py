@@ -106,6 +106,11 @@ def index_digest(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def digest_of(index: Mapping[str, Any]) -> str:
+    """The digest of a checkpoint: that in its index, or for one of an earlier version, which has none, the index's."""
+    return index.get("digest") or index_digest(index)
+
+
 def index_text(index: Mapping[str, Any]) -> str:
     """index.json of this content, as it is written."""
     return json.dumps(index, indent=1)

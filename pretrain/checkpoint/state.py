@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizers import Aurora
+from optimizers.directions import ROW_SLOTS
 from optimizers.sharded import Held, ShardedMatrices
 from pretrain.checkpoint.format import TELEMETRY_SLOT, CheckpointError, Fragment
 from pretrain.checkpoint.store import CheckpointReader
@@ -48,22 +49,23 @@ def _cut(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
             if slot == "step":
                 if f.start == 0:
                     yield Fragment(f.name, slot, (), 0, values)
-            elif slot != "second_moment":
+            elif slot not in ROW_SLOTS:
                 yield Fragment(f.name, slot, shape, f.start, values[f.offset : f.offset + f.length])
-    yield from _second_moments(held, optimizer)
+    yield from _row_states(held, optimizer)
 
 
-def _second_moments(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
-    """Yield the second moments of matrices, the only state held by a matrix's owner instead of with its elements."""
+def _row_states(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
+    """Yield what is kept for each row of a matrix, the only state held by its owner instead of with its elements."""
     sharded = optimizer.matrices
     if not isinstance(sharded, ShardedMatrices):
         return  # the optimizer has only AdamW groups
     group = optimizer.param_groups[sharded.shard]
-    moments, at = optimizer.state_of(held.shards[sharded.shard], group).get("second_moment"), 0
-    if moments is None:
+    slot, at = sharded.row_slot(group), 0
+    if slot is None:
         return
+    values = optimizer.state_of(held.shards[sharded.shard], group)[slot]
     for name, start, stop in sharded.owned_rows(group):
-        yield Fragment(name, "second_moment", held.layout.shapes[name][:1], start, moments[at : at + stop - start])
+        yield Fragment(name, slot, held.layout.shapes[name][:1], start, values[at : at + stop - start])
         at += stop - start
 
 

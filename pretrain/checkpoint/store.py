@@ -25,7 +25,7 @@ from pretrain.checkpoint.format import (
     index_text,
 )
 from pretrain.engine.ranks import Ranks
-from pretrain.files import file_sha256
+from pretrain.files import delete, file_sha256
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -65,11 +65,13 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         path = folder / INDEX
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: not a checkpoint (it has no {INDEX})")
         try:
+            if not path.is_file():
+                raise CheckpointError(f"{folder}: not a checkpoint (it has no {INDEX})")
             text = path.read_text(encoding="utf-8")
             self.index: Index = json.loads(text)
+        except CheckpointError:
+            raise
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: damaged: {error}") from None
         if problem := index_problem(self.index):
@@ -225,7 +227,7 @@ def clear_unfinished(root: Path) -> None:
     """Delete what `list_unfinished` finds. Only the process that holds the run's lock may call this."""
     recover_replaced(root)
     for folder in list_unfinished(root):
-        shutil.rmtree(folder, ignore_errors=True)
+        delete(folder, as_far_as_possible=True)
 
 
 def step_folders(root: Path) -> list[Path]:
@@ -244,7 +246,8 @@ def list_checkpoints(root: Path) -> list[Path]:
 def newest_intact(root: Path, ranks: Ranks = ALONE) -> tuple[CheckpointReader | None, list[str]]:
     """The newest checkpoint whose files match their checksums, and a message for each newer one that is damaged.
 
-    A checkpoint gets its name together with its index, so one without an index is damaged as well.
+    A checkpoint gets its name together with its index, so one without an index, or under the name of another step, is
+    damaged as well.
 
     Args:
         root: the folder of the checkpoints.
@@ -255,6 +258,8 @@ def newest_intact(root: Path, ranks: Ranks = ALONE) -> tuple[CheckpointReader | 
         reader, problem = None, None
         try:
             reader = CheckpointReader(folder)
+            if reader.index["step"] != step_of(folder):
+                problem = f"{folder / INDEX}: damaged: it is the index of step {reader.index['step']}"
         except CheckpointError as error:
             problem = str(error)
         # All ranks look at the files, or none does.
@@ -287,7 +292,7 @@ def prune(root: Path, keep_last: int, keep_every_steps: int | None, intact: Path
         doomed = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+        delete(doomed)
     return removed
 
 

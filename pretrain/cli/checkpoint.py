@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.arguments import add_run, add_run_or_checkpoint, positive
+from pretrain.text_tables import aligned
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import CheckpointReader
@@ -73,13 +74,13 @@ def run_list(options: argparse.Namespace) -> int:
             tokens, ranks, note = f"{index['counters'].get('tokens', 0):,}", str(index["world_size"]), ""
         except FileNotFoundError:
             continue  # the run has just deleted it
+        except OSError as error:  # also a file of this name
+            size, saved, tokens, ranks, note = "", "", "", "", f"cannot be read: {error.strerror}"
         except CheckpointError as error:
             tokens, ranks, note = "", "", str(error).removeprefix(f"{folder}").lstrip("/: ")
         rows.append((folder.name, tokens, ranks, size, saved, note))
     rows += [(folder.name, "", "", "", "", "unfinished") for folder in list_unfinished(root)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(aligned(rows)))
     return 0
 
 

@@ -105,6 +105,7 @@ def _train(
         long=True,  # it may wait for an earlier attempt of the same Slurm job
     )
     try:
+        ranks.on_rank_0(folder.check_checkpoints)
         ranks.on_rank_0(lambda: fetch_copy(setup, resume), long=True)
         start = choose_start(setup, resume, extend=extend)
         step = start.step

@@ -14,7 +14,7 @@ from typing import Any, NotRequired, TypeAlias, TypedDict
 import torch
 
 from optimizers import Aurora
-from pretrain.checkpoint.format import INDEX, TELEMETRY_SLOT, index_digest
+from pretrain.checkpoint.format import INDEX, TELEMETRY_SLOT, digest_of
 from pretrain.checkpoint.store import CheckpointReader, folder_name, list_checkpoints, newest_intact
 from pretrain.config import Config, ConfigError, parse_stored_config
 from pretrain.config.init import InitConfig
@@ -132,7 +132,7 @@ def _of_checkpoint(init: InitConfig, reader: CheckpointReader) -> Ancestor:
         path=str(init.source),
         folder=str(reader.folder.resolve()),
         kind="checkpoint",
-        sha256=index.get("digest") or index_digest(index),
+        sha256=digest_of(index),
         run=str((index["config"].get("run") or {}).get("name")),
         step=index["step"],
         tokens=index["counters"].get("tokens", 0),

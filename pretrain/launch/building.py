@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from pretrain.model.build import build_model
 from pretrain.neurons.telemetry import Telemetry
 from pretrain.neurons.watched import WatchedMatrices
 from pretrain.planning.summary import describe, routing_table
+from pretrain.run.folder import RunError
 from pretrain.run.resume import rewind
 from pretrain.run.wandb import make_tracker
 from pretrain.training.epochs import EpochNotices
@@ -64,7 +66,7 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
     steps = config.total_steps - state.step
     batches = Prefetcher(stream, config.global_batch_sequences, steps, stream_ranks, engine.ranks)
     opened.callback(batches.close)
-    run_id = engine.ranks.on_rank_0(lambda: open_run_folder(setup, hooks, start.position, routing))
+    run_id = engine.ranks.on_rank_0(lambda: _open_folder(setup, hooks, start, routing))
     tracker = engine.ranks.everywhere(
         lambda: make_tracker(config, setup.folder, run_id, engine.rank, state.step, display.warn)
     )
@@ -109,6 +111,18 @@ def build_trainer(setup: Setup, start: Start, stops: Stops, opened: contextlib.E
         warn=display.warn,
         enter=watch.enter,
     )
+
+
+def _open_folder(setup: Setup, hooks: Iterable[Hook], start: Start, routing: list[dict[str, Any]]) -> str:
+    """Prepare the run folder, see `open_run_folder`; what stands in the way of a file is bad input. A full disk is not:
+    it may be over at the next start."""
+    try:
+        return open_run_folder(setup, hooks, start.position, routing)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        file = error.filename2 or error.filename or setup.folder.path
+        raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None
 
 
 def _append(setup: Setup, record: dict[str, Any]) -> None:

@@ -136,7 +136,10 @@ def make_saver(setup: Setup, reader: CheckpointReader | None, opened: contextlib
         finally:  # on NFS, a folder of which somebody reads a file cannot be deleted
             if mirror is not None:
                 mirror.push(folder.checkpoints)
-        folder.record_sources(snapshot.step, snapshot.provenance["sources"])
+        try:
+            folder.record_sources(snapshot.step, snapshot.provenance["sources"])
+        except RunError as error:
+            raise OSError(str(error)) from None  # a warning: the manifest holds nothing that training needs
 
     return Saver(
         folder.checkpoints,

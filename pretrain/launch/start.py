@@ -20,7 +20,7 @@ from pretrain.launch.ancestor import (
 )
 from pretrain.launch.branching import schedule_notes
 from pretrain.launch.setup import Setup
-from pretrain.run.resume import choose_checkpoint
+from pretrain.run.resume import check_nothing_lost, choose_checkpoint
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def choose_start(setup: Setup, resume: str, *, extend: bool) -> Start:
         extend: the run is to be extended.
 
     Raises:
-        RunError, CheckpointError: see `choose_checkpoint`.
+        RunError, CheckpointError: see `choose_checkpoint` and `check_nothing_lost`.
         ConfigError, FolderError: see `find_ancestor` and `check_ancestor`.
     """
     ranks, display = setup.engine.ranks, setup.display
@@ -81,6 +81,7 @@ def choose_start(setup: Setup, resume: str, *, extend: bool) -> Start:
         display.warn(note)
     if reader is not None:
         return Start(reader, reader, reader, is_resume=True)
+    ranks.on_rank_0(lambda: check_nothing_lost(setup.folder))
     if record is None:
         return Start()
     weights = ranks.everywhere(lambda: reopen(record))

@@ -16,7 +16,8 @@ STREAMS = ("stdout", "stderr")
 def open_closed_streams() -> None:
     """Open the null device in the place of each standard stream that this process was started without (``>&-``).
 
-    Otherwise the next file that is opened would become the standard output, and receive what libraries print.
+    Otherwise the next file that is opened would become the standard output, and receive what libraries print. What a
+    stream cannot encode is escaped from now on, instead of being an error.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -26,6 +27,10 @@ def open_closed_streams() -> None:
     for name in STREAMS:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper and not stream.closed and stream.errors in ("strict", "surrogateescape"):
+            # A document or the name of a file may hold what the encoding of the terminal does not know.
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

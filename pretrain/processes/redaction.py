@@ -9,6 +9,7 @@ HIDDEN = "[secret]"
 _USER_INFO = re.compile(r"(\w+://)[^/\s@'\"]*@")
 _QUERY = re.compile(r"(\w+://[^\s'\"?#]*)([?#][^\s'\"<>)\]]*)")
 _WITHOUT_QUERIES = ("hf://", "s3://", "gs://")  # there, `?` is a wildcard and `#` a letter
+_NAME_AND_VALUE = re.compile(r"[?#][^/?#]*=")
 
 # Whoever knows the address of a webhook can post to it.
 _WEBHOOK = re.compile(
@@ -70,7 +71,7 @@ def holds_secret(text: str) -> bool:
 
 
 def _without_query(url: re.Match[str]) -> str:
-    is_name = url[1].startswith(_WITHOUT_QUERIES) and "=" not in url[2]
+    is_name = url[1].startswith(_WITHOUT_QUERIES) and not _NAME_AND_VALUE.search(url[2])
     return url[0] if is_name else url[1]
 
 

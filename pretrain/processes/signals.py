@@ -19,6 +19,10 @@ PASSED_ON = signal.SIGUSR2
 """What our launcher sends to its processes after it was asked to stop itself. It asks for a stop however often it
 arrives: Slurm signals the launcher and its processes alike, and that must not count as a second signal."""
 
+OF_SLURM = frozenset({signal.SIGUSR1, signal.SIGTERM})
+"""What Slurm sends by itself: the notice before a time limit, and the limit or a preemption. The first of each is one
+request: what was announced has arrived, and must not cut the save short."""
+
 NOTICE = "stopping after this step, with a checkpoint; a second signal ends the run immediately"
 """What is printed after the name of the first signal."""
 
@@ -28,7 +32,10 @@ SIGTERM twice in a row, and srun may forward it as well."""
 
 
 class SignalCount:
-    """Counts the signals of one process; repetitions within `REPEAT_SECONDS` of a signal are not counted.
+    """Counts the signals of one process as requests.
+
+    Not counted are a repetition of a signal within `REPEAT_SECONDS`, and the other signal of `OF_SLURM` after the
+    first one, when nothing else has come. A second Ctrl-C, or a second `kill` some time after the first, is counted.
 
     Args:
         clock: returns seconds.
@@ -37,15 +44,18 @@ class SignalCount:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.count = 0
         self._clock = clock
-        self._counted_at: dict[int, float] = {}
+        self._heard_at: dict[int, float] = {}
 
     def add(self, number: int) -> bool:
         """Return whether a signal that has arrived now is one to be counted, and count it."""
         now = self._clock()
-        # From the one that was counted, not from the last one: whoever keeps sending a signal is heard.
-        if now - self._counted_at.get(number, -math.inf) < REPEAT_SECONDS:
+        # From the last one that was not a repetition: whoever keeps sending a signal is heard.
+        if now - self._heard_at.get(number, -math.inf) < REPEAT_SECONDS:
             return False
-        self._counted_at[number] = now
+        is_announced = number not in self._heard_at and {number, *self._heard_at} <= OF_SLURM
+        self._heard_at[number] = now
+        if is_announced and self.count:
+            return False
         self.count += 1
         return True
 

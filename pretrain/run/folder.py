@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,23 @@ class RunFolder:
             self._lock.acquire(wait_seconds, stopped, say)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written: {error}") from None
+
+    def check_checkpoints(self) -> None:
+        """Make sure that checkpoints can be written, if there is a place for them already.
+
+        Raises:
+            RunError: it is not a folder, such as a link to a disk that is not mounted, or it can only be read.
+        """
+        if not os.path.lexists(self.checkpoints):
+            return
+        if not self.checkpoints.is_dir():
+            raise RunError(f"{self.checkpoints}: expected a folder; is the disk of the checkpoints not mounted?")
+        probe = self.checkpoints / ".writable"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RunError(f"{self.checkpoints}: cannot be written: {error.strerror}") from None
 
     def check_lock(self) -> None:
         """Make sure, before writing, that no other launch has taken the folder over.

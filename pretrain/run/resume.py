@@ -72,6 +72,25 @@ def choose_checkpoint(
     return chosen.folder, notes + [_fallback(message, chosen) for message in damaged]
 
 
+def check_nothing_lost(folder: RunFolder) -> None:
+    """Make sure that a run of which no checkpoint was found has not saved any, before it begins with its first step.
+
+    Raises:
+        RunError: it has: its checkpoints were deleted, or their disk is not mounted.
+    """
+    manifest = folder.manifest() or {}
+    try:
+        saved, begun = manifest["provenance"]["step"], manifest["launches"][0]["from_step"]
+        is_lost = saved > begun
+    except (KeyError, IndexError, TypeError):
+        return  # none was launched, or by an old version
+    if is_lost:
+        raise RunError(
+            f"{folder.checkpoints}: holds no checkpoint, but the run has saved one, at step {saved}; restore it or "
+            "mount its disk to resume the run, or choose another run.name to start a new one"
+        )
+
+
 def _fallback(message: str, reader: CheckpointReader) -> str:
     """Say what happens because a checkpoint is damaged."""
     return (

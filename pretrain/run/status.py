@@ -9,6 +9,7 @@ from typing import Any
 
 from pretrain.run.folder import CONFIG_FILE, RunError
 from pretrain.run.reader import Run, age_of, is_number, read_run
+from pretrain.text_tables import aligned
 from pretrain.watching.heartbeat import FOLDER as HEARTBEATS
 from pretrain.watching.heartbeat import Heartbeat, heartbeat_file
 from pretrain.watching.stragglers import stragglers
@@ -64,11 +65,12 @@ def find_runs(root: Path) -> list[Path]:
             found.append(folder)
         elif depth < DEPTH:
             try:
-                below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+                below = sorted(path for path in folder.iterdir() if path.is_dir())
             except OSError:
                 return
             for path in below:
-                search(path, depth + 1)
+                # A link may lead to a run on another disk; one that leads elsewhere could lead in a circle.
+                search(path, DEPTH if path.is_symlink() else depth + 1)
 
     search(root, 0)
     return found
@@ -169,9 +171,7 @@ def format_statuses(statuses: Sequence[Status]) -> list[str]:
         ("run", "state", "step", "tokens", "loss", "tok/s", "left", "checkpoint", "restarts", "health"),
     ]
     rows += [_row(status) for status in statuses]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return lines + [f"{status.run}: {problem}" for status in statuses for problem in status.health]
+    return aligned(rows) + [f"{status.run}: {problem}" for status in statuses for problem in status.health]
 
 
 def _row(status: Status) -> tuple[str, ...]:

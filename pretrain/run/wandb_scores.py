@@ -7,14 +7,14 @@ the wandb run open sends it: the training process while it trains, and otherwise
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pretrain.files import replace_text
+from pretrain.locks import locked
 
 AXIS = "eval/step"
 """The step of the checkpoint, by which wandb draws results. wandb's own counter only ever rises, and the training may
@@ -53,7 +53,7 @@ class ScoreQueue:
             OSError: it cannot be written.
         """
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone():
+        with locked(self._lock):
             cut_off = self._file.exists() and not self._file.read_bytes().endswith(b"\n")  # by a crash
             with self._file.open("a", encoding="utf-8") as file:
                 file.write("\n" * cut_off + json.dumps({AXIS: step, **values}) + "\n")
@@ -66,7 +66,7 @@ class ScoreQueue:
         """
         if not self._file.exists():
             return 0
-        with self._alone():
+        with locked(self._lock):
             lines = self._file.read_text(encoding="utf-8").splitlines()
             sent = self._sent()
             for place, line in enumerate(lines[sent:], start=sent + 1):
@@ -80,10 +80,3 @@ class ScoreQueue:
             return int(json.loads(self._note.read_text(encoding="utf-8"))["lines"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._lock.open("a") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield

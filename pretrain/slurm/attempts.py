@@ -33,6 +33,11 @@ class Attempt(TypedDict):
     """Step of the newest checkpoint at the end."""
     outcome: NotRequired[str]
     """What happened next, in words."""
+    told: NotRequired[str]
+    """When SIGTERM came, or another signal that is not the notice of the time limit: Slurm sends it when it takes the
+    nodes away."""
+    outside: NotRequired[bool]
+    """Whether it ended because the job was preempted or requeued, which says nothing about the work."""
     gave_up: NotRequired[bool]
     """Whether it was the last one that was allowed; a later start, which someone asked for, counts from zero."""
 
@@ -57,22 +62,33 @@ class Attempts:
         self._found.append(Attempt(restart=restart, began=now(), nodes=nodes, step=step))
         self._write()
 
+    def note_told(self) -> None:
+        """Record, once, that the last start was told to end: it may be killed before it can say anything else."""
+        if not {"told", "ended"} & self._found[-1].keys():
+            self._found[-1]["told"] = now()
+            self._write()
+
     def end(self, exit_code: int, step: int, verdict: Verdict) -> None:
         """Record how the last start ended."""
         ended = Attempt(**self._found[-1])
         ended |= {"ended": now(), "exit_code": exit_code, "last_step": step, "outcome": verdict.why}
+        if verdict.outside:
+            ended["outside"] = True
         if verdict.gave_up:
             ended["gave_up"] = True
         self._found[-1] = ended
         self._write()
 
     def stalled(self, step: int) -> int:
-        """Return how many starts in a row have not got further than the checkpoint at `step`."""
+        """Return how many starts in a row have not got further than the checkpoint at `step`, the last one included.
+
+        Starts that were preempted or requeued from outside are not counted.
+        """
         count = 0
         for attempt in reversed(self._found):
             if attempt.get("gave_up") or attempt["step"] < step:
                 break
-            count += 1
+            count += not attempt.get("outside") and (attempt is self._found[-1] or not _was_killed(attempt))
         return count
 
     def _write(self) -> None:
@@ -92,6 +108,8 @@ class Verdict(NamedTuple):
     why: str
     gave_up: bool = False
     """Whether it would have been requeued, had it not failed too often."""
+    outside: bool = False
+    """Whether the start ended because the job was preempted or requeued."""
 
 
 def judge(code: int, *, by_slurm: bool, stalled: int, limit: int) -> Verdict:
@@ -100,7 +118,7 @@ def judge(code: int, *, by_slurm: bool, stalled: int, limit: int) -> Verdict:
     Args:
         code: the exit code of the work.
         by_slurm: whether the work was asked to stop because Slurm needs the nodes or the time limit is near.
-        stalled: starts in a row, including this one, that saved no newer checkpoint.
+        stalled: starts in a row, including this one unless it was preempted, that saved no newer checkpoint.
         limit: how many restarts in a row may save no newer checkpoint; 0: the job is never requeued.
     """
     if code == DONE:
@@ -131,6 +149,16 @@ def may_restart(reason: str, stalled: int, limit: int) -> Verdict:
             gave_up=True,
         )
     return Verdict(True, reason)
+
+
+def stopped(code: int) -> bool:
+    """Whether an exit code of the work is that of a stop on request, with or without a checkpoint."""
+    return code == STOPPED or code - 128 in SIGNALS
+
+
+def _was_killed(attempt: Attempt) -> bool:
+    """Whether Slurm told a start to end, and killed it before it could record its end."""
+    return "told" in attempt and "ended" not in attempt
 
 
 def _read(path: Path) -> list[Attempt]:

@@ -8,6 +8,7 @@ and decides which nodes are bad.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import ipaddress
 import json
@@ -45,6 +46,15 @@ CHUNK = 1 << 28
 """Elements of int32 that are written at a time: 1 GiB."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk or a quota that is full. On a folder that all nodes see, no node is to blame for them."""
+CANNOT_REPORT = 73
+"""Exit code of a node that cannot write its report because of one of these (EX_CANTCREAT of sysexits.h). It is above
+those of other problems, and srun returns the highest one."""
+PROBE_BYTES = 1 << 16
+"""More than a report."""
+
+
 class Problem(TypedDict):
     """One thing that does not work on a node."""
 
@@ -67,7 +77,7 @@ class Report(TypedDict):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Test this node and write its report; return 0 if nothing is wrong."""
+    """Test this node and write its report; return 0 if nothing is wrong, `CANNOT_REPORT` if there is no room for it."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.slurm.health", description="Test one node of a job.")
     parser.add_argument("--folder", type=Path, required=True, help="where the report goes; all nodes see it")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs that the job uses on this node")
@@ -88,9 +98,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.gpus:
         problems, report["gpu_tflops"] = gpu_problems(options.gpus)
         report["problems"] += problems
-    options.folder.mkdir(parents=True, exist_ok=True)
-    replace_text(options.folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        replace_text(options.folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        if error.errno in FULL:
+            return CANNOT_REPORT  # one process says it for all nodes: see `unwritable`
+        print(f"error: node {name}: {options.folder}: {error.strerror}", file=sys.stderr)
+        return 1
     return 1 if report["problems"] else 0
+
+
+def unwritable(folder: Path, was_full: bool = False) -> str:
+    """Why nodes cannot leave their reports in a folder, seen from here, in a line; empty if they can.
+
+    Args:
+        folder: where the reports go; created if absent.
+        was_full: whether a node has found it full.
+    """
+    probe, reason = folder / "probe", os.strerror(errno.ENOSPC) if was_full else ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(probe, " " * PROBE_BYTES)
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+    return f"{folder}: the nodes cannot leave their reports there: {reason}. No node is to blame" if reason else ""
 
 
 def _network(host: str, port: int, token: bytes, deadline: float) -> tuple[list[Problem], float | None]:

@@ -14,22 +14,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pretrain.processes.errors import UserError
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED, STOPPED
 from pretrain.processes.signals import SIGNALS
-from pretrain.slurm.attempts import Attempts, Verdict, judge, may_restart
+from pretrain.slurm.attempts import Attempts, Verdict, judge, may_restart, stopped
 from pretrain.slurm.controller import JobStatus, SlurmError, exclude, job_status, node_names, rename, requeue
+from pretrain.slurm.health import CANNOT_REPORT, unwritable
+from pretrain.slurm.heard import Heard
+from pretrain.slurm.listener import Listener
 from pretrain.slurm.verdict import Findings, examine, read_reports
+
+T = TypeVar("T")
 
 DEFAULT_NAME = "aurora"
 """The job's name in the batch scripts, by which squeue would show every run."""
 CLEAN_SECONDS = 60.0
+START_SECONDS = 60.0
+"""How long it may take until the tasks of the work exist, and receive signals themselves."""
+LOOK_SECONDS = 1.0
 SRUN = ("srun", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0")
 """How a command is started once on each node; one that fails ends none of the others."""
 
@@ -120,27 +127,27 @@ class Supervisor:
         job: this job.
         work: what it does.
         say: prints a line.
+        heard: the signals that this process has received so far.
     """
 
-    def __init__(self, job: Job, work: Work, say: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, work: Work, say: Callable[[str], None], heard: Heard | None = None) -> None:
         self.job, self.work, self.say = job, work, say
         self.attempts = Attempts(job.logs / "attempts.json")
-        self.asked = False
-        """Whether SIGUSR1 came: the work shall stop, and the job be requeued."""
-        self.told = False
-        """Whether another signal came to this process or to the check: the work has it as well if it has started, and
-        shall not start otherwise."""
+        self.heard, self.listener = heard or Heard(), Listener()
+        self._step = 0
         self._passed_on = False
         self._started: subprocess.Popen[bytes] | None = None
 
     def run(self, command: Sequence[str]) -> int:
         """Run `command`, an srun that starts the work on all nodes; return the exit code of the job."""
         job = self.job
-        with self._catching_signals():
+        with self.heard.listening(), self.listener.listening():
             if job.name == DEFAULT_NAME:
                 self._try(lambda: rename(job.number, self.work.name))
-            step = self.work.last_step()
+            step = self._last_step()
             self.attempts.begin(job.restart, job.node_list, step)
+            self.heard.react = self._react
+            self._react()  # to what came before
             self.say(f"job {job.number}, start {job.restart + 1} on {job.node_list}, newest checkpoint: step {step}")
             # Slurm itself requeues after a lost node, without asking how often.
             earlier = may_restart("nodes were lost", self.attempts.stalled(step) - 1, job.limit)
@@ -162,29 +169,57 @@ class Supervisor:
             return self._decide(code, lambda status: self._judge(code, status))
 
     def _judge(self, code: int, status: JobStatus | None) -> Verdict:
-        by_slurm = self.asked or (status is not None and (status.preempted or status.timed_out))
-        by_slurm = by_slurm or (code == STOPPED and self.work.near_limit())
-        return judge(
-            code, by_slurm=by_slurm, stalled=self.attempts.stalled(self.work.last_step()), limit=self.job.limit
-        )
+        preempted = status is not None and status.preempted
+        by_slurm = self.heard.asked or preempted or (status is not None and status.timed_out)
+        by_slurm = by_slurm or (code == STOPPED and self._asking(self.work.near_limit, False))
+        outside = preempted and stopped(code)
+        stalled = self.attempts.stalled(self._last_step()) - outside
+        return judge(code, by_slurm=by_slurm, stalled=stalled, limit=self.job.limit)._replace(outside=outside)
 
     def _work_on(self, command: Sequence[str]) -> int:
         """Run the work; return its exit code."""
-        if self.asked or self.told:  # during the check
-            return STOPPED
         environment = dict(os.environ)
         status = self._try(lambda: job_status(self.job.number))
         if status is not None and status.ends is not None:
             # Newer versions of Slurm set it themselves. A run that knows it can save before Slurm ends it.
             environment.setdefault("SLURM_JOB_END_TIME", str(int(status.ends)))
+        if self._is_told():  # during the check, or since
+            return STOPPED
         self._started = subprocess.Popen(command, env=environment)
-        self._pass_on()  # what came before there was anything to pass it on to
-        code = self._started.wait()
+        if self.heard:  # while it was being started: it may have missed it
+            self._ask()
+        code = self._await(self._started)
         return 128 - code if code < 0 else code
 
-    def _pass_on(self) -> None:
-        """Ask the work to stop, once: a second request would end it without a checkpoint."""
-        if self.asked and self._started is not None and not self._passed_on:
+    def _await(self, work: subprocess.Popen[bytes]) -> int:
+        """Wait for the work; return its exit code. While its tasks do not exist, only the listener hears a SIGTERM."""
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until and self.listener.heard() != signal.SIGTERM:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return work.wait(LOOK_SECONDS)
+        if self.listener.heard() == signal.SIGTERM and self._is_told():
+            self._ask()
+        self.listener.stop()
+        return work.wait()
+
+    def _is_told(self) -> bool:
+        """Whether this process or the listener has received a signal."""
+        if self.listener.heard() is not None:
+            self.heard.told = True
+            self._react()
+        return bool(self.heard)
+
+    def _react(self) -> None:
+        """In a signal handler, or after one: record what was heard, and pass on what only this process receives."""
+        if self.heard.told:
+            self.attempts.note_told()
+        if self.heard.asked:
+            self._ask()
+
+    def _ask(self) -> None:
+        """Ask the work to stop, once: a second notice would end it without a checkpoint. One that follows or precedes
+        Slurm's SIGTERM does not (`pretrain.processes.signals.SignalCount`)."""
+        if self._started is not None and not self._passed_on:
             self._passed_on = True
             self._started.send_signal(signal.SIGUSR1)  # srun sends it to all tasks
 
@@ -192,10 +227,11 @@ class Supervisor:
         """Requeue the job or not, unless Slurm is ending it already; return the exit code."""
         status = self._try(lambda: job_status(self.job.number))
         if status is not None and status.state != "RUNNING" and not status.timed_out:
-            verdict = Verdict(False, f"exit code {code}, while Slurm is ending or requeueing the job")
+            why = f"exit code {code}, while Slurm is ending or requeueing the job"
+            verdict = Verdict(False, why, outside=stopped(code))
         else:
             verdict = verdict_of(status)
-        return self._finish(code, self.work.last_step(), verdict, status, bad)
+        return self._finish(code, self._last_step(), verdict, status, bad)
 
     def _finish(self, code: int, step: int, verdict: Verdict, status: JobStatus | None, bad: Sequence[str] = ()) -> int:
         job = self.job
@@ -228,10 +264,12 @@ class Supervisor:
     def _check_nodes(self) -> Findings:
         """Test every node, and wait for the reports."""
         job = self.job
-        if job.check_seconds == 0 or self.asked or self.told:
+        if job.check_seconds == 0 or self._is_told():
             return Findings()
         folder = job.logs / f"check-{job.restart}"
         shutil.rmtree(folder, ignore_errors=True)
+        if problem := unwritable(folder):
+            return Findings(problem=problem)
         began = time.monotonic()
         command = [
             *(*SRUN, f"--wait={job.check_seconds}", sys.executable),
@@ -247,12 +285,14 @@ class Supervisor:
             self._started.kill()
             self._started.wait()
         # `scancel --signal=TERM` reaches the tasks of the check and not this process. srun returns the highest code.
-        self.told = self.told or self._started.returncode - 128 in SIGNALS
+        code = self._started.returncode
+        self.heard.told = self.heard.told or code - 128 in SIGNALS
         self._started = None
-        if self.asked or self.told:
+        if self._is_told():
             return Findings()
         nodes = node_names(job.node_list)
-        findings = examine(read_reports(folder), nodes, job.check_seconds)
+        problem = unwritable(folder, was_full=code == CANNOT_REPORT)
+        findings = examine(read_reports(folder), nodes, job.check_seconds, problem)
         if not findings.bad and not findings.problem:
             self.say(f"checked {len(nodes)} nodes in {time.monotonic() - began:.0f} s: all good")
         return findings
@@ -264,6 +304,19 @@ class Supervisor:
                 command = [*SRUN, "rm", "-rf", "--", str(self.job.cache)]
                 subprocess.run(command, timeout=CLEAN_SECONDS, check=False, stderr=subprocess.DEVNULL)
 
+    def _last_step(self) -> int:
+        """The step of the newest checkpoint; the last one known if it cannot be read now."""
+        self._step = self._asking(self.work.last_step, self._step)
+        return self._step
+
+    def _asking(self, ask: Callable[[], T], otherwise: T) -> T:
+        """Ask about the work; if its files cannot be read, say so: that does not decide about the job."""
+        try:
+            return ask()
+        except (OSError, UserError) as error:
+            self.say(f"warning: {error}")
+            return otherwise
+
     def _try(self, ask: Callable[[], Any]) -> Any:
         """Ask Slurm; on an error print it and return None."""
         try:
@@ -271,23 +324,3 @@ class Supervisor:
         except SlurmError as error:
             self.say(f"warning: {error}")
             return None
-
-    @contextlib.contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        """Survive signals until the work has ended; pass SIGUSR1 on to it."""
-
-        def notice(number: int, frame: FrameType | None) -> None:
-            self.asked = True
-            self._pass_on()
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self.told = True
-
-        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), note)
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, notice)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

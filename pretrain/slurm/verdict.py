@@ -46,14 +46,18 @@ def read_reports(folder: Path) -> dict[str, Report]:
     return found
 
 
-def examine(reports: Mapping[str, Report], nodes: Sequence[str], seconds: float) -> Findings:
+def examine(reports: Mapping[str, Report], nodes: Sequence[str], seconds: float, unwritable: str = "") -> Findings:
     """Decide which nodes are bad.
 
     Args:
         reports: by node.
         nodes: all nodes of the job, the first one first.
         seconds: how long they had to report.
+        unwritable: why they could not leave their reports; empty if they could. Silence then says nothing about a node.
     """
+    if unwritable and any(node not in reports for node in nodes):
+        broken = {node: [*_texts(reports[node], "gpu"), *_texts(reports[node], "disk")] for node in reports}
+        return Findings({node: texts for node, texts in broken.items() if texts and node in nodes}, unwritable)
     if not any(node in reports for node in nodes):
         return Findings(problem=f"no node has reported within {seconds:.0f} s")
     first, others = nodes[0], nodes[1:]

@@ -15,6 +15,7 @@ from pretrain.run.folder import RunFolder
 from pretrain.run.reader import read_run
 from pretrain.sweep.definition import Cell, Sweep
 
+PLAN_FILE = "sweep.json"
 FORMAT, VERSION = "aurora-sweep", 1
 """Format name and version in sweep.json."""
 
@@ -128,6 +129,6 @@ def write_plan(sweep: Sweep, jobs: list[Job]) -> Path:
         ],
     }
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    path = sweep.folder / "sweep.json"
+    path = sweep.folder / PLAN_FILE
     replace_text(path, json.dumps(plan, indent=1))
     return path

@@ -3,6 +3,8 @@
 All state is in the run folders. On a restart, finished jobs are skipped, stopped jobs resume from their checkpoints,
 and tuned values are chosen again. A sweep may therefore be killed and restarted at any time. Several processes may run
 the same sweep at the same time: each waits for runs that another process is training.
+
+A disk that is full or away for a while ends nothing here: what cannot be written is tried again.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +29,12 @@ from pretrain.processes.signals import PASSED_ON, StopRequests, stop_requests
 from pretrain.run.folder import RunError
 from pretrain.run.reader import job_file
 from pretrain.sweep.definition import Sweep
-from pretrain.sweep.jobs import Job, plan_jobs, write_plan
+from pretrain.sweep.jobs import PLAN_FILE, Job, plan_jobs, write_plan
 
 POLL_SECONDS = 0.5
 LOCKED_POLL_SECONDS = 5.0  # how often to check whether a run that another process trains has ended
+START_TRIES = 12
+"""How many looks in a row, `LOCKED_POLL_SECONDS` apart, may fail to start a job while no other one is running."""
 
 
 @dataclass
@@ -77,7 +83,6 @@ def run_job(sweep: Sweep, index: int) -> int:
         RunError: there is no such job, or it waits for others.
     """
     jobs = plan_jobs(sweep)
-    write_plan(sweep, jobs)
     if not 0 <= index < len(jobs):
         raise RunError(f"--index: expected a job from 0 to {len(jobs) - 1}, got {index}")
     if jobs[index].config is None:
@@ -102,31 +107,78 @@ class _Runner:
         """The stop requests that this process received."""
         self.look_again = 0.0
         """When to check again on runs that other processes train."""
+        self.unwritten: dict[Path, Callable[[], object]] = {}
+        """The sweep's own files that could not be written -> what writes them, at the next look."""
+        self.problem: str | None = None
+        """Why no job can be started, if so."""
+        self.in_vain = 0
+        """How many looks in a row could start no job while none was running."""
+        self._warned: set[str] = set()
 
     def run(self) -> int:
-        """Run until no job is left that this process can run; return the exit code."""
-        jobs = self.plan()
+        """Run until no job is left that this process can run; return the exit code.
+
+        Raises:
+            RunError: a run cannot be read, or the plan cannot be written at the start.
+        """
+        jobs = plan_jobs(self.sweep)
+        try:
+            write_plan(self.sweep, jobs)
+        except OSError as error:
+            file = self.sweep.folder / PLAN_FILE
+            raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None
+        jobs = self.own(jobs)
         done = sum(job.config is not None and job.run.finished for job in jobs)
         print(f"{len(jobs)} jobs, {done} done, {self.at_once} at a time; runs in {self.sweep.file.root}", flush=True)
         with stop_requests(self.requests, "stopping the running jobs after their step", warn=print):
             self.start(jobs)
-            while self.running or (self.open_jobs(jobs) and not self.requests):
+            while self.running or (self.open_jobs(jobs) and not self.requests and self.in_vain < START_TRIES):
                 time.sleep(POLL_SECONDS)
                 self.pass_on_requests()
                 ended = self.collect()
                 if (ended or time.monotonic() > self.look_again) and not self.requests:
-                    jobs = self.plan()
+                    jobs = self.plan_again(jobs)
                     self.start(jobs)
                     if ended:
                         self.show_progress(jobs)
-        return self.outcome(self.plan())
+        return self.outcome(self.plan_again(jobs))
+
+    def plan_again(self, jobs: list[Job]) -> list[Job]:
+        """Determine the jobs after some have ended; if the runs cannot be read now, they stay as they were."""
+        try:
+            return self.plan()
+        except (OSError, RunError) as error:
+            self.look_again = time.monotonic() + LOCKED_POLL_SECONDS
+            self.warn(str(error))
+            return jobs
 
     def plan(self) -> list[Job]:
         """Determine the current jobs and write them to sweep.json."""
         jobs = plan_jobs(self.sweep)
-        write_plan(self.sweep, jobs)
+        self.write(self.sweep.folder / PLAN_FILE, lambda: write_plan(self.sweep, jobs))
         self.look_again = time.monotonic() + LOCKED_POLL_SECONDS
+        return self.own(jobs)
+
+    def own(self, jobs: list[Job]) -> list[Job]:
+        """Return the jobs that this process may run."""
         return jobs if self.only is None else [job for job in jobs if job.config and job.run.path == self.only]
+
+    def write(self, file: Path, write: Callable[[], object]) -> None:
+        """Write one of the sweep's own files, and those that could not be written before."""
+        self.unwritten[file] = write
+        for path, again in list(self.unwritten.items()):
+            try:
+                again()
+            except OSError as error:
+                self.warn(f"{path}: cannot be written: {error.strerror or error}")
+            else:
+                del self.unwritten[path]
+
+    def warn(self, problem: str) -> None:
+        """Print a problem that another try may mend, once."""
+        if problem not in self._warned:
+            self._warned.add(problem)
+            print(f"{_clock()} warning: {problem}; trying again", flush=True)
 
     def open_jobs(self, jobs: list[Job]) -> list[Job]:
         """Return the jobs that have a config, are not done, and were not started by this process."""
@@ -134,12 +186,20 @@ class _Runner:
         return [job for job in jobs if job.config and not job.run.finished and job.run.path not in here]
 
     def start(self, jobs: list[Job]) -> None:
-        """Start jobs until `at_once` are running."""
+        """Start jobs until `at_once` are running, or one cannot be started now."""
+        self.problem = None
         for job in self.open_jobs(jobs):
             if len(self.running) >= self.at_once:
-                return
+                break
             if not job.run.is_locked() and all(r.job.run.path != job.run.path for r in self.running):
-                self.running.append(self.launch(job))
+                try:
+                    self.running.append(self.launch(job))
+                except OSError as error:  # a full disk or quota, too many processes
+                    file = error.filename or job_file(self.sweep.folder, job.run.path.name, ".yaml")
+                    self.problem = f"{job} cannot be started: {file}: {error.strerror or error}"
+                    self.warn(self.problem)
+                    break
+        self.in_vain = self.in_vain + 1 if self.problem and not self.running else 0
 
     def launch(self, job: Job) -> _Running:
         """Start the training process of a job; it saves a checkpoint and stops if this process dies."""
@@ -185,7 +245,8 @@ class _Runner:
             if self.requests and code < 0:
                 code = STOPPED  # it was killed before it installed its signal handlers, or before it could finish
             self.ended[running.job.run.path] = code
-            replace_text(job_file(self.sweep.folder, running.job.run.path.name, ".exit"), f"{code}\n")
+            file = job_file(self.sweep.folder, running.job.run.path.name, ".exit")
+            self.write(file, partial(replace_text, file, f"{code}\n"))
             minutes = (time.monotonic() - running.started) / 60
             took = f"{minutes:.1f} min"
             if code == DONE:
@@ -209,7 +270,12 @@ class _Runner:
         done = sum(job.config is not None and job.run.finished for job in jobs)
         failed = sum(code not in (DONE, STOPPED) for code in self.ended.values())
         print(f"{done} of {len(jobs)} jobs done" + (f", {failed} failed" if failed else ""), flush=True)
-        if failed:
+        problems = [f"{file}: cannot be written" for file in self.unwritten]
+        if self.problem and not self.requests:
+            problems.append(self.problem)
+        for problem in problems:
+            print(f"error: {problem}; make room, then run the same command again", file=sys.stderr, flush=True)
+        if failed or (problems and not self.requests):
             return FAILED
         if done < len(jobs):
             print("run the same command again to continue", flush=True)
@@ -224,6 +290,9 @@ def _clock() -> str:
 
 def _last_error(log: Path) -> str:
     """Return the last error line of a job's log, or else its last line."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
+    except OSError as error:
+        return f"its log cannot be read: {error.strerror}"
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines)[-1]

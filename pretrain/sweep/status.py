@@ -6,6 +6,7 @@ from pretrain.run.folder import RunError
 from pretrain.run.reader import read_exit_code, read_run
 from pretrain.sweep.definition import Sweep
 from pretrain.sweep.jobs import Job, plan_jobs
+from pretrain.text_tables import aligned
 
 
 def format_status(sweep: Sweep) -> list[str]:
@@ -19,8 +20,7 @@ def format_status(sweep: Sweep) -> list[str]:
         mark = "chosen" if job.is_trial and job.chosen else ""
         run = str(job.run.path) if job.config else ""
         rows.append((str(index), state, "" if loss is None else f"{loss:.4f}", mark, str(job), run))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     lines.append(f"{done} of {len(jobs)} jobs done")
     trials = sum(job.is_trial for job in jobs)
     if 0 < trials < len(jobs):

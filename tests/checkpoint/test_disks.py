@@ -209,6 +209,25 @@ def test_a_checkpoint_that_cannot_be_deleted_is_no_failed_save(
     assert [path.name for path in (tmp_path / "copies/tiny").iterdir()] == ["step-00000006"]
 
 
+def test_a_manifest_that_is_damaged_during_a_run_does_not_end_it(
+    tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only where the run stands in its data is recorded there; the next launch says what to do."""
+    config = tiny_config({**SHORT, "checkpoint.asynchronous": False})
+    manifest = config.run_folder / "manifest.json"
+
+    def damage() -> None:
+        manifest.write_text("{ damaged")
+
+    with at_step(3, damage):
+        assert train(config, stop_at=6) == 75
+    out = capsys.readouterr().out
+    assert f"step-00000004 is saved, but the work after the save failed: {manifest}: cannot be read" in out
+    assert saved(config.run_folder / "checkpoints") == [4, 6]
+    with pytest.raises(RunError, match=r"manifest\.json: cannot be read"):
+        train(config)
+
+
 def test_measurements_that_a_full_disk_does_not_take_end_no_run(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

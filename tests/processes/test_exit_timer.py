@@ -50,7 +50,17 @@ def start(seconds: float, state: str = "", **environment: str) -> subprocess.Pop
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    wait_until_stuck(process.pid)
     return process
+
+
+def wait_until_stuck(pid: int) -> None:
+    """Until the main thread sleeps: before that, it would still follow a signal itself."""
+    looks = 0
+    while looks < 5:
+        state = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        looks = looks + 1 if state == "S" else 0
+        time.sleep(0.01)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -64,9 +74,21 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 def test_a_second_signal_ends_a_process_that_is_stuck() -> None:
     process = start(1e6)
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGHUP)
     # Which of two signals at the same time comes first is up to the kernel.
-    assert ended(process)[0] in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+    assert ended(process)[0] in (128 + signal.SIGTERM, 128 + signal.SIGHUP)
+
+
+def test_the_end_that_a_notice_announced_ends_no_process() -> None:
+    """Slurm sends SIGUSR1 before the time limit and SIGTERM at the limit, while the process may still be saving."""
+    process = start(1e6)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2 * REPEAT_SECONDS)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 128 + signal.SIGTERM
 
 
 def test_a_repetition_of_a_signal_ends_no_process_and_a_later_one_does() -> None:

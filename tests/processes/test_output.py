@@ -82,3 +82,21 @@ def test_output_without_buffers_has_none() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=kept, timeout=60, check=True)
     assert done.stdout == "the last line\n"
+
+
+def test_what_an_encoding_does_not_know_is_escaped() -> None:
+    """A document, or the name of a file, may hold anything."""
+    code = (
+        "from pretrain.processes.output import open_closed_streams\n"
+        "open_closed_streams()\n"
+        "print('naïve 鯨 \\ud800 \\udcff')\n"
+    )
+    for encoding, shown in {
+        "ascii": r"na\xefve \u9be8",
+        "utf-8": "naïve 鯨",
+        "utf-8:surrogateescape": "naïve 鯨",
+    }.items():
+        kept = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, cwd=REPOSITORY, env=kept, timeout=60, check=True)
+        assert done.stdout.decode() == f"{shown} \\ud800 \\udcff\n"

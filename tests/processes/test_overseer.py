@@ -101,6 +101,17 @@ def test_a_repetition_of_a_signal_kills_nothing_and_a_later_one_does(tmp_path: P
         assert raised.value.exit_code == 128 + signal.SIGTERM
 
 
+def test_the_end_that_a_notice_announced_kills_nothing(tmp_path: Path) -> None:
+    watching = Overseer()
+    watching.attempt = lambda: tmp_path
+    with watching.at_work(), children(tmp_path, 0) as (process,):
+        until_ready(tmp_path, 0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert process.wait(30) == 1
+        assert watching.signals == [signal.SIGUSR1]
+
+
 def test_a_process_that_is_frozen_is_ended_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overseer, "FROZEN_LOOKS", 2)
     watching = Overseer()

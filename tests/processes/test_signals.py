@@ -40,6 +40,37 @@ def test_repetitions_of_a_signal_are_not_counted() -> None:
     assert received.count == 4
 
 
+TERM, USR1, INT, HUP = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    ("received", "requests"),
+    [
+        ([USR1, TERM], 1),  # --signal=USR1@90, and the limit itself
+        ([TERM, USR1], 1),  # preempted with a grace period, into which the notice of the limit falls
+        ([USR1, TERM, TERM], 2),
+        ([USR1, TERM, USR1], 2),
+        ([USR1, TERM, INT], 2),
+        ([USR1, USR1, TERM], 2),  # two requests already, and the limit is not a third
+        ([TERM, TERM], 2),
+        ([USR1, USR1], 2),
+        ([INT, INT], 2),
+        ([INT, TERM], 2),
+        ([USR1, INT, TERM], 3),
+        ([HUP, TERM], 2),
+        ([TERM, HUP], 2),
+    ],
+)
+def test_the_end_that_a_notice_announced_is_the_same_request(received: list[signal.Signals], requests: int) -> None:
+    """Well apart from each other: Slurm sends SIGTERM a minute or more after its notice, while the run still saves."""
+    clock = [0.0]
+    counted = SignalCount(lambda: clock[0])
+    for number in received:
+        clock[0] += 60
+        counted.add(number)
+    assert counted.count == requests
+
+
 @pytest.mark.parametrize("wait", [0.0, 2 * signals.REPEAT_SECONDS])
 def test_a_process_is_ended_by_a_later_signal_and_not_by_a_repetition(wait: float) -> None:
     """By the signal itself, as if it had never been handled."""
@@ -56,6 +87,21 @@ def test_a_process_is_ended_by_a_later_signal_and_not_by_a_repetition(wait: floa
     command = [sys.executable, "-c", code, str(wait)]
     done = subprocess.run(command, cwd=REPOSITORY, timeout=60, check=False)
     assert done.returncode == (-signal.SIGTERM if wait else 0)
+
+
+def test_a_process_lives_through_the_end_that_a_notice_announced() -> None:
+    code = (
+        "import os, signal\n"
+        "from pretrain.processes.exit_timer import exit_timer\n"
+        "from pretrain.processes.signals import StopRequests, stop_requests\n"
+        "requests = StopRequests()\n"
+        "with exit_timer(requests), stop_requests(requests, None, first_only=True):\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(requests.count, requests.reason)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, check=False, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"1 SIGUSR1\n")
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -53,6 +53,7 @@ NAMED_TEXTS = [
 PLAIN_TEXTS = [
     "hf://datasets/org/name@main/data/*.parquet",
     "s3://bucket/part-?.jsonl",
+    "gs://bucket/year=202?/month=*/part.jsonl",
     "https://host/path/file.jsonl",
     "--resume auto train.total_tokens=1000000 tokenizer.eos_token=<|endoftext|>",
     "+    token = self.tokenizer.token_to_id(eos)",

@@ -131,6 +131,18 @@ def test_all_runs_of_a_root_in_one_table(tmp_path: Path, capsys: pytest.CaptureF
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_a_run_behind_a_link_is_found_and_a_circle_of_links_is_not_followed(tmp_path: Path) -> None:
+    root, disk = tmp_path / "runs", tmp_path / "disk"
+    write_run(disk / "moved", records(3), finished=False)
+    write_run(disk / "deep/below", records(3), finished=False)
+    root.mkdir()
+    (root / "run").symlink_to(disk / "moved")
+    (root / "circle").symlink_to(root)
+    (root / "other").symlink_to(disk / "deep")
+    (root / "gone").symlink_to(disk / "nothing")
+    assert find_runs(root) == [root / "run"]
+
+
 def test_status_does_not_import_torch(tmp_path: Path) -> None:
     write_run(tmp_path / "run", records(3))
     code = (

@@ -465,7 +465,10 @@ def test_a_time_limit_of_an_earlier_attempt_requeues_nothing(cluster: Cluster, m
     run.path.mkdir(parents=True)
     work = ["srun", "bash", "-c", "exit 75", "x", "-m", "pretrain", "train", "config.yaml"]
     stopped = {"step": 3, "reason": "the time limit of the Slurm job"}
-    for record in ({**stopped, "time": "2026-01-01T00:00:00+00:00"}, stopped, "the time limit of the Slurm job"):
+    # The last one was written by a clock that was set back since.
+    future = {**stopped, "time": "2036-01-01T00:00:00+00:00"}
+    past = {**stopped, "time": "2026-01-01T00:00:00+00:00"}
+    for record in (past, stopped, "the time limit of the Slurm job", future):
         run.write_manifest({"stopped": record})
         assert slurm_job.main(["--", *work]) == 75
         assert not cluster.requeued

@@ -274,6 +274,19 @@ def test_a_requeued_job_keeps_its_log_and_may_be_requeued(script: str) -> None:
     assert ("#SBATCH --signal=B:USR1@300" in lines) == (script != "eval")
 
 
+@pytest.mark.parametrize("script", ["pretrain", "eval", "sweep"])
+def test_a_preemption_before_the_batch_step_listens_does_not_end_the_script(script: str) -> None:
+    """Slurm does not requeue a job whose script has ended."""
+    lines = (REPOSITORY / f"slurm/{script}.sbatch").read_text().splitlines()
+    assert lines.index("trap '' USR1 TERM") < lines.index("refuse() {")
+
+
+def test_signals_to_the_script_leave_it_to_the_batch_step_to_stop(nodes: Nodes) -> None:
+    scontrol = nodes.folder / "bin/scontrol"
+    scontrol.write_text(SCONTROL.replace("#!/bin/bash\n", "#!/bin/bash\nkill -TERM $PPID\nkill -USR1 $PPID\n"))
+    assert nodes.run("my config.yaml").returncode == 0
+
+
 def test_a_failing_scontrol_starts_nothing(nodes: Nodes) -> None:
     assert nodes.run("my config.yaml", SLURM_JOB_NODELIST="other").returncode == 1
     assert not (nodes.folder / "srun-arguments").exists()
