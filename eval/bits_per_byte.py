@@ -70,14 +70,17 @@ def measure_bits_per_byte(
     if first_token is None:
         raise EvalError("bits per byte need a token before the text, but the tokenizer has neither BOS nor EOS")
     chosen = [text.documents[place] for place in (range(len(text.documents)) if places is None else places)]
-    ranks = (team or Team()).ranks
-    own = _share(chosen, ranks.rank, ranks.world_size)
-    found: dict[int, tuple[DocumentBits, bool]] = {}
-    for start in range(0, len(own), _DOCUMENTS_AT_A_TIME):
-        part = own[start : start + _DOCUMENTS_AT_A_TIME]
-        found |= zip(part, _score(scorer, [chosen[place] for place in part], first_token, step), strict=True)
-    for other in ranks.gather(found):
-        found |= other
+    team = team or Team()
+    own = _share(chosen, team.ranks.rank, team.ranks.world_size)
+
+    def measure() -> dict[int, tuple[DocumentBits, bool]]:
+        measured: dict[int, tuple[DocumentBits, bool]] = {}
+        for start in range(0, len(own), _DOCUMENTS_AT_A_TIME):
+            part = own[start : start + _DOCUMENTS_AT_A_TIME]
+            measured |= zip(part, _score(scorer, [chosen[place] for place in part], first_token, step), strict=True)
+        return measured
+
+    found = {place: one for measured in team.shared(measure) for place, one in measured.items()}
     per_document = [found[place][0] for place in range(len(chosen))]
     ratio, stderr = ratio_of_sums([one["bits"] for one in per_document], [one["bytes"] for one in per_document])
     return {

@@ -26,6 +26,7 @@ from eval.errors import EvalError
 from eval.paired import ERROR, PairedOutcomes, holm
 from eval.results import read_result
 from eval.schema import EvalResult, TaskResult
+from eval.scores import main_metric
 from pretrain.processes.errors import did_you_mean
 
 MetricChoice = Literal["auto", "acc", "acc_norm"]
@@ -199,11 +200,6 @@ def _shared_tasks(
     if problems or not wanted:
         raise EvalError("\n".join(problems) or "no task given; expected at least one, or none to compare all")
     return list(dict.fromkeys(wanted))
-
-
-def main_metric(task: TaskResult) -> Metric:
-    """Return the metric that a task is reported by: the result's own, or else acc_norm where it has one."""
-    return task.get("metric", "acc_norm" if "acc_norm" in task else "acc")
 
 
 def _metric(wanted: MetricChoice, tasks: Sequence[TaskResult]) -> Metric:

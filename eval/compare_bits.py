@@ -12,12 +12,9 @@ from scipy.stats import t as student
 
 from eval.compare_schema import BitsComparison
 from eval.paired import ERROR, holm
-from eval.ratios import ratio_interval, ratio_of_sums
+from eval.ratios import FEWEST_DOCUMENTS, ratio_interval, ratio_of_sums
 from eval.schema import EvalResult
 from eval.validity_schema import BitsPerByte
-
-FEWEST_DOCUMENTS = 10
-"""That an interval needs."""
 
 
 def compare_bits(labels: Sequence[str], results: Sequence[EvalResult]) -> list[BitsComparison]:

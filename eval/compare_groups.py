@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eval.schema import EvalResult, ItemOutcome, TaskResult
+from eval.scores import main_metric
 
 _MOST_ITEMS = 2**32  # of one task; keeps the items of several apart
 
@@ -49,7 +50,7 @@ def joined(tasks: Sequence[TaskResult]) -> TaskResult:
     }
     if all("acc_norm" in task for task in tasks):
         one["acc_norm"] = sum(item["acc_norm"] for item in items) / len(items)
-    metrics = {task.get("metric", "acc_norm" if "acc_norm" in task else "acc") for task in tasks}
+    metrics = {main_metric(task) for task in tasks}
     one["metric"] = "acc_norm" if metrics == {"acc_norm"} else "acc"
     if not all("source" in task["items"][0] for task in tasks):
         for item in items:

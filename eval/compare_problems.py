@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from eval.compare_schema import Metric
 from eval.schema import EvalResult, ItemOutcome, TaskResult
+from eval.scores import shots_of
 
 
 def pair_problems(
@@ -45,10 +46,9 @@ def pair_problems(
 
 
 def _shots_problems(pair: str, first: EvalResult, other: EvalResult, names: Sequence[str]) -> Iterator[str]:
-    differing: dict[tuple[int, int], list[str]] = {}
+    differing: dict[tuple[int | None, int | None], list[str]] = {}
     for name in names:
-        # Results of earlier versions have one number for all tasks.
-        one, two = (result["tasks"][name].get("num_fewshot", result["num_fewshot"]) for result in (first, other))
+        one, two = shots_of(first, name), shots_of(other, name)
         if one != two:
             differing.setdefault((one, two), []).append(name)
     for (one, two), tasks in differing.items():

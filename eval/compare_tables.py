@@ -6,11 +6,12 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, cast
 
 from eval.compare_schema import BitsComparison, Comparison, Flip, TaskComparison
 from eval.paired import ERROR
+from pretrain.text_tables import aligned, markdown_row
 
 Format = Literal["text", "markdown", "csv", "latex", "json"]
 HEADS = ("task", "metric", "items", "baseline", "model", "difference [95 %]", "won/lost", "p", "p equiv.", "verdict")
@@ -143,10 +144,7 @@ def _text(comparison: Comparison) -> str:
     lines = []
     for title, rows in tables(comparison):
         table = [[printable(cell) for cell in cells] for cells in (HEADS, *rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines += [printable(title)]
-        lines += ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-        lines += [""]
+        lines += [printable(title), *aligned(table), ""]
     lines += [printable(line) for line in explanations(comparison)]
     for flip in comparison.get("flips", []):
         lines += ["", *_flip_lines(flip, comparison["models"][0]["label"])]
@@ -172,8 +170,8 @@ def printable(text: str) -> str:
 def _markdown(comparison: Comparison) -> str:
     lines = []
     for title, rows in tables(comparison):
-        lines += [f"**{markdown_text(title)}**", "", _pipes(HEADS), _pipes(["---"] * len(HEADS))]
-        lines += [_pipes([markdown_text(cell) for cell in cells]) for cells in rows]
+        lines += [f"**{markdown_text(title)}**", "", markdown_row(HEADS), markdown_row(["---"] * len(HEADS))]
+        lines += [markdown_row(map(markdown_text, cells)) for cells in rows]
         lines += [""]
     lines += [f"- {markdown_text(line)}" for line in explanations(comparison)]
     for flip in comparison.get("flips", []):
@@ -181,10 +179,6 @@ def _markdown(comparison: Comparison) -> str:
         lines += ["", markdown_text(first) + ":", "", f"> {_markdown_line(prompt)}", ""]
         lines += [f"- {_markdown_line(choice)}" for choice in choices]
     return "\n".join(lines)
-
-
-def _pipes(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def markdown_text(text: str) -> str:

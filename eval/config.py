@@ -8,6 +8,9 @@ models:
     dtype: bfloat16
 suite: core                         # or tasks:, a list of names or of {name, shots, metric}
 limit: 500
+bits_per_byte: [lambada, sea=texts/sea.jsonl]
+overlap: overlap.json               # of `aurora data overlap`
+subset: [goldenswag]
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.loader import read_yaml
 from pretrain.config.validate import validate_section
 
+Word = Annotated[str, Field(min_length=1)]
 _LABEL = re.compile(r"[\w][\w.+-]*")
 
 
@@ -105,6 +109,14 @@ class EvalConfig(Section):
     """Which items a limit selects; null for the first ones."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Texts per forward pass; null for `auto`, as many as suit the device."""
+    bits_per_byte: Annotated[tuple[Word, ...], Field(strict=False)] = ()
+    """Held-out texts to measure bits per byte on, as --bits-per-byte takes them; with `tasks: []` nothing else."""
+    stride: Annotated[int, Field(ge=1)] | None = None
+    """Tokens that the window advances over a text longer than the context; null for half of the context."""
+    overlap: Word | None = None
+    """The report of `aurora data overlap`, by which items that occur in the training text are marked."""
+    subset: Annotated[tuple[Word, ...], Field(strict=False)] = ()
+    """Subsets of the items to show scores on as well, as --subset takes them."""
     device: str | None = None
     """For example cpu or cuda:0; null for a GPU if there is one, or else the CPU."""
 

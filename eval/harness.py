@@ -99,7 +99,10 @@ class Evaluation:
                 )
                 report = self._score(scorer, identity["name"]) if self._names else {}
                 bits_per_byte = {text.name: self._bits_per_byte(scorer, text, stride) for text in texts}
-        results = {name: task_result(name, self.tasks, report, scorer.truncated_requests[name]) for name in self._names}
+        truncated = scorer.truncated_requests
+        results = self.team.together(
+            lambda: {name: task_result(name, self.tasks, report, truncated[name]) for name in self._names}
+        )
         result: EvalResult = {
             "schema_version": SCHEMA_VERSION,
             "model": identity,

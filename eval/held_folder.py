@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from eval.errors import EvalError
+from pretrain.locks import try_exclusive
 
 _PARTIAL = ("", ".tmp", ".old")
 """Suffixes of a folder's name: the folder itself, and what writing it may leave (see `pretrain.files`)."""
@@ -60,7 +61,7 @@ def held_folder(parent: Path, name: str, fill: Callable[[Path], object]) -> Iter
         yield folder
     finally:
         with contextlib.suppress(OSError):
-            if _try_exclusive(lock):  # else another process uses it
+            if try_exclusive(lock):  # else another process uses it
                 _delete(folder)
         os.close(lock)
 
@@ -94,7 +95,7 @@ def _lock_filled(folder: Path, fill: Callable[[Path], object]) -> int:
             fcntl.flock(lock, fcntl.LOCK_SH)  # waits for a process that fills it
             filled = folder.is_dir()
             # Never waited for: users of a folder that was filled meanwhile keep their shared locks for hours.
-            if not filled and _try_exclusive(lock):
+            if not filled and try_exclusive(lock):
                 if os.fstat(lock).st_nlink and not folder.is_dir():
                     fill(folder)
                 fcntl.flock(lock, fcntl.LOCK_SH)
@@ -109,24 +110,15 @@ def _lock_filled(folder: Path, fill: Callable[[Path], object]) -> int:
         time.sleep(random.SystemRandom().uniform(0.01, 0.05))  # processes that refused each other do not meet again
 
 
-def _try_exclusive(lock: int) -> bool:
-    """Turn the shared lock into an exclusive one, unless others hold the shared one too; it may be lost then."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _delete_leftovers(parent: Path, own: str) -> None:
     for file in parent.glob("*.lock"):
         if file.stem == own:
             continue
-        with contextlib.suppress(OSError):  # in use, or gone already
+        with contextlib.suppress(OSError):  # gone already
             lock = os.open(file, os.O_RDWR)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _delete(file.with_suffix(""))
+                if try_exclusive(lock):  # else it is in use
+                    _delete(file.with_suffix(""))
             finally:
                 os.close(lock)
 

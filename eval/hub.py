@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -33,8 +34,8 @@ from pretrain.processes.redaction import redact
 
 T = TypeVar("T")
 
-ANSWER_SECONDS = 6.0
-"""How long the Hub may take to say whether it has a model."""
+ANSWER_SECONDS = 4.0
+"""How long the Hub may take to say whether it has something; together with the imports, less than 10 seconds."""
 _PAUSES = (0.5, 1.0, 2.0)
 """Seconds before each further attempt if the Hub fails."""
 _FAILURES = (429, 500, 502, 503, 504)
@@ -168,19 +169,7 @@ def _ask(name: str, revision: str | None) -> ModelInfo | _Silence:
     Raises:
         EvalError: the Hub says that there is none, or that access is not granted.
     """
-    deadline = time.monotonic() + ANSWER_SECONDS
-
-    def ask() -> ModelInfo:
-        for pause in _PAUSES:
-            try:
-                return HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS)
-            except HfHubHTTPError as error:
-                if error.response.status_code not in _FAILURES or time.monotonic() + pause >= deadline:
-                    raise
-                time.sleep(pause)
-        return HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS)
-
-    answer = outcome_within(ANSWER_SECONDS, ask)
+    answer = _answer(lambda: HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS))
     if isinstance(answer, ModelInfo):
         return answer
     where = f"the Hub at {_endpoint()}"
@@ -193,6 +182,33 @@ def _ask(name: str, revision: str | None) -> ModelInfo | _Silence:
             f"{name} is neither a local folder nor a model on {where} (or it is private and no token is set)"
         ) from answer
     return _Silence(f"{where} {_reason(answer)}")
+
+
+def silence_about(data_set: str) -> str:
+    """Return why the Hub says nothing about a data set within `ANSWER_SECONDS`; empty if it does, were it a refusal."""
+    answer = _answer(lambda: HfApi().dataset_info(data_set, timeout=ANSWER_SECONDS))
+    if not isinstance(answer, Exception) or isinstance(answer, HFValidationError):
+        return ""
+    if isinstance(answer, HfHubHTTPError) and answer.response.status_code not in _FAILURES:
+        return ""
+    return f"the Hub at {_endpoint()} {_reason(answer)}"
+
+
+def _answer(ask: Callable[[], T]) -> T | Exception:
+    """What the Hub answers within `ANSWER_SECONDS`; it is asked again while it fails."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+
+    def ask_again() -> T:
+        for pause in _PAUSES:
+            try:
+                return ask()
+            except HfHubHTTPError as error:
+                if error.response.status_code not in _FAILURES or time.monotonic() + pause >= deadline:
+                    raise
+                time.sleep(pause)
+        return ask()
+
+    return outcome_within(ANSWER_SECONDS, ask_again)
 
 
 def _reason(error: BaseException) -> str:
@@ -260,6 +276,6 @@ def _pieces(index: Path) -> list[str]:
         pieces = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if any(Path(piece).name != piece for piece in pieces):
             raise ValueError("a file of it is not in the same folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EvalError(f"{index} is not a valid index of weights: {error!r}") from error
     return sorted(pieces)

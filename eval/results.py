@@ -13,6 +13,7 @@ from typing import Any, Literal, NotRequired, Union, cast, get_args, get_origin,
 
 from eval.errors import EvalError
 from eval.schema import SCHEMA_VERSION, EvalResult, ModelIdentity, TaskResult
+from eval.scores import shots_of
 from eval.suites import TaskChoice
 from eval.validity_schema import BitsPerByte
 from pretrain.files import replace_text
@@ -70,7 +71,10 @@ def check_out(
     Raises:
         EvalError: the folder cannot be written to, or holds something that would be lost.
     """
-    existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
+    try:
+        existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
+    except (OSError, ValueError) as error:  # a name that is too long, or a folder that may not be read
+        raise EvalError(f"cannot write a result to {out_dir}: {error}") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise EvalError(f"cannot write a result to {out_dir}: {existing} is not a folder that you may write to")
     file = out_dir / RESULT_FILE
@@ -81,7 +85,7 @@ def check_out(
     name, kept = earlier["model"]["name"], _not_covered(earlier, choices)
     kept += [f"bits per byte on {text}" for text in earlier.get("bits_per_byte", {}) if text not in texts]
     other_shots = sorted(
-        task for task, choice in choices.items() if choice.shots != _shots(earlier, task, otherwise=choice.shots)
+        task for task, choice in choices.items() if shots_of(earlier, task) not in (None, choice.shots)
     )
     lost = [
         f"it is of the model {name}" if not _same_model(earlier["model"], model, source) else "",
@@ -188,21 +192,15 @@ def _not_covered(earlier: EvalResult, tasks: Container[str]) -> list[str]:
     return sorted(name for name in earlier["tasks"] if name not in tasks and name not in covered)
 
 
-def _shots(earlier: EvalResult, task: str, otherwise: int) -> int:
-    """The number of solved examples with which an earlier result has a task or group."""
-    group = earlier.get("groups", {}).get(task)
-    found = earlier["tasks"].get(group["tasks"][0] if group else task)
-    return otherwise if found is None else found.get("num_fewshot", 0)
-
-
 def read_result(path: Path) -> EvalResult:
     """Read and check a result file, or the one in a folder.
 
     Raises:
         EvalError: there is none, it is malformed, or its figures contradict its items; one line per problem.
     """
-    file = path / RESULT_FILE if path.is_dir() else path
+    file = path
     try:
+        file = path / RESULT_FILE if path.is_dir() else path
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise EvalError(f"no result of an evaluation at {file}; `aurora eval --out` writes one") from error
@@ -219,6 +217,10 @@ def read_result(path: Path) -> EvalResult:
     if not problems:
         result = cast(EvalResult, content)
         problems = [f"tasks.{name}: {text}" for name, task in result["tasks"].items() for text in _contradictions(task)]
+        for name, group in result.get("groups", {}).items():
+            problems += [f"groups.{name}: it has no tasks"] if not group["tasks"] else []
+            absent = [task for task in group["tasks"] if task not in result["tasks"]]
+            problems += [f"groups.{name}.tasks: not in the result: {', '.join(absent)}"] if absent else []
         for name, measured in result.get("bits_per_byte", {}).items():
             problems += [f"bits_per_byte.{name}: {text}" for text in _bits_contradictions(measured)]
     if problems:

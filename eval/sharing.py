@@ -30,9 +30,12 @@ from pretrain.processes.errors import PeerError, UserError
 from pretrain.processes.failures import report
 
 T = TypeVar("T")
+Job = TypeVar("Job")
 
 _FAILED = "aurora-eval-failed"
 """The key of the store under which the first process that fails says so."""
+_GAVE_UP = "aurora-eval-gave-up"
+"""The same for a process that cannot do its share of a piece of work; with the number of that piece."""
 _LONGEST = timedelta(days=30)
 """How long a process waits for the shares of the others. One that has died is noticed by its closed connection."""
 _REQUEST_COST = 16
@@ -55,13 +58,17 @@ class SharedScorer(ContinuationScorer):
 
     def __init__(self, *arguments: Any, team: Team, store: ScoreStore | None = None, **options: Any) -> None:
         super().__init__(*arguments, store=_Watched(store, team) if team.ranks.world_size > 1 else store, **options)
-        self._ranks = team.ranks
+        self._team, self._ranks = team, team.ranks
         self._cache = store
         self.scored_by_rank = [0] * team.ranks.world_size
         self.reused_requests = 0
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
-        """Return (log-likelihood, whether greedy decoding would produce it) for each request, on every rank."""
+        """Return (log-likelihood, whether greedy decoding would produce it) for each request, on every rank.
+
+        Raises:
+            EvalError: the requests cannot be scored; of several processes, all raise a `TeamError`.
+        """
         before = self.scored_requests
         if self._ranks.world_size == 1:
             results = super().loglikelihood(requests)
@@ -70,11 +77,14 @@ class SharedScorer(ContinuationScorer):
         # Other processes may add scores meanwhile, so that one of them decides for all what is known.
         known = set(self._ranks.broadcast(self._known(requests)))
         mine = divide(requests, known, self._ranks.world_size)[self._ranks.rank]
-        truncated = Counter(self.truncated_requests)
-        scores = super().loglikelihood([requests[index] for index in mine])
-        truncated = self.truncated_requests - truncated
-        shares = self._ranks.gather((mine, scores, truncated, self.scored_requests - before))
-        self.truncated_requests -= truncated
+        earlier = Counter(self.truncated_requests)
+
+        def score() -> tuple[list[int], list[Score], Counter[str], int]:
+            scores = super(SharedScorer, self).loglikelihood([requests[index] for index in mine])
+            return mine, scores, self.truncated_requests - earlier, self.scored_requests - before
+
+        shares = self._team.shared(score)
+        self.truncated_requests = earlier
         found: dict[int, Score] = {}
         for indices, values, cut, _ in shares:
             found.update(zip(indices, values, strict=True))
@@ -123,13 +133,19 @@ def divide(requests: Sequence[Instance], known: Collection[int], parts: int) -> 
     return [sorted(share) for share in shares]
 
 
-@dataclass(frozen=True)
+class _GaveUpError(Exception):
+    """Another process cannot do its share, so that this one need not finish its own."""
+
+
+@dataclass
 class Team:
     """The processes that share an evaluation, seen from one of them."""
 
     ranks: Ranks = field(default_factory=Ranks)
     store: dist.Store | None = None
     """Where a process that fails says so; None for a single process."""
+    _pieces: int = 0
+    """Number of pieces of work that were shared so far."""
 
     def together(self, work: Callable[[], T]) -> T:
         """Return what `work` returns here; bad input on one process is bad input on all of them.
@@ -162,6 +178,68 @@ class Team:
             raise TeamError(problem if everywhere else f"{problem} (on rank {rank}, host {host})")
         return found[0]
 
+    def shared(self, work: Callable[[], T]) -> list[T]:
+        """Return what `work` returns on each process, by rank, on every one of them.
+
+        Args:
+            work: this process's share, with a picklable value; must not communicate. If it raises an error on one
+                process, the others stop at their next call of `check`.
+
+        Raises:
+            UserError, TeamError, Exception, PeerError: as for `together`.
+        """
+        if self.ranks.world_size == 1:
+            return [work()]
+        self._pieces += 1
+        found: list[T] = []
+        own: Exception | None = None
+        try:
+            found.append(work())
+        except PeerError:
+            raise  # that process has left, and takes part in nothing more
+        except _GaveUpError:
+            pass  # its error is raised below
+        except Exception as error:
+            self._say(f"{_GAVE_UP}-{self._pieces}", "")
+            own = error
+
+        def answer() -> None:
+            if own is not None:
+                raise own
+
+        self.together(answer)
+        return self.ranks.gather(found[0])
+
+    def led(self, lead: Callable[[Callable[[Job], T]], object], work: Callable[[Job], T]) -> None:
+        """Let the first process decide what all of them do, until it is done.
+
+        Args:
+            lead: called on the first process alone, with a function that has every process do `work`; it may take any
+                time in between.
+            work: done by every process, with the picklable value that the first one gives; may communicate. What bad
+                input raises must be a `TeamError`, so that all continue.
+
+        Raises:
+            UserError: on every process, if `lead` raised it.
+        """
+        if self.ranks.world_size == 1:
+            lead(work)
+        elif self.ranks.rank == 0:
+            problem = None
+            try:
+                lead(lambda job: work(self.ranks.broadcast([job])[0]))
+            except UserError as error:
+                problem = error
+            self.ranks.broadcast(problem and str(problem))
+            if problem is not None:
+                raise problem
+        else:
+            while isinstance(job := self.ranks.broadcast(None), list):
+                with contextlib.suppress(TeamError):  # the first process decides what follows from it
+                    work(job[0])
+            if job is not None:
+                raise TeamError(job)
+
     def on_first(self, work: Callable[[], T]) -> T:
         """Do `work` on the first process alone; its picklable result, on every process.
 
@@ -174,22 +252,31 @@ class Team:
         return value
 
     def check(self) -> None:
-        """Stop here if another process has failed.
+        """Stop here if another process has failed, or has given up what is shared now.
 
         Raises:
-            PeerError: one has.
+            PeerError: one has failed.
         """
-        if self.store is not None and self.store.check([_FAILED]):
+        if self.store is None:
+            return
+        if self.store.check([_FAILED]):
             raise PeerError(*json.loads(self.store.get(_FAILED)))
+        if self.store.check([f"{_GAVE_UP}-{self._pieces}"]):
+            raise _GaveUpError
 
     def fail(self, error: BaseException) -> None:
         """Report an error of this process, and tell the others, which then end at their next batch."""
         # Before this process leaves the group: the others then fail later than this one.
         code = report(error)
-        if self.store is not None and not isinstance(error, PeerError):
+        if not isinstance(error, PeerError):
             text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            self._say(_FAILED, json.dumps([self.ranks.rank, socket.gethostname(), text, code]))
+
+    def _say(self, key: str, value: str) -> None:
+        """Tell the other processes, which look for it in `check`."""
+        if self.store is not None:
             with contextlib.suppress(RuntimeError):  # the process that holds the store has ended
-                self.store.set(_FAILED, json.dumps([self.ranks.rank, socket.gethostname(), text, code]))
+                self.store.set(key, value)
 
 
 @contextlib.contextmanager
@@ -211,7 +298,7 @@ def joined_team() -> Iterator[Team]:
 
 
 class _Watched:
-    """A store that ends this process once another one has failed."""
+    """A store that stops this process once another one has failed or given up."""
 
     def __init__(self, store: ScoreStore | None, team: Team) -> None:
         self._store, self._team = store, team

@@ -17,14 +17,16 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 
 from eval.errors import EvalError, first_line
-from eval.hub import outcome_within
+from eval.hub import outcome_within, silence_about
 from eval.identities import IDENTIFYING_COLUMNS, ItemIdentity
+from pretrain.files import at_home
 from pretrain.processes.errors import did_you_mean
 from pretrain.processes.redaction import redact
 
 _NAME = re.compile(r"[\w.-]+")
 _DOWNLOAD_SECONDS = 60.0
 """How long the download of a list, of less than a megabyte, may take."""
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -107,18 +109,21 @@ def read_subset(request: str) -> SubsetList:
         return _from_hub(request, HUB_SUBSETS[request])
     if not _NAME.fullmatch(name) or not _NAME.fullmatch(task):
         raise EvalError(f"a subset cannot be called {label!r}; expected [TASK:]NAME=FILE")
-    return _from_file(name, task, Path(path).expanduser())
+    return _from_file(name, task, at_home(path))
 
 
 def _from_hub(name: str, subset: HubSubset) -> SubsetList:
     hub = redact(constants.ENDPOINT)
+    silence = silence_about(subset.repository)
+    options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": [subset.files]}
     outcome = outcome_within(
         _DOWNLOAD_SECONDS,
-        lambda: Path(snapshot_download(subset.repository, repo_type="dataset", allow_patterns=[subset.files])),
+        lambda: Path(snapshot_download(subset.repository, local_files_only=bool(silence), **options)),
     )
     if isinstance(outcome, Exception):  # the client raises anything
+        reason = f"it is not in the Hugging Face cache, and {silence}" if silence else first_line(outcome)
         raise EvalError(
-            f"cannot fetch the subset {name} from {subset.repository} at {hub}: {first_line(outcome)}; a list in a"
+            f"cannot fetch the subset {name} from {subset.repository} at {hub}: {reason}; a list in a"
             f" file works offline: --subset {name}=FILE"
         ) from outcome
     folder = outcome
@@ -134,13 +139,13 @@ def _from_file(name: str, task: str, file: Path) -> SubsetList:
         return _list_of(name, task, _parquet(file, task), "file", str(file))
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also of a name with a null character
         raise EvalError(f"cannot read {file}: {error}") from error
     if file.suffix == ".jsonl":
         return _list_of(name, task, _json_rows(file, lines), "file", str(file))
     if file.suffix != ".txt":
         raise EvalError(f"{file}: expected a list of items that ends in .txt, .jsonl or .parquet")
-    if not all(line.isdecimal() or _HEX.fullmatch(line) for line in lines):
+    if not all(_NUMBER.fullmatch(line) or _HEX.fullmatch(line) for line in lines):
         raise EvalError(f"{file}: expected one doc_id (a number) or one doc_hash (64 hexadecimal digits) in each line")
     # Sixty-four decimal digits are a hash.
     rows = [{"doc_hash": line} if _HEX.fullmatch(line) else {"doc_id": int(line)} for line in lines]
@@ -167,7 +172,7 @@ def _parquet(file: Path, task: str) -> list[dict[str, Any]]:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read_bytes()))
         wanted = {"doc_id", "doc_hash", *IDENTIFYING_COLUMNS.get(task, ())}
         rows: list[dict[str, Any]] = table.read([c for c in table.schema_arrow.names if c in wanted]).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise EvalError(f"cannot read {file}: {error}") from error
     return rows
 

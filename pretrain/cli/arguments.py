@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[Any]
@@ -96,14 +97,6 @@ def add_margin(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def named_path(word: str) -> tuple[str | None, Path]:
-    """Split NAME=PATH; a path that exists is not split."""
-    label, separator, path = word.partition("=")
-    if Path(word).exists() or not separator or not label or not path:
-        return None, Path(word)
-    return label, Path(path)
-
-
 def add_series(parser: argparse.ArgumentParser) -> None:
     """Add the evaluation of a run's checkpoints one after another, and the logging of results."""
     parser.add_argument(
@@ -137,6 +130,50 @@ def add_series(parser: argparse.ArgumentParser) -> None:
         choices=("wandb",),
         help="also log the scores to the Weights & Biases run of the training run, against the step of the checkpoint",
     )
+
+
+class Marks(NamedTuple):
+    """What marks items of an evaluation."""
+
+    overlap: Path | None
+    """The report of `aurora data overlap`."""
+    subsets: Sequence[str]
+    """Each NAME or [TASK:]NAME=FILE."""
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Marks:
+        """Return those of a command line that has the arguments of `add_marks`."""
+        return cls(options.overlap, options.subset or [])
+
+    def __bool__(self) -> bool:
+        return bool(self.overlap or self.subsets)
+
+
+def command_line(parser: argparse.ArgumentParser, options: argparse.Namespace, without: Container[str]) -> list[str]:
+    """Return a command line that the parser turns into the same options.
+
+    Args:
+        parser: of a verb.
+        options: what it made of a command line.
+        without: arguments to leave out, by their `dest`.
+    """
+    words: list[str] = []
+    places: list[str] = []
+    for action in parser._actions:
+        value = None if action.dest == "help" or action.dest in without else getattr(options, action.dest)
+        if value is None or value is False:
+            continue
+        if not action.option_strings:
+            places += value if isinstance(value, list) else [str(value)]
+        elif action.nargs == 0:
+            words.append(action.option_strings[-1])
+        else:
+            for one in value if isinstance(action, argparse._AppendAction) else [value]:
+                text = ",".join(one) if isinstance(one, list) else str(one)
+                name = action.option_strings[-1]
+                words += [f"{name}={text}"] if text.startswith("-") else [name, text]
+    separated = any(place.startswith("-") for place in places)
+    return [*words, *["--"] * separated, *places]
 
 
 def task_names(text: str) -> list[str]:

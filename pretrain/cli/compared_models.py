@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
-from eval.compare import LEFT_OUT, compare, main_metric
-from eval.compare_groups import shared_groups
+from eval.compare import LEFT_OUT, compare
+from eval.compare_groups import joined, shared_groups
 from eval.compare_schema import Comparison
 from eval.compare_tables import HEADS, explanations, tables, verdict
 from eval.config import load_eval_config
 from eval.errors import EvalError
-from eval.paired import PairedOutcomes
 from eval.results import RESULT_FILE, read_result
-from eval.schema import EvalResult, ItemOutcome, TaskResult
-from pretrain.cli.arguments import named_path
+from eval.schema import EvalResult
+from eval.scores import Score, group_of, interval_of, main_metric, scores
 from pretrain.comparison.facts import Claim
 from pretrain.comparison.measured import Measured, MeasuredModel, MeasuredTask, PairedRows
+from pretrain.files import exists, named_path
 from pretrain.processes.errors import did_you_mean
 
 
@@ -56,7 +55,7 @@ def result_files(models: Mapping[str, str], places: Sequence[str]) -> dict[str, 
         if label is not None and label not in models:
             problems.append(f"{word}: no model of the config is called {label!r}{did_you_mean(label, models)}")
             continue
-        if not path.exists():
+        if not exists(path):
             problems.append(f"{word}: no such file or folder")
             continue
         files = {name: path / name / RESULT_FILE for name in models} if label is None else {label: path}
@@ -151,7 +150,7 @@ def _comparison(
     shared = [
         name
         for name in results[labels[0]]["tasks"]
-        if all(name in results[label]["tasks"] and name not in _grouped(results[label]) for label in labels)
+        if all(name in results[label]["tasks"] and name not in group_of(results[label]) for label in labels)
     ]
     shared += shared_groups([results[label] for label in labels])
     if not shared:
@@ -160,7 +159,7 @@ def _comparison(
     # Of a group that is left out, its name says enough: MMLU has 57 parts.
     notes = [note for note in comparison["notes"] if not note.startswith(LEFT_OUT)]
     for label in labels:
-        left_out = [name for name in _task_names(results[label]) if name not in shared]
+        left_out = [score.name for score in _tasks_then_groups(results[label]) if score.name not in shared]
         notes += [f"{LEFT_OUT}{label}: {', '.join(left_out)}"] if left_out else []
     comparison["notes"] = notes
     return comparison
@@ -204,47 +203,30 @@ def _measured(result: EvalResult) -> MeasuredModel:
     return found
 
 
-def _grouped(result: EvalResult) -> set[str]:
-    """Return the tasks that are parts of a group, such as the subjects of MMLU."""
-    return set(chain.from_iterable(group["tasks"] for group in result.get("groups", {}).values()))
-
-
-def _task_names(result: EvalResult) -> list[str]:
-    """Return the tasks and groups of tasks, without the parts of a group."""
-    parts = _grouped(result)
-    return [*(name for name in result["tasks"] if name not in parts), *result.get("groups", {})]
-
-
 def _tasks(result: EvalResult) -> dict[str, MeasuredTask]:
-    """Return the tasks of a result; the parts of a group appear as one."""
-    parts = _grouped(result)
-    found = {
-        name: _task(name, [task], result["num_fewshot"]) for name, task in result["tasks"].items() if name not in parts
-    }
-    for name, group in result.get("groups", {}).items():
-        found[name] = _task(name, [result["tasks"][part] for part in group["tasks"]], result["num_fewshot"])
-    return found
+    """Return the tasks of a result, then its groups of tasks, whose parts do not appear."""
+    return {score.name: _task(score) for score in _tasks_then_groups(result)}
 
 
-def _task(name: str, tasks: Sequence[TaskResult], shots: int) -> MeasuredTask:
-    """Return the score over the items of some tasks, which count alike, with its interval."""
-    metric = main_metric(tasks[0])
-    items: list[tuple[int, ItemOutcome]] = [(place, item) for place, task in enumerate(tasks) for item in task["items"]]
-    outcomes = [item[metric] for _, item in items]
-    sources = [f"{place} {item['source']}" for place, item in items if "source" in item]
-    # The interval of a difference from a model that gets nothing right is that of the score.
-    paired = PairedOutcomes([0] * len(outcomes), outcomes, sources if len(sources) == len(items) else None)
-    low, high = paired.interval()
+def _tasks_then_groups(result: EvalResult) -> list[Score]:
+    return sorted(scores(result), key=lambda score: score.is_group)
+
+
+def _task(score: Score) -> MeasuredTask:
+    """Return a score over the items of its tasks, which count alike, with its interval."""
+    whole = joined(score.tasks)
+    metric = main_metric(whole)
+    low, high = interval_of(whole["items"], metric)
     found: MeasuredTask = {
         "metric": metric,
-        "score": paired.difference,
-        "low": max(0.0, low),
-        "high": min(1.0, high),
-        "num_items": len(items),
-        "num_items_in_split": sum(task["num_items_in_split"] for task in tasks),
-        "split": tasks[0]["split"],
-        "shots": tasks[0].get("num_fewshot", shots),
+        "score": whole[metric],
+        "low": low,
+        "high": high,
+        "num_items": whole["num_items"],
+        "num_items_in_split": whole["num_items_in_split"],
+        "split": whole["split"],
+        "shots": score.shots,
     }
-    if "note" in tasks[0]:
-        found["note"] = tasks[0]["note"]
+    if "note" in score.tasks[0]:
+        found["note"] = score.tasks[0]["note"]
     return found

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.arguments import add_marks, add_series, add_texts, positive, task_names
+from pretrain.cli.arguments import add_marks, add_series, add_texts, command_line, positive, task_names
 from pretrain.processes.environment import world
 from pretrain.processes.errors import UserError
 
@@ -144,15 +144,13 @@ def run(options: argparse.Namespace) -> int:
     # The parent of several processes loads neither torch nor lm-eval.
     from eval.sharing import joined_team
     from pretrain.cli.evaluation_run import evaluate_checkpoints_of, evaluate_plan
-    from pretrain.cli.result import check_marks, marks_asked
 
-    if options.every_checkpoint:
-        evaluate_checkpoints_of(plan, options)
-        return 0
-    check_plan(plan, options.out, options.overwrite, marks_asked(options))
-    check_marks(options)
     with joined_team() as team:
-        evaluate_plan(plan, options, team)
+        if options.every_checkpoint:
+            evaluate_checkpoints_of(plan, options, team)
+        else:
+            team.together(lambda: check_plan(plan, options.out, options.overwrite))
+            evaluate_plan(plan, options, team)
     return 0
 
 
@@ -163,8 +161,6 @@ def _check_series(options: argparse.Namespace) -> None:
         UserError: they do.
     """
     if options.every_checkpoint:
-        if max(world().size, options.processes) > 1:
-            raise UserError("--every-checkpoint evaluates with one process: start it without torchrun and --processes")
         if len(options.models) > 1:
             raise UserError(f"--every-checkpoint: expected one run, got {', '.join(options.models)}")
         return
@@ -175,21 +171,8 @@ def _check_series(options: argparse.Namespace) -> None:
         raise UserError("--out DIR is missing: the folder to write the result to")
 
 
-_REPEATED = ("bits_per_byte", "subset")
-"""Options that are given once for each value."""
-
-
 def _arguments(options: argparse.Namespace) -> list[str]:
     """The command line for one of several processes."""
-    words = list(options.models)
-    for name, value in vars(options).items():
-        if name in ("models", "run", "processes", "local_rank") or value is None or value is False:
-            continue
-        option = "--" + name.replace("_", "-")
-        if name in _REPEATED:
-            words += [word for one in value for word in (option, one)]
-        elif value is True:
-            words.append(option)
-        else:
-            words += [option, ",".join(value) if isinstance(value, list) else str(value)]
-    return words
+    verbs = argparse.ArgumentParser().add_subparsers()
+    add(verbs)
+    return command_line(verbs.choices["eval"], options, without=("processes",))

@@ -7,18 +7,19 @@ RUN/eval/NAME/step-N/results.json) are series; of each, the newest step that all
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from eval.compare import DEFAULT_MARGIN, compare, main_metric
+from eval.compare import DEFAULT_MARGIN, compare
+from eval.compare_groups import joined
 from eval.compare_schema import SCOPE
 from eval.compare_tables import verdict
 from eval.errors import EvalError
 from eval.results import RESULT_FILE, read_result
 from eval.schema import EvalResult, TaskResult
+from eval.scores import bits_interval, group_of, interval_of, main_metric, scores, shots_of
 from pretrain.report.schema import BitsRow, DifferenceRow, Evaluations, ScoreRow, SeriesRow
 
 _STEP = re.compile(r"step-([0-9]+)")
@@ -30,7 +31,7 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
 
     What cannot be read or compared becomes a note: the report is of the runs, too.
     """
-    scores: list[ScoreRow] = []
+    found_scores: list[ScoreRow] = []
     rows: list[SeriesRow] = []
     bits: list[BitsRow] = []
     notes: list[str] = []
@@ -53,11 +54,11 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
                 series.setdefault(group, {}).setdefault(run, {})[step] = file
                 newest[group] = max(newest.get(group, (-1, name, result)), (step, name, result), key=lambda x: x[0])
             else:
-                scores += _scores(run, name, result)
+                found_scores += _scores(run, name, result)
                 by_file.setdefault(name, {})[run] = file
         for _, name, result in newest.values():
-            scores += _scores(run, name, result)
-    if not scores and not bits and not notes:
+            found_scores += _scores(run, name, result)
+    if not found_scores and not bits and not notes:
         return None
     by_file |= _newest_common(series)
     differences: list[DifferenceRow] = []
@@ -69,7 +70,7 @@ def evaluations(runs: Mapping[str, Path]) -> Evaluations | None:
                 notes += [f"{name}: not compared: {line}" for line in str(error).splitlines()]
     rows.sort(key=lambda row: (row["run"], row["series"], row["task"], row["step"]))
     return {
-        "scores": scores,
+        "scores": found_scores,
         "series": rows,
         "bits_per_byte": bits,
         "differences": differences,
@@ -98,43 +99,35 @@ def _newest_common(series: Mapping[str, Mapping[str, Mapping[int, Path]]]) -> di
 
 
 def _points(run: str, series: str, step: int, result: EvalResult) -> list[SeriesRow]:
-    """The scores of one checkpoint."""
+    """The scores of one checkpoint; a group of tasks is one, over the items of all of them."""
     provenance = result["model"].get("provenance")
     points: list[SeriesRow] = []
-    for name, task in result["tasks"].items():
-        metric = main_metric(task)
-        low, high = wilson_interval(task[metric], task["num_items"])
+    for score in scores(result):
+        task = joined(score.tasks)
+        low, high = interval_of(task["items"], score.metric)
         points.append(
             {
                 "run": run,
                 "series": series,
                 "step": step,
                 "tokens": provenance["tokens"] if provenance else None,
-                "task": name,
-                "metric": metric,
-                "score": task[metric],
+                "task": score.name,
+                "metric": score.metric,
+                "score": task[score.metric],
                 "low": low,
                 "high": high,
-                "num_items": task["num_items"],
+                "num_items": score.num_items,
             }
         )
     return points
 
 
-def wilson_interval(share: float, items: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the score interval of a proportion (Wilson 1927, JASA 22); `z` is 1.96 for 95 %."""
-    centre = (share + z * z / (2 * items)) / (1 + z * z / items)
-    half = z / (1 + z * z / items) * math.sqrt(share * (1 - share) / items + z * z / (4 * items * items))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding, for 0 and 1
-
-
 def _scores(run: str, file: str, result: EvalResult) -> list[ScoreRow]:
     """The scores of a result: of its groups of tasks, then of its tasks."""
-    groups = result.get("groups", {})
-    group_of = {task: name for name, group in groups.items() for task in group["tasks"]}
+    groups, owners = result.get("groups", {}), group_of(result)
     rows = [_score(run, file, result, name, cast(Mapping[str, Any], group)) for name, group in groups.items()]
     for name, task in result["tasks"].items():
-        rows.append({**_score(run, file, result, name, cast(Mapping[str, Any], task)), "group": group_of.get(name)})
+        rows.append({**_score(run, file, result, name, cast(Mapping[str, Any], task)), "group": owners.get(name)})
     return rows
 
 
@@ -149,7 +142,7 @@ def _score(run: str, file: str, result: EvalResult, name: str, task: Mapping[str
         "stderr": task.get(f"{metric}_stderr"),
         "num_items": task["num_items"],
         "num_items_in_split": task.get("num_items_in_split", task["num_items"]),
-        "num_fewshot": task.get("num_fewshot", result["num_fewshot"]),
+        "num_fewshot": cast(int, shots_of(result, name)),
         "suite": result.get("suite"),
         "group": None,
         "note": task.get("note", ""),
@@ -168,19 +161,25 @@ def _other_figures(task: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 
 def _bits(run: str, file: str, step: int | None, result: EvalResult) -> list[BitsRow]:
-    return [
-        {
-            "run": run,
-            "file": file,
-            "step": step,
-            "text": name,
-            "bits_per_byte": text["bits_per_byte"],
-            "stderr": text["stderr"],
-            "bytes": text["bytes"],
-            "documents": text["documents"],
-        }
-        for name, text in result.get("bits_per_byte", {}).items()
-    ]
+    rows: list[BitsRow] = []
+    for name, text in result.get("bits_per_byte", {}).items():
+        # Intervals are drawn for series alone.
+        low, high = (None if step is None else bits_interval(text)) or (None, None)
+        rows.append(
+            {
+                "run": run,
+                "file": file,
+                "step": step,
+                "text": name,
+                "bits_per_byte": text["bits_per_byte"],
+                "stderr": text["stderr"],
+                "low": low,
+                "high": high,
+                "bytes": text["bytes"],
+                "documents": text["documents"],
+            }
+        )
+    return rows
 
 
 def _differences(found: Mapping[str, Path]) -> list[DifferenceRow]:

@@ -10,8 +10,10 @@ from typing import Any
 
 from eval.config import EvalConfig, ModelSection, load_eval_config
 from eval.suites import DEFAULT_SUITE, TaskChoice, choose, suite
+from pretrain.cli.arguments import Marks
 from pretrain.cli.held_out import VALIDATION
 from pretrain.config.validate import validate_section
+from pretrain.files import at_home
 from pretrain.processes.errors import UserError
 
 
@@ -29,6 +31,8 @@ class Plan:
     """The held-out texts to measure bits per byte on."""
     stride: int | None
     """Tokens that a window advances over them; None for half of the context."""
+    marks: Marks
+    """Which items to mark."""
     apart: bool
     """Whether the result of each model gets a folder of its own, named after its label."""
 
@@ -50,6 +54,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
     models = [*config.models, *(_model(name) for name in options.models if name not in files)]
     if not models:
         raise UserError(f"{files[0]}: models: it names none; add some, or give them on the command line")
+    if (options.stride or config.stride) and not (options.bits_per_byte or config.bits_per_byte):
+        raise UserError("stride: works only with texts to measure bits per byte on: add --bits-per-byte")
     given = {"dtype": options.dtype} if options.dtype else {}
     given |= {"trust_remote_code": True} if options.trust_remote_code else {}
     models = [model.model_copy(update=given) for model in models]
@@ -57,10 +63,14 @@ def plan_of(options: argparse.Namespace) -> Plan:
     given_tasks = options.suite is not None or options.tasks is not None
     name = options.suite if given_tasks else config.suite
     tasks = [*(suite(name) if name else ()), *(options.tasks or ())] if given_tasks else config.choices()
-    if not tasks and not given_tasks:
+    texts = options.bits_per_byte or list(config.bits_per_byte)
+    # No tasks at all are asked for by an empty list of them.
+    only_texts = (
+        bool(texts) and not tasks and (options.tasks == [] if given_tasks else "tasks" in config.model_fields_set)
+    )
+    if not tasks and not given_tasks and not only_texts:
         name = DEFAULT_SUITE
         tasks = list(suite(name))
-    only_texts = options.bits_per_byte and options.tasks == [] and not tasks
     labels = [model.name for model in models]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
@@ -74,8 +84,12 @@ def plan_of(options: argparse.Namespace) -> Plan:
         tasks=chosen,
         suite=name if name is not None and chosen == list(suite(name)) else None,
         settings=_settings(options, config),
-        texts=options.bits_per_byte or [],
-        stride=options.stride,
+        texts=texts,
+        stride=options.stride or config.stride,
+        marks=Marks(
+            overlap=options.overlap or (at_home(config.overlap) if config.overlap else None),
+            subsets=options.subset or config.subset,
+        ),
         apart=bool(files) or len(models) > 1,
     )
 
@@ -98,14 +112,13 @@ def _settings(options: argparse.Namespace, config: EvalConfig) -> dict[str, Any]
     return found
 
 
-def check_plan(plan: Plan, out: Path, overwrite: bool, marks: Collection[str] = ()) -> None:
+def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
     """Refuse what can be refused before anything is fetched or loaded.
 
     Args:
         plan: what is asked for.
         out: the folder to write to.
         overwrite: whether earlier results may be lost.
-        marks: what `eval.results.marks_of` will find in the results.
 
     Raises:
         UserError: one line for each problem.
@@ -114,11 +127,13 @@ def check_plan(plan: Plan, out: Path, overwrite: bool, marks: Collection[str] = 
     from eval.models import check_model
     from eval.texts import text_problems
     from pretrain.cli.evaluated_models import locate
+    from pretrain.cli.result import mark_problems, marks_asked
 
     asked = plan.settings
     check_request(plan.tasks, asked["limit"], asked["batch_size"], asked["items"], asked["selection"])
     # The validation split of a run is not a file.
-    problems = text_problems([word for word in plan.texts if word != VALIDATION])
+    problems = text_problems([word for word in plan.texts if word != VALIDATION]) + mark_problems(plan.marks)
+    marks = marks_asked(plan.marks)
     for model in plan.models:
         try:
             source = locate(model)

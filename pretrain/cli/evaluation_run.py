@@ -6,9 +6,10 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import cast
 
 from eval.config import ModelSection
 from eval.errors import TeamError
@@ -31,11 +32,11 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
     """Evaluate each model with the processes of the team; the first one prints and writes.
 
     Raises:
-        UserError: a model cannot be evaluated; the others have been, unless only some processes found out.
+        UserError: a model cannot be evaluated; the others have been.
     """
     writes = team.ranks.rank == 0
     logged = plan.models if options.log and writes else []
-    logs = {model.name: ScoreLog(run_of(Path(model.model))) for model in logged}
+    logs = team.together(lambda: {model.name: ScoreLog(run_of(Path(model.model))) for model in logged})
     results: dict[str, EvalResult] = {}
     failures = []
     started = time.monotonic()
@@ -46,13 +47,10 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
             try:
                 out = plan.folder(model, options.out)
                 result = _result(prepared, plan, model, model.model, team, None if options.overwrite else out)
-                if writes:
-                    _write(result, out, options)
-                if model.name in logs:
-                    logs[model.name].add(result)
+                team.together(functools.partial(_keep, plan, result, out, options, writes, logs.get(model.name)))
                 results[model.name] = result
             except UserError as error:
-                # Several processes must not part ways.
+                # Several processes must not part ways: only a `TeamError` is one of all of them.
                 alone = team.ranks.world_size > 1 and not isinstance(error, TeamError)
                 if len(plan.models) == 1 or alone:
                     raise
@@ -68,44 +66,55 @@ def evaluate_plan(plan: Plan, options: argparse.Namespace, team: Team) -> None:
         raise UserError("\n".join(failures))
 
 
-def evaluate_checkpoints_of(plan: Plan, options: argparse.Namespace) -> None:
-    """Evaluate the checkpoints of the run that the plan names.
+def evaluate_checkpoints_of(plan: Plan, options: argparse.Namespace, team: Team) -> None:
+    """Evaluate the checkpoints of the run that the plan names with the processes of the team.
+
+    The first process alone looks for checkpoints and writes results.
 
     Raises:
         UserError: it is not a run, a result would be lost, or a checkpoint is damaged.
     """
     if len(plan.models) != 1:
         raise UserError(f"--every-checkpoint: expected one run, got {', '.join(model.name for model in plan.models)}")
-    run, team = Path(plan.models[0].model), Team()
-    asked = plan.settings
-    check_no_revision(plan.models[0])
-    check_run(run, options.follow)
+    (model,), asked = plan.models, plan.settings
+    run = Path(model.model)
+    check_no_revision(model)
+    team.together(lambda: check_run(run, options.follow))
 
-    texts, marks = [text_name(word) for word in plan.texts], marks_asked(options)
+    texts, marks = [text_name(word) for word in plan.texts], marks_asked(plan.marks)
+    shots = {task.name: task.shots for task in plan.tasks}
+    request = Request(shots, asked["limit"], asked["selection"], asked["items"], model.dtype, texts)
     with ExitStack() as opened:
         # The tasks are loaded once, and only if a checkpoint has to be evaluated.
         prepared = functools.cache(lambda: opened.enter_context(_prepared(plan, options, team)))
 
-        def evaluate(checkpoint: Path, out: Path, overwrite: bool) -> EvalResult:
-            if not overwrite:
-                check_folder(plan, out, str(checkpoint), "folder", marks)
-            result = _result(prepared(), plan, plan.models[0], str(checkpoint), team, None if overwrite else out)
-            _write(result, out, options)
-            return result
+        def share(job: tuple[Path, Path | None] | None) -> EvalResult | None:
+            """Load the tasks; evaluate a checkpoint, if there is one, whose earlier result is not to be lost."""
+            evaluation = prepared()
+            return _result(evaluation, plan, model, str(job[0]), team, job[1]) if job else None
 
-        shots = {task.name: task.shots for task in plan.tasks}
-        request = Request(shots, asked["limit"], asked["selection"], asked["items"], plan.models[0].dtype, texts)
-        evaluate_checkpoints(run, options, request, evaluate, prepared)
+        def lead(ask: Callable[[tuple[Path, Path | None] | None], EvalResult | None]) -> None:
+            def evaluate(checkpoint: Path, out: Path, overwrite: bool) -> EvalResult:
+                if not overwrite:
+                    check_folder(plan, out, str(checkpoint), "folder", marks)
+                result = cast("EvalResult", ask((checkpoint, None if overwrite else out)))
+                _write(plan, result, out, options)
+                return result
+
+            evaluate_checkpoints(run, options, request, evaluate, lambda: ask(None))
+
+        team.led(lead, share)
 
 
 @contextmanager
 def _prepared(plan: Plan, options: argparse.Namespace, team: Team) -> Iterator[Evaluation]:
     first = team.ranks.rank == 0
-    with evaluation(
-        plan.tasks, **plan.settings, keep_scores=not options.no_cache, progress=first, team=team
-    ) as prepared:
-        if first and (options.overlap or options.subset):
-            check_marks_of(prepared.tasks.tasks, plan.settings["items"], options)
+    opened = evaluation(plan.tasks, **plan.settings, keep_scores=not options.no_cache, progress=first, team=team)
+    with ExitStack() as stack:
+        prepared = team.together(lambda: stack.enter_context(opened))
+        if plan.marks:
+            tasks = prepared.tasks.tasks
+            team.together(lambda: check_marks_of(tasks, plan.settings["items"], plan.marks) if first else None)
         yield prepared
 
 
@@ -136,10 +145,20 @@ def _result(
     return result
 
 
-def _write(result: EvalResult, out: Path, options: argparse.Namespace) -> None:
+def _keep(
+    plan: Plan, result: EvalResult, out: Path, options: argparse.Namespace, writes: bool, log: ScoreLog | None
+) -> None:
+    """Write and log a result, on the process that does."""
+    if writes:
+        _write(plan, result, out, options)
+    if log is not None:
+        log.add(result)
+
+
+def _write(plan: Plan, result: EvalResult, out: Path, options: argparse.Namespace) -> None:
     path = write_result(result, out)  # before anything that may fail
-    if options.overlap or options.subset:
-        mark(result, options)
+    if plan.marks:
+        mark(result, plan.marks)
         write_result(result, out)
     print(format_table(result))
     print(f"result in {path}", flush=True)

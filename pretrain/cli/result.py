@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pretrain.cli.arguments import add_marks
+from pretrain.cli.arguments import Marks, add_marks
 
 if TYPE_CHECKING:
     from eval.schema import EvalResult
@@ -63,13 +64,14 @@ def run(options: argparse.Namespace) -> int:
     result = read_result(options.result)
     source = options.result / RESULT_FILE if options.result.is_dir() else options.result
     target = options.out / RESULT_FILE if options.out else source
-    if options.overlap or options.subset:
-        _check_target(target, source, result, marks_asked(options))
-    mark(result, options)
+    marks = Marks.of(options)
+    if marks:
+        _check_target(target, source, result, marks_asked(marks))
+    mark(result, marks)
     print(format_table(result))
     if options.format == "lm-eval":
         convert(result, options.out)
-    if options.overlap or options.subset:
+    if marks:
         print(f"result in {write_result_file(result, target)}")
     return 0
 
@@ -105,52 +107,55 @@ def unmarked(result: EvalResult) -> dict[str, Any]:
     return copied
 
 
-def marks_asked(options: argparse.Namespace) -> list[str]:
-    """Return what `eval.results.marks_of` finds in a result that --overlap and --subset have marked."""
+def marks_asked(marks: Marks) -> list[str]:
+    """Return what `eval.results.marks_of` finds in a result that has been marked."""
     from eval.results import OVERLAP, subset_mark
     from eval.subsets import subset_name
 
-    names = [subset_name(request) for request in options.subset or []]
-    return [*([OVERLAP] if options.overlap else []), *map(subset_mark, names)]
+    names = [subset_name(request) for request in marks.subsets]
+    return [*([OVERLAP] if marks.overlap else []), *map(subset_mark, names)]
 
 
-def check_marks(options: argparse.Namespace) -> None:
-    """Read the report and the lists that --overlap and --subset name, to refuse bad ones before anything is scored.
+def mark_problems(marks: Marks) -> list[str]:
+    """Read the report and the lists, to refuse bad ones before anything is scored; return what is wrong with them."""
+    from eval.errors import EvalError
+    from eval.overlap_report import read_overlap_report
+    from eval.subsets import read_subset, subset_name
 
-    Raises:
-        EvalError: one of them cannot be read.
-    """
-    if options.overlap:
-        from eval.overlap_report import read_overlap_report
+    problems: list[str] = []
+    reading: list[Callable[[], object]] = [partial(read_subset, word) for word in dict.fromkeys(marks.subsets)]
+    if marks.overlap:
+        reading.insert(0, partial(read_overlap_report, marks.overlap))
+    for read in reading:
+        try:
+            read()
+        except EvalError as error:
+            problems += str(error).splitlines()
+    names = [subset_name(word) for word in marks.subsets]
+    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+    return problems + [f"several subsets are called {name!r}; give each a name of its own" for name in twice]
 
-        read_overlap_report(options.overlap)
-    if options.subset:
-        from eval.subsets import read_subset
 
-        for request in options.subset:
-            read_subset(request)
-
-
-def check_marks_of(tasks: Iterable[str], items: str, options: argparse.Namespace) -> None:
-    """Check before anything is scored that --overlap and --subset suit the tasks and their items.
+def check_marks_of(tasks: Iterable[str], items: str, marks: Marks) -> None:
+    """Check before anything is scored that marks suit the tasks and their items.
 
     Raises:
         EvalError: they are of other tasks or items.
     """
     # A result without outcomes.
     empty = {"tasks": {name: {"items": []} for name in tasks}, "items_source": {"kind": items}}
-    _mark(cast("EvalResult", empty), options)
+    _mark(cast("EvalResult", empty), marks)
 
 
-def mark(result: EvalResult, options: argparse.Namespace) -> None:
+def mark(result: EvalResult, marks: Marks) -> None:
     """Carry out --overlap and --subset."""
-    for note in _mark(result, options):
+    for note in _mark(result, marks):
         print(f"note: {note}")
 
 
-def _mark(result: EvalResult, options: argparse.Namespace) -> list[str]:
+def _mark(result: EvalResult, marks: Marks) -> list[str]:
     """Mark a result; return a line for each task that the report is not about."""
-    if not (options.overlap or options.subset):
+    if not marks:
         return []
     from eval.controls import items_of
     from eval.identities import item_identities
@@ -158,8 +163,8 @@ def _mark(result: EvalResult, options: argparse.Namespace) -> list[str]:
     from eval.parts import add_subset, mark_overlap
     from eval.subsets import read_subset
 
-    report = read_overlap_report(options.overlap) if options.overlap else None
-    subsets = [read_subset(request) for request in options.subset or []]
+    report = read_overlap_report(marks.overlap) if marks.overlap else None
+    subsets = [read_subset(request) for request in marks.subsets]
     tasks = list(dict.fromkeys(map(items_of, result["tasks"])))
     identities = item_identities(tasks, items=result["items_source"]["kind"]) if tasks else {}
     notes = mark_overlap(result, report, identities) if report else []

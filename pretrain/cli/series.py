@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from eval.errors import EvalError
 from eval.results import RESULT_FILE, read_result
 from eval.schema import EvalResult
-from pretrain.checkpoint.format import INDEX, CheckpointError, index_digest
+from eval.scores import shots_of
+from pretrain.checkpoint.format import INDEX, CheckpointError, digest_of
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, step_of
 from pretrain.cli.log_scores import ScoreLog
+from pretrain.locks import locked
 from pretrain.processes.errors import UserError
 from pretrain.processes.parent import is_orphaned
 from pretrain.run.folder import RunFolder
@@ -60,7 +61,7 @@ class Request:
         return (
             is_of(result, digest)
             and set(self.texts) <= result.get("bits_per_byte", {}).keys()
-            and all(_shots(result, name) == shots for name, shots in self.shots.items())
+            and all(shots_of(result, name) == shots for name, shots in self.shots.items())
             and self._has_items(result)
             and result["items_source"]["kind"] == self.items
             and self.dtype in ("auto", result["dtype"])
@@ -74,14 +75,6 @@ class Request:
         # The first 1,000 items contain the first 100; items that are spread evenly do not contain fewer such.
         same = result["limit"] == self.limit or self.selection == "first"
         return enough and same and result["selection"] == self.selection
-
-
-def _shots(result: EvalResult, name: str) -> int | None:
-    """The number of solved examples with which a result has a task or a group of tasks; None if it has not."""
-    found: Mapping[str, Any] = result
-    group = found.get("groups", {}).get(name)
-    task = found["tasks"].get(group["tasks"][0] if group else name)
-    return None if task is None else int(task.get("num_fewshot", found["num_fewshot"]))
 
 
 def is_of(result: EvalResult, digest: str) -> bool:
@@ -269,8 +262,7 @@ class CheckpointSeries:
         """
         if not (target / RESULT_FILE).is_file():
             return "new"
-        index = CheckpointReader(folder).index
-        digest = index.get("digest") or index_digest(index)
+        digest = digest_of(CheckpointReader(folder).index)
         try:
             result = read_result(target)
         except EvalError as error:
@@ -314,19 +306,19 @@ def alone(out: Path, say: Callable[[str], None] = say) -> Iterator[None]:
     Raises:
         EvalError: the folder cannot be written to.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("a")
-    except OSError as error:
-        raise EvalError(f"cannot write results to {out}: {error}") from error
-    with lock:
+    held = locked(
+        out / LOCK,
+        waiting=lambda: say(f"waiting for another process that writes results to {out}"),
+        unsupported=lambda error: say(
+            f"warning: {out} cannot be locked ({error}): start only one evaluation that writes to it"
+        ),
+    )
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that writes results to {out}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held)
         except OSError as error:
-            say(f"warning: {out} cannot be locked ({error}): start only one evaluation that writes to it")
+            raise EvalError(f"cannot write results to {out}: {error}") from error
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from pretrain.comparison.document import Cell, Document, Table
+from pretrain.text_tables import markdown_row
 
 Escape = Callable[[str], str]
 """Returns text that Markdown shows as it is, on one line and inside a table."""
@@ -56,16 +57,12 @@ def _table(table: Table, escape: Escape) -> Iterator[str]:
     yield ""
     if table.title:
         yield from (f"**{escape(table.title)}**", "")
-    yield _pipes(escape(head) for head in table.heads)
-    yield _pipes("---:" if column in table.numeric else "---" for column in range(len(table.heads)))
-    yield from (_pipes(_cell(cell, escape) for cell in row) for row in table.rows)
+    yield markdown_row(escape(head) for head in table.heads)
+    yield markdown_row("---:" if column in table.numeric else "---" for column in range(len(table.heads)))
+    yield from (markdown_row(_cell(cell, escape) for cell in row) for row in table.rows)
 
 
 def _cell(cell: Cell, escape: Escape) -> str:
     cited = "".join(f" [{number}]" for number in cell.sources)
     small = f" ({cell.small})" if cell.small else ""
     return escape(f"{cell.text}{cited}{small}")
-
-
-def _pipes(cells: Iterator[str] | list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -12,6 +12,8 @@ import yaml
 from torch import Tensor
 from transformers import LlamaConfig
 
+from pretrain.text_tables import markdown_row
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -206,7 +208,7 @@ def _fence(code: str) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines]
+    return [markdown_row(map(_escaped, line)) for line in lines]
 
 
 def _shown(value: object) -> str:

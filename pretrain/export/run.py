@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.format import INDEX, CheckpointError, index_digest
+from pretrain.checkpoint.format import INDEX, CheckpointError, digest_of
 from pretrain.checkpoint.store import CheckpointReader, newest_intact
 from pretrain.config import Config, parse_stored_config
 from pretrain.export.card import CardScore, ModelCard
@@ -123,7 +123,7 @@ def _model_card(
         licence=licence,
         hyperparameters=_hyperparameters(config),
         scores=scores,
-        checkpoint_sha256=reader.index.get("digest") or index_digest(reader.index),
+        checkpoint_sha256=digest_of(reader.index),
     )
 
 

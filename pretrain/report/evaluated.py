@@ -15,9 +15,8 @@ from pretrain.report.svg import figure, percent_axis, tidy, to_svg
 from pretrain.report.sweep import Sweep
 
 _OTHER = Style(COLOURS[-1], "")  # of a run that takes no part in comparisons
-_NORMAL = 1.959964  # 97.5 % quantile of the normal distribution
 Point = tuple[int, float, float, float]
-"""Step, value, and ends of the 95 % interval."""
+"""Step, value, and ends of the 95 % interval, which are the value where there is none."""
 Points = dict[str, list[Point]]
 """Run -> its points."""
 
@@ -32,9 +31,9 @@ def evaluation_panels(found: Evaluations, sweep: Sweep) -> list[Panel]:
     bits: dict[tuple[str, str, str], Points] = {}
     for text in found["bits_per_byte"]:
         if text["step"] is not None:
-            half_width = _NORMAL * (text["stderr"] or 0.0)
             value = text["bits_per_byte"]
-            point = (text["step"], value, value - half_width, value + half_width)
+            low, high = (value if end is None else end for end in (text["low"], text["high"]))
+            point = (text["step"], value, low, high)
             bits.setdefault((_folder(text), text["text"], ""), {}).setdefault(text["run"], []).append(point)
     folders = {key[0] for key in (*scores, *bits)}
 

@@ -175,7 +175,7 @@ class SeriesRow(TypedDict):
     # As in ScoreRow.
     metric: str
     score: float
-    # 95 % interval over items (Wilson's score interval).
+    # 95 % interval, by the methods of `aurora compare`: over the sources of the items where these are known.
     low: float
     high: float
     num_items: int
@@ -194,6 +194,9 @@ class BitsRow(TypedDict):
     bits_per_byte: float
     # Standard error over documents; null if it is not known.
     stderr: float | None
+    # 95 % interval over documents; null for a text of few documents, and for results that are not of a series.
+    low: float | None
+    high: float | None
     bytes: int
     documents: int
 

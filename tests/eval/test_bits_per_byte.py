@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,9 @@ class Process:
     def gather(self, value: Any) -> list[Any]:
         self.given[self.rank] = dict(value)
         return list(self.given.values())
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        return [work()] * 2
 
 
 def test_processes_share_the_documents() -> None:

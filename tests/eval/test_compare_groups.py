@@ -61,7 +61,8 @@ def test_groups_of_different_tasks_are_compared_task_by_task(tmp_path: Path) -> 
     assert [row["task"] for row in found["comparisons"]] == ["winogrande", *SUBJECTS]
     assert "members" not in found
     one["groups"]["mmlu"]["tasks"] = []
-    assert compared(tmp_path, two, one)["comparisons"]
+    with pytest.raises(EvalError, match=r"groups\.mmlu: it has no tasks"):
+        compared(tmp_path, two, one)
 
 
 def test_a_member_that_cannot_be_compared_is_named(tmp_path: Path) -> None:

