@@ -5,8 +5,8 @@
 `polar` and `directions` are the mathematics, as pure functions of stacks of matrices. `aurora` is the class that holds
 the state, `matrices` the step of a matrix group, `adamw` and `update` its elementwise parts. `recognise` finds out what
 each parameter of a model is, `routing` decides where it goes, `binding` takes what other code hands to an optimizer,
-`options` says what can be set, `flops` what a step costs. `sharded` is the same step for parameters that are cut
-between processes.
+`dtensors` parameters that are in part on other processes, `options` says what can be set, `flops` what a step costs.
+`sharded` is the same step for parameters that are cut between processes.
 """
 
 from . import directions, flops, polar

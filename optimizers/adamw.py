@@ -42,8 +42,8 @@ class AdamWOptions(Declared):
     )
     weight_decay: float = option(
         0.0,
-        "Decoupled weight decay per step, times the learning rate. It acts on 2-D weights only: norm gains and biases "
-        "never decay.",
+        "Decoupled weight decay per step, times the learning rate. It acts on weights of two and more dimensions: norm "
+        "gains and biases never decay.",
         group="main",
         acts="step",
     )

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from . import binding, options
+from . import binding, dtensors, hooks, options
 from .adamw import AdamwTensor, adamw_step
 from .blocks import singly
+from .dtensors import dense_grad, local
 from .fields import OptionError, did_you_mean
-from .matrices import DirectionObserver, Matrices, WholeMatrices, check_params, dense_grad, matrix_step
+from .matrices import DirectionObserver, Matrices, WholeMatrices, check_params, matrix_step
 from .routing import Route, Settings, model_groups, model_settings, routes
+from .sharded.rows import DTensorMatrices
 from .table import format_table, table_routes
 from .update import all_finite
 
@@ -52,13 +54,13 @@ class Aurora(Optimizer):
     cycles `momentum` (OneCycleLR, CyclicLR) sets that of the matrices and the first of AdamW's betas.
 
     A model is not kept alive. If a wrapper replaces the parameters of the groups, the new ones are stepped in their
-    place; if it replaces those of the model only, the first step says so.
+    place; if it replaces those of the model only, the first step says so, or follows if that was fully_shard (FSDP2).
 
     One step of a matrix weight w with gradient g: b <- mu b + (1 - mu) g; u = g + mu (b - g), or b without Nesterov;
     w <- w - lr weight_decay w; w <- w - lr s(m, n) d(u). The state is fp32 whatever the dtype of the weight: `momentum`
-    and `step` for matrices, with `second_moment` (one value per row) for the directions that average row norms;
-    `exp_avg`, `exp_avg_sq` and `step` for adamw. `step` counts the steps of that tensor. Gradients are not changed and
-    share no memory with the state.
+    and `step` for matrices, with one value per row where row norms are averaged (`second_moment`) or row scales carried
+    (`log_row_scale`); `exp_avg`, `exp_avg_sq` and `step` for adamw. `step` counts the steps of that tensor. Gradients
+    are not changed and share no memory with the state.
 
     A NaN or an infinity in any gradient leaves every weight, state and counter as it is, without waiting for the
     device, and so does `permitted`; `last_step_finite` tells.
@@ -84,8 +86,9 @@ class Aurora(Optimizer):
 
     Raises:
         OptionError: an unknown option, a value out of range, an option without effect in the combination; a matrix
-            group with a tensor that is not 2-D; no matrix at all; a complex parameter, a DTensor, a flat parameter of
-            FSDP. `step` refuses sparse gradients, and parameters that are no longer those of the model.
+            group with a tensor that is not 2-D; no matrix at all; a complex parameter, a matrix that is a DTensor and
+            not sharded by rows, a flat parameter of FSDP1. `step` refuses sparse gradients, and parameters that are no
+            longer those of the model.
 
     """
 
@@ -175,7 +178,7 @@ class Aurora(Optimizer):
         If the other groups have names and this one has not, its parameters are named by their positions.
         """
         kind = options.group_kind(param_group, self._otherwise)
-        own = {key: value for key, value in param_group.items() if key not in options.FOREIGN_KEYS}
+        own = {key: value for key, value in param_group.items() if not options.is_foreign(key)}
         inherited = {
             key: value for key, value in self._options.items() if key in options.DEFAULTS[kind] and key not in own
         }
@@ -209,6 +212,7 @@ class Aurora(Optimizer):
             del group[key]
         try:
             check_params(group)
+            dtensors.mesh_of(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -240,8 +244,7 @@ class Aurora(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    # A compiler would have to unroll every polar iteration of every shape; torch.compile(optimizer.step) runs it as it
-    # is.
+    # A compiler would unroll every polar iteration of every shape: torch.compile(optimizer.step) runs it as it is.
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -257,9 +260,7 @@ class Aurora(Optimizer):
                 loss = closure()
         if self._paused:
             return loss
-        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        if self.matrices.is_whole:
-            self._check(work)
+        work = self._work()
         grads = [dense_grad(p) for _, params in work for p in params]
         finite = all_finite(grads, self._device())
         if self.permitted is not None:
@@ -283,20 +284,35 @@ class Aurora(Optimizer):
         self.last_step_retries += retries
         return loss
 
-    def _check(self, work: Sequence[tuple[dict[str, Any], list[Tensor]]]) -> None:
-        """Refuse parameters that a wrapper has replaced or flattened since the groups were made."""
+    def _work(self) -> binding.Work:
+        """The groups, each with those of its parameters that have a gradient. What a wrapper has replaced or flattened
+        since they were made is followed or refused."""
+        if self.matrices.is_whole:
+            self._follow()
+            if not isinstance(self.matrices, DTensorMatrices) and dtensors.mesh_of(self.param_groups) is not None:
+                self.bind(DTensorMatrices())
+            self.matrices.prepare(self.param_groups)
+        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        if not self.matrices.is_whole:
+            return work
         if self._is_partitioned:  # ZeroRedundancyOptimizer copies the names back, in another order
             for group, _ in work:
                 group.pop("param_names", None)
         binding.refuse_flattened(work, self._ndims)
         if self._has_begun:
-            return
+            return work
         model = None if self._model is None else self._model()
         binding.refuse_stale(work, model, {row.name for row in self._routes or ()})
         if any(params for _, params in work):
             self._has_begun = True
             for group, _ in work:
                 check_params(group)
+        return work
+
+    def _follow(self) -> None:
+        """Take over the DTensors that fully_shard has made of the model's parameters before the first step."""
+        if not self._has_begun and self._model is not None and (model := self._model()) is not None:
+            dtensors.follow(self.param_groups, self.state, model)
 
     def bind(self, matrices: Matrices) -> None:
         """From now on the matrix group holds what `matrices` says, such as flat shards."""
@@ -319,6 +335,7 @@ class Aurora(Optimizer):
         self.last_step_fallbacks = torch.zeros((), dtype=torch.int64, device=device)
         self.last_step_retries = torch.zeros((), dtype=torch.int64, device=device)
 
+    @hooks.around
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Takes over a state and the options of its groups; tensors are copied and stay fp32.
 
@@ -330,47 +347,31 @@ class Aurora(Optimizer):
         """
         if not self.matrices.is_whole:
             raise ValueError("a state_dict holds one process's shards: load a checkpoint of all of them instead")
-        saved_groups = state_dict["param_groups"]
-        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
-            if saved.get("kind") != group["kind"]:
-                raise ValueError(
-                    f"group {index} of the loaded state is of kind {saved.get('kind')!r}, "
-                    f"this optimizer's of kind {group['kind']!r}: the state is another optimizer's"
-                )
-        saved_ids = [index for saved in saved_groups for index in saved["params"]]
-        # The loaded options win, so they say which state belongs to a parameter.
-        own = [
-            (p, self._state_shapes(p, full))
-            for group, saved in zip(self.param_groups, saved_groups, strict=False)
-            for facts in [{"views": group["views"]} if "views" in group else {}]
-            for full in [{**options.DEFAULTS[group["kind"]], **saved, **facts, "params": group["params"]}]
-            for p in group["params"]
-        ]
-        states = {
-            p: binding.loaded_state(p, shapes, state_dict["state"][index])
-            for (p, shapes), index in zip(own, saved_ids, strict=False)
-            if index in state_dict["state"]
-        }
+        self._follow()
+        states = binding.loaded_states(self.param_groups, state_dict, self._state_shapes)
         base_lrs = [group["base_lr"] for group in self.param_groups]
         # How the matrices lie in the parameters is a fact of this model, which states of older versions do not know.
         kept = [{"views": group["views"]} if "views" in group else {} for group in self.param_groups]
+        saved_groups = state_dict["param_groups"]
         super().load_state_dict(state_dict)
         self.state.update(states)
         for group, facts, saved, base_lr in zip(self.param_groups, kept, saved_groups, base_lrs, strict=True):
             group.update(facts, base_lr=saved.get("base_lr", base_lr))
 
-    def _matrix_step(self, params: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> Tensor:
+    def _matrix_step(self, params: Sequence[Tensor], group: Mapping[str, Any], finite: Tensor) -> Tensor:
         """Step the matrices or shards of a group; return the fallbacks and retries of their directions, int64 [2]."""
-        if not params:
-            return torch.zeros(2, dtype=torch.int64, device=finite.device)
-        turns = self.matrices.turns(params, group)
-        alone = dict(singly(group)) if self.matrices.is_whole else {}
-        for p in params:
-            self.state_of(p, alone.get(p, group))["step"] += finite.to(p.device)
-        return matrix_step(self.matrices, turns, self.state, group, finite, self.direction_observer)
+        counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
+        for holder, own in self.matrices.shares(params, group):
+            turns = holder.turns(own, group)
+            alone = dict(singly(group)) if holder.is_whole else {}
+            for p in own:
+                self.state_of(p, alone.get(p, group))["step"] += finite.to(p.device)
+            counts += matrix_step(holder, turns, self.state, group, finite, self.direction_observer)
+        return counts
 
-    def _adamw_step(self, params: Sequence[Tensor], group: dict[str, Any], finite: Tensor) -> None:
-        tensors = [AdamwTensor(weight=p, grad=dense_grad(p), **self.state_of(p, group)) for p in params]
+    def _adamw_step(self, params: Sequence[Tensor], group: Mapping[str, Any], finite: Tensor) -> None:
+        states = [{key: local(value) for key, value in self.state_of(p, group).items()} for p in params]
+        tensors = [AdamwTensor(local(p), dense_grad(p), **state) for p, state in zip(params, states, strict=True)]
         for part, own in binding.adamw_parts(tensors, group):
             adamw_step(part, own, finite)
 
@@ -379,7 +380,7 @@ class Aurora(Optimizer):
         state: dict[str, Tensor] = self.state[p]
         for key, shape in self._state_shapes(p, group).items():
             if key not in state:
-                state[key] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+                state[key] = dtensors.zeros_for(p, shape)
         return state
 
     def _state_shapes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:

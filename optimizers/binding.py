@@ -9,7 +9,7 @@ import gc
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from . import options
 from .adamw import AdamwTensor
+from .directions.base import LOG_ROW_SCALE
+from .dtensors import placed
 from .fields import OptionError
+from .matrices import param_names
 from .routing import UNSURE, Route
 
 Work = Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]]
@@ -144,17 +147,23 @@ def refuse_reordered(group: Mapping[str, Any]) -> None:
 
 
 def refuse_flattened(work: Work, ndims: Sequence[Sequence[int]]) -> None:
-    """Refuse a mixed group whose parameters have other dimensions than when it was made: it would give pieces of
-    matrices to AdamW.
+    """Refuse a group of matrices whose parameters have other dimensions than when it was made, such as flat ones: a
+    mixed group would give pieces of matrices to AdamW.
 
     Raises:
         OptionError: it was flattened or split.
     """
     for (group, _), before in zip(work, ndims, strict=False):
-        if group["kind"] == "mixed" and [p.ndim for p in group["params"]] != list(before):
+        found = [p.ndim for p in group["params"]]
+        is_mixed = group["kind"] == "mixed"
+        if group["kind"] != "adamw" and (found != list(before) if is_mixed else not set(before).issuperset(found)):
+            names = zip(param_names(group), group["params"], strict=True)
+            now = ", ".join(f"{name} of shape {tuple(p.shape)}" for name, p in list(names)[:3])
             raise OptionError(
-                "the parameters of a group have other dimensions than when it was made: if they were flattened or "
-                "split (by DeepSpeed or FSDP), directions cannot be found from the pieces"
+                f"the {len(before)} parameters of a group have other dimensions than when it was made, now {now}: if "
+                "they were flattened or split (by DeepSpeed or FSDP), directions cannot be found from the pieces. "
+                "DeepSpeed leaves parameters whole at stage 0; optimizers.sharded, which `aurora train` uses, reads "
+                "the shards of the stages 1 to 3"
             )
 
 
@@ -211,15 +220,55 @@ def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str]) ->
     )
 
 
+def loaded_states(
+    groups: Sequence[Mapping[str, Any]],
+    state_dict: Mapping[str, Any],
+    state_shapes: Callable[[Tensor, Mapping[str, Any]], Mapping[str, torch.Size]],
+) -> dict[Tensor, dict[str, Tensor]]:
+    """The state of each parameter of an optimizer's groups in a state_dict.
+
+    Args:
+        groups: of the optimizer.
+        state_dict: as torch saves it.
+        state_shapes: the slots of a parameter in a group of these options.
+
+    Raises:
+        ValueError: groups of other kinds, or a state of another shape than its parameter.
+    """
+    saved_groups = state_dict["param_groups"]
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
+        if saved.get("kind") != group["kind"]:
+            raise ValueError(
+                f"group {index} of the loaded state is of kind {saved.get('kind')!r}, "
+                f"this optimizer's of kind {group['kind']!r}: the state is another optimizer's"
+            )
+    saved_ids = [index for saved in saved_groups for index in saved["params"]]
+    # The loaded options win, so they say which state belongs to a parameter.
+    own = [
+        (p, state_shapes(p, full))
+        for group, saved in zip(groups, saved_groups, strict=False)
+        for facts in [{"views": group["views"]} if "views" in group else {}]
+        for full in [{**options.DEFAULTS[group["kind"]], **saved, **facts, "params": group["params"]}]
+        for p in group["params"]
+    ]
+    return {
+        p: loaded_state(p, shapes, state_dict["state"][index])
+        for (p, shapes), index in zip(own, saved_ids, strict=False)
+        if index in state_dict["state"]
+    }
+
+
 def loaded_state(p: Tensor, shapes: Mapping[str, torch.Size], given: Mapping[str, Any]) -> dict[str, Tensor]:
     """A copy of the saved state of a parameter, in fp32 on its device.
 
+    The row scales of aurora may be missing, in a state of a run that did not carry them: they begin at D = 1.
+
     Raises:
-        ValueError: other tensors than `shapes` has, or of other shapes.
+        ValueError: other tensors than `shapes` has, of other shapes, or DTensors where the parameter is none.
     """
     # Some frameworks keep a step count as a plain number.
     saved = {key: torch.as_tensor(value, dtype=torch.float32) for key, value in given.items()}
-    if set(saved) != set(shapes):
+    if set(saved) | ({LOG_ROW_SCALE} & set(shapes)) != set(shapes):
         raise ValueError(f"the loaded state of a parameter has {sorted(saved)}: expected {sorted(shapes)}")
     for key, value in saved.items():
         if value.shape != shapes[key]:
@@ -227,7 +276,8 @@ def loaded_state(p: Tensor, shapes: Mapping[str, torch.Size], given: Mapping[str
                 f"the loaded {key} has shape {tuple(value.shape)}, its parameter {tuple(shapes[key])}: "
                 "the parameters are in another order or of another model"
             )
-    return {key: value.to(p.device, torch.float32, copy=True) for key, value in saved.items()}
+    own = {key: placed(p, key, value) for key, value in saved.items()}
+    return {key: value.to(p.device, torch.float32, copy=True) for key, value in own.items()}
 
 
 def _is_matrix(p: Tensor) -> bool:
@@ -235,9 +285,11 @@ def _is_matrix(p: Tensor) -> bool:
 
 
 def _entries(params: Any) -> list[tuple[str, Tensor]]:
-    """Tensors with their names, "" for none. What is not a tensor is left for torch to refuse."""
+    """Tensors with their names, "" for none. What is not a tensor is left for torch to refuse, and quantised weights,
+    which have no gradient, say nothing of the others."""
     pairs = [entry if isinstance(entry, tuple) else ("", entry) for entry in params]
-    return [(str(pair[0]), pair[1]) for pair in pairs if len(pair) == 2 and isinstance(pair[1], Tensor)]
+    named = [(str(pair[0]), pair[1]) for pair in pairs if len(pair) == 2 and isinstance(pair[1], Tensor)]
+    return [(name, p) for name, p in named if p.requires_grad or p.is_floating_point()]
 
 
 def _with_list(group: dict[str, Any]) -> dict[str, Any]:
@@ -282,4 +334,11 @@ def _has_fully_sharded() -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not torch.distributed.is_available():
         return False
-    return any(issubclass(type(known), fsdp.FSDPModule) for known in gc.get_objects())
+
+    def found() -> bool:
+        return any(issubclass(type(known), fsdp.FSDPModule) for known in gc.get_objects())
+
+    if not found():
+        return False
+    gc.collect()  # a model that is no longer used says nothing about this one, but may be in a reference cycle
+    return found()

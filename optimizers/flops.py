@@ -78,7 +78,7 @@ def step_flops(
 def _counted(m: int, n: int, options: tuple[tuple[str, Any], ...]) -> int:
     given = dict(options)
     u = torch.empty(1, m, n, device="meta")
-    v = u.new_empty(1, m) if directions.keeps_second_moment(given, m, n) else None
+    v = u.new_empty(1, m) if directions.row_slot(given, m, n) else None
     with counter() as count:
         directions.from_options(u, given, v)
     return int(count.get_total_flops())

@@ -3,9 +3,9 @@
 A direction needs whole matrices; everything else in a step is elementwise. So a step works with two views of a group:
 *pieces*, the runs of elements that this process stores, and *stacks* of equally shaped matrices, or of its parts of
 matrices, for which this process finds directions. A holder says what the pieces and stacks are and moves values between
-them. `WholeMatrices` is the holder where every parameter is whole; `optimizers.sharded.ShardedMatrices` is the one for
-flat shards (DeepSpeed's ZeRO). An engine that cuts parameters in another way (FSDP2) needs another holder and no other
-step.
+them. `WholeMatrices` is the holder where every parameter is whole; `optimizers.sharded` has those for flat shards
+(DeepSpeed's ZeRO) and for DTensors (FSDP2). An engine that cuts parameters in another way needs another holder and no
+other step.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from . import directions
 from .blocks import Block, Rectangle, View, blocks, buckets, entry_of, row_blocks, row_shape, views
 from .directions import Direction
 from .directions.speedrun import enlarged
+from .dtensors import dense_grad, refuse_flat, refuse_placements
 from .fields import OptionError
 from .polar.rows import HERE, Rows
 from .update import blend, commit_, updated
@@ -44,6 +45,17 @@ DirectionObserver = Callable[[Place, Tensor], None]
 """Called with the direction, [rows, columns] fp32, of a part of a parameter."""
 
 
+class Piece(Protocol):
+    """A run of elements of a parameter, or of a shard, that is stored here."""
+
+    @property
+    def param(self) -> Tensor:
+        """The parameter or shard."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The run in a tensor that is laid out as the parameter is: its gradient, its momentum. A view if it can be."""
+
+
 class Turn(Protocol):
     """A share of a step's work: matrices of one shape, as many as a bucket holds."""
 
@@ -52,7 +64,7 @@ class Turn(Protocol):
         """Rows and columns of each whole matrix, though the stack may hold parts of them."""
 
     @property
-    def pieces(self) -> Sequence[Block]:
+    def pieces(self) -> Sequence[Piece]:
         """The runs of these matrices that are stored here: views of parameters or shards, and of their state."""
 
     @property
@@ -79,12 +91,18 @@ class Matrices(Protocol):
 
     @property
     def is_whole(self) -> bool:
-        """Whether this process stores all of every matrix. If not, one step may take several calls of `step`, and a
-        state_dict has only this process's share."""
+        """Whether the groups hold the parameters themselves, whole or as DTensors. If not, they hold flat shards: one
+        step may take several calls of `step`, and a state_dict has only this process's share."""
 
     @property
     def in_flight(self) -> int:
         """How many turns may be on their way back while the next is computed."""
+
+    def prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Called before each step with all groups: what has a gradient on any process has one on all afterwards."""
+
+    def shares(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Sequence[tuple[Matrices, list[Tensor]]]:
+        """The holders that step these parameters of the group, each with its own."""
 
     def agree(self, finite: Tensor) -> Tensor:
         """Whether `finite` is true on all processes."""
@@ -108,13 +126,20 @@ class Matrices(Protocol):
     def scatter(self, turn: Any, stack: Tensor) -> Arriving:
         """Start to bring the values of the stacks back to the pieces: a sequence of fp32 tensors."""
 
-    def second_moments(self, turn: Any, group: Mapping[str, Any], state: State) -> list[Tensor]:
-        """For each matrix of the stack the part of `second_moment` that belongs to it, to be written to."""
+    def fetch_rows(self, turns: Sequence[Any], group: Mapping[str, Any], state: State) -> None:
+        """Bring state that has a value for each row to the processes that find directions, before the first turn."""
+
+    def store_rows(self, turns: Sequence[Any], group: Mapping[str, Any], state: State) -> None:
+        """Bring it back after the last one."""
+
+    def row_states(self, turn: Any, slot: str, group: Mapping[str, Any], state: State) -> list[Tensor]:
+        """For each matrix of the stack the part of a slot with one number for each row that belongs to it, to be
+        written to."""
 
     def weight_norms(self, turns: Sequence[Any]) -> list[Tensor]:
         """For each turn the Frobenius norms of the whole matrices in the stack, [k, 1, 1]."""
 
-    def direction(self, turn: Any, u: Tensor, group: Mapping[str, Any], second_moment: Tensor | None) -> Direction:
+    def direction(self, turn: Any, u: Tensor, group: Mapping[str, Any], row_state: Tensor | None) -> Direction:
         """The directions of a stack. Over all processes together, every fallback and retry is counted once."""
 
     def rows(self, turn: Any) -> Rows:
@@ -151,6 +176,7 @@ def matrix_step(
     def start(turn: Turn) -> Arriving:
         return matrices.gather(turn, _blended(turn, state, group, finite))
 
+    matrices.fetch_rows(turns, group, state)
     coming = [start(turn) for turn in turns[:1]]
     returning: deque[tuple[Turn, Arriving]] = deque()
     for index, turn in enumerate(turns):
@@ -165,6 +191,7 @@ def matrix_step(
             _apply(*returning.popleft(), group, finite)
     while returning:
         _apply(*returning.popleft(), group, finite)
+    matrices.store_rows(turns, group, state)
     return matrices.total(counts)
 
 
@@ -190,13 +217,14 @@ def _stepped(
     observer: DirectionObserver | None,
 ) -> tuple[Tensor, Tensor]:
     """The steps of a stack before the learning rate, with the fallbacks and retries of its directions."""
-    kept = matrices.second_moments(turn, group, state) if directions.keeps_second_moment(group, *turn.shape) else []
+    slot = directions.row_slot(group, *turn.shape)
+    kept = matrices.row_states(turn, slot, group, state) if slot else []
     found = matrices.direction(turn, u, group, torch.stack(kept) if kept else None)
     if observer is not None:
         for place, d in zip(turn.places, found.d, strict=True):
             observer(place, d)
-    if found.second_moment is not None:
-        for values, new in zip(kept, found.second_moment, strict=True):
+    if found.row_state is not None:
+        for values, new in zip(kept, found.row_state, strict=True):
             commit_(values, new, finite)
     steps = directions.scaled(found.d, directions.lr_scale(group["lr_scale"], *turn.shape), polar=group["polar"])
     if norms is not None:
@@ -239,9 +267,16 @@ class _Here:
 class WholeMatrices:
     """The holder of parameters that are whole on this process. Equal shapes are stacked in buckets."""
 
-    device = None
+    device: torch.device | None = None
     is_whole = True
     in_flight = 0
+
+    def prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing to do."""
+
+    def shares(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Sequence[tuple[Matrices, list[Tensor]]]:
+        """All of them."""
+        return [(self, list(params))] if params else []
 
     def agree(self, finite: Tensor) -> Tensor:
         """There is nobody else."""
@@ -252,11 +287,12 @@ class WholeMatrices:
         return counts
 
     def state_shapes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:
-        """`momentum` of the parameter's shape, `step`, and `second_moment` of its rows if any of its blocks has one."""
+        """`momentum` of the parameter's shape, `step`, and a slot with a number for each row if any block has one."""
         shapes = {"momentum": p.shape, "step": torch.Size()}
         entry, view = entry_of(p, group)
-        if any(directions.keeps_second_moment(group, *block.shape) for block in blocks(p, entry, view)):
-            shapes["second_moment"] = torch.Size(row_shape(p.shape, view))
+        slots = (directions.row_slot(group, *block.shape) for block in blocks(p, entry, view))
+        if (slot := next(filter(None, slots), None)) is not None:
+            shapes[slot] = torch.Size(row_shape(p.shape, view))
         return shapes
 
     def turns(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> list[WholeTurn]:
@@ -283,9 +319,15 @@ class WholeMatrices:
         """The matrices of the stack, in the dimensions of their pieces."""
         return _Here(lambda: [block.piece(matrix) for block, matrix in zip(turn.pieces, stack, strict=True)])
 
-    def second_moments(self, turn: WholeTurn, group: Mapping[str, Any], state: State) -> list[Tensor]:
+    def fetch_rows(self, turns: Sequence[WholeTurn], group: Mapping[str, Any], state: State) -> None:
+        """They are here."""
+
+    def store_rows(self, turns: Sequence[WholeTurn], group: Mapping[str, Any], state: State) -> None:
+        """They are here."""
+
+    def row_states(self, turn: WholeTurn, slot: str, group: Mapping[str, Any], state: State) -> list[Tensor]:
         """The rows of each block."""
-        return [block.rows_of(state[block.param]["second_moment"]) for block in turn.pieces]
+        return [block.rows_of(state[block.param][slot]) for block in turn.pieces]
 
     def weight_norms(self, turns: Sequence[WholeTurn]) -> list[Tensor]:
         """Of the weights as they are."""
@@ -296,11 +338,9 @@ class WholeMatrices:
 
         return [torch.stack([norm(block) for block in turn.pieces]) for turn in turns]
 
-    def direction(
-        self, turn: WholeTurn, u: Tensor, group: Mapping[str, Any], second_moment: Tensor | None
-    ) -> Direction:
+    def direction(self, turn: WholeTurn, u: Tensor, group: Mapping[str, Any], row_state: Tensor | None) -> Direction:
         """`directions.from_options`."""
-        return directions.from_options(u, group, second_moment)
+        return directions.from_options(u, group, row_state)
 
     def rows(self, turn: WholeTurn) -> Rows:
         """All rows are here."""
@@ -322,16 +362,21 @@ def check_params(group: Mapping[str, Any]) -> None:
     """Refuse what a group of this kind cannot step.
 
     Raises:
-        OptionError: a complex or integer tensor, a DTensor, a flat parameter of FSDP, a tensor in a matrix group whose
-            dimensions do not fit its view (2-D without one), or row_blocks that do not fit.
+        OptionError: a complex or integer tensor, a flat parameter of FSDP1, a DTensor that is not sharded by rows, a
+            tensor in a matrix group whose dimensions do not fit its view (2-D without one), or row_blocks that do not
+            fit.
     """
     is_matrix = group["kind"] == "matrix"
     if not is_matrix and (group.get("row_blocks") is not None or group.get("views") is not None):
         key = "views" if group.get("row_blocks") is None else "row_blocks"
         raise OptionError(f"{key} in a group of kind {group['kind']!r}: only matrices have blocks")
     for name, p, view in zip(param_names(group), group["params"], views(group), strict=True):
-        refuse_sharded(name, p)
+        refuse_flat(name, p)
+        in_mixed = group["kind"] == "mixed" and p.ndim == 2 and min(p.shape) > 1
+        refuse_placements(name, p, is_matrix=is_matrix or in_mixed)
         if not p.is_floating_point():
+            if not p.requires_grad:  # quantised weights that adapters leave alone
+                continue
             raise OptionError(f"{name} has dtype {p.dtype}: expected a real floating point tensor")
         if is_matrix and not _fits(view, p.ndim):
             expected = {None: "2-D", "in_out": "2-D", "stack": "3-D", "flat": "at least 3-D"}[view]
@@ -346,39 +391,3 @@ def check_params(group: Mapping[str, Any]) -> None:
 
 def _fits(view: View | None, ndim: int) -> bool:
     return ndim >= 3 if view == "flat" else ndim == (3 if view == "stack" else 2)
-
-
-def refuse_sharded(name: str, p: Tensor) -> None:
-    """Refuse a parameter of which this process has a part only, or several in one.
-
-    Raises:
-        OptionError: a DTensor, or a flat parameter of FSDP1.
-    """
-    works = (
-        "Aurora works on parameters that are whole on every process (one process, DistributedDataParallel, "
-        "ZeroRedundancyOptimizer) and on the shards of DeepSpeed's ZeRO (optimizers.sharded)"
-    )
-    if any(cls.__name__ == "DTensor" for cls in type(p).__mro__):
-        raise OptionError(
-            f"{name} is a DTensor (fully_shard, FSDP2 or tensor parallelism): a direction needs the whole matrix, and "
-            f"DTensors are not supported yet. {works}"
-        )
-    # torch marks the parameters into which FullyShardedDataParallel (FSDP1) flattens those of a module.
-    if getattr(p, "_is_flat_param", False):
-        raise OptionError(
-            f"{name} is a flat parameter of FullyShardedDataParallel (FSDP1): the matrices in it cannot be told apart. "
-            f"{works}"
-        )
-
-
-def dense_grad(p: Tensor) -> Tensor:
-    """The gradient of a parameter that has one.
-
-    Raises:
-        ValueError: it is sparse.
-    """
-    grad = p.grad
-    assert grad is not None, "callers choose parameters that have a gradient"
-    if grad.layout != torch.strided:
-        raise ValueError(f"a gradient has layout {grad.layout}: expected a dense one (sparse=False in nn.Embedding)")
-    return grad

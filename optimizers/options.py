@@ -5,6 +5,7 @@ declared once, in the dataclass of its direction (`optimizers.directions`) or of
 only puts them together.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,7 +79,7 @@ ONE_ITERATION = (
 """The warning of a config and of the optimizer."""
 
 # Keys of a group that are not options: what it consists of, and what torch, its schedulers, and wrappers such as SAM
-# put there. `maximize` is in a group only if it is set.
+# put there; `is_foreign` knows others. `maximize` is in a group only if it is set.
 FOREIGN_KEYS = frozenset(
     {
         "params",
@@ -112,6 +113,18 @@ def group_kind(group: Mapping[str, Any], otherwise: GroupKind = "matrix") -> Gro
     if kind not in DEFAULTS:
         raise OptionError(f"kind is {kind!r}: expected one of {', '.join(DEFAULTS)}{did_you_mean(kind, DEFAULTS)}")
     return kind
+
+
+_OTHER_NAMES = frozenset({"learning_rate", "wd", "mu", "beta1"})
+"""What other libraries call an option of ours."""
+
+
+def is_foreign(key: str) -> bool:
+    """Whether a key of a group is neither an option nor meant to be one: what other code put there for itself, such as
+    the `name` of Lightning."""
+    known = {name for options in DEFAULTS.values() for name in options}
+    near = key in known | _OTHER_NAMES or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    return key in FOREIGN_KEYS or not near
 
 
 def complete(

@@ -1,13 +1,13 @@
 """What each parameter of a model is, from the modules that hold it.
 
 A weight is a matrix for the matrix optimizer if it maps hidden features to hidden features. Modules tell: a Linear
-inside a block of layers does, and so does one whose outputs a later layer takes. An embedding, an output head, the
-router of a mixture of experts and a weight of one row or column do not. What modules do not tell, such as a bare
-parameter or the last Linear of a model, is `is_sure = False`, with the best guess.
+does whose outputs another layer takes, whole or in parts. An embedding, an output head, the router of a mixture of
+experts and a weight of one row or column do not. What modules do not tell, such as a bare parameter, the last Linear of
+a model or a small head inside a block, is `is_sure = False`, with the best guess.
 
-Names are read for the rows of attention and fused weights only, `FUSED` and `QUERIES_KEYS_VALUES`: whether the rows of
-a fused weight lie one part after the other cannot be seen from its module. A fused weight that is not listed is one
-matrix, which is right for rows in any order.
+Names are read for attention and fused weights only, `FUSED`, `QUERIES_KEYS_VALUES` and `_OF_ATTENTION`: no layer takes
+the keys and values of grouped queries, and whether the rows of a fused weight lie one part after the other cannot be
+seen from its module. A fused weight that is not listed is one matrix, which is right for rows in any order.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +27,7 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_routed_experts")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_exp", "n_routed_experts")
 
 PLAIN = "2-D weight"
 
@@ -119,15 +119,16 @@ def _held(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor, 
     """What a parameter is that no known layer excludes."""
     if p.ndim != 2 and isinstance(module, nn.Linear) and name == "weight":
         return Seen("vector", False, "not 2-D", is_flattened=True)
+    parent = _parent(model, path)
     if p.ndim > 2:
-        return _tensor(module, name, p)
+        return _tensor(module, name, p, parent)
     if p.ndim < 2:
         return Seen("vector", False, "not 2-D")
-    parent = _parent(model, path)
     fused: tuple[int, ...] | None
     if 1 in p.shape:
         return Seen("hidden", False, "one row or column")
-    if isinstance(module, nn.Linear) and len(p) in _expert_counts(parent):
+    around = _parent(model, path.rpartition(".")[0])
+    if isinstance(module, nn.Linear) and len(p) in _expert_counts(parent) | _expert_counts(around, below=p.shape[1]):
         return Seen("hidden", False, "router of experts")
     if isinstance(module, nn.Linear) and name == "weight":
         return linears.seen(path, module, parent)
@@ -157,7 +158,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2 and weight.shape[1] == nf
 
 
-def _tensor(module: nn.Module, name: str, p: Tensor) -> Seen:
+def _tensor(module: nn.Module, name: str, p: Tensor, parent: nn.Module | None) -> Seen:
     """A parameter of more than two dimensions."""
     if isinstance(module, _CONVOLUTIONS) and name == "weight":
         is_matrix = module.groups == 1 and len(p) > 1 and p[0].numel() > 1
@@ -165,23 +166,46 @@ def _tensor(module: nn.Module, name: str, p: Tensor) -> Seen:
     if isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear) and name == "weight":
         return Seen("tensor", False, "not 2-D")
     if p.ndim == 3 and min(p.shape) > 1:
-        # transformers says with this attribute how its experts are stored; others store [experts, outputs, inputs].
-        is_transposed = getattr(module, "is_transposed", False)
-        return Seen("tensor", False, "not 2-D", view="stack", optional=None if is_transposed else "experts")
+        if _is_transposed(module, parent, len(p)):
+            return Seen("tensor", False, "not 2-D, stored as experts x inputs x outputs")
+        return Seen("tensor", False, "not 2-D", view="stack", optional="experts")
     # Position embeddings and class tokens, [1, n, d], do not decay; other bare tensors are weights.
     return Seen("vector" if len(p) == 1 else "tensor", False, "not 2-D")
+
+
+def _is_transposed(module: nn.Module, parent: nn.Module | None, count: int) -> bool:
+    """Whether a module stores its stacks as [experts, inputs, outputs]."""
+    said = getattr(module, "is_transposed", None)  # the experts of transformers, if they say so
+    if isinstance(said, bool):
+        return said
+    stacks = [p for p in module._parameters.values() if p is not None and p.ndim == 3 and len(p) == count]
+    first, last = stacks[0], stacks[-1]
+    # The first of them takes what the router takes; besides, the last returns as many features as the first takes.
+    around = [] if parent is None else [parent, *parent.children()]
+    near = [other for other in (*module.children(), *around) if other is not module]  # which has biases of that shape
+    routers = [p for other in near for p in other._parameters.values() if p is not None and p.ndim == 2]
+    inputs = {p.shape[1] for p in routers if len(p) == count}
+    if len(inputs & set(first.shape[1:])) == 1 and first.shape[1] != first.shape[2]:
+        return first.shape[1] in inputs
+    return first.shape[2] != last.shape[1] and first.shape[1] == last.shape[2]
 
 
 def _parent(model: nn.Module, path: str) -> nn.Module | None:
     return model.get_submodule(path.rpartition(".")[0]) if path else None
 
 
-def _expert_counts(module: nn.Module | None) -> set[int]:
-    """The numbers of experts that a module may choose from: what it says, or lists of layers that it holds."""
+def _expert_counts(module: nn.Module | None, below: int | None = None) -> set[int]:
+    """The numbers of experts that a module may choose from: what it says, lists of layers that it holds, and stacks of
+    weights in it and in its children. Only those less than `below`, if it is given."""
     if module is None:
         return set()
     said = {count for name in _EXPERT_COUNTS if isinstance(count := getattr(module, name, None), int)}
-    return said | {len(child) for child in module.children() if isinstance(child, nn.ModuleList) and len(child) > 1}
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and len({type(each) for each in child.children()}) == 1:
+            said.add(len(child))
+    holders = [each for each in (module, *module.children()) if not isinstance(each, nn.modules.conv._ConvNd)]
+    said |= {len(p) for each in holders for p in each._parameters.values() if p is not None and p.ndim == 3}
+    return {count for count in said if count > 1 and (below is None or count < below)}
 
 
 class _Linears:
@@ -194,7 +218,8 @@ class _Linears:
         # Features -> the places in the order of layers that have so many inputs.
         self._takers: dict[int, list[int]] = {}
         self._vocabularies: set[tuple[int, int]] = set()
-        last: dict[str, str] = {}
+        # Block -> its Linears, in order.
+        self._inside: dict[str, list[tuple[str, nn.Linear]]] = {}
         for place, (path, module) in enumerate(model.named_modules()):
             self._order[path] = place
             if (inputs := _inputs(module)) is not None:
@@ -202,15 +227,14 @@ class _Linears:
             if isinstance(module, _EMBEDDINGS):
                 self._vocabularies.add((module.num_embeddings, module.embedding_dim))
             if (block := self._blocks.get(path)) is not None and isinstance(module, nn.Linear):
-                last[block] = path
-        self._last = set(last.values())
+                self._inside.setdefault(block, []).append((path, module))
 
     def seen(self, path: str, module: nn.Linear, parent: nn.Module | None) -> Seen:
         """What the weight of a Linear is."""
         outputs, place = module.out_features, self._order[path]
         takers = self._takers.get(outputs, [])
         if path in self._blocks:
-            is_taken = path not in self._last or any(other != place for other in takers)
+            is_taken = any(other != place for other in takers) or self._is_inner(path, module)
         else:
             if not self._has_head and (outputs, module.in_features) in self._vocabularies:
                 return Seen("head", False, "output head: as many outputs as an embedding has entries")
@@ -219,6 +243,24 @@ class _Linears:
             fused, size = _parts(path, module.weight, parent), _head_size(path, module.weight, parent)
             return Seen("hidden", True, PLAIN, fused=fused, head_size=size)
         return Seen("head", True, f"no later layer takes its {outputs} outputs: perhaps an output head", is_sure=False)
+
+    def _is_inner(self, path: str, module: nn.Linear) -> bool:
+        """Whether a Linear of a block, whose outputs no layer takes as they are, is certainly neither a head nor a
+        router: it belongs to an attention, a layer next to it takes its outputs in two to four parts, or it has at
+        least as many outputs as inputs and no later layer of the block has the same inputs."""
+        if path.rpartition(".")[2] in QUERIES_KEYS_VALUES | _OF_ATTENTION:
+            return True
+        inside = self._inside[self._blocks[path]]
+        later = inside[[other for other, _ in inside].index(path) + 1 :]
+        room = path.rpartition(".")[0]
+        if any(
+            other.rpartition(".")[0] == room and module.out_features == parts * next_to.in_features
+            for other, next_to in later
+            for parts in (2, 3, 4)
+        ):
+            return True
+        is_last_of_its_inputs = all(other.in_features != module.in_features for _, other in later)
+        return bool(later) and module.out_features >= module.in_features and is_last_of_its_inputs
 
 
 def _inputs(module: nn.Module) -> int | None:
@@ -283,10 +325,20 @@ def _parts(path: str, p: Tensor, parent: nn.Module | None) -> tuple[int, ...] | 
     return None if known is None else known(p, parent)
 
 
-QUERIES_KEYS_VALUES = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", *FUSED} - {"gate_up_proj"})
+_QUERIES = ("q_proj", "query", "wq", "q", "to_q", "query_proj", "q_lin", "linear_q")
+_KEYS = ("k_proj", "key", "wk", "k", "to_k", "key_proj", "k_lin", "linear_k")
+_VALUES = ("v_proj", "value", "wv", "v", "to_v", "value_proj", "v_lin", "linear_v")
+
+QUERIES_KEYS_VALUES = frozenset({*_QUERIES, *_KEYS, *_VALUES, *FUSED} - {"gate_up_proj"})
 """Layers whose rows are heads of an attention, one after the other in each of their parts."""
 
-_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size")
+_FUSED_OTHERWISE = ("query_key_value", "kv_proj", "to_kv", "to_qkv", "wkv", "in_proj", "gate_up_proj")
+_COMPRESSED = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "wq_a", "wq_b", "wkv_a", "wkv_b")
+_OF_ATTENTION = frozenset({*_FUSED_OTHERWISE, *_COMPRESSED})
+"""Other layers whose outputs an attention or a gate takes apart: fused ones with rows in other orders, and compressed
+keys and values (DeepSeek)."""
+
+_HEAD_SIZES = ("qk_head_dim", "head_dim", "attention_head_size", "head_size")
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
 
 
@@ -297,6 +349,9 @@ def _head_size(path: str, p: Tensor, parent: nn.Module | None) -> int | None:
         return None
     sizes = [size for key in _HEAD_SIZES if isinstance(size := getattr(parent, key, None), int)]
     counts = [count for key in _HEAD_COUNTS if isinstance(count := getattr(parent, key, None), int) and count > 0]
-    sizes += [p.shape[1] // count for count in counts if p.shape[1] % count == 0]
     parts = _parts(path, p, parent) or (len(p),)
+    # The keys and values of a cross-attention have other inputs, and perhaps fewer heads, than the queries.
+    queries = [len(layer.weight) for key in _QUERIES if isinstance(layer := getattr(parent, key, None), nn.Linear)]
+    rows = parts[0] if name in FUSED else next(iter(queries), 0)
+    sizes += [rows // count for count in counts if rows % count == 0]
     return next((size for size in sizes if size > 0 and not any(part % size for part in parts)), None)

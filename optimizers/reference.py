@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference_parts import as_matrix, centred, live_rows, nan_or_zero, require, with_rows_of_norm
+
 
 def blend(g: Tensor, b: Tensor, mu: float, nesterov: bool) -> tuple[Tensor, Tensor]:
     """The new momentum b <- mu b + (1 - mu) g, and u = g + mu (b - g), or u = b without Nesterov."""
@@ -32,13 +34,13 @@ def polar(x: Tensor) -> Tensor:
     For full rank it is the nearest matrix with orthonormal columns (tall) or rows (wide), otherwise a partial isometry:
     a completed basis would be arbitrary. Singular values up to max(m, n) 2^-52 sigma_1 count as zero.
     """
-    x = _matrix(x)
-    if (known := _without_factorising(x)) is not None:
+    x = as_matrix(x)
+    if (known := nan_or_zero(x)) is not None:
         return known
     left, sigma, right = torch.linalg.svd(x, full_matrices=False)
     kept = sigma > max(x.shape) * 2.0**-52 * sigma[0]
     # Exact zeros: an SVD may leave 1e-17 in rows and columns of zeros, which dividing by the row norm would make 1.
-    return torch.where(_live(x)[:, None] & _live(x.T), left[:, kept] @ right[kept, :], 0.0)
+    return torch.where(live_rows(x)[:, None] & live_rows(x.T), left[:, kept] @ right[kept, :], 0.0)
 
 
 def leverage_scores(x: Tensor) -> Tensor:
@@ -59,14 +61,14 @@ def normuon(u: Tensor, v: Tensor, *, beta2: float = 0.95, target: str = "graft")
     Then `target` "graft" rescales the result to |P|_F; "unit" makes every row norm 1, a step sqrt(m/n) times larger. v
     starts at zeros. For m <= n a polar factor of full rank already has unit rows: the direction is muon(u), v stays.
     """
-    _require("target", target, ("graft", "unit"))
+    require("target", target, ("graft", "unit"))
     P, v = polar(u), v.double().clone()
     if P.shape[0] <= P.shape[1]:
         return P, v
     v = beta2 * v + (1 - beta2) * P.square().mean(dim=1)
     d = P / (v.sqrt() + 1e-10)[:, None]
     if target == "unit":
-        return _rows_of_norm(d, 1.0), v
+        return with_rows_of_norm(d, 1.0), v
     return (d * (P.norm() / d.norm()) if d.any() else d), v
 
 
@@ -74,7 +76,7 @@ def u_normuon(u: Tensor) -> Tensor:
     """U-NorMuon without state: every row of polar(u) scaled to norm sqrt(n/m). For m <= n it is muon(u)."""
     P = polar(u)
     m, n = P.shape
-    return _rows_of_norm(P, math.sqrt(n / m)) if m > n else P
+    return with_rows_of_norm(P, math.sqrt(n / m)) if m > n else P
 
 
 def u_normuon_running(u: Tensor, v: Tensor, *, beta2: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -113,8 +115,8 @@ def row_scale(
     eps_mode "relative" floors row norms at 1e-7 of the largest. "absolute", that of the released code, floors them at
     1e-7 (so it depends on the scale of u), takes t = n/m and has no rule for t > 0.999.
     """
-    u, (m, n) = _matrix(u), u.shape
-    relative, live, norms = eps_mode == "relative", _live(u), u.norm(dim=1)
+    u, (m, n) = as_matrix(u), u.shape
+    relative, live, norms = eps_mode == "relative", live_rows(u), u.norm(dim=1)
 
     def target(scores: Tensor) -> float:
         return float(scores[live].mean()) if relative else n / m
@@ -163,8 +165,8 @@ def aurora(
     and every square matrix, get muon(u), and so does one with a side less than 3 % longer than the other unless
     `eps_mode` is "absolute". The remaining options are those of `row_scale`.
     """
-    _require("balance_rule", balance_rule, ("odds", "tyler"))
-    _require("eps_mode", eps_mode, ("relative", "absolute"))
+    require("balance_rule", balance_rule, ("odds", "tyler"))
+    require("eps_mode", eps_mode, ("relative", "absolute"))
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}: expected at least 1")
 
@@ -177,6 +179,33 @@ def aurora(
         return polar(D[:, None] * tall)
 
     return _in_scope(u, scope, balanced)
+
+
+def aurora_carried(u: Tensor, log_D: Tensor, *, polished: bool = False) -> tuple[Tensor, Tensor]:
+    """Aurora with a D that is kept from step to step: d = polar(D u) and the new log D [m], which starts at zeros.
+
+    With l_i = |d_i|^2 and t the mean of l over the rows that are not zero, D takes one odds step for the next call:
+
+        log D_i <- log D_i + e_i,   e_i = (logit(t) - logit(l_i)) / 2,   l clamped to [2^-20, 1 - 2^-7]
+
+    `polished` lets e act on d, too: d <- y (I - E/2 + 3 E^2/8), E = y^T y - I, y_i = exp(e_i) d_i, |e_i| at most 0.2.
+    Then the mean of log D over the rows that are not zero, which the polar factor does not see, is subtracted, and D is
+    clamped to [2^-10, 2^10]. Rows that are zero keep their D; all do if t > 0.999. Where m < 1.03 n the direction is
+    muon(u), and D stays. d changes if single rows of u are scaled.
+    """
+    u, log_D = as_matrix(u), log_D.double().clone()
+    if len(u) < 1.03 * u.shape[1]:
+        return polar(u), log_D
+    d, live = polar(log_D.exp()[:, None] * u), live_rows(u)
+    scores = d.square().sum(dim=1)
+    if not live.any() or not scores[live].mean() <= 0.999:
+        return d, log_D
+    wanted, present = (torch.logit(x.clamp(2.0**-20, 1 - 2.0**-7)) for x in (scores[live].mean(), scores))
+    e = torch.where(live, (wanted - present) / 2, 0.0)
+    log_D[live] = ((log_D + e)[live] - (log_D + e)[live].mean()).clamp(-10 * math.log(2), 10 * math.log(2))
+    y = e.clamp(-0.2, 0.2).exp()[:, None] * d
+    E = y.T @ y - torch.eye(y.shape[1], dtype=torch.float64)
+    return (y - y @ (E / 2 - 0.375 * E @ E) if polished else d), log_D
 
 
 def riemannian_aurora(u: Tensor, *, riemannian: str = "exact", outer_steps: int = 3, scope: str = "tall") -> Tensor:
@@ -195,7 +224,7 @@ def riemannian_aurora(u: Tensor, *, riemannian: str = "exact", outer_steps: int 
     no such scaling (so it depends on the scale of u) and M = r I - P.P with r = n/m, shifted up by
     max(0, max_i |U_i|^4 - r + 1e-3). `scope` is that of `aurora`.
     """
-    _require("riemannian", riemannian, ("exact", "released"))
+    require("riemannian", riemannian, ("exact", "released"))
     if outer_steps < 0:
         raise ValueError(f"outer_steps is {outer_steps}: expected at least 0")
 
@@ -209,7 +238,7 @@ def riemannian_aurora(u: Tensor, *, riemannian: str = "exact", outer_steps: int 
                 break
             U = U + 0.1 * Z
             for _ in range(2):
-                U = polar(_rows_of_norm(U, math.sqrt(U.shape[1] / U.shape[0])))
+                U = polar(with_rows_of_norm(U, math.sqrt(U.shape[1] / U.shape[0])))
         return U
 
     return _in_scope(u, scope, ascended)
@@ -220,8 +249,8 @@ def tangent(u: Tensor, U: Tensor, *, riemannian: str = "exact") -> Tensor:
     S = U.T @ u
     S = (S + S.T) / 2
     q = (u * U).sum(dim=1) - ((U @ S) * U).sum(dim=1)
-    lam = conjugate_gradient(multiplier_matrix(U, riemannian=riemannian), _centred(q, _live(U)))
-    lam = _centred(lam, _live(U)) if lam.isfinite().all() else torch.zeros_like(lam)
+    lam = conjugate_gradient(multiplier_matrix(U, riemannian=riemannian), centred(q, live_rows(U)))
+    lam = centred(lam, live_rows(U)) if lam.isfinite().all() else torch.zeros_like(lam)
     return u - U @ (S - U.T @ (lam[:, None] * U)) - lam[:, None] * U
 
 
@@ -275,7 +304,7 @@ def contra(d: Tensor, u: Tensor, strength: float) -> Tensor:
 
 def lr_scale(kind: str, m: int, n: int) -> float:
     """s(m, n): "aspect" sqrt(max(1, m/n)), "rms" 0.2 sqrt(max(m, n)), "spectral" sqrt(m/n)."""
-    _require("lr_scale", kind, ("aspect", "rms", "spectral"))
+    require("lr_scale", kind, ("aspect", "rms", "spectral"))
     if kind == "aspect":
         return math.sqrt(max(1.0, m / n))
     return 0.2 * math.sqrt(max(m, n)) if kind == "rms" else math.sqrt(m / n)
@@ -295,14 +324,19 @@ def decayed(w: Tensor, step: Tensor, *, lr: float, weight_decay: float, cautious
 
 
 def direction(u: Tensor, options: Mapping[str, Any], v: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The direction that the keys of a matrix group of `Aurora` name, and the new v (None or zeros at first)."""
+    """The direction that the keys of a matrix group of `Aurora` name, and the new v (None or zeros at first).
+
+    v is the second moment of the rows of normuon, or the log D of `aurora_carried`.
+    """
     name = options["direction"]
-    _require("direction", name, ("muon", "normuon", "u_normuon", "aurora", "riemannian_aurora"))
+    require("direction", name, ("muon", "normuon", "u_normuon", "aurora", "riemannian_aurora"))
     before = torch.zeros(u.shape[0], dtype=torch.float64) if v is None else v
     if name == "normuon":
         return normuon(u, before, beta2=options["beta2"], target=options["normuon_target"])
     if name == "u_normuon" and options["running_norms"]:
         return u_normuon_running(u, before, beta2=options["beta2"])
+    if name == "aurora" and (how := options.get("row_balance")) in ("carried", "polished"):
+        return aurora_carried(u, before, polished=how == "polished")
     if name == "aurora":
         keys = ("iterations", "beta", "balance_rule", "scope", "eps_mode", "tolerance")
         return aurora(u, **{key: options[key] for key in keys}), v
@@ -352,24 +386,11 @@ def adamw_step(
     return w - float(options["lr"]) * unbiased / (unbiased_sq.sqrt() + options["eps"]), exp_avg, exp_avg_sq
 
 
-def _matrix(x: Tensor) -> Tensor:
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"expected one real matrix [m, n], got {x.dtype} of shape {tuple(x.shape)}")
-    return x.detach().double()
-
-
-def _without_factorising(u: Tensor) -> Tensor | None:
-    """Return NaN for a matrix that is not finite, zero for a zero matrix, and otherwise None."""
-    if not u.isfinite().all():
-        return torch.full_like(u, torch.nan)
-    return None if u.any() else torch.zeros_like(u)
-
-
 def _in_scope(u: Tensor, scope: str, treat: Callable[[Tensor], Tensor]) -> Tensor:
     """`treat` on a tall u or the transpose of a wide one, if the scope has that form; muon(u) otherwise."""
-    _require("scope", scope, ("tall", "all", "wide"))
-    u = _matrix(u)
-    if (known := _without_factorising(u)) is not None:
+    require("scope", scope, ("tall", "all", "wide"))
+    u = as_matrix(u)
+    if (known := nan_or_zero(u)) is not None:
         return known
     m, n = u.shape
     if m > n and scope in ("tall", "all"):
@@ -377,24 +398,3 @@ def _in_scope(u: Tensor, scope: str, treat: Callable[[Tensor], Tensor]) -> Tenso
     if m < n and scope in ("wide", "all"):
         return treat(u.T).T
     return muon(u)
-
-
-def _live(x: Tensor) -> Tensor:
-    """Which rows are not exactly zero, [m]."""
-    return (x != 0).any(dim=1)
-
-
-def _rows_of_norm(x: Tensor, norm: float) -> Tensor:
-    """Every row scaled to this norm; zero rows stay zero."""
-    norms = x.norm(dim=1, keepdim=True)
-    return torch.where(norms == 0, x, x / norms * norm)
-
-
-def _centred(x: Tensor, live: Tensor) -> Tensor:
-    """x minus its mean, over the live rows; 0 on the others."""
-    return torch.where(live, x - x[live].mean(), 0.0)
-
-
-def _require(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")

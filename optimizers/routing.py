@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from . import options
 from .blocks import View, blocks, row_shape
 from .directions import Form, form, lr_scale, treats
+from .dtensors import refuse_flat
 from .fields import OptionError, did_you_mean
-from .matrices import refuse_sharded
 from .recognise import Role, Seen, examine
 
 RowBlocks = int | list[int]
@@ -105,7 +105,7 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
     seen = examine(model)
     rows = []
     for p, names in _names(model).items():
-        refuse_sharded(names[0], p)
+        refuse_flat(names[0], p)
         if not p.requires_grad:
             rows.append(row(names[0], tuple(p.shape), "frozen", None, "requires_grad is False"))
             continue
@@ -118,16 +118,22 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
         view, split = _view(p, found), _row_blocks(p, names, kind, found, settings)
         shapes = Counter(block.shape for block in blocks(p, split, view))
         rows += [row(names[0], shape, kind, matrix, why, found.role, count) for shape, count in shapes.items()]
+    if not rows:
+        raise OptionError("the model has no parameter yet: make the optimizer after its layers")
     if settings.name != "adamw" and not any(row.optimizer == "matrix" for row in rows):
         unsure = [row.name for row in rows if row.is_unsure]
         optional = sorted({found.optional for found in seen.values() if found.optional is not None})
+        frozen = sum(row.optimizer == "frozen" for row in rows)
         raise OptionError(
-            f"optimizer {settings.name!r} found no matrix among {len(rows)} parameters, so it would step nothing. "
+            f"optimizer {settings.name!r} found no matrix among {len(rows)} parameters"
+            + (f", {frozen} of them frozen" if frozen else "")
+            + ", so it would step nothing. "
             + (f"Of {', '.join(unsure)} it is not sure; an override makes them matrices. " if unsure else "")
             + (f"Settings has an option for these: {', '.join(optional)}. " if optional else "")
             + "Use name 'adamw' if that is intended",
             "name",
         )
+    _refuse_idle(seen, settings)
     for role in settings.adamw_lrs:
         if not any(row.optimizer == "adamw" and row.role == role for row in rows):
             raise OptionError(
@@ -138,6 +144,23 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
     _check_patterns("override", settings.overrides, known)
     _check_patterns("row_blocks", settings.row_blocks, known)
     return rows
+
+
+def _refuse_idle(seen: Mapping[Tensor, Seen], settings: Settings) -> None:
+    """Refuse options that ask for something which the model does not have."""
+    trained = [found for p, found in seen.items() if p.requires_grad]
+    missing = {
+        "heads": settings.heads > 0 and not any(found.head_size for found in trained),
+        "conv": settings.conv == "matrix" and not any(found.optional == "conv" for found in trained),
+        "experts": settings.experts == "matrix" and not any(found.optional == "experts" for found in trained),
+    }
+    reasons = {
+        "heads": "no trained weight of queries, keys or values is known whose attention states the size of its heads",
+        "conv": "the model has no trained convolution without groups",
+        "experts": "the model has no trained stack of experts that is stored as experts x outputs x inputs",
+    }
+    for key in (key for key, is_missing in missing.items() if is_missing):
+        raise OptionError(f"{key} {getattr(settings, key)!r} has no effect: {reasons[key]}", key)
 
 
 def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -200,16 +223,6 @@ def _matrix_options(settings: Settings) -> dict[str, Any] | None:
     if settings.name not in known:
         hint = did_you_mean(settings.name, known)
         raise OptionError(f"optimizer name is {settings.name!r}: expected one of {', '.join(known)}{hint}", "name")
-    if settings.name == "adamw":
-        given = [
-            *settings.matrix,
-            *(["preset"] if settings.preset else []),
-            *(["overrides"] if settings.overrides else []),
-            *(["row_blocks"] if settings.row_blocks else []),
-        ]
-        if given:
-            raise OptionError(f"these options have no effect with optimizer 'adamw': {', '.join(given)}")
-        return None
     for key in ("unsure", "conv", "experts"):
         given = getattr(settings, key)
         if given not in get_args(options.Kind) and not (key == "unsure" and given is None):
@@ -219,6 +232,13 @@ def _matrix_options(settings: Settings) -> dict[str, Any] | None:
             )
     if not isinstance(settings.heads, int) or isinstance(settings.heads, bool) or settings.heads < 0:
         raise OptionError(f"heads is {settings.heads!r}: expected a whole number of at least 0")
+    if settings.name == "adamw":
+        plain = Settings()
+        keys = ("preset", "overrides", "row_blocks", "unsure", "split_fused", "heads", "conv", "experts")
+        idle = [*settings.matrix, *(key for key in keys if getattr(settings, key) != getattr(plain, key))]
+        if idle:
+            raise OptionError(f"these options have no effect with optimizer 'adamw': {', '.join(idle)}")
+        return None
     full = options.complete("matrix", {"direction": settings.name, **settings.matrix}, preset=settings.preset)
     without = options.ineffective(full)
     return {key: value for key, value in full.items() if key not in without}
@@ -359,10 +379,11 @@ def model_settings(routing: Settings | None, given: Mapping[str, Any], preset: s
         preset: of matrix options.
     """
     base = routing if routing is not None else Settings()
-    unsure: options.Kind = base.unsure if base.unsure is not None else "adamw"
-    base = replace(base, unsure=unsure, split_fused=base.split_fused is not False)
     known = {kind: {k: v for k, v in given.items() if k in options.DEFAULTS[kind]} for kind in ("matrix", "adamw")}
     name = known["matrix"].pop("direction", base.name)
+    if name != "adamw":
+        unsure: options.Kind = base.unsure if base.unsure is not None else "adamw"
+        base = replace(base, unsure=unsure, split_fused=base.split_fused is not False)
     ratio = given.get("adamw_lr_ratio", options.SHARED["adamw_lr_ratio"].default)
     if problem := options.SHARED["adamw_lr_ratio"].problem(ratio):
         raise OptionError(problem)

@@ -88,7 +88,7 @@ class Variant:
         if self.make is not None:
             step = self._optimizer(u, bare=False)[1].step
             return lambda: step()
-        v = u.new_zeros(u.shape[:-1]) if directions.keeps_second_moment(self.options, *u.shape[-2:]) else None
+        v = u.new_zeros(u.shape[:-1]) if directions.row_slot(self.options, *u.shape[-2:]) else None
         return lambda: directions.from_options(u, self.options, v).d
 
     def direction(self, u: Tensor) -> Tensor:

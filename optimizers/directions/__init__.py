@@ -13,9 +13,19 @@ from typing import Any
 
 from torch import Tensor
 
-from .aurora import AuroraOptions, RowBalance, ScopedOptions, aurora, aurora_counted, automatic_row_balance
+from .aurora import (
+    AuroraOptions,
+    RowBalance,
+    ScopedOptions,
+    aurora,
+    aurora_carried,
+    aurora_counted,
+    automatic_row_balance,
+    carries,
+)
 from .base import (
     LR_SCALES,
+    ROW_SLOTS,
     Direction,
     Form,
     LrScale,
@@ -39,21 +49,24 @@ DIRECTIONS: dict[str, type[MatrixOptions]] = {
 """The options of each direction by its name. A new direction is a module and an entry here."""
 
 
-def from_options(u: Tensor, options: Mapping[str, Any], second_moment: Tensor | None = None) -> Direction:
+def from_options(u: Tensor, options: Mapping[str, Any], row_state: Tensor | None = None) -> Direction:
     """The direction that the options of a matrix group name.
 
     Args:
         u: [..., m, n].
         options: of the group; options that are missing have their defaults.
-        second_moment: [..., m], needed where `keeps_second_moment` is true, and only there.
+        row_state: [..., m], needed where `row_slot` names a slot, and only there.
 
     Raises:
-        ValueError: the second moment is missing, or an option is out of range.
+        ValueError: the state of the rows is missing, or an option is out of range.
     """
-    if second_moment is None and keeps_second_moment(options, *u.shape[-2:]):
-        raise ValueError(f"{options['direction']!r} of a stack {tuple(u.shape)} needs its second moment, got None")
+    slot = row_slot(options, *u.shape[-2:])
+    if row_state is None and slot is not None:
+        raise ValueError(
+            f"{options['direction']!r} of a stack {tuple(u.shape)} needs its {slot.replace('_', ' ')}, got None"
+        )
     chosen = DIRECTIONS[options["direction"]].of(options)
-    found = chosen.find(u, second_moment)
+    found = chosen.find(u, row_state)
     return found._replace(d=contra(found.d, u, chosen.contra)) if chosen.contra else found
 
 
@@ -62,14 +75,15 @@ def treats(options: Mapping[str, Any], m: int, n: int) -> bool:
     return DIRECTIONS[options["direction"]].treats(options, m, n)
 
 
-def keeps_second_moment(options: Mapping[str, Any], m: int, n: int) -> bool:
-    """Whether the direction of an m x n matrix under these options has a running mean square of its rows."""
-    return DIRECTIONS[options["direction"]].keeps_second_moment(options, m, n)
+def row_slot(options: Mapping[str, Any], m: int, n: int) -> str | None:
+    """The slot with one number for each row that these options keep for an m x n matrix; None if they keep none."""
+    return DIRECTIONS[options["direction"]].row_slot(options, m, n)
 
 
 __all__ = [
     "DIRECTIONS",
     "LR_SCALES",
+    "ROW_SLOTS",
     "AuroraOptions",
     "BalanceRule",
     "Direction",
@@ -88,17 +102,19 @@ __all__ = [
     "UNorMuonOptions",
     "Variant",
     "aurora",
+    "aurora_carried",
     "aurora_counted",
     "automatic_row_balance",
     "balances",
+    "carries",
     "even_rows",
     "form",
     "from_options",
-    "keeps_second_moment",
     "lr_scale",
     "muon",
     "normuon",
     "riemannian_aurora",
+    "row_slot",
     "scaled",
     "treats",
     "u_normuon",

@@ -16,6 +16,10 @@ from ..polar import PolarDtype, has_dtype_choice
 Scope = Literal["tall", "all", "wide"]
 Form = Literal["tall", "wide", "square"]
 LrScale = Literal["aspect", "rms", "spectral"]
+
+SECOND_MOMENT, LOG_ROW_SCALE = ROW_SLOTS = ("second_moment", "log_row_scale")
+"""The slots of the state with one number for each row: the running mean square of the rows (NorMuon), and the logarithm
+of the row scales D of aurora with `row_balance` "carried". Both are zeros before the first step."""
 PolarName = Literal["gram", "cans", "polar_express", "quintic", "quintic_exact", "svd"]
 
 
@@ -28,14 +32,14 @@ class Direction(NamedTuple):
     """[...] int64: steps of the odds rule that were replaced by a tyler step (see row_balance)."""
     retries: Tensor
     """[...] int64: Cholesky factorisations that failed and were repeated (see leverage)."""
-    second_moment: Tensor | None = None
-    """[..., m] fp32: the running mean square of the rows, for directions that keep one."""
+    row_state: Tensor | None = None
+    """[..., m] fp32: what the next step needs to know of each row, for directions that keep it (see `row_slot`)."""
 
     @classmethod
-    def uncounted(cls, d: Tensor, second_moment: Tensor | None = None) -> Direction:
+    def uncounted(cls, d: Tensor, row_state: Tensor | None = None) -> Direction:
         """A direction with nothing to count."""
         none = torch.zeros(d.shape[:-2], dtype=torch.int64, device=d.device)
-        return cls(d, none, none, second_moment)
+        return cls(d, none, none, row_state)
 
 
 def _one_dtype(options: Mapping[str, Any]) -> str | None:
@@ -133,12 +137,13 @@ class MatrixOptions(Declared):
         return False
 
     @staticmethod
-    def keeps_second_moment(options: Mapping[str, Any], m: int, n: int) -> bool:
-        """Whether these options keep a running mean square of the rows of an m x n matrix."""
-        return False
+    def row_slot(options: Mapping[str, Any], m: int, n: int) -> str | None:
+        """The slot of the state with one number for each row that these options keep for an m x n matrix, one of
+        `ROW_SLOTS`; None if they keep nothing."""
+        return None
 
-    def find(self, u: Tensor, second_moment: Tensor | None) -> Direction:
-        """The direction of a stack [..., m, n]; `second_moment` [..., m] is there where one is kept."""
+    def find(self, u: Tensor, row_state: Tensor | None) -> Direction:
+        """The direction of a stack [..., m, n]; `row_state` [..., m] is there where a slot is kept."""
         raise NotImplementedError
 
 

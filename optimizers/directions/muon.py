@@ -16,7 +16,7 @@ class MuonOptions(MatrixOptions):
 
     direction: ClassVar[str] = "muon"
 
-    def find(self, u: Tensor, second_moment: Tensor | None) -> Direction:
+    def find(self, u: Tensor, row_state: Tensor | None) -> Direction:
         """`muon`."""
         return Direction.uncounted(orthogonal(u, self))
 

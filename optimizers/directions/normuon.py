@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..fields import option, takes_options
 from ..polar.rows import HERE, Rows
-from .base import Direction, MatrixOptions, with_row_norms
+from .base import SECOND_MOMENT, Direction, MatrixOptions, with_row_norms
 from .muon import orthogonal
 
 Target = Literal["graft", "unit"]
@@ -60,17 +60,17 @@ class NorMuonOptions(_AveragingOptions):
     )
 
     @staticmethod
-    def keeps_second_moment(options: Mapping[str, Any], m: int, n: int) -> bool:
+    def row_slot(options: Mapping[str, Any], m: int, n: int) -> str | None:
         """Tall ones."""
-        return m > n
+        return SECOND_MOMENT if m > n else None
 
-    def find(self, u: Tensor, second_moment: Tensor | None) -> Direction:
+    def find(self, u: Tensor, row_state: Tensor | None) -> Direction:
         """`normuon`."""
         factor = orthogonal(u, self)
         m, n = factor.shape[-2:]
-        if second_moment is None or m <= n:
+        if row_state is None or m <= n:
             return Direction.uncounted(factor)
-        d, v = over_running_norms(factor, second_moment, self.beta2, self.normuon_target)
+        d, v = over_running_norms(factor, row_state, self.beta2, self.normuon_target)
         return Direction.uncounted(d, v)
 
 
@@ -83,16 +83,16 @@ class UNorMuonOptions(_AveragingOptions):
     running_norms: bool = option(False, "Let u_normuon divide by the running row norms instead of the present ones.")
 
     @staticmethod
-    def keeps_second_moment(options: Mapping[str, Any], m: int, n: int) -> bool:
+    def row_slot(options: Mapping[str, Any], m: int, n: int) -> str | None:
         """Tall ones, with `running_norms`."""
-        return options["running_norms"] and m > n
+        return SECOND_MOMENT if options["running_norms"] and m > n else None
 
-    def find(self, u: Tensor, second_moment: Tensor | None) -> Direction:
+    def find(self, u: Tensor, row_state: Tensor | None) -> Direction:
         """`u_normuon`, or `u_normuon_running` if there is a second moment."""
         factor = orthogonal(u, self)
         m, n = factor.shape[-2:]
-        if second_moment is not None and m > n:
-            d, v = to_even_running_norms(factor, second_moment, self.beta2, m)
+        if row_state is not None and m > n:
+            d, v = to_even_running_norms(factor, row_state, self.beta2, m)
             return Direction.uncounted(d, v)
         return Direction.uncounted(factor if m <= n else with_row_norms(factor, math.sqrt(n / m)))
 
@@ -112,7 +112,7 @@ def normuon(u: Tensor, v: Tensor, options: NorMuonOptions) -> tuple[Tensor, Tens
         OptionError: an option out of range.
     """
     found = options.find(u, v)
-    return found.d, v.clone() if found.second_moment is None else found.second_moment
+    return found.d, v.clone() if found.row_state is None else found.row_state
 
 
 @takes_options(UNorMuonOptions, without=("beta2", "running_norms"))
@@ -138,7 +138,7 @@ def u_normuon_running(u: Tensor, v: Tensor, options: UNorMuonOptions) -> tuple[T
         The direction in fp32 and the new v. Where m <= n the direction is muon's, and v is the same.
     """
     found = options.find(u, v)
-    return found.d, v.clone() if found.second_moment is None else found.second_moment
+    return found.d, v.clone() if found.row_state is None else found.row_state
 
 
 def over_running_norms(

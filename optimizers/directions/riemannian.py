@@ -43,7 +43,7 @@ class RiemannianAuroraOptions(ScopedOptions):
     )
     outer_steps: int = option(3, "Ascent steps of riemannian_aurora, each with two polar calls.", low=1, unit="steps")
 
-    def find(self, u: Tensor, second_moment: Tensor | None) -> Direction:
+    def find(self, u: Tensor, row_state: Tensor | None) -> Direction:
         """`riemannian_aurora`."""
         m, n = u.shape[-2:]
         if not balances(self.scope, form(m, n)) or u.numel() == 0:

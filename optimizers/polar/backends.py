@@ -10,8 +10,9 @@ condition number and that (a) does not show. Singular directions below the cut c
 `ERRORS` states a bound for both.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,16 +30,38 @@ SMALLEST_UNSCALED, LARGEST_UNSCALED = 2.0**-20, 2.0**40
 class Backend:
     """How one method finds polar factors."""
 
-    factor: Callable[[Tensor, torch.dtype], Tensor]
+    factor: Callable[..., Tensor]
     """Takes a stack [k, m, n] in fp32 (fp64 for "svd"), finite and scaled, and the dtype of its products. Returns
     [k, m, n] in any floating dtype; its result for a zero matrix is not used."""
     dtype: torch.dtype | None = None
     """The dtype of its products, if there is only one."""
     is_guarded: bool = True
     """Whether its input is scaled first, and zero and non-finite matrices are taken out."""
+    polishes: bool = False
+    """Whether `factor` takes `even` (see `polar`) as a third argument."""
+
+    def with_even_rows(self, even: Callable[[Tensor], Tensor]) -> "Backend":
+        """The backend whose factors are made even: see `polar`."""
+
+        def polished(x: Tensor, dtype: torch.dtype) -> Tensor:
+            d = self.factor(x, dtype)
+            d = d if d.dtype == torch.float64 else d.float()
+            scaled = even(d) * d
+            residual = scaled.mT @ scaled
+            residual.diagonal(dim1=-2, dim2=-1).sub_(1)
+            return scaled - scaled @ (residual / 2 - 0.375 * residual @ residual)
+
+        return replace(self, factor=functools.partial(self.factor, even=even) if self.polishes else polished)
 
 
-def polar(x: Tensor, method: str = "quintic", *, exact: bool = False, dtype: PolarDtype = "auto") -> Tensor:
+def polar(
+    x: Tensor,
+    method: str = "quintic",
+    *,
+    exact: bool = False,
+    dtype: PolarDtype = "auto",
+    even: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """The polar factor of every matrix of a stack.
 
     Args:
@@ -50,6 +73,10 @@ def polar(x: Tensor, method: str = "quintic", *, exact: bool = False, dtype: Pol
             without the scaling below: the same as method "quintic_exact".
         dtype: of the products of "polar_express" and "gram": "bf16", "fp16", "fp32", or "auto": fp16 on a GPU, bf16 on
             a CPU with AMX, otherwise fp32. The other methods have one dtype: svd fp64, cans fp32, quintic bf16.
+        even: takes the factors d of a tall stack [k, m, n] and returns factors of their rows [k, m, 1], near 1. The
+            result is then y (I - E/2 + 3 E^2/8) with y = even(d) d and E = y^T y - I: rows as they were wanted, and
+            columns that three terms of the inverse root have made orthonormal again. "gram" in bf16 and fp16 ends with
+            the first two in any case.
 
     Returns:
         [..., m, n] in fp32, with any strides. A zero matrix gives zeros. A matrix with a NaN or an infinity gives NaN
@@ -81,6 +108,8 @@ def polar(x: Tensor, method: str = "quintic", *, exact: bool = False, dtype: Pol
     with torch.no_grad(), as_stated(x.device):
         stack = x.detach().reshape(-1, *x.shape[-2:])
         run = _guarded if backend.is_guarded else _as_it_is
+        if even is not None:
+            backend = backend.with_even_rows(even)
         return run(stack, backend, product_dtype).float().reshape(x.shape)
 
 
@@ -202,7 +231,7 @@ BACKENDS: dict[str, Backend] = {
     "quintic_exact": Backend(_quintic_exact, torch.bfloat16, is_guarded=False),
     "polar_express": Backend(iterations.express),
     "cans": Backend(iterations.precise, torch.float32),
-    "gram": Backend(gram_polar),
+    "gram": Backend(gram_polar, polishes=True),
 }
 """Backends by name."""
 

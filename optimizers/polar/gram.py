@@ -15,7 +15,7 @@ value and the rest. (After that product the small values are larger. The Gram ma
 that of the first part.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,18 +31,24 @@ SEGMENTS = {torch.float32: (3, 4), torch.float16: (2, 2, 3), torch.bfloat16: (1,
 """The number of steps between restarts, by dtype of the products."""
 
 
-def gram_polar(x: Tensor, dtype: torch.dtype) -> Tensor:
+def gram_polar(x: Tensor, dtype: torch.dtype, even: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The polar factor of a stack [k, m, n], scaled by its Frobenius norm first, with all products in `dtype`.
 
-    7 steps of Polar Express with restarts; for every dtype except fp32 the residual step follows.
+    7 steps of Polar Express with restarts; for every dtype except fp32, and with `even`, the residual step follows.
     """
     is_wide = x.shape[-2] < x.shape[-1]
-    factor = tall_gram_polar((x.mT if is_wide else x).float(), dtype)
+    factor = tall_gram_polar((x.mT if is_wide else x).float(), dtype, even=even)
     return factor.mT if is_wide else factor
 
 
-def tall_gram_polar(tall: Tensor, dtype: torch.dtype, rows: Rows = HERE) -> Tensor:
-    """`gram_polar` of an fp32 stack of tall or square matrices. `rows` may cover more rows than these."""
+def tall_gram_polar(
+    tall: Tensor, dtype: torch.dtype, rows: Rows = HERE, even: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """`gram_polar` of an fp32 stack of tall or square matrices. `rows` may cover more rows than these.
+
+    `even` takes the factor and returns factors of its rows, [k, m, 1], near 1. The rows are scaled by them before the
+    residual step, which brings the columns back.
+    """
     products = Products.on(tall.device, dtype)
     # A power of two near sqrt(n) keeps the first Gram matrix out of fp16's smallest numbers (and, up to 2^7, below its
     # largest); the first polynomial takes it out again.
@@ -64,7 +70,7 @@ def tall_gram_polar(tall: Tensor, dtype: torch.dtype, rows: Rows = HERE) -> Tens
             rest = None
         X, spare = spare, X
         step += length
-    return X if dtype == torch.float32 else _without_residual(X, products, rows)
+    return X if dtype == torch.float32 and even is None else _without_residual(X, products, rows, even)
 
 
 def inverse_sqrt(A: Tensor) -> Tensor:
@@ -100,16 +106,27 @@ def _chain(polynomials: Sequence[Quintic], A: Tensor, products: Products) -> tup
     return q, Q
 
 
-def _without_residual(X: Tensor, products: Products, rows: Rows) -> Tensor:
+def _without_residual(
+    X: Tensor, products: Products, rows: Rows, even: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """X - X E / 2 in fp32 with E = X^T X - I: the Newton step, which squares the distance from orthogonality.
+
+    With `even`, X (I - E/2 + 3 E^2/8) of the scaled X, which cubes it.
 
     Off the diagonal E is small, and so are its rounding errors. Its diagonal is a difference of numbers near 1, so it
     is computed from sums of squares in fp32.
     """
+    full = X.float()
+    if even is not None:
+        full = even(full) * full
+        X = products.round_(full)
     E = rows.total(products.symmetric(X.mT, X))
-    E.diagonal(dim1=-2, dim2=-1).copy_(rows.sum(X.float().square())[..., 0, :] - 1)
+    E.diagonal(dim1=-2, dim2=-1).copy_(rows.sum(full.square())[..., 0, :] - 1)
     products.settle(E)
-    return torch.add(X.float(), products.mm(X, E).float(), alpha=-0.5)
+    if even is not None:
+        # Evened rows leave a residual of some per cent: one more term of (I + E)^(-1/2) = I - E/2 + 3 E^2/8 - ...
+        E = products.symmetric(E, E, c=E, alpha=-0.75)
+    return torch.add(full, products.mm(X, E).float(), alpha=-0.5)
 
 
 def _gram_like(X: Tensor) -> Tensor:

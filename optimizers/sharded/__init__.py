@@ -5,23 +5,24 @@
 
 `layout` says where every element lies, `owners` who computes what, and `exchange` moves fragments. `matrices` is the
 holder of these matrices for `optimizers.matrices`, whose step is the same as for whole ones. `teams` splits one matrix
-between several ranks.
+between several ranks. `rows` is the holder of parameters that fully_shard (FSDP2) has made DTensors; an optimizer binds
+it by itself.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from ..aurora import Aurora
+from ..matrices import Matrices
 from .exchange import WireDtype
 from .layout import Held, Layout, LayoutError, chunked_layout, flat_layout, zero_layout
 from .matrices import ShardedMatrices
-from .owners import Plan, make_plan, units_of
-from .teams import part_flops, unshareable
+from .owners import Plan, make_plan, plan_group
+from .rows import DTensorMatrices
 
 __all__ = [
+    "DTensorMatrices",
     "Held",
     "Layout",
     "LayoutError",
@@ -29,43 +30,24 @@ __all__ = [
     "ShardedMatrices",
     "chunked_layout",
     "flat_layout",
+    "make_plan",
     "plan_group",
     "shard",
     "zero_layout",
 ]
 
-TEAM_SIZES = (2, 3, 4, 8, 16)
-"""Sizes of teams that share a matrix. All members repeat the work on its short side, so larger teams gain nothing."""
 
+class Bindable(Protocol):
+    """An optimizer of matrices: Aurora."""
 
-def plan_group(layout: Layout, group: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Plan:
-    """The plan of a matrix group.
+    param_groups: list[dict[str, Any]]
 
-    Args:
-        layout: of the whole optimizer.
-        group: with `param_names`, its options, and `row_blocks` if any parameter is split.
-        device: where the directions will run.
-
-    Raises:
-        LayoutError: a parameter of the group is not stored as outputs x inputs.
-    """
-    for name, view in zip(group["param_names"], group.get("views") or (), strict=False):
-        if view is not None:
-            raise LayoutError(
-                f"{name} has the view {view!r}: only matrices that are stored as outputs x inputs can be cut between "
-                "ranks. Give it to AdamW by an override"
-            )
-    shapes = {name: layout.shapes[name] for name in group["param_names"]}
-    units = units_of(shapes, group, group.get("row_blocks"), device=device)
-    part_costs = {}
-    if unshareable(group) is None:
-        sizes = [size for size in TEAM_SIZES if size <= layout.world_size]
-        part_costs = {size: [part_flops(*u.shape, group, size, device=device) for u in units] for size in sizes}
-    return make_plan(layout, units, part_costs)
+    def bind(self, matrices: Matrices) -> None:
+        """From now on the matrix group holds what `matrices` says."""
 
 
 def shard(
-    optimizer: Aurora,
+    optimizer: Bindable,
     layout: Layout,
     rank: int,
     *,

@@ -9,7 +9,7 @@ Every rank takes part in every round, even if it holds nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -56,6 +56,8 @@ class Link(NamedTuple):
 class Round:
     """What one rank does in a round."""
 
+    units: Sequence[int] = ()
+    """Of the round, on all ranks."""
     runs: list[Run] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     local: list[Link] = field(default_factory=list)
@@ -65,16 +67,20 @@ class Round:
     """By rank: pieces of that rank's runs in this rank's parts."""
 
 
-def make_rounds(plan: Plan, rank: int, bucket_elements: int = BUCKET_ELEMENTS) -> list[Round]:
-    """The rounds of one rank. All ranks have equally many, with the same units."""
-    return [_round(plan, indices, rank) for indices in _schedule(plan, bucket_elements)]
+def make_rounds(
+    plan: Plan, rank: int, bucket_elements: int = BUCKET_ELEMENTS, names: Collection[str] | None = None
+) -> list[Round]:
+    """The rounds of one rank, for the parameters of these names or for all. All ranks have equally many, with the same
+    units."""
+    return [_round(plan, indices, rank) for indices in _schedule(plan, bucket_elements, names)]
 
 
-def _schedule(plan: Plan, bucket_elements: int) -> Iterator[list[int]]:
+def _schedule(plan: Plan, bucket_elements: int, names: Collection[str] | None) -> Iterator[list[int]]:
     """Units of one shape and team size, up to a bucket for every rank. A rank works in one team at a time."""
     alike: dict[tuple[tuple[int, int], int], list[int]] = defaultdict(list)
     for index, (unit, team) in enumerate(zip(plan.units, plan.teams, strict=True)):
-        alike[unit.shape, len(team)].append(index)
+        if names is None or unit.name in names:
+            alike[unit.shape, len(team)].append(index)
     for (shape, size), indices in alike.items():
         most = 1 if size > 1 else max(1, bucket_elements // max(1, shape[0] * shape[1]))
         rounds: list[list[int]] = []
@@ -94,7 +100,7 @@ def _schedule(plan: Plan, bucket_elements: int) -> Iterator[list[int]]:
 
 
 def _round(plan: Plan, indices: Sequence[int], rank: int) -> Round:
-    found = Round()
+    found = Round(indices)
     for index in indices:
         unit, team = plan.units[index], plan.teams[index]
         areas = {member: unit.part(place, len(team)) for place, member in enumerate(team)}

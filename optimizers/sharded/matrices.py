@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import directions
 from ..blocks import Block
 from ..directions import Direction
-from ..matrices import Place, State
+from ..matrices import Matrices, Piece, Place, State
 from ..polar.rows import HERE, Rows
 from .exchange import Exchange, Gathering, Round, Scattering, WireDtype, make_rounds
 from .layout import LayoutError
@@ -46,12 +46,13 @@ def doubts(measured: Iterable[Applied], options: Mapping[str, Any]) -> list[str]
     """What a step with these options cannot have done: one message for each matrix. A matrix without a step is skipped.
 
     If the momentum has low rank, a direction with singular values of 1 also has some of 0, so only the largest is
-    checked. Even rows are promised only for full rank.
+    checked. Even rows are promised only for full rank, and not at the first steps with row scales that are carried.
     """
     plain = not options["contra"] and not options["uw_floor"]
     orthogonal = plain and options["direction"] in ("muon", "aurora", "riemannian_aurora")
     even = plain and options["direction"] in ("aurora", "riemannian_aurora", "u_normuon")
     even = even and options.get("iterations", 2) > 1 and not options.get("running_norms", False)
+    even = even and not directions.carries(options)
     found = []
     for applied in measured:
         unit = applied.unit
@@ -66,17 +67,23 @@ def doubts(measured: Iterable[Applied], options: Mapping[str, Any]) -> list[str]
 
 
 @dataclass(frozen=True)
-class ShardedTurn:
-    """A round of the plan, as a step of this rank's shard sees it."""
+class RoundTurn:
+    """A round of the plan, as a step of this rank sees it."""
 
     round: Round
-    flat: Tensor
-    """The shard."""
-    pieces: list[Block]
-    """Its runs."""
+    pieces: Sequence[Piece]
+    """The runs that it holds."""
     shape: tuple[int, int]
     """Of each whole matrix; (0, 0) where this rank works on none."""
     places: list[Place]
+
+
+@dataclass(frozen=True)
+class ShardedTurn(RoundTurn):
+    """A round, as a step of this rank's flat shard sees it."""
+
+    flat: Tensor
+    """The shard."""
 
 
 class ShardedMatrices:
@@ -114,12 +121,16 @@ class ShardedMatrices:
         self.exchange = Exchange(plan, rank, group, wire_dtype, device)
         self.rounds = make_rounds(plan, rank)
         self.teams = self._make_teams()
-        names = {unit.name for unit in plan.units}
-        shards = {f.shard for own in plan.layout.fragments for f in own if f.name in names}
+        self.shard = self._find_shard()
+        self._check_assembly()
+
+    def _find_shard(self) -> int:
+        """The index of the shard with the matrices."""
+        names = {unit.name for unit in self.plan.units}
+        shards = {f.shard for own in self.plan.layout.fragments for f in own if f.name in names}
         if len(shards) > 1:
             raise LayoutError(f"the matrices are in the groups {sorted(shards)}: expected one group of all matrices")
-        (self.shard,) = shards or {0}
-        self._check_assembly()
+        return min(shards, default=0)
 
     def _check_agreement(self) -> None:
         if self.world_size == 1:
@@ -155,8 +166,17 @@ class ShardedMatrices:
         teams = {}
         for ranks in dict.fromkeys(team for team in self.plan.teams if len(team) > 1):
             everyone = ranks if self.group is None else [dist.get_global_rank(self.group, rank) for rank in ranks]
-            teams[ranks] = Team(dist.new_group(list(everyone)), len(ranks))
+            # Under HSDP the ranks of another replica make other teams at the same time.
+            alone = self.group is not None
+            teams[ranks] = Team(dist.new_group(list(everyone), use_local_synchronization=alone), len(ranks))
         return teams
+
+    def prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """A shard has the gradients of all its parameters."""
+
+    def shares(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Sequence[tuple[Matrices, list[Tensor]]]:
+        """All of them."""
+        return [(self, list(params))] if params else []
 
     def agree(self, finite: Tensor) -> Tensor:
         """Whether the flag is true on every rank."""
@@ -173,24 +193,25 @@ class ShardedMatrices:
         return counts
 
     def state_shapes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:
-        """The state of the shard: `momentum` of its size; `second_moment` of the rows of this rank's parts."""
+        """The state of the shard: `momentum` of its size, and a slot with a number per row of this rank's parts."""
         shapes = {"momentum": torch.Size([self.plan.layout.shard_sizes[self.shard]]), "step": torch.Size()}
         rows = sum(stop - start for _, start, stop in self.owned_rows(group))
-        if self.keeps_second_moment(group):
-            shapes["second_moment"] = torch.Size([rows])
+        if (slot := self.row_slot(group)) is not None:
+            shapes[slot] = torch.Size([rows])
         return shapes
 
-    def keeps_second_moment(self, options: Mapping[str, Any]) -> bool:
-        """Whether any matrix of the group has a second moment."""
-        return any(directions.keeps_second_moment(options, *unit.shape) for unit in self.plan.units)
+    def row_slot(self, options: Mapping[str, Any]) -> str | None:
+        """The slot of the group with one number for each row, if any of its matrices has one."""
+        slots = (directions.row_slot(options, *unit.shape) for unit in self.plan.units)
+        return next(filter(None, slots), None)
 
     def owned_rows(self, options: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
-        """(parameter, row, row stop) of what `second_moment` holds, in its order.
+        """(parameter, row, row stop) of what the slot of the rows holds, in its order.
 
-        If one block of a parameter keeps a second moment, all its rows have one, as where parameters are whole.
+        If one block of a parameter has it, all its rows have it, as where parameters are whole.
         """
         units = self.plan.units
-        names = {unit.name for unit in units if directions.keeps_second_moment(options, *unit.shape)}
+        names = {unit.name for unit in units if directions.row_slot(options, *unit.shape)}
         for turn in self.rounds:
             for part in turn.parts:
                 unit = units[part.unit]
@@ -199,7 +220,7 @@ class ShardedMatrices:
                 if unit.name in names and first:
                     yield unit.name, unit.row + part.area.row, unit.row + part.area.row_stop
 
-    def turns(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> list[ShardedTurn]:
+    def turns(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Sequence[RoundTurn]:
         """The rounds of the plan. All ranks have equally many, also those that hold nothing."""
         (flat,) = params
         return [self._turn(turn, flat) for turn in self.rounds]
@@ -208,26 +229,32 @@ class ShardedMatrices:
         pieces = [Block(flat, run.offset, run.offset + run.high - run.low) for run in turn.runs]
         units = [self.plan.units[part.unit] for part in turn.parts]
         places = [Place(unit.name, part.area.shifted(unit.row)) for unit, part in zip(units, turn.parts, strict=True)]
-        return ShardedTurn(turn, flat, pieces, units[0].shape if units else (0, 0), places)
+        return ShardedTurn(turn, pieces, units[0].shape if units else (0, 0), places, flat)
 
-    def gather(self, turn: ShardedTurn, values: Iterable[Tensor]) -> Gathering:
+    def gather(self, turn: RoundTurn, values: Iterable[Tensor]) -> Gathering:
         """Start to bring the runs to the owners."""
         return self.exchange.gather(turn.round, values)
 
-    def scatter(self, turn: ShardedTurn, stack: Tensor) -> Scattering:
+    def scatter(self, turn: RoundTurn, stack: Tensor) -> Scattering:
         """Start to bring the steps back to the runs."""
         return self.exchange.scatter(turn.round, stack)
 
-    def second_moments(self, turn: ShardedTurn, group: Mapping[str, Any], state: State) -> list[Tensor]:
-        """Views of `second_moment`: it has the rows of this rank's parts, in the order of `owned_rows`."""
-        moments, at = state[turn.flat]["second_moment"], 0
+    def fetch_rows(self, turns: Sequence[RoundTurn], group: Mapping[str, Any], state: State) -> None:
+        """The owners keep them."""
+
+    def store_rows(self, turns: Sequence[RoundTurn], group: Mapping[str, Any], state: State) -> None:
+        """The owners keep them."""
+
+    def row_states(self, turn: Any, slot: str, group: Mapping[str, Any], state: State) -> list[Tensor]:
+        """Views of the slot: it has the rows of this rank's parts, in the order of `owned_rows`."""
+        values, at = state[turn.flat][slot], 0
         views = {}
         for name, start, stop in self.owned_rows(group):
-            views[name, start] = moments[at : at + stop - start]
+            views[name, start] = values[at : at + stop - start]
             at += stop - start
         return [views[place.name, place.area.row] for place in turn.places]
 
-    def weight_norms(self, turns: Sequence[ShardedTurn]) -> list[Tensor]:
+    def weight_norms(self, turns: Sequence[RoundTurn]) -> list[Tensor]:
         """From the sums of squares of all ranks."""
         squares = torch.zeros(len(self.plan.units), dtype=torch.float32, device=self.device)
         for turn in turns:
@@ -237,25 +264,23 @@ class ShardedMatrices:
         units = [torch.tensor([part.unit for part in turn.round.parts], dtype=torch.int64) for turn in turns]
         return [norms[some.to(norms.device)][:, None, None] for some in units]
 
-    def direction(
-        self, turn: ShardedTurn, u: Tensor, group: Mapping[str, Any], second_moment: Tensor | None
-    ) -> Direction:
+    def direction(self, turn: RoundTurn, u: Tensor, group: Mapping[str, Any], row_state: Tensor | None) -> Direction:
         """By `directions.from_options`, or by a team where this rank works on a part of a matrix."""
         team = self._team(turn)
         if team is None:
-            return directions.from_options(u, group, second_moment)
-        found = row_sharded_direction(u, turn.shape, group, team, second_moment)
+            return directions.from_options(u, group, row_state)
+        found = row_sharded_direction(u, turn.shape, group, team, row_state)
         if self.rank == self.plan.teams[turn.round.parts[0].unit][0]:
             return found
         # Each member of a team has seen what the team counts.
         none = torch.zeros_like(found.fallbacks)
         return found._replace(fallbacks=none, retries=none)
 
-    def rows(self, turn: ShardedTurn) -> Rows:
+    def rows(self, turn: RoundTurn) -> Rows:
         """Those of the team, if this rank has a part of the rows only."""
         return self._team(turn) or HERE
 
-    def _team(self, turn: ShardedTurn) -> Team | None:
+    def _team(self, turn: RoundTurn) -> Team | None:
         return self.teams.get(self.plan.teams[turn.round.parts[0].unit])
 
     def applied(self, before: Tensor, after: Tensor, options: Mapping[str, Any]) -> list[Applied]:

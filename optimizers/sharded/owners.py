@@ -17,10 +17,13 @@ import torch
 
 from ..blocks import Rectangle
 from ..flops import direction_flops
-from .layout import Layout, ShardFragment
+from .layout import Layout, LayoutError, ShardFragment
+from .teams import part_flops, unshareable
 
 IMBALANCE = 1.1
 """Up to this load of the slowest rank over the mean an owner is chosen for what it already holds of a matrix."""
+TEAM_SIZES = (2, 3, 4, 8, 16)
+"""Sizes of teams that share a matrix. All members repeat the work on its short side, so larger teams gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,32 @@ def units_of(
             units.append(Unit(name, row, height, columns, cost))
             row += height
     return units
+
+
+def plan_group(layout: Layout, group: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Plan:
+    """The plan of a matrix group.
+
+    Args:
+        layout: of the whole optimizer.
+        group: with `param_names`, its options, and `row_blocks` if any parameter is split.
+        device: where the directions will run.
+
+    Raises:
+        LayoutError: a parameter of the group is not stored as outputs x inputs.
+    """
+    for name, view in zip(group["param_names"], group.get("views") or (), strict=False):
+        if view is not None:
+            raise LayoutError(
+                f"{name} has the view {view!r}: only matrices that are stored as outputs x inputs can be cut between "
+                "ranks. Give it to AdamW by an override"
+            )
+    shapes = {name: layout.shapes[name] for name in group["param_names"]}
+    units = units_of(shapes, group, group.get("row_blocks"), device=device)
+    part_costs = {}
+    if unshareable(group) is None:
+        sizes = [size for size in TEAM_SIZES if size <= layout.world_size]
+        part_costs = {size: [part_flops(*u.shape, group, size, device=device) for u in units] for size in sizes}
+    return make_plan(layout, units, part_costs)
 
 
 def make_plan(

@@ -9,7 +9,7 @@ so a team does more work in total than one rank would; it pays off if one matrix
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import directions
-from ..directions import Direction, leverage
+from ..directions import Direction, carried, leverage
 from ..directions.row_balance import balance
 from ..flops import counter, read_options
 from ..polar import largest_entry, prescale_by
@@ -76,7 +76,7 @@ def row_sharded_direction(
     shape: tuple[int, int],
     options: Mapping[str, Any],
     team: Team,
-    second_moment: Tensor | None = None,
+    row_state: Tensor | None = None,
 ) -> Direction:
     """This member's part of the direction of one matrix of this shape: see `directions.from_options`.
 
@@ -85,7 +85,7 @@ def row_sharded_direction(
         shape: of the whole matrix.
         options: complete; `unshareable` must be None for them.
         team: the members.
-        second_moment: [1, rows] of this part, where the direction keeps one.
+        row_state: [1, rows] of this part, where the direction keeps a number for each row.
     """
     m, n = shape
     part = u if m >= n else u.mT
@@ -94,17 +94,20 @@ def row_sharded_direction(
         tall = prescale_by(part, largest)
         dtype = resolve(options["polar_dtype"], u.device)
 
-        def factor(x: Tensor) -> Tensor:
-            return torch.where(largest > 0, tall_gram_polar(x, dtype, team), 0.0)
+        def factor(x: Tensor, even: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+            return torch.where(largest > 0, tall_gram_polar(x, dtype, team, even), 0.0)
 
         none = torch.zeros(len(u), dtype=torch.int64, device=u.device)
+        if row_state is not None and directions.carries(options):
+            polished = options["row_balance"] == "polished"
+            return Direction.uncounted(*carried.direction(tall, row_state, factor, polished=polished, rows=team))
         if options["direction"] == "aurora" and directions.treats(options, m, n):
             d, fallbacks, retries = _balanced(tall, options, team, factor)
             return Direction(d if m >= n else d.mT, fallbacks, retries)
         d = factor(tall)
         if directions.treats(options, m, n):
-            d, second_moment = directions.even_rows(d, options, shape, second_moment, team)
-            return Direction(d, none, none, second_moment)
+            d, row_state = directions.even_rows(d, options, shape, row_state, team)
+            return Direction(d, none, none, row_state)
         return Direction(d if m >= n else d.mT, none, none)
 
 
@@ -146,8 +149,7 @@ def _counted(m: int, n: int, members: int, options: tuple[tuple[str, Any], ...])
     given = dict(options)
     share = -(-max(m, n) // members)
     part = torch.empty(1, *((share, n) if m >= n else (m, share)), device="meta")
-    keeps = directions.keeps_second_moment(given, m, n)
-    second = torch.empty(1, share, device="meta") if keeps else None
+    row_state = torch.empty(1, share, device="meta") if directions.row_slot(given, m, n) else None
     with counter() as count:
-        row_sharded_direction(part, (m, n), given, Team(None, members), second)
+        row_sharded_direction(part, (m, n), given, Team(None, members), row_state)
     return int(count.get_total_flops())

@@ -21,7 +21,7 @@ class GuardsConfig(Section):
     that checkpoint is trained on; as long as there is no checkpoint, for example because saves have failed, warn. A
     change takes effect from the next launch on, also in a run that has begun."""
 
-    spike_window: Annotated[int, Field(ge=8)] = 128
+    spike_window: Annotated[int, Field(ge=8, le=100_000)] = 128
     """Number of recent losses that a loss is compared with. They are saved in checkpoints. Until there are 16 of them,
     or a whole smaller window, no loss is a spike."""
 

@@ -125,6 +125,10 @@ class OptimizerConfig(_MatrixFields):
     """Regular expression that is searched in the parameter's name -> number of equal row blocks, or the rows of each:
     every block gets a direction of its own. [2048, 512, 512] for a fused q/k/v; 32 for the heads of a q_proj."""
 
+    heads: int = Field(0, ge=0)
+    """Every so many attention heads get a direction of their own, in the weights of queries, keys and values; 0: a
+    weight is one matrix. `row_blocks` of a weight wins."""
+
     adamw: AdamWConfig = AdamWConfig()
     """AdamW for everything that is not a matrix."""
 
@@ -174,6 +178,7 @@ class OptimizerConfig(_MatrixFields):
             preset=self.preset,
             overrides=self.overrides,
             row_blocks=self.row_blocks,
+            heads=self.heads,
         )
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -197,7 +202,7 @@ class OptimizerConfig(_MatrixFields):
     def ineffective(self) -> dict[str, str]:
         """The keys that have no effect with this direction and these other keys."""
         if self.name == "adamw":
-            keys = ("preset", *_MATRIX_KEYS, "overrides", "row_blocks")
+            keys = ("preset", *_MATRIX_KEYS, "overrides", "row_blocks", "heads")
             return dict.fromkeys(keys, "with name 'adamw' nothing is a matrix")
         without = {} if self.name == "aurora" else {"preset": "presets are for 'aurora'"}
         own = {key: getattr(self, key) for key in _MATRIX_KEYS}

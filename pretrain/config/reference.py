@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from pretrain.config.base import Section, class_of, section_in
 from pretrain.config.schema import Config
+from pretrain.text_tables import markdown_row
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "config.md"
 
@@ -111,7 +112,7 @@ def _row(section: type[Section], name: str, field: FieldInfo, schema: Mapping[st
         assert value is not PydanticUndefined
         default = f"`{_yaml(value)}`"
     cells = (f"`{name}`", type_text, default, str(class_of(section, name)), _line(field.description or ""))
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return markdown_row(cell.replace("|", "\\|") for cell in cells)
 
 
 def _line(text: str) -> str:

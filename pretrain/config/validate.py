@@ -142,7 +142,8 @@ def validate_section(model: Any, value: Any, name: str, stored: bool = False) ->
     if any(removed):
         # A key that was removed is not missing.
         again = validate_section(model, rest, name, stored)[1]
-        problems += [p for p in again if p not in problems and not p.endswith(MISSING)]
+        keys = tuple(f"{'.'.join(map(str, [name, *item['loc']]))}:" for item in errors)
+        problems += [p for p in again if p not in problems and not p.endswith(MISSING) and not p.startswith(keys)]
     return None, problems
 
 

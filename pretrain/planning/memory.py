@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from optimizers.blocks import BUCKET_ELEMENTS
-from optimizers.directions import keeps_second_moment
+from optimizers.directions import row_slot
 from optimizers.sharded import Layout, Plan
 from pretrain.config import Config
 from pretrain.model.cost import parameter_count
@@ -128,7 +128,7 @@ def memory(
 
 
 def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Plan | None, rank: int) -> int:
-    """Bytes of the fp32 state: a momentum for matrices, two moments for the rest, and running row norms."""
+    """Bytes of the fp32 state: a momentum for matrices, two moments for the rest, and what is kept for each row."""
     total = sum(
         size * (FP32 if group["kind"] == "matrix" else 2 * FP32) for group, size in zip(groups, shards, strict=True)
     )
@@ -137,10 +137,10 @@ def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Pla
             continue
         shapes = [tuple(p.shape) for p in group["params"]]
         if plan is None:
-            total += FP32 * sum(m for m, n in shapes if keeps_second_moment(group, m, n))
+            total += FP32 * sum(m for m, n in shapes if row_slot(group, m, n))
         else:
             own = [plan.units[index] for index in plan.owned(rank)]
-            total += FP32 * sum(unit.rows for unit in own if keeps_second_moment(group, *unit.shape))
+            total += FP32 * sum(unit.rows for unit in own if row_slot(group, *unit.shape))
     return total
 
 

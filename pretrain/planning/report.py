@@ -14,6 +14,7 @@ from pretrain.planning.memory import Memory
 from pretrain.planning.summary import describe
 from pretrain.planning.traffic import Collective
 from pretrain.processes.errors import UserError
+from pretrain.text_tables import aligned
 
 HEADER = ("setting", "GB a rank", "fits", "GB received", "compute s", "network s", "step s", "GPU-hours")
 UNKNOWN_LINKS = "the link speeds of this device are not known; give --link-gbytes and --node-link-gbytes"
@@ -263,9 +264,7 @@ def comparison(configs: dict[str, Config | ConfigError], cluster: Cluster) -> tu
                 _number(plan.gpu_hours, ",.0f"),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [*table, *refused], data
+    return [*aligned(rows), *refused], data
 
 
 def _number(value: float | None, style: str) -> str:

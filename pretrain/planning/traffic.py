@@ -188,6 +188,6 @@ def _sums_of(shape: tuple[int, int], members: int, options: tuple[tuple[str, Any
     m, n = shape
     given, team, share = dict(options), _CountedTeam(members), -(-max(m, n) // members)
     part = torch.empty(1, *((share, n) if m >= n else (m, share)), device="meta")
-    second = torch.empty(1, share, device="meta") if directions.keeps_second_moment(given, m, n) else None
-    row_sharded_direction(part, shape, given, team, second)
+    row_state = torch.empty(1, share, device="meta") if directions.row_slot(given, m, n) else None
+    row_sharded_direction(part, shape, given, team, row_state)
     return team.sums

@@ -49,6 +49,8 @@ def test_a_mixture_that_cannot_be_is_refused(data: dict[str, Any], problems: lis
         parse_config(merged(quickstart(), {f"data.{key}": value for key, value in data.items()}))
     for problem in problems:
         assert any(line.startswith(problem) for line in error.value.problems), error.value.problems
+    keys = [line.partition(":")[0] for line in error.value.problems]
+    assert len(keys) == len(set(keys)), error.value.problems
 
 
 def sources(**changes: Any) -> dict[str, Any]:

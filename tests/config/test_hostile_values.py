@@ -84,6 +84,10 @@ BAD: dict[str, tuple[str, str]] = {
     "layers": ("model.num_layers=1e9", "model.num_layers: expected at most 4,096"),
     "width": ("model.hidden_size=4611686018427387904", "model.hidden_size: expected at most"),
     "workers": ("data.workers=100000", "data.workers: input should be less than or equal to 1024"),
+    "window": (
+        "guards.spike_window=1000000000000",
+        "guards.spike_window: input should be less than or equal to 100000",
+    ),
     "temperature": ("samples.temperature=1e-300", "samples.temperature: input should be greater than"),
     "surrogate": ('samples={every_steps: 1, prompts: ["ab\\ud800"]}', "samples.prompts.0: is not text: character 3"),
     "bytes of the command line": ("run.root=a\udcff", "run.root: is not text"),

@@ -56,6 +56,7 @@ FITTING: dict[str, list[Any]] = {
         [{"mixture": {"sotu": 1}, "until_tokens": 1e6}, {"mixture": {"moby_dick": 0.3, "austen": 1, "sotu": 0}}],
     ],
     "optimizer.row_blocks": [{}, {r"q_proj\.weight": 2, "k": [1, 2]}],
+    "optimizer.heads": [0, 1],
     "run.name": ["1e5", "0_1", ".5", "true", "a.b-C"],
     "watch.webhook": [None, "env:_HOOK", "file:~/a b/é: #"],
 }

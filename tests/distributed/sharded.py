@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optimizers import Aurora
+from optimizers.directions import ROW_SLOTS
 from optimizers.sharded import Layout, plan_group, shard, zero_layout
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -40,9 +41,9 @@ def tensors(shapes: dict[str, dict[str, tuple[int, ...]]], seed: int) -> dict[st
 def groups(
     shapes: dict[str, dict[str, tuple[int, ...]]], weights: dict[str, Tensor], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Parameter groups over the weights; `row_blocks` may be given by name."""
+    """Parameter groups over the weights; `row_blocks` and `views` may be given by name."""
     options = dict(options)
-    blocks = options.pop("row_blocks", {})
+    blocks, views = options.pop("row_blocks", {}), options.pop("views", {})
     found: list[dict[str, Any]] = []
     for role, part in shapes.items():
         kind = "matrix" if role == "matrix" else "adamw"
@@ -50,6 +51,8 @@ def groups(
         found.append(group | (options if kind == "matrix" else {"weight_decay": 0.01}))
     if blocks:
         found[0]["row_blocks"] = [blocks.get(name) for name in shapes["matrix"]]
+    if views:
+        found[0]["views"] = [views.get(name) for name in shapes["matrix"]]
     return found
 
 
@@ -85,12 +88,12 @@ def states(optimizer: Aurora, layout: Layout | None, rank: int) -> Iterator[tupl
         for slot, values in optimizer.state[flat].items():
             if slot == "step":
                 yield f.name, slot, 0, values.reshape(-1)
-            elif slot != "second_moment":
+            elif slot not in ROW_SLOTS:
                 yield f.name, slot, f.start, values[f.offset : f.offset + f.length]
     matrix = next(g for g in optimizer.param_groups if g["kind"] == "matrix")
-    moment, at = optimizer.state[matrix["params"][0]].get("second_moment"), 0
-    for name, low, high in optimizer.matrices.owned_rows(matrix) if moment is not None else ():
-        yield name, "second_moment", low, moment[at : at + high - low]
+    kept, at = optimizer.matrices.row_slot(matrix), 0
+    for name, low, high in optimizer.matrices.owned_rows(matrix) if kept else ():
+        yield name, kept, low, optimizer.state[matrix["params"][0]][kept][at : at + high - low]
         at += high - low
 
 
@@ -126,7 +129,7 @@ def compare(
 
     rank, world_size = start_gloo()
     if bucket is not None:
-        exchange.make_rounds.__defaults__ = (bucket,)
+        exchange.make_rounds.__defaults__ = (bucket, None)
     weights = tensors(shapes, 1)
     layout = zero_layout([dict(part) for part in shapes.values()], world_size, stage)
     dense = Aurora(groups(shapes, {name: w.clone().requires_grad_() for name, w in weights.items()}, options))

@@ -19,9 +19,11 @@ DIRECTIONS: dict[str, dict[str, Any]] = {
     "u_normuon_running": {"direction": "u_normuon", "running_norms": True},
     "riemannian": {"direction": "riemannian_aurora"},
     "contra_floor": {"direction": "muon", "contra": 0.2, "uw_floor": 0.35},
+    "carried": {"row_balance": "carried", "row_blocks": {"qkv": (8, 3, 3), "up": (12, 5)}},
+    "polished": {"row_balance": "polished"},
     "blocks": {"direction": "normuon", "row_blocks": {"qkv": (8, 3, 3), "up": (12, 5)}},
 }
-SOME = [(1, 3, "blocks"), (3, 2, "aurora"), (3, 4, "contra_floor"), (1, 4, "aurora_all_cautious"), (3, 3, "normuon")]
+SOME = [(1, 3, "blocks"), (3, 2, "aurora"), (3, 4, "contra_floor"), (1, 4, "aurora_all_cautious"), (3, 3, "carried")]
 GRID = [(stage, ranks, name) for stage in (1, 3) for ranks in (1, 2, 3, 4) for name in DIRECTIONS]
 
 
@@ -73,6 +75,7 @@ def test_a_bf16_wire_moves_half_the_bytes_and_rounds_to_bf16() -> None:
 TEAMS: dict[str, dict[str, Any]] = {
     "aurora": {"row_balance": "leverage", "scope": "all"},
     "aurora_gram": {"row_balance": "gram", "iterations": 3, "tolerance": 0.01},
+    "polished": {"row_balance": "polished", "row_blocks": {"qkv": (8, 3, 3), "down": (2, 3)}},
     "muon_floor": {"direction": "muon", "uw_floor": 0.35},
     "normuon": {"direction": "normuon", "row_blocks": {"qkv": (8, 3, 3), "down": (2, 3)}},
     "u_normuon": {"direction": "u_normuon"},
@@ -85,4 +88,5 @@ def test_a_matrix_shared_by_a_team_gets_the_same_direction(name: str, ranks: int
     options = {"polar": "gram", "polar_dtype": "fp32", **TEAMS[name]}
     results = run_ranks(ranks, _compare, 1, options, {"team": team, "steps": 5})
     assert max(map(len, results[0]["teams"])) == team
-    assert worst(results) < 1e-4
+    # log D is what is left of log(1 - l), for which fp32 is coarser.
+    assert worst(results) < (1e-3 if name == "polished" else 1e-4)

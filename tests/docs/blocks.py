@@ -4,6 +4,7 @@ Blocks of bash and Python run one after the other in one empty folder per page; 
 config. A comment on the line before a block changes this; a reader of the rendered page does not see it:
 
     <!-- test: skip REASON -->          not run; the files it names must exist, and the options of `aurora` must parse
+    <!-- test: lines FILE -->           not run; its lines are lines of this file, which other tests run
     <!-- test: long -->                 run only by ./scripts/test --all
     <!-- test: overrides KEY=VALUE -->  added to `train configs/quickstart.yaml`
     <!-- test: file NAME -->            written to this file, for the blocks after it
@@ -37,7 +38,7 @@ SMALL = (
     "samples.max_new_tokens=2",
 )
 LANGUAGES = ("bash", "python", "yaml")
-DIRECTIVES = ("skip", "long", "overrides", "file")
+DIRECTIVES = ("skip", "lines", "long", "overrides", "file")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Block:
     language: str
     text: str
     directives: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a test runs it, at least the long one."""
+        return not {"skip", "lines"} & self.directives.keys()
 
     def commands(self) -> list[str]:
         """Logical lines of a bash block, without comments."""

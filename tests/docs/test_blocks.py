@@ -24,11 +24,12 @@ from tests.docs.blocks import Block, blocks, pages
 TIMEOUT_SECONDS = 1200
 PAGES = {str(page.relative_to(REPOSITORY)): blocks(page) for page in pages()}
 SKIPPED = [block for found in PAGES.values() for block in found if "skip" in block.directives]
+QUOTED = [block for found in PAGES.values() for block in found if "lines" in block.directives]
 
 
 def _runs(found: list[Block], long: bool) -> bool:
     """Whether some block of a page is run, in the fast set or only in the long one."""
-    kept = [block for block in found if "skip" not in block.directives]
+    kept = [block for block in found if block.is_run]
     return any("long" in block.directives for block in kept) if long else bool(kept)
 
 
@@ -85,7 +86,7 @@ VERBS_OF_SCRIPTS = {
 @pytest.mark.parametrize("name", FAST)
 def test_the_blocks_of_a_page_work(name: str, tmp_path: Path) -> None:
     for block in PAGES[name]:
-        if not {"skip", "long"} & block.directives.keys():
+        if block.is_run and "long" not in block.directives:
             _run(block, tmp_path)
 
 
@@ -93,7 +94,7 @@ def test_the_blocks_of_a_page_work(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", LONG)
 def test_all_blocks_of_a_page_work(name: str, tmp_path: Path) -> None:
     for block in PAGES[name]:
-        if "skip" not in block.directives:
+        if block.is_run:
             _run(block, tmp_path)
 
 
@@ -116,9 +117,16 @@ def test_what_is_not_run_parses_and_names_files_that_exist(block: Block) -> None
             parse(words[1:])  # an unknown option ends the process
 
 
+@pytest.mark.parametrize("block", QUOTED, ids=lambda block: f"{block.page.name}:{block.line}")
+def test_what_is_quoted_is_in_the_file(block: Block) -> None:
+    text = (REPOSITORY / block.directives["lines"]).read_text(encoding="utf-8")
+    lines = {line.partition("  #")[0].strip() for line in text.splitlines()}
+    assert [line for line in block.text.splitlines() if line.strip() not in lines] == []
+
+
 def test_pages_have_blocks_of_every_kind() -> None:
     """The tests above are not empty."""
-    kept = [block for found in PAGES.values() for block in found if "skip" not in block.directives]
+    kept = [block for found in PAGES.values() for block in found if block.is_run]
     assert {block.language for block in kept} == {"bash", "python", "yaml"}
     assert {"README.md", "docs/guide/training.md", "docs/guide/data.md"} <= set(FAST)
     assert len(SKIPPED) < len(kept)

@@ -85,7 +85,7 @@ class SlantedOptions(MuonOptions):
 
     slant: float = option(0.25, "Share of the momentum.", high=1.0)
 
-    def find(self, u: Tensor, second_moment: Tensor | None) -> Direction:
+    def find(self, u: Tensor, row_state: Tensor | None) -> Direction:
         return Direction.uncounted(u * self.slant)
 
 

@@ -270,8 +270,8 @@ def test_heads_have_directions_of_their_own_if_asked_for() -> None:
     assert fused["transformer.h.0.mlp.c_fc.weight"].blocks == 1
     vision = table(Vision(), settings)["layers.0.self_attn.in_proj_weight"]
     assert (vision.shape, vision.blocks) == ((8, 16), 6)
-    # An attention that says nothing of its heads is not split.
-    assert table(NanoGPT(), settings)["h.0.attn.c_attn.weight"].blocks == 1
+    with pytest.raises(OptionError, match=r"heads 1 has no effect: .*states the size of its heads"):
+        table(NanoGPT(), settings)
     with pytest.raises(OptionError, match="heads is -1"):
         table(NanoGPT(), Settings(heads=-1))
     optimizer = Aurora(model, routing=settings)

@@ -6,7 +6,9 @@ from torch import nn
 
 from optimizers import options
 from pretrain.config import ConfigError
+from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import AdamWConfig, OptimizerConfig
+from pretrain.model.build import build_model
 
 
 def problems(**data: Any) -> dict[str, str]:
@@ -183,3 +185,29 @@ def test_settings_that_do_not_fit_the_model_are_errors_of_the_config(data: dict[
             call(model)
         (found,) = caught.value.problems
         assert found.startswith(problem)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "speedrun"])
+def test_heads_are_the_row_blocks_that_one_would_write_by_hand(architecture: str) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
+    kv_heads = 2 if architecture == "llama" else 4
+    extra = {} if architecture == "llama" else {"architecture": "speedrun"}
+    config = ModelConfig.model_validate({**sizes, "num_kv_heads": kv_heads, "context_length": 16, **extra})
+    model = build_model(config, seed=1, device="meta")
+    by_hand = OptimizerConfig(name="muon", row_blocks={r"q_proj\.weight": 4, r"[kv]_proj\.weight": kv_heads})
+    heads = OptimizerConfig(name="muon", heads=1)
+    (wanted,), (found,) = (
+        [group for group in each.param_groups(model) if group["kind"] == "matrix"] for each in (by_hand, heads)
+    )
+    weights = [blocks for blocks in found["row_blocks"] if blocks is not None]
+    assert set(weights) == ({(8,) * 4, (8,) * 2} if architecture == "llama" else {(8,) * 4})
+    assert found["row_blocks"] == wanted["row_blocks"]
+    assert "row_blocks" not in OptimizerConfig(name="muon").param_groups(model)[0]
+
+
+def test_heads_without_effect_are_an_error_of_the_config() -> None:
+    assert problems(heads=-1).keys() == {"heads"}
+    assert "heads" in problems(name="adamw", heads=1)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 4))
+    with pytest.raises(ConfigError, match=r"optimizer\.heads: heads 1 has no effect"):
+        OptimizerConfig(heads=1).param_groups(model)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -54,37 +55,46 @@ def closure(name: str) -> set[str]:
     return found
 
 
-def environment_with_torch_only(folder: Path) -> Path:
-    """The interpreter of a fresh environment that sees the installed torch and what that needs, by links."""
-    links = folder / "torch-only"
+def environment(folder: Path, *distributions: str) -> Path:
+    """The interpreter of a fresh environment that sees these distributions and what they need, by links."""
+    links = folder / "linked"
     links.mkdir()
-    for name in closure("torch"):
+    for name in set().union(*map(closure, distributions)):
         for file in importlib.metadata.files(name) or ():
             top = Path(file.parts[0])
             if str(top) not in ("..", "__pycache__") and not (links / top).exists():
                 (links / top).symlink_to(Path(str(file.locate())).parents[len(file.parts) - 1] / top)
     venv.create(folder / "venv", with_pip=False)
     (site,) = (folder / "venv").glob("lib/python*/site-packages")
-    (site / "torch.pth").write_text(f"{links}\n")
+    (site / "linked.pth").write_text(f"{links}\n")
     return folder / "venv" / "bin" / "python"
 
 
-def run(*command: object) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd="/")
+def run(*command: object, variables: Mapping[str, str] | None = None) -> str:
+    parts = [str(part) for part in command]
+    done = subprocess.run(parts, capture_output=True, text=True, cwd="/", env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def install(folder: Path, python: Path, extra: str = "") -> None:
+    """Build the wheel and install it, with what the extra needs from the registry."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    # A copy: setuptools leaves a build folder in the source.
+    source = shutil.copytree(PACKAGE, folder / "optimizers", ignore=shutil.ignore_patterns("__pycache__", "build"))
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder / "wheels", source)
+    (wheel,) = (folder / "wheels").glob("aurora_optimizers-*.whl")
+    if extra:
+        run(*pip, "--python", python, "install", f"{wheel}[{extra}]")
+    else:
+        run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
 
 
 @pytest.mark.long
 def test_the_wheel_takes_a_step_where_there_is_only_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    # A copy: setuptools leaves a build folder in the source.
-    source = shutil.copytree(PACKAGE, tmp_path / "optimizers", ignore=shutil.ignore_patterns("__pycache__", "build"))
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "wheels", source)
-    (wheel,) = (tmp_path / "wheels").glob("aurora_optimizers-*.whl")
-    python = environment_with_torch_only(tmp_path)
-    run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    python = environment(tmp_path, "torch")
+    install(tmp_path, python)
     installed = Path(run(python, "-W", "error::ImportWarning", "-c", STEP).split()[-1])
     assert installed.is_relative_to(tmp_path / "venv")
     assert (installed.parent / "py.typed").exists()

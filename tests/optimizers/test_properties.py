@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optimizers import reference
-from optimizers.directions import from_options, keeps_second_moment
+from optimizers.directions import from_options, row_slot
 from optimizers.directions.speedrun import contra, uw_floor
 from optimizers.polar import ERRORS, polar
 from tests.optimizers.helpers import OPTIONS, error, gaussian, low_rank, row_spread, with_condition
@@ -187,9 +187,9 @@ BALANCE_KEYS = ("beta", "balance_rule", "eps_mode", "tolerance")
 
 def fast(u: Tensor, options: dict[str, Any], v: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The direction of the package and its new second moment, for a stack or one matrix."""
-    keeps = keeps_second_moment(options, *u.shape[-2:])
+    keeps = row_slot(options, *u.shape[-2:])
     found = from_options(u, options, v if keeps else None)
-    return found.d, found.second_moment
+    return found.d, found.row_state
 
 
 @pytest.mark.parametrize(("method", "dtype"), METHODS)

@@ -33,6 +33,7 @@ def step(params: list[nn.Parameter], optimizer: Aurora, *seeds: int) -> None:
         {"direction": "riemannian_aurora"},
         {"direction": "muon", "contra": 0.2, "uw_floor": 0.35},
         {"direction": "normuon"},
+        {"row_balance": "carried", "row_blocks": [(4, 4), None]},
         {"direction": "u_normuon", "running_norms": True, "row_blocks": [(4, 4), None]},
     ],
 )

@@ -73,6 +73,20 @@ def test_fully_shard_on_a_part_of_the_model_is_no_silent_loss() -> None:
     other.step()  # a layer that is not used is not one that was replaced
 
 
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore:these parameters")
+def test_a_sharded_model_that_is_gone_says_nothing_about_this_one() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    gone = nn.Linear(4, 4)
+    fully_shard(gone, mesh=dist.init_device_mesh("cpu", (1,)))
+    gone.itself = [gone]  # not collected by counting references
+    del gone
+    optimizer = Aurora(nn.Linear(4, 3).parameters())
+    with pytest.warns(UserWarning, match="no parameter has a gradient at the first step, so it does nothing"):
+        optimizer.step()
+
+
 def test_entries_of_a_group_are_read_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 24
     params = [nn.Parameter(torch.randn(4, 3)) for _ in range(count)]
@@ -93,7 +107,7 @@ def test_settings_keep_the_defaults_of_aurora() -> None:
     model = Small()
     model.table = nn.Parameter(torch.randn(7, 4))
     with pytest.warns(UserWarning, match=r"unclear whether these weights are matrices: table"):
-        plain, given = Aurora(model), Aurora(model, routing=Settings(conv="matrix"))
+        plain, given = Aurora(model), Aurora(model, routing=Settings(adamw={"eps": 1e-8}))
     assert plain.table == given.table
     assert "(3 blocks)" in given.table
 

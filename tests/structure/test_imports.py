@@ -20,12 +20,14 @@ OF_PRETRAIN_IN_EVAL = {
     "pretrain.config.validate",
     "pretrain.engine.ranks",  # what processes tell each other; imports nothing else of the trainer
     "pretrain.files",  # writes files whole and finds what a wheel carries; imports neither torch nor another room
+    "pretrain.locks",  # locks of files; imports nothing
     "pretrain.processes",
     "pretrain.processes.environment",
     "pretrain.processes.errors",
     "pretrain.processes.exit_codes",
     "pretrain.processes.failures",
     "pretrain.processes.redaction",  # regular expressions; imports nothing
+    "pretrain.text_tables",  # imports nothing
 }
 # The only modules of pretrain that know of the evaluation.
 KNOW_EVAL = {"pretrain.cli"}
@@ -46,7 +48,7 @@ LEVELS = (
     ("pretrain.slurm",),
     ("pretrain.shipped",),
     ("pretrain.processes",),
-    ("pretrain.files",),
+    ("pretrain.files", "pretrain.locks", "pretrain.text_tables"),
 )
 
 # Function-level imports of our own modules: importer (or its package) and what is imported (or its package): why.

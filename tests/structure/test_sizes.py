@@ -18,6 +18,7 @@ ASSERTIONS: dict[str, str] = {
     "context": "the harness puts a token before an empty context",
     "declared is not None": "every key of the schema declares a class, which a test checks",
     "grad is not None": "callers choose parameters that have a gradient",
+    "is_dtensor(p)": "callers choose DTensors",
     "isinstance(dtype, torch.dtype)": "the index was checked when it was read",
     "isinstance(model, GenerationMixin)": "the config refuses samples of a model that cannot write any",
     "job.config is not None": "only jobs with a config are launched",
