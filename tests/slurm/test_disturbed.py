@@ -64,6 +64,18 @@ class Runs:
         self.wait(lambda: self.step(root) >= step, number)
         assert self.step(root) < STEPS - 5, "the run was too fast to be disturbed"
 
+    def crawl(self, condition: Callable[[], bool], root: str, number: int) -> None:
+        """Wait while the run takes hardly a step: Slurm looks at its time limits, whole minutes, twice a minute."""
+        rank = self.ranks(root)[0]
+
+        def holds() -> bool:
+            os.kill(rank, signal.SIGSTOP)
+            time.sleep(3)
+            os.kill(rank, signal.SIGCONT)
+            return condition()
+
+        self.wait(holds, number)
+
     def ranks(self, root: str) -> list[int]:
         """The training processes of a run."""
         found = []
@@ -132,6 +144,7 @@ def test_a_time_limit_with_a_notice(runs: Runs) -> None:
     seconds = runs.cluster.command("squeue", "--noheader", "--job", str(number), "--format=%M").strip()
     minutes = int(seconds.split(":")[0]) + 2
     runs.cluster.command("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
+    runs.crawl(lambda: "SIGUSR1: stopping" in runs.cluster.log(number).read_text(), "limited", number)
     runs.wait(lambda: runs.cluster.job(number).restarts == 1, number)
     runs.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     job = runs.finish(number)
@@ -145,16 +158,7 @@ def test_a_time_limit_without_a_notice(runs: Runs) -> None:
     number = runs.submit("surprised", "--signal=B:CONT@1")
     runs.reach(5, "surprised", number)
     runs.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=1")
-    rank = runs.ranks("surprised")[0]
-
-    def is_told() -> bool:
-        """Slow the run down until then: the shortest limit of Slurm is a minute, which it looks at twice a minute."""
-        os.kill(rank, signal.SIGSTOP)
-        time.sleep(1)
-        os.kill(rank, signal.SIGCONT)
-        return "SIGTERM: stopping" in runs.cluster.log(number).read_text()
-
-    runs.wait(is_told, number)
+    runs.crawl(lambda: "SIGTERM: stopping" in runs.cluster.log(number).read_text(), "surprised", number)
     runs.wait(lambda: runs.cluster.job(number).restarts == 1, number)
     runs.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     job = runs.finish(number)
