@@ -1,10 +1,11 @@
 """`aurora eval` against the `lm_eval` command: the same model, items and settings, one after the other.
 
-    python scripts/bench_eval.py [FOLDER] [--tasks hellaswag,winogrande] [--limit 500] [--rounds 3] [--page]
+    python scripts/bench_eval.py [FOLDER] [--tasks hellaswag=500,winogrande] [--rounds 3] [--page]
 
-FOLDER is a Hugging Face folder (default: the real one that scripts/smollm2.py makes). In float32 both commands
-alternate over the rounds, in an order that changes, and the medians of their wall times are compared; every outcome,
-metric and standard error must be equal but for the listed items, and log-likelihoods differ by at most 2e-5 a token.
+FOLDER is a Hugging Face folder (default: the real one that scripts/smollm2.py makes); a task stands with a number of
+items, or with all of them. Each task has a command of its own. In float32 both commands alternate over the rounds, in
+an order that changes, and the medians of their wall times are compared; every outcome, metric and standard error must
+be equal but for the listed items, and log-likelihoods differ by at most 2e-5 a token.
 A sample of items is compared with a float64 softmax of the plain model's logits. In bfloat16 one run each is compared
 with lm_eval's default and with its `softmax_dtype=float32`, and the items that flip are listed. Exits with 1 if the
 float32 results are not the same.
@@ -172,7 +173,7 @@ def against_float64(
 
 
 def measure(commands: Commands, limit: int | None, rounds: int, sample: int) -> dict[str, Any]:
-    """Compare the commands in float32 and in bfloat16."""
+    """Compare the commands in float32 and in bfloat16, on `limit` items of each task (None: all)."""
     tokenizer = AutoTokenizer.from_pretrained(commands.model)
     seconds: dict[str, list[float]] = {"aurora eval": [], "lm_eval": [], "aurora eval, start": [], "lm_eval, start": []}
     for index in range(rounds):
@@ -185,7 +186,8 @@ def measure(commands: Commands, limit: int | None, rounds: int, sample: int) -> 
                 theirs = found
             else:
                 ours = found
-        print(json.dumps({name: round(values[-1], 1) for name, values in seconds.items()}), file=sys.stderr)
+        line = {name: round(values[-1], 1) for name, values in seconds.items()}
+        print(json.dumps({"tasks": commands.tasks} | line), file=sys.stderr, flush=True)
     one, other = outcomes_of_ours(ours), outcomes_of_theirs(theirs, tokenizer)
     report: dict[str, Any] = {
         "seconds": seconds,
@@ -206,6 +208,27 @@ def measure(commands: Commands, limit: int | None, rounds: int, sample: int) -> 
         for softmax in (None, "float32")
     }
     return report
+
+
+def merge(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Join the reports of single tasks: times and speeds become a dictionary by task."""
+    first, *others = reports.values()
+    merged: dict[str, Any] = {
+        name: {task: report[name] for task, report in reports.items()}
+        for name in ("seconds", "speed", "speed_without_start")
+    }
+    for name in ("float32", "metrics", "num_truncated_requests"):
+        merged[name] = {task: figures for report in reports.values() for task, figures in report[name].items()}
+    merged["bfloat16"] = {
+        softmax: {task: figures for report in reports.values() for task, figures in report["bfloat16"][softmax].items()}
+        for softmax in first["bfloat16"]
+    }
+    merged["from_float64"] = {
+        side: max(report["from_float64"][side] for report in reports.values()) for side in first["from_float64"]
+    }
+    if any(report["model"]["sha256"] != first["model"]["sha256"] for report in others):
+        raise RuntimeError("the model changed between the tasks")
+    return merged | {"model": first["model"]}
 
 
 def _ratio(slow: list[float], fast: list[float]) -> float:
@@ -233,9 +256,8 @@ def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER")
-    parser.add_argument("--tasks", default="hellaswag,winogrande", metavar="NAMES", help="(default: %(default)s)")
     parser.add_argument(
-        "--limit", type=int, default=500, metavar="N", help="items a task; 0: all (default: %(default)s)"
+        "--tasks", default="hellaswag=500,winogrande", metavar="NAME[=ITEMS],...", help="(default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="of lm_eval (default: %(default)s)")
@@ -243,15 +265,18 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="write docs/benchmarks/eval.md and eval.json")
     options = parser.parse_args()
     folder = (options.folder or smollm2()).resolve()
-    tasks = [name for name in options.tasks.split(",") if name]
-    with tempfile.TemporaryDirectory(prefix="bench-eval-") as scratch:
-        commands = Commands(folder, tasks, Path(scratch), options.batch_size)
-        report = measure(commands, options.limit or None, options.rounds, options.sample)
+    limits = {name: int(items or 0) for name, _, items in (task.partition("=") for task in options.tasks.split(","))}
+    reports = {}
+    for task, limit in limits.items():
+        with tempfile.TemporaryDirectory(prefix="bench-eval-") as scratch:
+            commands = Commands(folder, [task], Path(scratch), options.batch_size)
+            reports[task] = measure(commands, limit or None, options.rounds, options.sample)
+    report = merge(reports)
     report["model"]["name"] = folder.name
     report |= {
         "date": datetime.now(UTC).strftime("%-d %B %Y"),
         "machine": describe_machine() | {"threads": torch.get_num_threads()},
-        "limit": options.limit,
+        "limits": limits,
         "lm_eval_batch_size": options.batch_size,
         "sample": options.sample,
         "problems": problems(report),

@@ -13,16 +13,17 @@ _PAGE = """\
 <!-- Written by `python scripts/bench_eval.py --page`; do not edit. -->
 
 `aurora eval` against the `lm_eval` command on {date}: {cores} cores of {cpu}, {threads} threads; {versions}. The model
-is {model} ({parameters:.1f}M parameters, SHA-256 {digest}), evaluated on {limit} of each task, zero-shot. Both are
-commands of the same interpreter that alternate over {rounds} rounds; lm_eval's batch size is {batch}, ours is chosen
-automatically.
+is {model} ({parameters:.1f}M parameters, SHA-256 {digest}), evaluated zero-shot on {items}.
+Both are commands of the same interpreter, one for each task, that alternate over {rounds} round(s); lm_eval's batch
+size is {batch}, ours is chosen automatically.
 
 ## Time (float32)
 
-| | `aurora eval` | `lm_eval` | `lm_eval` / `aurora eval` (median of rounds) |
-|---|---|---|---|
-| whole command, seconds | {ours:.1f} | {theirs:.1f} | {speed:.2f} |
-| the same without the time for 2 items a task | {ours_net:.1f} | {theirs_net:.1f} | {speed_net:.2f} |
+Seconds, the median of the rounds; without start: less the time of the same command for 2 items.
+
+| task | `aurora eval` | `lm_eval` | ratio | `aurora eval` without start | `lm_eval` without start | ratio |
+|---|---|---|---|---|---|---|
+{times}
 
 ## Scores (float32)
 
@@ -54,8 +55,7 @@ def write_page(report: dict[str, Any], folder: Path) -> None:
 
 def page(report: dict[str, Any]) -> str:
     """Return the text of the page."""
-    machine, seconds = report["machine"], report["seconds"]
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    machine = report["machine"]
     flips = [
         f"- {task}, item {flip['doc_id']}, {flip['metric']}: margin {flip['margin']:.1e} nats, {flip['tokens']} tokens"
         for task, figures in report["float32"].items()
@@ -70,15 +70,13 @@ def page(report: dict[str, Any]) -> str:
         model=report["model"]["name"],
         parameters=report["model"]["parameters"] / 1e6,
         digest=report["model"]["sha256"][:12],
-        limit=f"the first {report['limit']:,} items" if report["limit"] else "all items",
-        rounds=len(seconds["lm_eval"]),
+        items=", ".join(
+            f"the first {limit:,} items of {task}" if limit else f"all items of {task}"
+            for task, limit in report["limits"].items()
+        ),
+        rounds=max(len(seconds["lm_eval"]) for seconds in report["seconds"].values()),
         batch=report["lm_eval_batch_size"],
-        ours=medians["aurora eval"],
-        theirs=medians["lm_eval"],
-        speed=report["speed"],
-        ours_net=medians["aurora eval"] - medians["aurora eval, start"],
-        theirs_net=medians["lm_eval"] - medians["lm_eval, start"],
-        speed_net=report["speed_without_start"],
+        times="\n".join(_times(report)),
         scores="\n".join(_scores(report)),
         flips="Items whose outcome differs:\n\n" + "\n".join(flips) if flips else "No item's outcome differs.",
         sample=report["sample"],
@@ -86,6 +84,17 @@ def page(report: dict[str, Any]) -> str:
         exact_theirs=report["from_float64"]["lm_eval"],
         narrow="\n".join(_narrow(report)),
     )
+
+
+def _times(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for task, seconds in report["seconds"].items():
+        median = {name: statistics.median(values) for name, values in seconds.items()}
+        whole = [f"{median[side]:.1f}" for side in ("aurora eval", "lm_eval")]
+        net = [f"{median[side] - median[f'{side}, start']:.1f}" for side in ("aurora eval", "lm_eval")]
+        ratios = [f"{report[name][task]:.2f}" for name in ("speed", "speed_without_start")]
+        rows.append(f"| {task} | {' | '.join(whole)} | {ratios[0]} | {' | '.join(net)} | {ratios[1]} |")
+    return rows
 
 
 def _scores(report: dict[str, Any]) -> list[str]:

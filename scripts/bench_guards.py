@@ -1,11 +1,12 @@
 """What guards and telemetry cost: throughput with all of them on, compared with all of them off.
 
-Two trainers in one process, built as `aurora train` does, alternate in an order that changes every round. On: loss
+Two trainers in one process, built as `aurora train` does, take turns of a few steps in an order that changes. On: loss
 spikes are skipped, weights are hashed every `--compare-every` steps (one process compares with nobody, but reads all
 weights as each of many does), garbage is collected on time, and neurons are measured as the config says. A round has
 as many steps as lie between two measurements, unless `--steps` says otherwise. Prints one JSON line with the medians
 over the rounds of the ratio on / off (higher is better), in wall-clock time and in CPU time of the process: the latter
-is the better measure on a machine that does other work as well.
+is the better measure on a machine that does other work as well; and the time that a measurement took, as the trainer
+itself reports it, over that of a round without.
 """
 
 from __future__ import annotations
@@ -35,11 +36,27 @@ def configs(path: str, overrides: list[str], compare_every: int) -> dict[str, Co
     return {"on": load_config(path, [*overrides, *on]), "off": load_config(path, [*overrides, *off])}
 
 
-def seconds(trainer: Trainer, steps: int) -> dict[str, float]:
-    """Return the time that some steps take, on the clock on the wall and of the CPU."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    trainer.fit(stop_at=trainer.state.step + steps)
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+TURN_STEPS = 5
+"""Both sides take turns of so many steps, so that a machine whose speed drifts slows both alike."""
+
+
+def measured_round(trainers: dict[str, Trainer], steps: int, index: int) -> dict[str, dict[str, float]]:
+    """Return the seconds that `steps` steps of each side take, on the clock on the wall and of the CPU."""
+    took = {name: {"wall": 0.0, "cpu": 0.0} for name in trainers}
+    for turn, start in enumerate(range(0, steps, TURN_STEPS), start=index):
+        for name in list(trainers) if turn % 2 else list(trainers)[::-1]:
+            trainer = trainers[name]
+            wall, cpu = time.perf_counter(), time.process_time()
+            trainer.fit(stop_at=trainer.state.step + min(TURN_STEPS, steps - start))
+            took[name]["wall"] += time.perf_counter() - wall
+            took[name]["cpu"] += time.process_time() - cpu
+    return took
+
+
+def measurement_seconds(metrics: Path) -> list[float]:
+    """Return how long each measurement of the neurons took."""
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [record["telemetry/seconds"] for record in records if "telemetry/seconds" in record]
 
 
 def main() -> int:
@@ -58,20 +75,23 @@ def main() -> int:
         return 2
     steps = options.steps or sides["on"].telemetry.every_steps or 10
     engines = {name: PlainEngine(config) for name, config in sides.items()}
-    ratios = defaultdict(list)
+    ratios, off_seconds = defaultdict(list), []
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
             name: make_trainer(config, engines[name], Path(folder) / name / "metrics.jsonl", telemetry=True)
             for name, config in sides.items()
         }
         for index in range(options.rounds + 1):
-            order = list(sides) if index % 2 else list(sides)[::-1]
-            took = {name: seconds(trainers[name], steps) for name in order}
+            took = measured_round(trainers, steps, index)
             if index:  # the first round warms up
                 for clock in ("wall", "cpu"):
                     ratios[clock].append(took["off"][clock] / took["on"][clock])
+                off_seconds.append(took["off"]["wall"])
+                shown = ", ".join(f"{clock} {found[-1]:.4f}" for clock, found in ratios.items())
+                print(f"round {index} of {options.rounds}: {shown}", file=sys.stderr, flush=True)
         for trainer in trainers.values():
             trainer.batches.close()
+        measurements = measurement_seconds(Path(folder) / "on" / "metrics.jsonl")
     result = {
         "benchmark": "guards and telemetry on / off, tokens per second",
         "config": options.config,
@@ -80,6 +100,8 @@ def main() -> int:
         "compare_weights_every_steps": options.compare_every,
         **{f"{clock}_ratio_median": round(statistics.median(found), 4) for clock, found in ratios.items()},
         **{f"{clock}_ratio_lowest": round(min(found), 4) for clock, found in ratios.items()},
+        "measurement_seconds_median": round(statistics.median(measurements), 4) if measurements else None,
+        "round_seconds_median": round(statistics.median(off_seconds), 4),
         "rounds": options.rounds,
         "steps": steps,
         "precision": str(engines["on"].precision),

@@ -79,7 +79,7 @@ def test_other_items_are_not_compared(bench: SimpleNamespace, other: Outcomes) -
 
 def test_the_page_holds_the_figures(bench: SimpleNamespace) -> None:
     flipped = copy.deepcopy(ITEM) | {"acc": 0}
-    report = report_of(bench, {0: ITEM}, {0: flipped}) | {
+    one = report_of(bench, {0: ITEM}, {0: flipped}) | {
         "seconds": {
             "aurora eval": [10.0, 12.0],
             "lm_eval": [30.0, 33.0],
@@ -90,18 +90,30 @@ def test_the_page_holds_the_figures(bench: SimpleNamespace) -> None:
         "speed_without_start": 3.4,
         "from_float64": {"aurora eval": 1e-7, "lm_eval": 8e-6},
         "model": {"name": "tiny", "parameters": 1_000_000, "sha256": "f" * 64},
+        "num_truncated_requests": {"piqa": 0},
+    }
+    other = copy.deepcopy(one)
+    other |= {name: {"arc_easy": other[name]["piqa"]} for name in ("float32", "metrics", "num_truncated_requests")}
+    other["bfloat16"] = dict.fromkeys(other["bfloat16"], other["float32"])
+    other["speed"], other["from_float64"]["lm_eval"] = 2.0, 9e-6
+    report = bench.merge({"piqa": one, "arc_easy": other}) | {
         "machine": {"cores": 2, "machine": "cpu", "threads": 1, "versions": "torch 2"},
         "date": "26 November 2026",
-        "limit": 500,
+        "limits": {"piqa": 500, "arc_easy": 0},
         "lm_eval_batch_size": 32,
         "sample": 20,
     }
     text = bench.page(report)
     for part in (
-        "| 11.0 | 31.5 | 2.88 |",
-        "| 7.0 | 23.5 | 3.40 |",
-        "the first 500 items",
+        "| piqa | 11.0 | 31.5 | 2.88 | 7.0 | 23.5 | 3.40 |",
+        "| arc_easy | 11.0 | 31.5 | 2.00 | 7.0 | 23.5 | 3.40 |",
+        "the first 500 items of piqa, all items of arc_easy",
         "- piqa, item 0, acc: margin",
+        "- arc_easy, item 0, acc: margin",
+        "9.0e-06 a token (`lm_eval`)",
     ):
         assert part in text
-    assert "0.5000 ± 0.1000 | 0.5000 ± 0.1000" in text
+    assert text.count("0.5000 ± 0.1000 | 0.5000 ± 0.1000") == 2
+    other["model"] = one["model"] | {"sha256": "0" * 64}
+    with pytest.raises(RuntimeError, match="changed between"):
+        bench.merge({"piqa": one, "arc_easy": other})

@@ -8,7 +8,9 @@ footer leave room for it. The layout of a header is that of `parquet.thrift`, in
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+T = TypeVar("T")
 
 MAX_BATCH_BYTES = 256 << 20
 """About the most memory that the decoded values of a batch may take."""
@@ -94,18 +96,27 @@ def _pages(file: BinaryIO, chunk: Any) -> Iterator[Page]:
         file.seek(place)
         try:
             header = _read_struct(file, place + _MAX_HEADER_BYTES)
+            kind, size, compressed = (_typed(header, field, int) for field in (1, 2, 3))
+            parts = (_typed(header, field, dict) for field in (7 if kind == _DICTIONARY_PAGE else 5, 8))
+            values = _typed(next(filter(None, parts), {}), 1, int)
         except _HeaderError:
             return
-        kind, size, compressed = (header.get(field, 0) for field in (1, 2, 3))
-        described = header.get(7 if kind == _DICTIONARY_PAGE else 5) or header.get(8) or {}
         if compressed < 0:
             return
-        yield Page(kind == _DICTIONARY_PAGE, size, described.get(1, 0))
+        yield Page(kind == _DICTIONARY_PAGE, size, values)
         place = file.tell() + compressed
 
 
+def _typed(found: dict[int, Any], field: int, kind: type[T]) -> T:
+    """Return a field of a struct; zero or empty if it is missing. A damaged header has fields of other types."""
+    value = found.get(field, kind())
+    if not isinstance(value, kind):
+        raise _HeaderError
+    return value
+
+
 class _HeaderError(Exception):
-    """A header is not of Thrift's compact protocol."""
+    """A header is not of Thrift's compact protocol, or not that of a page."""
 
 
 def _read_struct(file: BinaryIO, end: int, depth: int = 0) -> dict[int, Any]:

@@ -1,5 +1,6 @@
 """A few bytes of a parquet file can stand for gigabytes: read in bounded memory, or refused by name."""
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,22 @@ def test_every_page_is_found(tmp_path: Path, version: str, compression: str, dic
             assert sum(page.values for page in pages if not page.is_dictionary) == chunk.num_values
             assert sum(page.bytes for page in pages) < chunk.total_uncompressed_size
             assert sum(page.bytes for page in pages) > 0.9 * chunk.total_uncompressed_size
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_no_damage_to_a_header_is_a_failure(tmp_path: Path, version: str) -> None:
+    """The pages before the damage are found; decoding reports the rest."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["good", "better"] * 50}), path, data_page_version=version)
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    whole = bytearray(path.read_bytes())
+    pages = 0
+    for place in range(4, chunk.data_page_offset + 40):
+        for value in range(256):
+            damaged = whole.copy()
+            damaged[place] = value
+            pages += len(list(_pages(io.BytesIO(damaged), chunk)))
+    assert pages > 256 * (chunk.data_page_offset + 36)
 
 
 def test_the_licences_of_a_file_are_no_reason_to_lose_its_texts(
