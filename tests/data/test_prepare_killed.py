@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def in_a_process(setting: Setting, folder: Path, seconds: float) -> bool:
         try:
             prepare(setting.config, setting.tokenizer, folder, options=OPTIONS)
             code = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(code)
     time.sleep(seconds)
