@@ -5,6 +5,7 @@ import json
 import os
 import random
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,17 +142,24 @@ def rows(batches: Sequence[TokenBatch]) -> list[tuple[list[int], int]]:
     ]
 
 
-def forked(work: Callable[[], object]) -> int:
-    """Do something in a forked process; return its exit status, negative for a signal."""
+def fork(work: Callable[[], object]) -> int:
+    """Do something in a forked process, which shows its error and ends with 1 if there is one; return its number."""
     child = os.fork()
     if not child:
         code = 1
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Wait for something that is done in a forked process; return its exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
 
 
 def ranks_of(group: Any) -> Ranks:

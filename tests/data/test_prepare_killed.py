@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pretrain.data.prepared import prepare as module
 from pretrain.data.prepared.layout import is_prepared, load_index
 from pretrain.data.prepared.plan import PrepareOptions
 from pretrain.data.prepared.prepare import prepare
-from tests.data.corpus import Setting, forked, make_setting, make_texts, write_jsonl, write_parquet
+from tests.data.corpus import Setting, fork, forked, make_setting, make_texts, write_jsonl, write_parquet
 
 OPTIONS = PrepareOptions(shard_tokens=3_000, remove_duplicates=True)
 KILLS = 10
@@ -32,17 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def in_a_process(setting: Setting, folder: Path, seconds: float) -> bool:
     """Prepare in a forked process and kill it after some time; return whether it was finished before."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            prepare(setting.config, setting.tokenizer, folder, options=OPTIONS)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-            raise
-        finally:
-            os._exit(code)
+    child = fork(lambda: prepare(setting.config, setting.tokenizer, folder, options=OPTIONS))
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
