@@ -1,9 +1,9 @@
 """Where the elements of every parameter lie when an engine has cut its parameters between ranks.
 
 On each rank, an optimizer group of a ZeRO engine is one flat tensor, its *shard*; with DTensors each parameter is a
-shard of its own. A *fragment* is a run of elements of one flattened parameter in a shard. The layout is the table of all fragments of all ranks. Plans, the exchange and
-checkpoints read nothing else, so they work equally with a layout that was read from an engine (see `engines`) and with
-one that was computed here for any number of ranks.
+shard of its own. A *fragment* is a run of elements of one flattened parameter in a shard. The layout is the table of
+all fragments of all ranks. Plans, the exchange and checkpoints read nothing else, so they work equally with a layout
+that was read from an engine (see `engines`) and with one that was computed here for any number of ranks.
 """
 
 import hashlib

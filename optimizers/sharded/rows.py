@@ -253,9 +253,7 @@ class RowShards(ShardedMatrices):
         return RowVisits(exchange, make_rounds(plan, self.rank), origins)
 
 
-def row_visits(
-    plan: Plan, keep: Sequence[int], rows: Mapping[str, Sequence[int]]
-) -> tuple[Plan, tuple[int, ...]]:
+def row_visits(plan: Plan, keep: Sequence[int], rows: Mapping[str, Sequence[int]]) -> tuple[Plan, tuple[int, ...]]:
     """The plan by which values that belong to single rows reach the ranks that work on these rows.
 
     Every member of a team has some rows of a tall matrix, and all rows of a wide one.

@@ -7,7 +7,6 @@ from pretrain.config.base import NUMERICS, Section
 from pretrain.config.errors import ConfigError
 from pretrain.config.fields import PositiveInt
 
-
 OF_DEEPSPEED = ("zero_stage", "accumulation_dtype", "reduce_bucket_elements", "gather_bucket_elements")
 OF_FSDP2 = ("reshard_after_forward", "shard_ranks")
 

@@ -113,7 +113,6 @@ class DeepSpeedEngine(Engine):
         ConfigError: a precision that this stage does not support.
     """
 
-
     def __init__(self, config: Config) -> None:
         self._on_gpu = torch.cuda.is_available()
         if "RANK" not in os.environ:

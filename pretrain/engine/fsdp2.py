@@ -73,17 +73,16 @@ class Fsdp2Engine(Engine):
             if self.config.train.compile and part is not module:
                 # Not the hooks of fully_shard, which gather the weights before this call.
                 part.forward = torch.compile(part.forward)
-            fully_shard(
+            sharded = fully_shard(
                 part,
                 mesh=self.mesh,
                 # The root too: otherwise a validation would leave weights gathered that the next step changes.
                 reshard_after_forward=self.config.engine.reshard_after_forward or part is module,
                 mp_policy=policy,
             )
-            assert isinstance(part, FSDPModule), "what fully_shard makes of a module"
             # Gradients are summed. Gloo knows sums only.
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
 
     def prepare(self, module: LossModel, optimizer: Aurora) -> None:
         """Find out where everything lies, and who works on which matrix; a collective."""
@@ -97,13 +96,13 @@ class Fsdp2Engine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass; the gradients of the ranks are summed."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         """Reduce gradients only in the last micro-batch; until then each rank sums its own, of all parameters."""
-        assert isinstance(self.module, FSDPModule), "since `shard`"
-        self.module.set_requires_gradient_sync(last)
+        for part in self._parts():
+            part.set_requires_gradient_sync(last, recurse=False)
         yield
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
@@ -131,9 +130,12 @@ class Fsdp2Engine(Engine):
 
     def refresh(self, load: Callable[[nn.Module], None]) -> None:
         """Drop what is still gathered of the weights from before."""
-        for part in self.module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        for part in self._parts():
+            part.reshard()
+
+    def _parts(self) -> list[FSDPModule]:
+        """The blocks and the root, each of which gathers its own weights."""
+        return [part for part in self.module.modules() if isinstance(part, FSDPModule)]
 
     def describe(self) -> list[str]:
         """The mesh, and who owns which matrices."""

@@ -1,8 +1,8 @@
 """What each rank sends and receives in a training step.
 
 The collectives are those that torch's DistributedDataParallel and fully_shard call, DeepSpeed 0.19.8 under the
-configuration that `pretrain.engine.deepspeed` generates, and those of the sharded optimizer. tests/distributed/test_traffic.py counts
-every collective of real steps and compares.
+configuration that `pretrain.engine.deepspeed` generates, and those of the sharded optimizer.
+tests/distributed/test_traffic.py counts every collective of real steps and compares.
 
 Counted: the reduction of gradients, the gathering of weights, the exchange of matrices, and the sums inside a team
 that shares one. Not counted: all-reduces of at most `small_bytes` each (flags, norms, the loss, DDP's table of unused

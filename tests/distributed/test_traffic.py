@@ -152,7 +152,9 @@ def test_the_bytes_planned_are_the_bytes_counted_on_the_whole_grid(tmp_path: Pat
     assert all(check(tmp_path, settings(name), ranks)) == (ranks > 1)
 
 
-@pytest.mark.parametrize("name", ["1-fp32-teams", "fsdp2-fp32-teams", pytest.param("3-bf16-teams", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["1-fp32-teams", "fsdp2-fp32-teams", pytest.param("3-bf16-teams", marks=pytest.mark.long)]
+)
 def test_the_sums_in_teams_are_planned(tmp_path: Path, name: str) -> None:
     plans = check(tmp_path, settings(name), 4)
     assert any(key[2] == 2 for plan in plans for key in plan), "no rank works in a team of two"

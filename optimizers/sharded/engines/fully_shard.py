@@ -30,7 +30,7 @@ def read_layout(groups: Sequence[Mapping[str, Any]]) -> Held:
     process_group, rank, rows = read_rows(params)
     layout = row_layout({name: tuple(p.shape) for name, p in params.items()}, rows)
     first = next(iter(params.values()))
-    assert is_dtensor(first), "checked above"
+    assert is_dtensor(first), "all of them are"
     mesh, sharding = first.device_mesh, shard_dimension(first)
     replica = 0
     for dimension in range(mesh.ndim):
