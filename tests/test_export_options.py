@@ -170,6 +170,7 @@ def test_a_group_of_tasks_is_one_line_of_the_card(trained: Config, tmp_path: Pat
     result["model"]["provenance"] = {"run_name": "tiny", "step": 2, "tokens": 1}
     for task in ("mmlu_a", "mmlu_b"):
         result["tasks"][task] |= {"num_fewshot": 5, "metric": "acc"}
+        result["tasks"][task]["acc"] = result["tasks"][task]["acc_norm"]
         for item in result["tasks"][task]["items"]:
             item["acc"] = item["acc_norm"]
     names = ["mmlu_a", "mmlu_b"]
