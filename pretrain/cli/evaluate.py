@@ -133,15 +133,21 @@ def _batch_size(text: str) -> int | str:
 def run(options: argparse.Namespace) -> int:
     """Evaluate the models, or the checkpoints of a run."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from pretrain.cli.evaluation_plan import check_plan, plan_of
     from pretrain.processes.torchrun import run_processes
 
-    plan = plan_of(options)
     _check_series(options)
+    if world().size == 1:
+        _check_on_the_hub(options)
+    from eval.hub import ask_early
+    from pretrain.cli.evaluation_plan import check_plan, plan_of
+
+    plan = plan_of(options)
     if options.processes > 1 and world().size == 1:
         return run_processes(options.processes, ["eval", *_arguments(options)])
 
-    # The parent of several processes loads neither torch nor lm-eval.
+    if plan.settings["items"] == "hub":
+        ask_early()
+    # The parent of several processes does not load lm-eval.
     from eval.sharing import joined_team
     from pretrain.cli.evaluation_run import evaluate_checkpoints_of, evaluate_plan
 
@@ -169,6 +175,27 @@ def _check_series(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: works only with --every-checkpoint")
     if options.out is None:
         raise UserError("--out DIR is missing: the folder to write the result to")
+
+
+def _check_on_the_hub(options: argparse.Namespace) -> None:
+    """Check that a single model that is not on this machine can be had, before torch and lm-eval are imported.
+
+    That takes seconds, and so may the Hub.
+
+    Raises:
+        UserError: it cannot.
+    """
+    from eval.sources import check_model, locate_model
+
+    name = options.models[0]
+    if len(options.models) > 1 or options.every_checkpoint or name.endswith((".yaml", ".yml")):
+        return
+    try:
+        is_here = Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # not a path; what it should be is said with the other problems of the request
+        return
+    if not is_here:
+        check_model(locate_model(name))
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from eval.errors import EvalError
-from eval.models import ModelSource, load_model, locate_model
+from eval.models import load_model
 from eval.schema import ModelIdentity
+from eval.sources import ModelSource, locate_model
 from tests.eval.conftest import TOKENIZER, export_model, small_llama
 
 CPU = torch.device("cpu")
