@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ _NOT_CAUSAL = re.compile(
     r"\w+For(MaskedLM|PreTraining|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice"
     r"|NextSentencePrediction)"
 )
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
 def load_model(
@@ -133,22 +135,37 @@ def _load(
             **options,
         )
         rows = model.get_input_embeddings().weight.shape[0]
+        highest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # loaders of models raise anything
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise EvalError(
                 f"{name} can only be loaded by running Python code that comes with it; none of it was run. Read that"
                 " code, then pass --trust-remote-code (trust_remote_code: true in a config)"
             ) from error
-        raise EvalError(f"cannot load the model {name}: {first_line(error)}") from error
+        raise EvalError(f"cannot load the model {name}: {_why_not(folder, error)}") from error
     _check_weights(name, info)
-    if len(tokenizer) > rows:
-        raise EvalError(f"the tokenizer of {name} has {len(tokenizer)} entries, but the model only {rows}")
+    if highest >= rows:
+        raise EvalError(
+            f"the tokenizer of {name} has tokens up to number {highest:,}, but the model knows only {rows:,}; the"
+            " tokenizer may belong to another model"
+        )
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise EvalError(
             f"the tokenizer of {name} has neither a BOS nor an EOS token, which lm-eval puts before an empty context;"
             " set eos_token in its tokenizer_config.json"
         )
     return model.eval(), tokenizer
+
+
+def _why_not(folder: Path, error: Exception) -> str:
+    """Why a model cannot be loaded, where the library says it in many lines or with bad advice."""
+    if not any(path for kind in _VOCABULARIES for path in folder.glob(kind)):
+        return "it has no tokenizer: no tokenizer.json, nor a vocabulary in another form"
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are damaged, or would run code when they are read (none was run); convert them to safetensors"
+        )
+    return first_line(error)
 
 
 def _check_weights(name: str, info: dict[str, Any]) -> None:

@@ -245,6 +245,36 @@ def test_weights_that_are_not_part_of_the_digest_are_refused(folder: Path) -> No
         identity_of(folder)
 
 
+def test_a_token_beyond_the_models_is_refused_though_there_are_not_too_many(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    entries = content["model"]["vocab"]
+    entries[max(entries, key=lambda entry: entries[entry])] = 9000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(EvalError, match="has tokens up to number 9,000, but the model knows only 8,192"):
+        identity_of(folder)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+def test_weights_that_would_run_code_do_not(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(EvalError, match=r"would run code when read \(none was run\); convert them to saf"):
+        identity_of(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_reason_on_the_second_line_is_shown(folder: Path) -> None:
+    edit(folder / "config.json", num_attention_heads=3)
+    with pytest.raises(EvalError, match=r"cannot load .*hidden size \(32\) is not a multiple") as caught:
+        identity_of(folder)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("method", ["forward", "get_input_embeddings"])
 def test_a_model_that_fails_is_an_error_of_the_model(
     folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
