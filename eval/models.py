@@ -162,9 +162,7 @@ def _why_not(folder: Path, error: Exception) -> str:
     if not any(path for kind in _VOCABULARIES for path in folder.glob(kind)):
         return "it has no tokenizer: no tokenizer.json, nor a vocabulary in another form"
     if isinstance(error, pickle.UnpicklingError):
-        return (
-            "its weights are damaged, or would run code when they are read (none was run); convert them to safetensors"
-        )
+        return "its weights are damaged, or would run code when read (none was run); convert them to safetensors"
     return first_line(error)
 
 
