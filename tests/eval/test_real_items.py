@@ -68,8 +68,9 @@ def test_a_real_model_is_better_than_the_quickstarts_and_equivalent_to_itself(
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     monkeypatch.chdir(REPOSITORY)
     real, run, out = str(__import__("smollm2").smollm2()), tmp_path / "quickstart", tmp_path / "out"
-    short = ["train.total_tokens=40960", "schedule.warmup_tokens=8192", f"run.root={tmp_path}"]
-    assert main(["train", "configs/quickstart.yaml", *short]) == 0
+    short = ["train.total_tokens=40960", "schedule.warmup_tokens=8192", "telemetry.reference_step=5"]
+    short += ["telemetry.every_steps=5"]
+    assert main(["train", "configs/quickstart.yaml", *short, f"run.root={tmp_path}"]) == 0
     part = ["--tasks", "hellaswag", "--limit", "120", "--selection", "spread"]
     assert main(["eval", real, str(run), *part, "--out", str(out)]) == 0
     whole = ["eval", real, "--tasks", "winogrande", "--out"]
