@@ -28,6 +28,8 @@ _NOT_CAUSAL = re.compile(
     r"\w+For(MaskedLM|PreTraining|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice"
     r"|NextSentencePrediction)"
 )
+# Constants that older versions of transformers saved with the weights.
+_OLD_CONSTANTS = re.compile(r".+\.(masked_bias|inv_freq|position_ids)")
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -143,7 +145,7 @@ def _load(
                 " code, then pass --trust-remote-code (trust_remote_code: true in a config)"
             ) from error
         raise EvalError(f"cannot load the model {name}: {_why_not(folder, error)}") from error
-    _check_weights(name, info)
+    _check_weights(name, model, info)
     if highest >= rows:
         raise EvalError(
             f"the tokenizer of {name} has tokens up to number {highest:,}, but the model knows only {rows:,}; the"
@@ -166,7 +168,7 @@ def _why_not(folder: Path, error: Exception) -> str:
     return first_line(error)
 
 
-def _check_weights(name: str, info: dict[str, Any]) -> None:
+def _check_weights(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
     # transformers fills these with random numbers and carries on.
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
@@ -175,11 +177,18 @@ def _check_weights(name: str, info: dict[str, Any]) -> None:
             f" example {absent[0]}"
         )
     # These it ignores.
-    surplus = sorted(info["unexpected_keys"])
+    surplus = sorted(key for key in info["unexpected_keys"] if not _OLD_CONSTANTS.fullmatch(key))
     if surplus:
         raise EvalError(
             f"the weights of {name} contain {len(surplus)} tensors that the model in config.json does not have, for"
             f" example {surplus[0]}; the config may belong to another model"
+        )
+    # It keeps these apart when it loads a model, but lm-eval ties them, and so loses one of the two.
+    apart = sorted(model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys())
+    if apart:
+        raise EvalError(
+            f"the config.json of {name} says that weights are tied, but {apart[0]} has values of its own; set"
+            " tie_word_embeddings to false, or remove that weight"
         )
 
 

@@ -223,6 +223,31 @@ def test_weights_that_the_model_has_no_place_for_are_refused(folder: Path) -> No
         identity_of(folder)
 
 
+def test_constants_of_older_versions_are_not_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name in ("self_attn.masked_bias", "self_attn.rotary_emb.inv_freq"):
+        weights[f"model.layers.0.{name}"] = torch.ones(2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert identity_of(folder)["parameters"] > 0
+
+
+@pytest.mark.parametrize("kept", ["none", "the same", "another"])
+def test_tied_weights_that_differ_are_refused(folder: Path, kept: str) -> None:
+    """lm-eval ties them, whatever was loaded: one of the two would be ignored."""
+    edit(folder / "config.json", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    if kept == "none":
+        del weights["lm_head.weight"]
+    elif kept == "the same":
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if kept == "another":
+        with pytest.raises(EvalError, match=r"says that weights are tied, but lm_head\.weight has values of its own"):
+            identity_of(folder)
+    else:
+        identity_of(folder)
+
+
 def test_an_adapter_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(EvalError, match="contains only an adapter; merge it"):
