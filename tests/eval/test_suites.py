@@ -118,7 +118,7 @@ device: cpu
         ("tasks: [{name: piqa, metric: f1}]", ["tasks.0.metric: input should be 'acc' or 'acc_norm'"]),
         ("limit: 0\nitems: disk", ["items: input should be 'packaged' or 'hub'", "limit: input should be greater"]),
         ("batch_size: many", ["batch_size: "]),
-        ("bits_per_byte: lambada", ["bits_per_byte: "]),
+        ("bits_per_byte: lambada", ["bits_per_byte: input should be a list, got 'lambada'"]),
         (
             "bits_per_byte: ['']\nstride: 0\noverlap: 3\nsubset: [a=b.txt, 5]\nsubsets: []",
             [
