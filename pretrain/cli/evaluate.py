@@ -180,12 +180,14 @@ def _check_series(options: argparse.Namespace) -> None:
 def _check_on_the_hub(options: argparse.Namespace) -> None:
     """Check that a single model that is not on this machine can be had, before torch and lm-eval are imported.
 
-    That takes seconds, and so may the Hub.
+    That takes seconds, and so may the Hub; so the names of the tasks are checked first.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot, or a task is unknown.
     """
+    from eval.known_tasks import check_tasks
     from eval.sources import check_model, locate_model
+    from eval.suites import choose, suite
 
     name = options.models[0]
     if len(options.models) > 1 or options.every_checkpoint or name.endswith((".yaml", ".yml")):
@@ -194,8 +196,12 @@ def _check_on_the_hub(options: argparse.Namespace) -> None:
         is_here = Path(name).expanduser().exists()
     except (OSError, RuntimeError):  # not a path; what it should be is said with the other problems of the request
         return
-    if not is_here:
-        check_model(locate_model(name))
+    if is_here:
+        return
+    named = [*(suite(options.suite) if options.suite else ()), *(options.tasks or ())]
+    if named:
+        check_tasks(choose(named, options.shots), options.items or "packaged")
+    check_model(locate_model(name))
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:

@@ -306,6 +306,9 @@ def test_a_single_model_is_asked_for_before_anything_is_fetched(
     here: str, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("eval.tasks.fetch_items", lambda *_, **__: pytest.fail("the items were fetched first"))
+    assert main(["eval", "made/other", "--tasks", "helaswag", "--out", str(tmp_path / "out")]) == 2
+    assert "did you mean hellaswag?" in capsys.readouterr().err
+    assert hub.asked == []
     for name, message in (
         ("made/other", f"made/other is neither a local folder nor a model on the Hub at {here}"),
         ("made/tiny@v9", "made/tiny has no revision 'v9'"),

@@ -15,6 +15,7 @@ from eval.config import EvalConfig, ModelSection, load_eval_config
 from eval.errors import EvalError
 from eval.harness import evaluation
 from eval.identities import ItemIdentity
+from eval.known_tasks import check_tasks
 from eval.models import DType
 from eval.results import read_result
 from eval.schema import EvalResult
@@ -22,7 +23,6 @@ from eval.score_cache import ScoreCache
 from eval.scoring import ContinuationScorer, Score
 from eval.sharing import Team
 from eval.suites import SUITES, TaskChoice, choose, suite
-from eval.tasks import check_tasks
 from pretrain.cli.command import main, parse
 from pretrain.cli.evaluated_models import locate
 from pretrain.cli.evaluation_plan import Plan, plan_of
