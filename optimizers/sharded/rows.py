@@ -141,7 +141,7 @@ class RowShards(ShardedMatrices):
         self.params = {name: p for name, p, _, _ in chosen}
         self.names = {p: name for name, p in self.params.items()}
         self.stacked = {name: p.shape[1] for name, p, _, view in chosen if view == "stack"}
-        process_group, rank, held = _read_rows(self.params)
+        process_group, rank, held = read_rows(self.params)
         rows = {name: [count * self.stacked.get(name, 1) for count in counts] for name, counts in held.items()}
         shapes, entries = {}, []
         for name, p, entry, view in chosen:
@@ -284,7 +284,7 @@ def row_layout(shapes: Mapping[str, Shape], rows: Mapping[str, Sequence[int]]) -
     return Layout(dict(shapes), tuple(map(tuple, fragments)), tuple(sizes))
 
 
-def _read_rows(params: Mapping[str, Tensor]) -> tuple[dist.ProcessGroup | None, int, dict[str, list[int]]]:
+def read_rows(params: Mapping[str, Tensor]) -> tuple[dist.ProcessGroup | None, int, dict[str, list[int]]]:
     """The group of ranks over which the parameters are sharded, this one's place in it, and the rows of each parameter
     by rank. Collective.
 

@@ -139,7 +139,7 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
     # Every GPU in the table is fast at bf16; a CPU is taken to be like this one.
     fast_bf16 = device == "cuda" or has_fast_bf16("cpu")
     zero = config.engine.kind == "deepspeed"
-    bf16 = resolve_precision(config.train.precision, fast_bf16=fast_bf16, deepspeed=zero).is_bf16
+    bf16 = resolve_precision(config.train, config.engine, fast_bf16=fast_bf16).is_bf16
     if zero and (problems := config.engine.precision_problems("bf16" if bf16 else "fp32")):
         raise ConfigError([f"engine.{problem}" for problem in problems])
     layout = layout_of(config, groups, ranks)
