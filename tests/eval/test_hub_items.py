@@ -174,6 +174,7 @@ def test_a_hub_is_asked_while_libraries_are_imported(
         raise EvalError("enough")
 
     use("http://127.0.0.1:9", tmp_path, monkeypatch)
+    (tmp_path / "hub" / "datasets--made--set").mkdir(parents=True)
     monkeypatch.setattr("pretrain.cli.evaluation_plan.check_plan", check)
     command = ["eval", str(model_folder), "--tasks", "piqa", "--out", str(tmp_path / "out")]
     with hub_server({"train.jsonl": ROWS}, "made/set") as hub:
@@ -186,3 +187,30 @@ def test_a_hub_is_asked_while_libraries_are_imported(
     assert said[1:] == ["", ""]
     assert early_silence() == ""
     assert capsys.readouterr().err == "error: enough\n" * 3
+
+
+def test_items_of_a_silent_hub_are_refused_before_lm_eval_is_imported(
+    silent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless something is in the cache, or the tasks may need no Hub."""
+
+    def reached(*_: object) -> None:
+        raise EvalError("imported")
+
+    use(silent.endpoint, tmp_path, monkeypatch)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr("pretrain.cli.evaluation_plan.check_plan", reached)
+    command = ["eval", str(tmp_path), "--items", "hub", "--out", str(tmp_path / "out"), "--tasks"]
+    assert main([*command, "piqa,mmlu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot load the items of piqa: the Hugging Face cache has no data set, and the Hub at" in line
+    assert "did not answer within 0.5 seconds" in line
+    assert main([*command, "piqa,copa"]) == 2
+    assert capsys.readouterr().err == "error: imported\n"
+    assert main([*command, "piqa", "--every-checkpoint"]) == 2
+    assert "--every-checkpoint expects a run folder" in capsys.readouterr().err
+    assert early_silence() == ""  # it would be of no use to a series that waits
+    (tmp_path / "datasets" / "made___set").mkdir(parents=True)
+    assert main([*command, "piqa"]) == 2
+    assert capsys.readouterr().err == "error: imported\n"
+    assert "did not answer" in early_silence()
