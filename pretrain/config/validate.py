@@ -198,7 +198,8 @@ def _messages(model: type[BaseModel], error: Any, section: str) -> list[str]:
         # A section's own validator names the key itself; a field's validator states only the expectation.
         own = isinstance(value, (dict, BaseModel))
         return [f"{path}.{line}" if own else f"{path}: {line}, got {_shown(value)}" for line in lines]
-    return [f"{path}: {_lower_first(error['msg'])}, got {_shown(value)}"]
+    expected = _lower_first(error["msg"]).replace("valid tuple", "list")  # YAML knows no tuples
+    return [f"{path}: {expected}, got {_shown(value)}"]
 
 
 def _shown(value: object) -> str:
