@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 
 NO_DATA = ("/dev", "/proc", "/sys")
 """Folders of the kernel, whose files have no fixed contents; `/dev/shm` is memory that is used as a disk."""
+
+_PARTIAL_DIGITS = 8
 
 
 def sync(path: Path) -> None:
@@ -54,13 +57,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Several processes may do so at the same time. If the block raises, `path` stays as it was.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:_PARTIAL_DIGITS]}.tmp")
     try:
         yield partial
         sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_files(path: Path) -> list[Path]:
+    """Return what processes that were killed in `replacing` left of `path`, or others are writing."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * _PARTIAL_DIGITS}.tmp"))
 
 
 def replace_text(path: Path, text: str) -> None:
