@@ -86,7 +86,7 @@ class CheckpointReader:
         return f"{self.folder / INDEX}: damaged: it is the index of step {self.index['step']}"
 
     def verify(self, ranks: Ranks = ALONE) -> None:
-        """Compare every file with its checksum in the index, its tensors with their records, and the name with the step.
+        """Compare files with their checksums in the index, their tensors with its records, and the name with its step.
 
         Args:
             ranks: the processes that share the files out. With more than one this is a collective.
