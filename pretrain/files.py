@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import os
 import shutil
@@ -66,9 +65,14 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def partial_files(path: Path) -> list[Path]:
-    """Return what processes that were killed in `replacing` left of `path`, or others are writing."""
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * _PARTIAL_DIGITS}.tmp"))
+def partial_files(folder: Path, name: str = "*") -> list[Path]:
+    """Return the files that `replacing` has not given their name: processes were killed, or are writing them.
+
+    Args:
+        folder: of the files; need not exist.
+        name: a pattern that their names match.
+    """
+    return sorted(folder.glob(f"{name}.{'[0-9a-f]' * _PARTIAL_DIGITS}.tmp"))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -152,7 +152,7 @@ def begin(plan: Plan, folder: Path) -> None:
     if not path.is_file():
         lock = folder / LOCK_FILE
         # An earlier attempt may have been killed while it wrote these.
-        unfinished = [*partial_files(path), *partial_files(lock)]
+        unfinished = [*partial_files(folder, PLAN_FILE), *partial_files(folder, LOCK_FILE)]
         if others := sorted(file.name for file in folder.iterdir() if file not in (lock, *unfinished)):
             raise DataError(f"{folder}: is not empty (it holds {others[0]}): choose another folder for --to")
         for file in unfinished:
