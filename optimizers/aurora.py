@@ -159,7 +159,8 @@ class Aurora(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: self.__dict__[name] for name in (*_FRESH, "_options", "_used", "_idle") if name in self.__dict__}
-        return {**super().__getstate__(), **kept, "_model": None, "permitted": self.permitted}
+        matrices = self.matrices if isinstance(self.matrices, DTensorMatrices) else Aurora.matrices
+        return {**super().__getstate__(), **kept, "_model": None, "permitted": self.permitted, "matrices": matrices}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -299,20 +300,20 @@ class Aurora(Optimizer):
             for group, _ in work:
                 group.pop("param_names", None)
         binding.refuse_flattened(work, self._ndims)
-        if self._has_begun:
-            return work
-        model = None if self._model is None else self._model()
-        binding.refuse_stale(work, model, {row.name for row in self._routes or ()})
-        if any(params for _, params in work):
-            self._has_begun = True
-            for group, _ in work:
+        has_gradients = any(params for _, params in work)
+        if not (self._has_begun and has_gradients):
+            model, names = None if self._model is None else self._model(), {row.name for row in self._routes or ()}
+            binding.refuse_stale(work, model, names, is_first=not self._has_begun)
+            for group in self.param_groups if has_gradients else ():
                 check_params(group)
+            self._has_begun |= has_gradients
         return work
 
     def _follow(self) -> None:
-        """Take over the DTensors that fully_shard has made of the model's parameters before the first step."""
-        if not self._has_begun and self._model is not None and (model := self._model()) is not None:
-            dtensors.follow(self.param_groups, self.state, model)
+        """Take over the DTensors that fully_shard has made of the model's parameters; the step then is a first one."""
+        lacks = any(p.grad is None and p.requires_grad for group in self.param_groups for p in group["params"])
+        if (lacks or not self._has_begun) and self._model is not None and (model := self._model()) is not None:
+            self._has_begun &= not dtensors.follow(self.param_groups, self.state, model)
 
     def bind(self, matrices: Matrices) -> None:
         """From now on the matrix group holds what `matrices` says, such as flat shards."""
@@ -392,8 +393,7 @@ class Aurora(Optimizer):
         """Where the flag of a step lives: with the first parameter, though a wrapper may have taken them all."""
         if self.matrices.device is not None:
             return self.matrices.device
-        params = (p for group in self.param_groups for p in group["params"])
-        return next((p.device for p in params), torch.device("cpu"))
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
 
 if Aurora.__doc__ is not None:  # it is under python -OO

@@ -373,7 +373,7 @@ def check_params(group: Mapping[str, Any]) -> None:
     for name, p, view in zip(param_names(group), group["params"], views(group), strict=True):
         refuse_flat(name, p)
         in_mixed = group["kind"] == "mixed" and p.ndim == 2 and min(p.shape) > 1
-        refuse_placements(name, p, is_matrix=is_matrix or in_mixed)
+        refuse_placements(name, p, is_matrix=is_matrix or in_mixed, view=view)
         if not p.is_floating_point():
             if not p.requires_grad:  # quantised weights that adapters leave alone
                 continue
