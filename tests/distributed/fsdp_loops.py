@@ -366,6 +366,7 @@ def planned_again(mesh: DeviceMesh) -> dict[str, Any]:
     whole_one = nn.Parameter(torch.randn(61, 9, generator=torch.Generator().manual_seed(0)))
     cut = nn.Parameter(distribute_tensor(whole_one.detach(), mesh, [Shard(0)], src_data_rank=None))
     teams: list[int] = []
+    saved: dict[str, Any] = {}
     for p in (whole_one, cut):
         exact, shared = (
             Aurora([{"params": [("up", p)], "kind": "matrix", **options}], direction="muon")

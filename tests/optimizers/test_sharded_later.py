@@ -1,4 +1,4 @@
-"""Parameters that are sharded, replaced or loaded in the middle of a run: followed or refused, never lost in silence."""
+"""Parameters that are sharded, replaced or loaded during a run: they are followed or refused, never lost in silence."""
 
 from __future__ import annotations
 
