@@ -296,13 +296,13 @@ class Aurora(Optimizer):
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         if not self.matrices.is_whole:
             return work
-        if self._is_partitioned:  # ZeroRedundancyOptimizer copies the names back, in another order
-            for group, _ in work:
-                group.pop("param_names", None)
+        for group in self.param_groups if self._is_partitioned else ():
+            group.pop("param_names", None)  # ZeroRedundancyOptimizer copies the names back, in another order
         binding.refuse_flattened(work, self._ndims)
+        model, names = None if self._model is None else self._model(), {row.name for row in self._routes or ()}
+        binding.warn_of_thawed(self.param_groups, self._routes or (), model)
         has_gradients = any(params for _, params in work)
         if not (self._has_begun and has_gradients):
-            model, names = None if self._model is None else self._model(), {row.name for row in self._routes or ()}
             binding.refuse_stale(work, model, names, is_first=not self._has_begun)
             for group in self.param_groups if has_gradients else ():
                 check_params(group)

@@ -105,6 +105,22 @@ def warn_of_unsure(rows: Sequence[Route]) -> None:
         )
 
 
+def warn_of_thawed(groups: Sequence[Mapping[str, Any]], rows: Sequence[Route], model: nn.Module | None) -> None:
+    """Warn of parameters of a model that were frozen when its groups were made, and have a gradient now."""
+    frozen = {row.name for row in rows if row.optimizer == "frozen"}
+    if model is None or not frozen:
+        return
+    held = {p for group in groups for p in group["params"]}
+    thawed = [name for name, p in model.named_parameters() if name in frozen and p.grad is not None and p not in held]
+    if thawed:
+        warnings.warn(
+            f"{len(thawed)} parameters have a gradient and are in no group, {thawed[0]} for example: they were frozen "
+            "when the optimizer was made, and are not stepped. add_param_group takes them",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
 def is_matrix(p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether the matrix optimizer steps this parameter, or shard, of a group."""
     return _is_matrix(p) if group["kind"] == "mixed" else group["kind"] == "matrix"

@@ -352,10 +352,10 @@ def _place(name: str, block: Block) -> Place:
 
 
 def param_names(group: Mapping[str, Any]) -> list[str]:
-    """The names of a group's parameters, for messages and observers: their positions if it has no names, or those of
-    other parameters, because they have been joined to flat ones."""
+    """The names of a group's parameters, for messages and observers: their positions if it has no names, those of other
+    parameters, because they have been joined to flat ones, or one name twice, because it has those of two models."""
     names, count = group.get("param_names", ()), len(group["params"])
-    return list(names) if len(names) == count else [f"parameter {i}" for i in range(count)]
+    return list(names) if len(set(names)) == len(names) == count else [f"parameter {i}" for i in range(count)]
 
 
 def check_params(group: Mapping[str, Any]) -> None:

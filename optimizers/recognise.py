@@ -277,9 +277,11 @@ def _inputs(module: nn.Module) -> int | None:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Path of a layer and of the block that it is in: a child of a ModuleList or Sequential that has several layers."""
+    """Path of a layer and of the block that it is in: a child of a ModuleList or Sequential that has several layers, or
+    of a ModuleDict whose keys are numbers (torchtitan)."""
     for path, container in model.named_modules():
-        if not isinstance(container, nn.ModuleList | nn.Sequential):
+        is_numbered = isinstance(container, nn.ModuleDict) and all(key.isdigit() for key in container)
+        if not is_numbered and not isinstance(container, nn.ModuleList | nn.Sequential):
             continue
         for name, child in container.named_children():
             below = [inner for inner, module in child.named_modules() if inner and not list(module.children())]

@@ -247,3 +247,15 @@ def test_a_copy_sends_in_the_same_precision(twin_of: Any, mesh: Any) -> None:
     assert twin.matrices.wire_dtype == "bf16"
     step(twin.param_groups[0]["params"], twin, 1)
     assert bool(twin.last_step_finite)
+
+
+def test_one_group_may_have_the_names_of_two_models(mesh: Any) -> None:
+    ends = []
+    for params in pair(mesh):
+        optimizer = Aurora([{"params": [("w", p) for p in params], "kind": "matrix"}], lr=0.1, polar="svd")
+        seen: list[str] = []
+        optimizer.direction_observer = lambda place, _, seen=seen: seen.append(place.name)
+        step(params, optimizer, 0)
+        assert seen == ["parameter 0", "parameter 1"]
+        ends.append([whole(p) for p in params])
+    assert all(map(torch.equal, *ends))
