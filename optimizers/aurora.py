@@ -54,7 +54,7 @@ class Aurora(Optimizer):
     cycles `momentum` (OneCycleLR, CyclicLR) sets that of the matrices and the first of AdamW's betas.
 
     A model is not kept alive. If a wrapper replaces the parameters of the groups, the new ones are stepped in their
-    place; if it replaces those of the model only, the first step says so, or follows if that was fully_shard (FSDP2).
+    place; if it replaces those of the model only, the next step says so, or follows if that was fully_shard (FSDP2).
 
     One step of a matrix weight w with gradient g: b <- mu b + (1 - mu) g; u = g + mu (b - g), or b without Nesterov;
     w <- w - lr weight_decay w; w <- w - lr s(m, n) d(u). The state is fp32 whatever the dtype of the weight: `momentum`
@@ -252,8 +252,8 @@ class Aurora(Optimizer):
         """One step of every parameter that has a gradient; the loss of `closure` if one is given.
 
         Raises:
-            ValueError: a sparse gradient, or a matrix that is no longer 2-D. At the first step also: parameters that
-                have no gradient because a wrapper has replaced them in the model.
+            ValueError: a sparse gradient, a matrix that is no longer 2-D, or parameters that have no gradient because
+                something has replaced them in the model.
         """
         loss = None
         if closure is not None:
@@ -301,12 +301,11 @@ class Aurora(Optimizer):
         binding.refuse_flattened(work, self._ndims)
         model, names = None if self._model is None else self._model(), {row.name for row in self._routes or ()}
         binding.warn_of_thawed(self.param_groups, self._routes or (), model)
-        has_gradients = any(params for _, params in work)
-        if not (self._has_begun and has_gradients):
-            binding.refuse_stale(work, model, names, is_first=not self._has_begun)
-            for group in self.param_groups if has_gradients else ():
+        binding.refuse_stale(work, model, names, is_first=not self._has_begun)
+        if not self._has_begun and any(params for _, params in work):
+            for group in self.param_groups:
                 check_params(group)
-            self._has_begun |= has_gradients
+            self._has_begun = True
         return work
 
     def _follow(self) -> None:

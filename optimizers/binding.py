@@ -189,7 +189,7 @@ def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str], *,
     are a warning.
 
     Args:
-        work: of the first step, or of a later one without any gradient.
+        work: of a step.
         model: that the groups were made of, if it is known and still alive.
         names: of its parameters; others were added to the optimizer later.
         is_first: whether it is the first step that may have gradients.
@@ -197,6 +197,8 @@ def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str], *,
     Raises:
         OptionError: naming the first.
     """
+    if not is_first and all(p.grad is not None or not p.requires_grad for group, _ in work for p in group["params"]):
+        return
     is_idle = not any(params for _, params in work)
     cure = "Make the optimizer after the model is wrapped (fully_shard, for example), or wrap both together"
     if model is not None:
@@ -225,7 +227,7 @@ def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str], *,
             )
     idle = [p for group, _ in work for p in group["params"] if p.grad is None and p.requires_grad]
     # DTensors are what fully_shard has made: without gradients they may wait for more micro-batches.
-    idle = [p for p in idle if not is_dtensor(p)]
+    idle = [p for p in idle if not is_dtensor(p)] if is_idle or is_first else []
     if idle and _has_fully_sharded() and ((is_idle and is_first) or (missing := _unheld(idle))):
         what = "no parameter has a" if is_idle and is_first else f"{missing} parameters in no module have no"
         raise OptionError(

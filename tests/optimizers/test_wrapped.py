@@ -209,3 +209,16 @@ def test_layers_that_were_frozen_at_the_start_are_not_forgotten_in_silence() -> 
         warnings.simplefilter("error")
         optimizer.step()
     assert not torch.equal(before, model.head.weight)
+
+
+def test_a_module_that_is_replaced_later_is_an_error_too() -> None:
+    model = Small()
+    optimizer = Aurora(model)
+    gradients(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.head = nn.Linear(4, 11, bias=False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(OptionError, match=r"1 parameters have no gradient and are no longer those .*head\.weight"):
+        optimizer.step()
