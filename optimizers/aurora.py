@@ -309,10 +309,10 @@ class Aurora(Optimizer):
         return work
 
     def _follow(self) -> None:
-        """Take over the DTensors that fully_shard has made of the model's parameters; the step then is a first one."""
+        """Take over the DTensors that fully_shard has made of the model's parameters."""
         lacks = any(p.grad is None and p.requires_grad for group in self.param_groups for p in group["params"])
         if (lacks or not self._has_begun) and self._model is not None and (model := self._model()) is not None:
-            self._has_begun &= not dtensors.follow(self.param_groups, self.state, model)
+            dtensors.follow(self.param_groups, self.state, model)
 
     def bind(self, matrices: Matrices) -> None:
         """From now on the matrix group holds what `matrices` says, such as flat shards."""

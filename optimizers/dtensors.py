@@ -169,16 +169,12 @@ def _contiguous(value: "DTensor") -> "DTensor":
     return value if part.is_contiguous() else like(value, part.contiguous(), value.shape)
 
 
-def follow(groups: Iterable[dict[str, Any]], state: dict[Tensor, Any], model: nn.Module) -> bool:
+def follow(groups: Iterable[dict[str, Any]], state: dict[Tensor, Any], model: nn.Module) -> None:
     """Put DTensors that have replaced parameters of the model since into the groups, and move the state to them.
 
     fully_shard exchanges the parameters of a model for DTensors of the same names and shapes. Anything else that
     replaces a parameter may mean something else, so it is left alone.
-
-    Returns:
-        Whether there were any.
     """
-    taken = False
     current = {_bare(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     held = set(current.values())
     for group in groups:
@@ -189,13 +185,12 @@ def follow(groups: Iterable[dict[str, Any]], state: dict[Tensor, Any], model: nn
             new = current.get(_bare(name))
             if not is_dtensor(new) or is_dtensor(old) or old in held or new.shape != old.shape:
                 continue
-            params[index], taken = new, True
+            params[index] = new
             if old in state:
                 state[new] = {key: placed(new, key, value) for key, value in state.pop(old).items()}
             # torch.distributed.checkpoint steps a new optimizer once, with gradients of zero that it puts here.
             if old.grad is not None and new.grad is None:
                 new.grad, old.grad = placed(new, "gradient", old.grad), None
-    return taken
 
 
 def _bare(name: str) -> str:
