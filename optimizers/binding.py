@@ -204,12 +204,15 @@ def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str], *,
     if model is not None:
         current = dict(model.named_parameters(remove_duplicate=False))
         held = set(current.values())
-        gone = [
-            name
+        named = [
+            (name, p)
             for group, _ in work
             for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
-            if name in names and p.grad is None and p not in held and not _is_unsharded(p, current.get(name))
+            if name in names and p not in held and not _is_unsharded(p, current.get(name))
         ]
+        # If a wrapper steps copies of the parameters (master weights), those without a gradient are copies too.
+        has_copies = any(p.grad is not None for _, p in named)
+        gone = [] if has_copies else [name for name, _ in named]
         lost = [name for name in gone if name in current]
         if lost:
             raise OptionError(
