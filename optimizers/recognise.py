@@ -142,7 +142,9 @@ def _held(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor, 
         why = PLAIN + (", q, k and v" if fused else "")
         return Seen("hidden", True, why, fused=fused, head_size=module.head_dim)
     if isinstance(module, _RECURRENT):
-        gates = 1 if name.startswith("weight_hr") else _GATES.get(getattr(module, "mode", type(module).__name__), 1)
+        gates = (
+            1 if name.startswith("weight_hr") else next((_GATES[kind] for kind in _kinds(module) if kind in _GATES), 1)
+        )
         fused = (len(p) // gates,) * gates if gates > 1 else None
         return Seen("hidden", True, PLAIN + (f", {gates} gates" if fused else ""), fused=fused)
     if any(other is not None and other.ndim == 3 and len(other) == len(p) for other in module._parameters.values()):
@@ -155,7 +157,13 @@ def _held(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor, 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D, a Linear whose weight is stored as inputs x outputs."""
     nf, weight = getattr(module, "nf", None), module._parameters.get("weight")
-    return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2 and weight.shape[1] == nf
+    return "Conv1D" in _kinds(module) and weight is not None and weight.ndim == 2 and weight.shape[1] == nf
+
+
+def _kinds(module: nn.Module) -> list[str]:
+    """The mode of a recurrent layer, and the names of its classes: subclasses, such as those that fully_shard makes of a
+    module's class, are what their bases are."""
+    return [getattr(module, "mode", ""), *(cls.__name__ for cls in type(module).__mro__)]
 
 
 def _tensor(module: nn.Module, name: str, p: Tensor, parent: nn.Module | None) -> Seen:

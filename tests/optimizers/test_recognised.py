@@ -129,6 +129,22 @@ def test_numbered_blocks_of_torchtitan_have_no_doubtful_weight(keys: tuple[str, 
     assert "output head" in rows["output.weight"].why
 
 
+def test_subclasses_are_what_their_bases_are() -> None:
+    """As fully_shard makes one of the class of every module that it is given."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {"lstm": nn.LSTM(6, 5), "cell": nn.LSTMCell(6, 5), "gru": nn.GRUCell(6, 5), "conv": Conv1D(12, 6)}
+    model = nn.ModuleDict({"words": nn.Embedding(9, 6), **layers})
+    expected = {(row.name, row.shape, row.blocks, row.optimizer) for row in table(model).values()}
+    assert {"weight_ih": 4, "weight": 1} == {
+        name.rpartition(".")[2]: blocks for name, _, blocks, _ in expected if name in ("cell.weight_ih", "conv.weight")
+    }
+    for layer in model.values():
+        layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {})
+    assert {(row.name, row.shape, row.blocks, row.optimizer) for row in table(model).values()} == expected
+    assert not any(row.is_unsure for row in table(model).values())
+
+
 def test_layers_without_a_shape_yet_are_refused() -> None:
     model = nn.Sequential(nn.LazyLinear(8), nn.LayerNorm(8))
     with pytest.raises(OptionError, match=r"0\.weight has no shape yet: call the model once"):
