@@ -161,8 +161,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def _kinds(module: nn.Module) -> list[str]:
-    """The mode of a recurrent layer, and the names of its classes: subclasses, such as those that fully_shard makes of a
-    module's class, are what their bases are."""
+    """The mode of a recurrent layer, and the names of its classes: subclasses, such as those that fully_shard makes of
+    the class of a module, are what their bases are."""
     return [getattr(module, "mode", ""), *(cls.__name__ for cls in type(module).__mro__)]
 
 
