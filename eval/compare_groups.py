@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eval.schema import EvalResult, ItemOutcome, TaskResult
-from eval.scores import main_metric
+from eval.scores import Score, interval_of, main_metric
 
 _MOST_ITEMS = 2**32  # of one task; keeps the items of several apart
 
@@ -56,3 +56,11 @@ def joined(tasks: Sequence[TaskResult]) -> TaskResult:
         for item in items:
             item.pop("source", None)
     return one
+
+
+def interval_of_score(score: Score) -> tuple[float, float] | None:
+    """Return the 95 % interval of a score; None for a group whose score is not the share of all its items."""
+    whole = joined(score.tasks)
+    if abs(whole[score.metric] - score.value) > 1e-9:  # its tasks are weighed in another way
+        return None
+    return interval_of(whole["items"], score.metric)

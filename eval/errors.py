@@ -13,6 +13,10 @@ class TeamError(EvalError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the type and the first line of an error of a library, without passwords and signed queries of URLs."""
-    lines = redact(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    """Return the type and the first line of an error of a library, without passwords and signed queries of URLs.
+
+    A line that ends with a colon announces the next one, which is added.
+    """
+    lines = [line.strip() for line in redact(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {text or 'no message'}"

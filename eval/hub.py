@@ -39,6 +39,9 @@ ANSWER_SECONDS = 4.0
 _PAUSES = (0.5, 1.0, 2.0)
 """Seconds before each further attempt if the Hub fails."""
 _FAILURES = (429, 500, 502, 503, 504)
+_ANY_DATA_SET = "Rowan/hellaswag"
+_early: list[Callable[[], str | Exception]] = []
+"""What waits for the answer to `ask_early`, if somebody asked."""
 
 CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json", "aurora.json")
 TOKENIZER_FILES = (
@@ -136,6 +139,11 @@ def weight_files(folder: Path) -> list[str]:
 
 def outcome_within(seconds: float, work: Callable[[], T]) -> T | Exception:
     """Return what `work` returns or raises, or a `TimeoutError` if it takes longer."""
+    return _started(seconds, work)()
+
+
+def _started(seconds: float, work: Callable[[], T]) -> Callable[[], T | Exception]:
+    """Start `work`; return what waits for its outcome, as `outcome_within`, until so many seconds after the start."""
     outcomes: list[T | Exception] = []
 
     def attempt() -> None:
@@ -146,9 +154,14 @@ def outcome_within(seconds: float, work: Callable[[], T]) -> T | Exception:
 
     # In a thread, since looking up a host name has no time limit of its own.
     thread = threading.Thread(target=attempt, daemon=True)
+    deadline = time.monotonic() + seconds
     thread.start()
-    thread.join(seconds)
-    return outcomes[0] if outcomes else TimeoutError(f"no answer within {seconds:g} seconds")
+
+    def wait() -> T | Exception:
+        thread.join(max(0.0, deadline - time.monotonic()))
+        return outcomes[0] if outcomes else TimeoutError(f"no answer within {seconds:g} seconds")
+
+    return wait
 
 
 def _endpoint() -> str:
@@ -182,6 +195,27 @@ def _ask(name: str, revision: str | None) -> ModelInfo | _Silence:
             f"{name} is neither a local folder nor a model on {where} (or it is private and no token is set)"
         ) from answer
     return _Silence(f"{where} {_reason(answer)}")
+
+
+def ask_early() -> None:
+    """Ask the Hub in the background whether it says anything, for `early_silence`.
+
+    A Hub that does not answer is then waited for while libraries are imported, and not after that.
+    """
+    _early[:] = [_started(ANSWER_SECONDS, lambda: silence_about(_ANY_DATA_SET))]
+
+
+def why_no_data_set() -> str:
+    """Return why no data set can be had, after `ask_early`; empty if one may be in the cache, or the Hub answers."""
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    cached = (*prepared.glob("*"), *Path(constants.HF_HUB_CACHE).glob("datasets--*"))
+    return "" if cached else early_silence()
+
+
+def early_silence() -> str:
+    """Return why the Hub says nothing, once after each `ask_early`; empty if it does, or was not asked."""
+    answer = _early.pop()() if _early else ""
+    return f"the Hub at {_endpoint()} {_reason(answer)}" if isinstance(answer, Exception) else answer
 
 
 def silence_about(data_set: str) -> str:

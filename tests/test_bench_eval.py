@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import REPOSITORY
 
@@ -29,11 +30,13 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 def report_of(
-    bench: SimpleNamespace, ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]
+    bench: SimpleNamespace, ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], off: float = 3e-5
 ) -> dict[str, Any]:
     figures = {"acc": 0.5, "acc_stderr": 0.1}
     metrics = bench.compare_metrics({"tasks": {"piqa": figures}}, {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1}})
     compared = bench.compare({"piqa": ours}, {"piqa": theirs})
+    for choice in compared["piqa"]["apart"]:
+        choice |= {"aurora eval": off, "lm_eval": 2e-4}
     return {"float32": compared, "metrics": metrics, "bfloat16": {"None": compared, "float32": compared}}
 
 
@@ -49,13 +52,42 @@ def test_equal_outcomes_are_no_problem(bench: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"log_likelihoods": [-10.001, -10.001]}, "log-likelihoods differ by 2.0e-04 a token"),
+        (
+            {"log_likelihoods": [-10.001, -10.001]},
+            "choice 0 of item 0 is 3.0e-05 a token from the model in float64, lm_eval's 2.0e-04",
+        ),
         ({"acc": 0}, "item 0 flips with a margin of 1.0e-03"),
     ],
 )
 def test_what_differs_is_a_problem(bench: SimpleNamespace, change: dict[str, Any], message: str) -> None:
     report = report_of(bench, {0: ITEM}, {0: ITEM | change})
     assert any(message in problem for problem in bench.problems(report))
+
+
+def test_who_is_off_where_the_sides_are_apart(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is farther from the model in float64, which scores only these choices."""
+    theirs = ITEM | {"log_likelihoods": [-10.0, -10.002]}
+    report = bench.compare({"piqa": {0: ITEM}}, {"piqa": {0: theirs}})
+    assert report["piqa"]["apart"] == [{"doc_id": 0, "choice": 1}]
+    asked = []
+
+    class Model:
+        def __init__(self, folder: Any, dtype: torch.dtype) -> None:
+            assert dtype == torch.float64
+
+        def log_likelihood(self, request: str) -> tuple[float, int]:
+            asked.append(request)
+            return -10.0011, 5
+
+    monkeypatch.setattr(sys.modules["bench_eval"], "Exact", Model)
+    samples = {"piqa": {"samples": [{"doc_id": 0, "arguments": {"gen_args_0": "first", "gen_args_1": "second"}}]}}
+    bench.who_is_off("folder", report, samples, {"aurora eval": {"piqa": {0: ITEM}}, "lm_eval": {"piqa": {0: theirs}}})
+    (choice,) = report["piqa"]["apart"]
+    assert asked == ["second"]
+    assert choice["aurora eval"] == pytest.approx(2e-5)
+    assert choice["lm_eval"] == pytest.approx(1.8e-4)
+    assert bench.problems(report_of(bench, {0: ITEM}, {0: theirs}, off=1e-5)) == []
+    assert bench.problems(report_of(bench, {0: ITEM}, {0: theirs}, off=3e-5))
 
 
 def test_a_flip_within_the_bound_is_listed_and_no_problem(bench: SimpleNamespace) -> None:
@@ -110,6 +142,7 @@ def test_the_page_holds_the_figures(bench: SimpleNamespace) -> None:
         "the first 500 items of piqa, all items of arc_easy",
         "- piqa, item 0, acc: margin",
         "- arc_easy, item 0, acc: margin",
+        "All log-likelihoods are within 2e-5 a token of each other.",
         "9.0e-06 a token (`lm_eval`)",
     ):
         assert part in text

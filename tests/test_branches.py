@@ -264,6 +264,7 @@ def test_a_last_stage_of_the_data_may_follow(root: Path, make: Make, tmp_path: P
     ("source", "take", "message"),
     [
         ("nothing", "weights", "no such folder"),
+        ("n" * 5000, "weights", "no such folder"),
         ("empty", "weights", "expected a run folder, a checkpoint or a Hugging Face folder"),
         ("export", "all", "init.take: expected weights"),
         ("branch/checkpoints", "weights", "belongs to this run itself"),

@@ -19,7 +19,7 @@ from .exchange import WireDtype
 from .layout import Held, Layout, LayoutError, chunked_layout, flat_layout, zero_layout
 from .matrices import ShardedMatrices
 from .owners import Plan, make_plan, plan_group
-from .rows import DTensorMatrices
+from .rows import DTensorMatrices, chunked_rows, row_layout
 
 __all__ = [
     "DTensorMatrices",
@@ -29,9 +29,11 @@ __all__ = [
     "Plan",
     "ShardedMatrices",
     "chunked_layout",
+    "chunked_rows",
     "flat_layout",
     "make_plan",
     "plan_group",
+    "row_layout",
     "shard",
     "zero_layout",
 ]

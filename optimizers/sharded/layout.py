@@ -1,9 +1,9 @@
-"""Where the elements of every parameter lie when an engine has flattened its parameters and cut them between ranks.
+"""Where the elements of every parameter lie when an engine has cut its parameters between ranks.
 
-On each rank, an optimizer group of the engine is one flat tensor, its *shard*. A *fragment* is a run of elements of one
-flattened parameter in a shard. The layout is the table of all fragments of all ranks. Plans, the exchange and
-checkpoints read nothing else, so they work equally with a layout that was read from an engine (see `engines`) and with
-one that was computed here for any number of ranks.
+On each rank, an optimizer group of a ZeRO engine is one flat tensor, its *shard*; with DTensors each parameter is a
+shard of its own. A *fragment* is a run of elements of one flattened parameter in a shard. The layout is the table of
+all fragments of all ranks. Plans, the exchange and checkpoints read nothing else, so they work equally with a layout
+that was read from an engine (see `engines`) and with one that was computed here for any number of ranks.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from math import prod
 
+import torch.distributed as dist
 from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -35,7 +36,7 @@ class ShardFragment:
     """First element, in the flattened parameter."""
     length: int
     shard: int
-    """Index of the optimizer group whose flat tensor holds it."""
+    """Index of the tensor that holds it: of the optimizer group, or of the DTensor."""
     offset: int
     """First element, in that tensor."""
 
@@ -94,8 +95,19 @@ class Held:
 
     layout: Layout
     rank: int
+    """Of the process among those over which the layout is cut."""
     shards: Sequence[Tensor]
-    """Its flat fp32 tensors, by optimizer group."""
+    """Its fp32 tensors that the optimizer steps: a flat one for each optimizer group, or DTensors."""
+    groups: Sequence[int] | None = None
+    """The optimizer group of each shard; None: they are in the order of the groups."""
+    process_group: dist.ProcessGroup | None = None
+    """Those over which the layout is cut; None is the default one."""
+    replica: int = 0
+    """Which of several equal copies of all shards this process has a part of (HSDP)."""
+
+    def group_of(self, shard: int) -> int:
+        """The index of the optimizer group of a shard."""
+        return shard if self.groups is None else self.groups[shard]
 
 
 def flat_layout(groups: Groups, world_size: int) -> Layout:

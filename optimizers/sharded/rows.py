@@ -187,7 +187,7 @@ class RowShards(ShardedMatrices):
         self.params = {name: p for name, p, _, _ in chosen}
         self.names = {p: name for name, p in self.params.items()}
         self.stacked = {name: p.shape[1] for name, p, _, view in chosen if view == "stack"}
-        process_group, rank, held = _read_rows(self.params)
+        process_group, rank, held = read_rows(self.params)
         rows = {name: [count * self.stacked.get(name, 1) for count in counts] for name, counts in held.items()}
         shapes, entries = {}, []
         for name, p, entry, view in chosen:
@@ -294,21 +294,42 @@ class RowShards(ShardedMatrices):
         return _remembered(self._visits, frozenset(keep), lambda: self._make_visits(sorted(keep)))
 
     def _make_visits(self, keep: Sequence[int]) -> RowVisits:
-        """Every member of a team has some rows of a tall matrix, and all rows of a wide one."""
-        rows: list[Unit] = []
-        owners: list[tuple[int, ...]] = []
-        origins: list[int] = []
-        for index in keep:
-            unit, team = self.plan.units[index], self.plan.teams[index]
-            for place, member in enumerate(team):
-                area = unit.part(place, len(team))
-                rows.append(Unit(unit.name, unit.row + area.row, area.row_stop - area.row, 1, 0))
-                owners.append((member,))
-                origins.append(index)
-        layout = row_layout({name: (sum(counts),) for name, counts in self._rows_held.items()}, self._rows_held)
-        plan = Plan(layout, tuple(rows), tuple(owners), (0,) * len(rows))
+        plan, origins = row_visits(self.plan, keep, self._rows_held)
         exchange = Exchange(plan, self.rank, self.group, "fp32", self.device)
-        return RowVisits(exchange, make_rounds(plan, self.rank), tuple(origins))
+        return RowVisits(exchange, make_rounds(plan, self.rank), origins)
+
+
+def row_visits(plan: Plan, keep: Sequence[int], rows: Mapping[str, Sequence[int]]) -> tuple[Plan, tuple[int, ...]]:
+    """The plan by which values that belong to single rows reach the ranks that work on these rows.
+
+    Every member of a team has some rows of a tall matrix, and all rows of a wide one.
+
+    Args:
+        plan: of the matrices.
+        keep: the units whose rows have a value each.
+        rows: of each matrix, by rank.
+
+    Returns:
+        The plan, and by unit of it the unit of the matrices' plan whose rows it has.
+    """
+    units: list[Unit] = []
+    owners: list[tuple[int, ...]] = []
+    origins: list[int] = []
+    for index in keep:
+        unit, team = plan.units[index], plan.teams[index]
+        for place, member in enumerate(team):
+            area = unit.part(place, len(team))
+            units.append(Unit(unit.name, unit.row + area.row, area.row_stop - area.row, 1, 0))
+            owners.append((member,))
+            origins.append(index)
+    layout = row_layout({name: (sum(counts),) for name, counts in rows.items()}, rows)
+    return Plan(layout, tuple(units), tuple(owners), (0,) * len(units)), tuple(origins)
+
+
+def chunked_rows(count: int, ranks: int) -> list[int]:
+    """The rows that each rank has of a parameter with `count`: what fully_shard gives it, by torch.chunk."""
+    size = -(-count // ranks)
+    return [max(0, min(size, count - rank * size)) for rank in range(ranks)]
 
 
 def _plan_facts(group: Mapping[str, Any]) -> Any:
@@ -336,7 +357,7 @@ def row_layout(shapes: Mapping[str, Shape], rows: Mapping[str, Sequence[int]]) -
     return Layout(dict(shapes), tuple(map(tuple, fragments)), tuple(sizes))
 
 
-def _read_rows(params: Mapping[str, Tensor]) -> tuple[dist.ProcessGroup | None, int, dict[str, list[int]]]:
+def read_rows(params: Mapping[str, Tensor]) -> tuple[dist.ProcessGroup | None, int, dict[str, list[int]]]:
     """The group of ranks over which the parameters are sharded, this one's place in it, and the rows of each parameter
     by rank. Collective.
 

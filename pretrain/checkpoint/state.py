@@ -6,7 +6,9 @@ way: it stores contiguous runs of elements of named tensors, and this process ho
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from optimizers import Aurora
 from optimizers.directions import ROW_SLOTS
+from optimizers.dtensors import is_dtensor, local
 from optimizers.sharded import Held, ShardedMatrices
 from pretrain.checkpoint.format import TELEMETRY_SLOT, CheckpointError, Fragment
 from pretrain.checkpoint.store import CheckpointReader
@@ -43,22 +46,27 @@ def _whole(model: nn.Module, optimizer: Aurora) -> Iterator[Fragment]:
 
 def _cut(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
     for f in held.layout.fragments[held.rank]:
-        flat, shape = held.shards[f.shard].detach(), held.layout.shapes[f.name]
-        state = optimizer.state_of(held.shards[f.shard], optimizer.param_groups[f.shard])
-        for slot, values in {"weight": flat, **state}.items():
+        shard, shape = held.shards[f.shard], held.layout.shapes[f.name]
+        state = optimizer.state_of(shard, optimizer.param_groups[held.group_of(f.shard)])
+        for slot, values in {"weight": shard.detach(), **state}.items():
             if slot == "step":
                 if f.start == 0:
                     yield Fragment(f.name, slot, (), 0, values)
             elif slot not in ROW_SLOTS:
-                yield Fragment(f.name, slot, shape, f.start, values[f.offset : f.offset + f.length])
+                flat = local(values).reshape(-1)
+                yield Fragment(f.name, slot, shape, f.start, flat[f.offset : f.offset + f.length])
+            elif is_dtensor(values):  # placed as the rows of its parameter are
+                per_row = prod(values.shape[1:])
+                start = f.start // prod(shape[1:]) * per_row
+                yield Fragment(f.name, slot, tuple(values.shape), start, local(values).reshape(-1))
     yield from _row_states(held, optimizer)
 
 
 def _row_states(held: Held, optimizer: Aurora) -> Iterator[Fragment]:
-    """Yield what is kept for each row of a matrix, the only state held by its owner instead of with its elements."""
+    """Yield what is kept for each row of a matrix, which under ZeRO is held by its owner, not with its elements."""
     sharded = optimizer.matrices
     if not isinstance(sharded, ShardedMatrices):
-        return  # the optimizer has only AdamW groups
+        return  # the optimizer has only AdamW groups, or DTensors
     group = optimizer.param_groups[sharded.shard]
     slot, at = sharded.row_slot(group), 0
     if slot is None:
@@ -146,15 +154,15 @@ def load_tensors(reader: CheckpointReader, model: nn.Module, optimizer: Aurora, 
 
 def _load_steps(reader: CheckpointReader, held: Held, optimizer: Aurora) -> None:
     """Load the step count of each shard: one for all its parameters, even if none of them starts in it."""
-    for flat, group in zip(held.shards, optimizer.param_groups, strict=True):
-        saved = [reader.index["parameters"][name] for name in group["param_names"]]
-        steps = {
-            reader.read(name, "step").item() if "step" in slots else 0.0
-            for name, slots in zip(group["param_names"], saved, strict=True)
-        }
+    names: list[set[str]] = [set() for _ in held.shards]
+    for fragment in itertools.chain(*held.layout.fragments):
+        names[fragment.shard].add(fragment.name)
+    for shard, (tensor, within) in enumerate(zip(held.shards, names, strict=True)):
+        saved = {name: reader.index["parameters"][name] for name in within}
+        steps = {reader.read(name, "step").item() if "step" in slots else 0.0 for name, slots in saved.items()}
         if len(steps) > 1:
             raise CheckpointError(
                 f"{reader.folder}: parameters of one group have different step counts {sorted(steps)}; "
                 "a sharded group needs the same count for all"
             )
-        optimizer.state_of(flat, group)["step"].fill_(steps.pop())
+        optimizer.state_of(tensor, optimizer.param_groups[held.group_of(shard)])["step"].fill_(steps.pop())

@@ -79,8 +79,14 @@ class CheckpointReader:
         if "digest" in self.index and text not in (index_text(self.index), json.dumps(self.index)):
             raise CheckpointError(f"{path}: damaged: its text is not what this program writes")  # 1e-05 and 1E-05
 
+    def name_problem(self) -> str | None:
+        """What is wrong if the folder has the name of a checkpoint, but of another step; None under other names."""
+        if not is_checkpoint_name(self.folder.name) or self.index["step"] == step_of(self.folder):
+            return None
+        return f"{self.folder / INDEX}: damaged: it is the index of step {self.index['step']}"
+
     def verify(self, ranks: Ranks = ALONE) -> None:
-        """Compare every file with its checksum in the index, and its tensors with the records in the index.
+        """Compare files with their checksums in the index, their tensors with its records, and the name with its step.
 
         Args:
             ranks: the processes that share the files out. With more than one this is a collective.
@@ -93,6 +99,8 @@ class CheckpointReader:
 
     def problems(self, ranks: Ranks = ALONE) -> list[str]:
         """Return what `verify` would raise, a line a file; empty if the checkpoint is intact."""
+        if misnamed := self.name_problem():
+            return [misnamed]  # on all ranks, which have read the same index
         names = sorted(self.index["files"])
         own = names[ranks.rank :: ranks.world_size]
         with ThreadPoolExecutor(verifying_threads()) as pool:
@@ -258,8 +266,6 @@ def newest_intact(root: Path, ranks: Ranks = ALONE) -> tuple[CheckpointReader | 
         reader, problem = None, None
         try:
             reader = CheckpointReader(folder)
-            if reader.index["step"] != step_of(folder):
-                problem = f"{folder / INDEX}: damaged: it is the index of step {reader.index['step']}"
         except CheckpointError as error:
             problem = str(error)
         # All ranks look at the files, or none does.

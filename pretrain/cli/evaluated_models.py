@@ -11,8 +11,8 @@ from eval.config import ModelSection
 from eval.errors import EvalError
 from eval.held_folder import held_folder
 from eval.items import default_cache
-from eval.models import ModelSource, locate_model
 from eval.sharing import Team
+from eval.sources import ModelSource, locate_model
 from pretrain.checkpoint.format import INDEX
 from pretrain.export.run import export_checkpoint, is_run_or_checkpoint, open_checkpoint
 
@@ -44,7 +44,7 @@ def check_no_revision(model: ModelSection) -> None:
 
 @contextlib.contextmanager
 def as_model(source: str, team: Team) -> Iterator[str]:
-    """Yield a name that `eval.models.locate_model` understands: for a run or checkpoint, the folder of an export.
+    """Yield a name that `eval.sources.locate_model` understands: for a run or checkpoint, the folder of an export.
 
     The export lies in the cache. It is deleted when no process uses it any more; if all of them are killed, the next
     evaluation uses it, or deletes it.

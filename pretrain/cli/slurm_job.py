@@ -22,7 +22,11 @@ from pretrain.slurm.supervisor import Job, Supervisor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the batch step; return the exit code of the job."""
+    """Run the batch step; return the exit code of the job.
+
+    Raises:
+        SystemExit: for a command line, also that of the work, that cannot be parsed, and for ``--help``.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.cli.slurm_job", description="Run the batch step of a job."
     )
@@ -41,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             job = Job.from_environment(os.environ)
             return Supervisor(job, work_of(command, options.ranks), say, heard).run(command)
+    except SystemExit:
+        raise  # argparse has said why
     except BaseException as error:
         return report(error)
 

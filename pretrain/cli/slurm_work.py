@@ -24,6 +24,7 @@ def work_of(command: Sequence[str], ranks: int) -> Work:
 
     Raises:
         UserError: the config or the sweep is not valid, or the command is not one of ours.
+        SystemExit: the command cannot be parsed.
     """
     try:
         start = next(i for i in range(len(command) - 1) if tuple(command[i : i + 2]) == ("-m", "pretrain"))
@@ -48,6 +49,8 @@ def work_of(command: Sequence[str], ranks: int) -> Work:
 
         folders()  # an invalid sweep is refused here
         return _work_on(sweep.file.name, folders)
+    if not hasattr(options, "models"):
+        raise JobError(f"expected train, sweep run or eval as the work of a job, got {command[start + 2]}")
     first = Path(options.models[0])
     if options.every_checkpoint and first.suffix in (".yaml", ".yml"):
         raise JobError(f"--every-checkpoint: expected a run, got {first}")

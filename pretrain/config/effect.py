@@ -57,16 +57,17 @@ def _of_optimizer(sections: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     if optimizer and model and model.tie_embeddings and model.architecture == "llama":
         found["optimizer.adamw.head_lr"] = "with model.tie_embeddings the head is the input embedding"
-    if optimizer and engine and engine.kind == "deepspeed" and optimizer.name == "adamw":
+    if optimizer and engine and engine.kind != "plain" and optimizer.name == "adamw":
         found["engine.wire_dtype"] = "with optimizer.name adamw no matrix is sent"
     return found
 
 
 def _of_guards(sections: Mapping[str, Any]) -> dict[str, str]:
     engine = sections.get("engine")
-    if not engine or "guards" not in sections or engine.kind != "deepspeed" or engine.zero_stage != 3:
+    if not engine or "guards" not in sections or not engine.shards_weights:
         return {}
-    return {"guards.compare_weights_every_steps": "with engine.zero_stage 3 every weight is on one rank only"}
+    sharded = "engine.kind fsdp2" if engine.kind == "fsdp2" else "engine.zero_stage 3"
+    return {"guards.compare_weights_every_steps": f"with {sharded} every weight is on one rank only"}
 
 
 def _past_the_end(sections: Mapping[str, Any]) -> dict[str, str]:

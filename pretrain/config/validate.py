@@ -198,7 +198,8 @@ def _messages(model: type[BaseModel], error: Any, section: str) -> list[str]:
         # A section's own validator names the key itself; a field's validator states only the expectation.
         own = isinstance(value, (dict, BaseModel))
         return [f"{path}.{line}" if own else f"{path}: {line}, got {_shown(value)}" for line in lines]
-    return [f"{path}: {_lower_first(error['msg'])}, got {_shown(value)}"]
+    expected = _lower_first(error["msg"]).replace("valid tuple", "list")  # YAML knows no tuples
+    return [f"{path}: {expected}, got {_shown(value)}"]
 
 
 def _shown(value: object) -> str:
@@ -254,8 +255,8 @@ def _cross_checks(sections: Mapping[str, Any]) -> list[str]:
             f"got {samples.every_steps}"
         )
     problems += _evaluation_problems(sections)
-    if sections.get("engine") and sections["engine"].kind == "deepspeed":
-        problems += _deepspeed_problems(sections)
+    if sections.get("engine") and sections["engine"].kind != "plain":
+        problems += _engine_problems(sections)
     if train and schedule:
         problems += _schedule_problems(schedule, train.total_tokens)
     return problems
@@ -321,23 +322,24 @@ def _given_without_effect(sections: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _deepspeed_problems(sections: Mapping[str, Any]) -> list[str]:
-    """What DeepSpeed does not support, or handles incorrectly without an error."""
+def _engine_problems(sections: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed and FSDP2 do not support, or handle incorrectly without an error."""
     engine, problems = sections["engine"], []
     if train := sections.get("train"):
         problems += [f"engine.{problem}" for problem in engine.precision_problems(train.precision)]
-        if train.compile:
+        if train.compile and engine.kind == "deepspeed":
             problems.append("train.compile: expected false with engine.kind deepspeed, whose hooks it cannot trace")
     samples = sections.get("samples")
-    if samples and samples.every_steps is not None and engine.zero_stage == 3:
+    if samples and samples.every_steps is not None and engine.shards_weights:
+        sharded = "engine.kind fsdp2" if engine.kind == "fsdp2" else "engine.zero_stage 3"
         problems.append(
-            f"samples.every_steps: expected null with engine.zero_stage 3, where no rank has the whole model, "
+            f"samples.every_steps: expected null with {sharded}, where no rank has the whole model, "
             f"got {samples.every_steps}"
         )
     model = sections.get("model")
     if model and model.architecture != "llama" and model.embedding_dtype != "fp32":
         problems.append(
-            f"model.embedding_dtype: expected fp32 with engine.kind deepspeed, which casts the whole model, "
+            f"model.embedding_dtype: expected fp32 with engine.kind {engine.kind}, which casts the whole model, "
             f"got {model.embedding_dtype}"
         )
     return problems

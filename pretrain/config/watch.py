@@ -47,7 +47,7 @@ class WatchConfig(Section):
     dry_run: bool | None = None
     """Before the first step of a launch, run the largest micro-batch forward and backward, and the validation batch
     forward, without changing anything, so that a lack of memory shows in the first minute. null: on GPUs. Skipped with
-    `engine.zero_stage` 3, whose forward pass records the order of the layers."""
+    `engine.zero_stage` 3, whose forward pass records the order of the layers, and with `engine.kind` fsdp2."""
 
     @model_validator(mode="after")
     def _slow_is_slower(self) -> "WatchConfig":

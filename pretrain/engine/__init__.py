@@ -17,6 +17,10 @@ def make_engine(config: Config) -> Engine:
         from pretrain.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config)
+    if config.engine.kind == "fsdp2":
+        from pretrain.engine.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(config)
     from pretrain.engine.plain import PlainEngine
 
     return PlainEngine(config)

@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 
 from optimizers import Aurora, has_fast_bf16
 from optimizers.matrices import WholeMatrices
-from optimizers.sharded import Held
+from optimizers.sharded import Held, Plan
 from pretrain.config import Config
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.ranks import Ranks
@@ -86,7 +86,6 @@ class Engine:
 
     model: torch.nn.Module
     module: LossModel
-    is_deepspeed = False
     say: Callable[[str], None] = staticmethod(lambda line: None)
     """Prints a line on rank 0."""
 
@@ -96,7 +95,7 @@ class Engine:
         self.world_size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         fast_bf16 = has_fast_bf16(self.device)
-        self.precision = resolve_precision(config.train.precision, fast_bf16=fast_bf16, deepspeed=self.is_deepspeed)
+        self.precision = resolve_precision(config.train, config.engine, fast_bf16=fast_bf16)
         dtype = torch.bfloat16 if self.precision.is_bf16 else torch.float32
         heads = config.model.hidden_size // config.model.num_heads
         wanted = config.train.document_attention
@@ -133,8 +132,6 @@ class Engine:
     def build(self, load: Callable[[torch.nn.Module], None] | None = None) -> Aurora:
         """Build the model and its optimizer, and prepare both for training.
 
-        An engine whose ranks never hold the whole model can override this to build and load the model in parts.
-
         Args:
             load: loads weights into a language model; None keeps the initial weights.
 
@@ -147,13 +144,18 @@ class Engine:
         model = build_model(self.config.model, self.config.run.seed)
         if load is not None:
             load(model)
+        module = LossModel(model, self.config.train)
+        self.shard(module)
         optimizer = Aurora(self.config.optimizer.param_groups(model))
-        self.prepare(LossModel(model, self.config.train), optimizer)
+        self.prepare(module, optimizer)
         if self.world_size > 1:
             extend_timeouts(patience(self.config))
             if optimizer.matrices.is_whole and self.held is None:
                 optimizer.bind(Replicas())
         return optimizer
+
+    def shard(self, module: LossModel) -> None:
+        """Divide the parameters of a model among the ranks, if that has to be done before its optimizer is made."""
 
     def prepare(self, module: LossModel, optimizer: Aurora) -> None:
         """Prepare a model and its optimizer for training that starts from the model's current weights."""
@@ -165,6 +167,19 @@ class Engine:
         if self.config.data.document_mask or self.config.data.reset_positions:
             lines.append(f"attention {self.document_kernel.kernel}: {self.document_kernel.reason}")
         return lines
+
+    def describe_owners(self, plan: Plan, received: int) -> list[str]:
+        """Return lines that say who works on which matrices.
+
+        Args:
+            plan: of the matrices.
+            received: bytes of momenta and steps that the rank that receives most receives in a step.
+        """
+        return [
+            f"owners    {len(plan.units)} matrices, slowest rank {plan.imbalance:.3f} of an equal share, at most "
+            f"{received:,} bytes received by a rank a step in {self.config.engine.wire_dtype}",
+            *(f"          {line}" for line in plan.table()),
+        ]
 
     @property
     def held(self) -> Held | None:

@@ -113,8 +113,6 @@ class DeepSpeedEngine(Engine):
         ConfigError: a precision that this stage does not support.
     """
 
-    is_deepspeed = True
-
     def __init__(self, config: Config) -> None:
         self._on_gpu = torch.cuda.is_available()
         if "RANK" not in os.environ:
@@ -122,7 +120,7 @@ class DeepSpeedEngine(Engine):
             os.environ |= alone | {"MASTER_PORT": str(free_port())}
         device = "cuda" if self._on_gpu else "cpu"
         fast_bf16 = has_fast_bf16(device)
-        bf16 = resolve_precision(config.train.precision, fast_bf16=fast_bf16, deepspeed=True).is_bf16
+        bf16 = resolve_precision(config.train, config.engine, fast_bf16=fast_bf16).is_bf16
         if problems := config.engine.precision_problems("bf16" if bf16 else "fp32"):
             raise ConfigError([f"engine.{problem}" for problem in problems])
         # It warns about every optimizer that is not its own.
@@ -260,13 +258,9 @@ class DeepSpeedEngine(Engine):
         lines = [*super().describe(), f"deepspeed {json.dumps(self.settings)}"]
         lines.append(f"ZeRO      stage {self.config.engine.zero_stage}, optimizer in a {type(self._wrapper).__name__}")
         if self.sharded is not None:
-            plan, wire = self.sharded.plan, self.config.engine.wire_dtype
-            moved = max(plan.received_elements) * (2 if wire == "bf16" else 4)
-            lines.append(
-                f"owners    {len(plan.units)} matrices, slowest rank {plan.imbalance:.3f} of an equal share, at most "
-                f"{moved:,} bytes received by a rank a step in {wire}"
-            )
-            lines += [f"          {line}" for line in plan.table()]
+            plan = self.sharded.plan
+            item = 2 if self.config.engine.wire_dtype == "bf16" else 4
+            lines += self.describe_owners(plan, max(plan.received_elements) * item)
         return lines
 
     def close(self) -> None:

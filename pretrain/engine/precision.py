@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from pretrain.config.engine import EngineConfig
+from pretrain.config.train import TrainConfig
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -31,13 +34,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def resolve_precision(setting: str, *, fast_bf16: bool, deepspeed: bool) -> Precision:
-    """The dtypes that `train.precision` stands for.
+def resolve_precision(train: TrainConfig, engine: EngineConfig, *, fast_bf16: bool) -> Precision:
+    """The dtypes that `train.precision` stands for under an engine.
 
     ``auto`` is bf16 where the device multiplies bf16 faster than fp32 (`fast_bf16`). The plain engine keeps fp32
-    weights and uses autocast; DeepSpeed keeps bf16 weights, with fp32 copies that the optimizer steps.
+    weights and uses autocast; DeepSpeed and FSDP2 compute with bf16 weights, beside fp32 ones that the optimizer steps.
     """
-    bf16 = setting == "bf16" or (setting == "auto" and fast_bf16)
-    if deepspeed:
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and fast_bf16)
+    if engine.kind != "plain":
         return Precision(torch.bfloat16 if bf16 else torch.float32, None)
     return Precision(torch.float32, torch.bfloat16 if bf16 else None)

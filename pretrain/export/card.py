@@ -25,14 +25,14 @@ class CardScore:
     metric: str
     value: float
     """A fraction for accuracies."""
-    stderr: float | None
-    """Standard error over items; None if not known."""
-    num_items: int
-    num_fewshot: int
+    interval: tuple[float, float] | None
+    """95 % interval over items; None if not known."""
+    shots: int
+    """Number of solved examples in the prompt."""
     split: str
     """Of the data set."""
     items: str
-    """What the items are a part of, for people: "10,042 (validation, from the Hub)"."""
+    """How many, and of what, for people: "500 of 10,042 (validation, from the Hub)"."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def readme(card: ModelCard, config: LlamaConfig, weights: Mapping[str, Tensor], 
     if card.scores:
         parts += [
             "\n## Evaluation\n",
-            *_table(["task", "shots", "metric", "score", "items"], map(_score_row, card.scores)),
+            *_table(["task", "shots", "metric", "score", "95 % interval", "items"], map(_score_row, card.scores)),
+            "\nThe intervals cover the choice of items, not training seeds.",
         ]
     if card.hyperparameters:
         parts += ["\n## Hyperparameters\n", *_table(["", "value"], card.hyperparameters.items())]
@@ -136,7 +137,7 @@ def _model_index(card: ModelCard) -> dict[str, Any]:
                 "task": {"type": "text-generation"},
                 "dataset": {"name": score.task, "type": score.task, "split": score.split},
                 "metrics": [
-                    {"type": score.metric, "value": score.value, "name": f"{score.metric}, {score.num_fewshot}-shot"}
+                    {"type": score.metric, "value": score.value, "name": f"{score.metric}, {score.shots}-shot"}
                 ],
             }
             for score in card.scores
@@ -187,14 +188,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 
 def _score_row(score: CardScore) -> list[object]:
-    error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-    return [
-        score.task,
-        score.num_fewshot,
-        score.metric,
-        f"{score.value:.4f}{error}",
-        f"{score.num_items:,} of {score.items}",
-    ]
+    interval = "not known" if score.interval is None else "{:.4f} to {:.4f}".format(*score.interval)
+    return [score.task, score.shots, score.metric, f"{score.value:.4f}", interval, score.items]
 
 
 def _origin(card: ModelCard) -> str:

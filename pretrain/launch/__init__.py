@@ -113,7 +113,7 @@ def _train(
             longer = "; to extend it, raise train.total_tokens" if extend else ""
             display.say(f"{folder.path}: already complete at step {step}{longer}")
             if start.is_resume:
-                ranks.on_rank_0(lambda: _mark_finished(setup, step))
+                _note_end(setup, step)
             return DONE
         if stop_at is not None and step >= stop_at and not start.is_resume:
             raise RunError(
@@ -145,10 +145,18 @@ def _note_stop(setup: Setup, step: int, reason: str) -> None:
             setup.display.warn(f"the reason for this stop could not be written to the manifest: {error}")
 
 
-def _mark_finished(setup: Setup, step: int) -> None:
-    """Record that a run is complete whose last launch was killed after the last save, and before it could do so."""
-    if not setup.folder.finished and setup.folder.manifest() is not None:
-        setup.folder.mark_finished(step)
+def _note_end(setup: Setup, step: int) -> None:
+    """Record on rank 0 that the run is complete; all of it is saved, so a failure is mended by the next launch."""
+    folder = setup.folder
+    if setup.engine.rank == 0:
+        try:
+            if not folder.finished and folder.manifest() is not None:
+                folder.mark_finished(step)
+        except (OSError, RunError) as error:
+            setup.display.warn(
+                f"the run is complete and saved, but this could not be written to the manifest: {error}; "
+                "the same command will do so"
+            )
 
 
 def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_signals: bool) -> int:
@@ -164,7 +172,7 @@ def _fit(setup: Setup, start: Start, stop_at: int | None, stops: Stops, handle_s
                 f"stopped after step {state.step} because of {reason}; start the same command again to continue"
             )
             return STOPPED
-        ranks.on_rank_0(lambda: setup.folder.mark_finished(state.step))
+        _note_end(setup, state.step)
         display.say(
             f"done: {state.step} steps, {state.tokens:,} tokens, {state.train_seconds:,.0f} seconds of training; "
             f"everything is in {setup.folder.path}"

@@ -19,6 +19,7 @@ from pretrain.checkpoint.store import CheckpointReader, folder_name, list_checkp
 from pretrain.config import Config, ConfigError, parse_stored_config
 from pretrain.config.init import InitConfig
 from pretrain.export.weights import HuggingFaceWeights, is_hugging_face, model_problems
+from pretrain.files import exists
 from pretrain.launch.branching import continuation_notes, continuation_problems
 from pretrain.model.build import build_model
 from pretrain.processes.errors import UserError
@@ -84,7 +85,7 @@ def find_ancestor(init: InitConfig, run_folder: Path, recorded: AncestorRecord |
     if init.source is None:
         return None
     path = Path(init.source)
-    if not path.exists():
+    if not exists(path):
         raise ConfigError([f"init.from: {path}: no such folder"])
     if path.resolve().is_relative_to(run_folder.resolve()):
         raise ConfigError(

@@ -175,5 +175,7 @@ def save_run(setup: Setup, trainer: Trainer, saver: Saver) -> None:
     held = fragments(engine.module.model, optimizer, engine.held)
     # Where every rank holds everything, each writes an equal share.
     own = share_of(held, engine.rank, engine.world_size) if engine.held is None else held
+    if engine.held is not None and engine.held.replica:
+        own = iter(())  # the first replica writes
     of_hooks = (hook.fragments() for hook in trainer.hooks)
     saver.save(snapshot, itertools.chain(own, *of_hooks), random_generators(), engine.ranks)

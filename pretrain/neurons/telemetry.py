@@ -13,6 +13,7 @@ checkpoint; if telemetry is turned on when a run is resumed, it starts at zero.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections import defaultdict
@@ -149,13 +150,17 @@ class Telemetry(Hook):
             return hook
 
         handles = [layer.register_forward_pre_hook(add_to(total)) for layer, total in zip(layers, totals, strict=True)]
+        # What is compiled would not call the new hooks.
+        eager: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if engine.config.train.compile:
+            eager = torch.compiler.set_stance("force_eager")
         module.eval()
         try:
             for batch in batches:
                 positions = torch.arange(batch.tokens.shape[1] - 1, device=device)
                 valid = positions < batch.lengths.to(device)[:, None]
-                # A compiled module would not call the new hooks; an uncompiled one needs ZeRO 3's hooks on itself.
-                context.loss_sum(batch, module.forward if engine.config.train.compile else module)
+                with eager:
+                    context.loss_sum(batch, module)
         finally:
             module.train()
             for handle in handles:

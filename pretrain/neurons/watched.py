@@ -19,10 +19,12 @@ from math import prod
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from optimizers import Aurora
 from optimizers.blocks import Rectangle
+from optimizers.dtensors import local
 from optimizers.matrices import Place
 from optimizers.sharded import Held, Layout, make_plan
 from optimizers.sharded.exchange import Exchange, make_rounds
@@ -78,8 +80,8 @@ class Piece:
     """[place.length] fp32, this part of b."""
 
     def of(self, shard: Tensor) -> Tensor:
-        """Return its elements of the shard, or of any tensor of the shard's size, as a flat view."""
-        return shard.detach().reshape(-1)[self.place.offset : self.place.offset + self.place.length]
+        """Return its elements of the shard, or of any tensor that is placed as the shard is, as a flat view."""
+        return local(shard.detach()).reshape(-1)[self.place.offset : self.place.offset + self.place.length]
 
 
 class WatchedMatrices:
@@ -91,14 +93,15 @@ class WatchedMatrices:
         engine: the engine, which knows how parameters are sharded.
 
     Attributes:
-        here: whether this rank takes part in measuring: every rank if parameters are sharded, otherwise only rank 0.
+        here: whether this rank takes part in measuring: every rank of the first replica if parameters are sharded,
+            otherwise only rank 0.
     """
 
     def __init__(self, model: nn.Module, optimizer: Aurora, engine: Engine) -> None:
         self.optimizer, self.engine = optimizer, engine
         self.watched = watched_matrices(model)
         self._by_parameter = {watched.parameter: watched for watched in self.watched}
-        self.here = engine.held is not None or engine.rank == 0
+        self.here = engine.rank == 0 if engine.held is None else engine.held.replica == 0
         self._held = engine.held or _as_held(optimizer, list(self._by_parameter))
         self._shapes = {name: self._held.layout.shapes[name] for name in self._by_parameter}
         self._pieces = self._make_pieces() if self.here else []
@@ -157,7 +160,9 @@ class WatchedMatrices:
             found[f"{name}.direction"] += squares
         if self.engine.held is None or not found:
             return found
-        total = self.engine.sum_over_ranks(torch.cat(list(found.values())))
+        total = torch.cat(list(found.values()))
+        if self._held.layout.world_size > 1:
+            dist.all_reduce(total, group=self._held.process_group)
         return dict(zip(found, total.split([len(values) for values in found.values()]), strict=True))
 
     def _zeros(self, watched: Watched) -> Tensor:
@@ -175,7 +180,7 @@ class WatchedMatrices:
                 units.append(Unit(watched.parameter, 0, rows, columns, rows * columns * min(rows, columns)))
         held = self._held
         plan = make_plan(held.layout, units)
-        exchange = Exchange(plan, held.rank, None, "fp32", self.engine.device)
+        exchange = Exchange(plan, held.rank, held.process_group, "fp32", self.engine.device)
         averages = {(piece.place.name, piece.place.start): piece.average for piece in self._pieces}
         for turn in make_rounds(plan, held.rank):
             runs = [averages[units[run.unit].name, run.low] for run in turn.runs]

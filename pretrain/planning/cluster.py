@@ -16,7 +16,7 @@ from torch import nn
 from optimizers import has_fast_bf16
 from optimizers.flops import step_flops
 from optimizers.options import complete
-from optimizers.sharded import Layout, LayoutError, Plan, plan_group, zero_layout
+from optimizers.sharded import Layout, LayoutError, Plan, chunked_rows, plan_group, row_layout, zero_layout
 from optimizers.sharded.owners import rectangles
 from pretrain.config import Config, ConfigError
 from pretrain.engine.precision import resolve_precision
@@ -62,7 +62,7 @@ class Cluster:
         nodes as soon as there are several.
         """
         within, between = self.links
-        if self.nodes == 1:
+        if self.nodes == 1 or (collective.are_neighbours and self.per_node % collective.ranks == 0):
             return None if within is None else collective.received / within
         if between is None:
             return None
@@ -138,16 +138,15 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
     groups = config.optimizer.param_groups(model)
     # Every GPU in the table is fast at bf16; a CPU is taken to be like this one.
     fast_bf16 = device == "cuda" or has_fast_bf16("cpu")
-    zero = config.engine.kind == "deepspeed"
-    bf16 = resolve_precision(config.train.precision, fast_bf16=fast_bf16, deepspeed=zero).is_bf16
-    if zero and (problems := config.engine.precision_problems("bf16" if bf16 else "fp32")):
+    bf16 = resolve_precision(config.train, config.engine, fast_bf16=fast_bf16).is_bf16
+    if problems := config.engine.precision_problems("bf16" if bf16 else "fp32"):
         raise ConfigError([f"engine.{problem}" for problem in problems])
     layout = layout_of(config, groups, ranks)
     group = next((g for g in groups if g["kind"] == "matrix"), None)
-    plan = plan_group(layout, _completed(group), device=device) if layout and group else None
+    plan = plan_group(layout, completed(group), device=device) if layout and group else None
     by_polar = None
     if plan and layout and group and group["direction"] == "aurora":
-        by_polar = plan_group(layout, {**_completed(group), "row_balance": "polar"}, device=device).imbalance
+        by_polar = plan_group(layout, {**completed(group), "row_balance": "polar"}, device=device).imbalance
     if plan is not None:
         check_cover(plan)
     whole = step_flops(block_shapes(group), group, device=device) if group and not plan else 0
@@ -157,7 +156,7 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
         cluster=cluster,
         matrices=plan,
         by_polar=by_polar,
-        memory=memory(config, groups, layout, plan, bf16),
+        memory=memory(config, groups, layout, plan, bf16, ranks),
         model_flops=flops_per_token(config.model, config.sequence_length) * config.train.global_batch_tokens,
         optimizer_flops=max(plan.loads) if plan else whole,
         collectives=collectives(config, model, groups, layout, plan, ranks, bf16, device=device),
@@ -166,10 +165,14 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
 
 
 def layout_of(config: Config, groups: Sequence[Mapping[str, Any]], ranks: int) -> Layout | None:
-    """The layout that DeepSpeed will make; None where every rank holds everything."""
+    """The layout that DeepSpeed or fully_shard will make; None where every rank holds everything."""
+    shapes = [dict(zip(g["param_names"], (tuple(p.shape) for p in g["params"]), strict=True)) for g in groups]
+    if config.engine.kind == "fsdp2":
+        each = {name: shape for of_group in shapes for name, shape in of_group.items()}
+        shards = config.engine.sharding_ranks(ranks)
+        return row_layout(each, {name: chunked_rows(shape[0], shards) for name, shape in each.items()})
     if config.engine.kind != "deepspeed" or config.engine.zero_stage == 0:
         return None
-    shapes = [dict(zip(g["param_names"], (tuple(p.shape) for p in g["params"]), strict=True)) for g in groups]
     return zero_layout(shapes, ranks, config.engine.zero_stage)
 
 
@@ -207,7 +210,7 @@ def check_cover(plan: Plan) -> dict[str, int]:
     return covered
 
 
-def _completed(group: Mapping[str, Any]) -> dict[str, Any]:
+def completed(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group of `param_groups` with every option."""
     keys = ("params", "param_names", "kind", "role", "row_blocks")
     options = complete("matrix", {key: value for key, value in group.items() if key not in keys})

@@ -68,17 +68,26 @@ class Memory:
 
 
 def memory(
-    config: Config, groups: Sequence[Mapping[str, Any]], layout: Layout | None, plan: Plan | None, bf16: bool
+    config: Config,
+    groups: Sequence[Mapping[str, Any]],
+    layout: Layout | None,
+    plan: Plan | None,
+    bf16: bool,
+    ranks: int,
 ) -> Memory:
     """The memory of the rank that needs most.
 
     Args:
         config: the run's.
         groups: the optimizer's, with whole `params` on any device.
-        layout: of ZeRO 1 to 3; None if every rank holds everything.
+        layout: of ZeRO 1 to 3 or FSDP2; None if every rank holds everything.
         plan: of the matrices; None without a layout or without matrices.
-        bf16: whether matrix products are in bf16; under DeepSpeed the weights then are too.
+        bf16: whether matrix products are in bf16; under DeepSpeed and FSDP2 the weights then are too.
+        ranks: of the run.
     """
+    if config.engine.kind == "fsdp2":
+        assert layout is not None, "fully_shard always shards"
+        return _fsdp2(config, groups, layout, plan, bf16, ranks)
     engine = config.engine
     zero = engine.kind == "deepspeed"
     element = BF16 if bf16 and zero else FP32
@@ -125,6 +134,46 @@ def memory(
         for rank in range(world if plan else 1)
     )
     return max(each, key=lambda found: found.peak)
+
+
+def _fsdp2(
+    config: Config,
+    groups: Sequence[Mapping[str, Any]],
+    layout: Layout,
+    plan: Plan | None,
+    bf16: bool,
+    ranks: int,
+) -> Memory:
+    """Of the first rank, which has the most rows. While weights are gathered or gradients reduced, a part of the model
+    (a block, or all that is in none) is there twice: packed for the collective, and as the parameters themselves."""
+    engine, element = config.engine, BF16 if bf16 else FP32
+    reduced = BF16 if engine.communication_dtype == "bf16" else FP32
+    sizes = dict(zip(layout.shapes, (size * layout.world_size for size in layout.shard_sizes), strict=True))
+    whole, own = sum(sizes.values()), sum(layout.shard_sizes)
+    blocks = parameter_count(config.model)["blocks"]
+    block, rest = blocks // config.model.num_layers, whole - blocks
+    state = 0
+    for group in groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            local, rows = sizes[name] // layout.world_size, -(-p.shape[0] // layout.world_size)
+            if group["kind"] == "matrix":
+                state += FP32 * (local + (rows if row_slot(group, *p.shape) else 0))
+            else:
+                state += 2 * FP32 * local
+    largest = max(block, rest)
+    copies = DIRECTION_TENSORS + (EXCHANGE_TENSORS if plan else 0)
+    return Memory(
+        weights=own * FP32,
+        master=0,
+        state=state,
+        buffers=0,
+        gradients=own * FP32 + (whole * reduced if config.accumulation(ranks) > 1 else 0),
+        gathered=(rest + 2 * block if engine.reshard_after_forward else whole) * element
+        + largest * (element + reduced),
+        start=sum(p.numel() for group in groups for p in group["params"]) * FP32,
+        activations=activations(config, element),
+        stepping=max(_largest_bucket(plan, rank) for rank in range(layout.world_size)) * FP32 * copies,
+    )
 
 
 def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Plan | None, rank: int) -> int:

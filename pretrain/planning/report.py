@@ -49,10 +49,10 @@ def cluster_of(
 def answer(plan: RunPlan) -> list[str]:
     """What one wants to know first: whether it fits, how long it takes and why, ten lines."""
     config, cluster, need = plan.config, plan.cluster, plan.memory
-    zero = f"ZeRO {config.engine.zero_stage}" if config.engine.kind == "deepspeed" else "plain data parallel"
+    kind = _engine(plan)
     lines = [
         f"run       {config.run.name}: {parameter_count(config.model)['total']:,} parameters, "
-        f"{config.train.total_tokens:,} tokens in {config.total_steps:,} steps, {zero}",
+        f"{config.train.total_tokens:,} tokens in {config.total_steps:,} steps, {kind}",
         f"cluster   {cluster.ranks} ranks on {cluster.nodes} {'node' if cluster.nodes == 1 else 'nodes'} of "
         f"{cluster.per_node} {cluster.device.name}{_device_figures(plan)}",
         f"fits      {_verdict(need, plan)}",
@@ -65,6 +65,14 @@ def answer(plan: RunPlan) -> list[str]:
         f"storage   {_storage(plan)}",
     ]
     return lines
+
+
+def _engine(plan: RunPlan) -> str:
+    engine, ranks = plan.config.engine, plan.cluster.ranks
+    if engine.kind == "fsdp2":
+        shards = engine.sharding_ranks(ranks)
+        return "FSDP2" if shards == ranks else f"FSDP2 in {ranks // shards} replicas of {shards} ranks"
+    return f"ZeRO {engine.zero_stage}" if engine.kind == "deepspeed" else "plain data parallel"
 
 
 def _device_figures(plan: RunPlan) -> str:

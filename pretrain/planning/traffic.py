@@ -1,8 +1,8 @@
 """What each rank sends and receives in a training step.
 
-The collectives are those that torch's DistributedDataParallel and DeepSpeed 0.19.8 call under the configuration that
-`pretrain.engine.deepspeed` generates, and those of the sharded optimizer. tests/distributed/test_traffic.py counts
-every collective of real steps and compares.
+The collectives are those that torch's DistributedDataParallel and fully_shard call, DeepSpeed 0.19.8 under the
+configuration that `pretrain.engine.deepspeed` generates, and those of the sharded optimizer.
+tests/distributed/test_traffic.py counts every collective of real steps and compares.
 
 Counted: the reduction of gradients, the gathering of weights, the exchange of matrices, and the sums inside a team
 that shares one. Not counted: all-reduces of at most `small_bytes` each (flags, norms, the loss, DDP's table of unused
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from optimizers import directions
 from optimizers.flops import read_options
-from optimizers.sharded import Layout, Plan
+from optimizers.sharded import Layout, Plan, chunked_rows
+from optimizers.sharded.rows import row_visits
 from optimizers.sharded.teams import Team, row_sharded_direction
 from pretrain.config import Config
 from pretrain.planning.stage_3 import gathered_elements, padded
@@ -43,6 +44,8 @@ class Collective:
     """Payload: elements that are summed, or of the gathered whole; of an all-to-all, those that come from others."""
     ranks: int
     """Of the process group."""
+    are_neighbours: bool = False
+    """Whether the ranks follow one another, so that they can be those of one node."""
 
     @property
     def payload(self) -> int:
@@ -89,29 +92,66 @@ def collectives(
         config: the run's.
         model: with whole parameters, on any device.
         groups: of the optimizer, with whole `params`.
-        layout: of ZeRO 1 to 3; None where every rank holds everything.
+        layout: of ZeRO 1 to 3 or FSDP2; None where every rank holds everything.
         plan: who works on which matrices; None without a layout or without matrices.
         ranks: of the run.
-        bf16: whether the products are in bf16; under DeepSpeed the weights are then.
-        rank: whose collectives; None is the rank that receives most.
+        bf16: whether the products are in bf16; under DeepSpeed and FSDP2 the weights are then.
+        rank: whose collectives, of those over which the layout is cut; None is the rank that receives most.
         device: where the directions run, which decides how they are computed.
     """
     if ranks == 1:
         return []
     weights = [p for group in groups for p in group["params"]]
-    found = [*_gradients(config, weights, layout, ranks, bf16), *_weights(config, model, layout, ranks, bf16)]
+    if config.engine.kind == "fsdp2":
+        assert layout is not None, "fully_shard always shards"
+        found = _fsdp2(config, model, layout, ranks, bf16)
+    else:
+        found = [*_gradients(config, weights, layout, ranks, bf16), *_weights(config, model, layout, ranks, bf16)]
     if plan is not None:
         matrices = next(group for group in groups if group["kind"] == "matrix")
         small, wire = small_bytes(len(weights)), config.engine.wire_dtype
+        shards, near = plan.layout.world_size, config.engine.kind == "fsdp2"
+        rows = _visiting_rows(plan, matrices) if near else [0] * shards
         each = (
             [
-                Collective("exchange matrices", "all_to_all", wire, plan.received_elements[member], ranks),
+                Collective("exchange matrices", "all_to_all", wire, received, shards, near),
+                Collective("exchange rows", "all_to_all", "fp32", visiting, shards, near),
                 *_team_sums(plan, matrices, member, small, device),
             ]
-            for member in (range(ranks) if rank is None else (rank,))
+            for member, (received, visiting) in enumerate(zip(plan.received_elements, rows, strict=True))
+            if rank in (None, member)
         )
         found += max(each, key=lambda own: sum(collective.received for collective in own))
-    return [collective for collective in found if collective.elements]
+    return [collective for collective in found if collective.elements and collective.ranks > 1]
+
+
+def _fsdp2(config: Config, model: nn.Module, layout: Layout, ranks: int, bf16: bool) -> list[Collective]:
+    """What fully_shard calls. Each rank's rows are filled up to those of the first."""
+    engine, rounds, shards = config.engine, config.accumulation(ranks), layout.world_size
+    own = dict(zip(layout.shapes, layout.shard_sizes, strict=True))
+    blocks = sum(own[name] for name in block_parameters(model))
+    rest = sum(own.values()) - blocks
+    gathered = rounds * shards * ((2 if engine.reshard_after_forward else 1) * blocks + 2 * rest)
+    dtype, purpose = engine.communication_dtype, "reduce gradients"
+    return [
+        Collective("gather weights", "all_gather", "bf16" if bf16 else "fp32", gathered, shards, True),
+        Collective(purpose, "reduce_scatter", dtype, shards * (blocks + rest), shards, True),
+        Collective(purpose, "all_reduce", dtype, blocks + rest, ranks // shards),
+    ]
+
+
+def block_parameters(model: nn.Module) -> list[str]:
+    """The names of the parameters of the blocks, each of which is sharded and gathered by itself under FSDP2."""
+    blocks = next(path for path, part in model.named_modules() if isinstance(part, nn.ModuleList))
+    return [name for name, _ in model.named_parameters() if name.startswith(f"{blocks}.")]
+
+
+def _visiting_rows(plan: Plan, group: Mapping[str, Any]) -> list[int]:
+    """Values that belong to single rows, fp32, that each rank receives in a step of matrices sharded by rows."""
+    keep = [index for index, unit in enumerate(plan.units) if directions.row_slot(group, *unit.shape)]
+    shapes = {name: plan.layout.shapes[name][0] for name in dict.fromkeys(unit.name for unit in plan.units)}
+    rows = {name: chunked_rows(count, plan.layout.world_size) for name, count in shapes.items()}
+    return row_visits(plan, keep, rows)[0].received_elements
 
 
 def _gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pretrain.files import now, read_limited, replace_text
+from pretrain.files import now, partial_files, read_limited, replace_text
 from pretrain.run.json_lines import JsonLines
 from pretrain.run.lock import RunError, RunLock, is_locked
 
@@ -93,12 +94,16 @@ class RunFolder:
     @property
     def repairable(self) -> set[str]:
         """The files of data that ended a launch by their bad rows: their contents may change on resume."""
+        path = self._repairable_path
         try:
-            return set(json.loads(self._repairable_path.read_text(encoding="utf-8")))
+            found = json.loads(read_limited(path))
         except FileNotFoundError:
             return set()
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self._repairable_path}: cannot be read: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(f"{path}: cannot be read: {error}; delete it if no data was repaired") from None
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise RunError(f"{path}: expected a list of files; delete it if no data was repaired")
+        return set(found)
 
     def allow_repair(self, file: str) -> None:
         """Record that a file of data ended this launch by its bad rows."""
@@ -139,7 +144,9 @@ class RunFolder:
         stopped: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Create the folder and keep every other process from training in it; see `RunLock.acquire`.
+        """Create the folder, keep every other process from training in it, and delete what killed ones were writing.
+
+        See `RunLock.acquire` for the arguments.
 
         Raises:
             RunError: another process trains in it, or it cannot be written.
@@ -150,6 +157,10 @@ class RunFolder:
             self._lock.acquire(wait_seconds, stopped, say)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written: {error}") from None
+        # Hidden files are those of the lock, and the claim of another launch may be on its way.
+        for file in [*partial_files(self.path, "[!.]*"), *partial_files(self.telemetry)]:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def check_checkpoints(self) -> None:
         """Make sure that checkpoints can be written, if there is a place for them already.

@@ -82,14 +82,28 @@ class JsonLines:
         kept: list[str] = []
         moved: list[str] = []
         for record, line in _records(self.path):
-            (kept if record is not None and record.get("step", math.inf) <= step else moved).append(line)
+            (kept if _step_of(record) <= step else moved).append(line)
         if moved:
             with self.path.with_suffix(".discarded.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(moved)
                 file.flush()
                 os.fsync(file.fileno())
+        if moved or not _ends_with_a_line(self.path):  # what is appended next would be lost with the last record
             replace_text(self.path, "".join(kept))
         return len(moved)
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read(1) in (b"", b"\n")
+
+
+def _step_of(record: dict[str, Any] | None) -> float:
+    """The step of a record; infinite if it has none, or the line is incomplete or damaged."""
+    step = None if record is None else record.get("step")
+    return step if isinstance(step, int | float) and step == step else math.inf
 
 
 def _records(path: Path) -> list[tuple[dict[str, Any] | None, str]]:
@@ -97,7 +111,7 @@ def _records(path: Path) -> list[tuple[dict[str, Any] | None, str]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         found.append((record if isinstance(record, dict) else None, line + "\n"))
     return found

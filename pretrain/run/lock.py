@@ -116,12 +116,12 @@ class RunLock:
         threading.Thread(target=self._keep_touching, name="run-lock", daemon=True).start()
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Give the lock back, as far as its disk is still there: the lock ends with the open file in any case."""
         self._released.set()
         if self._file is not None:
-            if self._holder() == self.own:
-                self._write({})
-            self._file.close()
+            with contextlib.suppress(OSError), self._file:
+                if self._holder() == self.own:
+                    self._write({})
             self._file = None
 
     def check(self) -> None:

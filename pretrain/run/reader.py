@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -101,7 +102,8 @@ class Run:
     @property
     def launches(self) -> list[dict[str, Any]]:
         """The launches in order: time, commit, hardware."""
-        return [launch for launch in self.manifest.get("launches") or [] if isinstance(launch, dict)]
+        found = self.manifest.get("launches")
+        return [launch for launch in found if isinstance(launch, dict)] if isinstance(found, list) else []
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
@@ -328,12 +330,12 @@ def age_of(file: Path) -> float | None:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number, and not a boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a value is a finite number that a float can hold, and not a boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and is_number(value) and value >= 0
 
 
 def _text(path: Path) -> str | None:

@@ -91,10 +91,10 @@ def read_status(path: Path) -> Status:
 def _status(run: Run) -> Status:
     last = run.records[-1] if run.records else {}
     beats = run.heartbeats
-    tokens, rate = last.get("tokens", 0), _rate(run)
+    tokens, rate = int(_number(last.get("tokens")) or 0), _rate(run)
     total, left = run.total_steps, None
     if run.state == "running" and rate and total and run.last_step:
-        left = (total - run.last_step) * tokens / run.last_step / rate
+        left = _number((total - run.last_step) * (tokens / run.last_step) / rate)
     newest = max(run.checkpoints, default=None)
     age = age_of(run.checkpoints[newest]) if newest is not None else None
     launch = run.launches[-1] if run.launches else {}
@@ -113,7 +113,7 @@ def _status(run: Run) -> Status:
         checkpoint_seconds=None if age is None else max(0.0, age),
         restarts=max(0, len(run.launches) - 1),
         skipped_steps=run.skipped_steps,
-        ranks=launch.get("world_size"),
+        ranks=ranks if isinstance(ranks := launch.get("world_size"), int) else None,
         phase=beats[0].phase if run.state == "running" and 0 in beats else None,
         health=tuple(_health(run, beats)),
     )

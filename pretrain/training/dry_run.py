@@ -14,8 +14,9 @@ def wants_dry_run(trainer: Trainer) -> bool:
     config, wanted = trainer.config, trainer.config.watch.dry_run
     if wanted is None:
         wanted = trainer.engine.device.type == "cuda"
-    # Stage 3 gathers weights by hooks that record in which order the layers were called.
-    return wanted and not (config.engine.kind == "deepspeed" and config.engine.zero_stage == 3)
+    # A rank without memory would leave the others waiting for its weights. Stage 3 also gathers them by hooks that
+    # record in which order the layers were called.
+    return wanted and not config.engine.shards_weights
 
 
 def dry_run(trainer: Trainer) -> None:

@@ -7,8 +7,9 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 FOLDER = "heartbeats"
 """In the run folder."""
@@ -77,14 +78,22 @@ def write_heartbeat(folder: Path, beat: Heartbeat) -> None:
 
 def read_heartbeats(folder: Path, launch: str | None = None) -> dict[int, Heartbeat]:
     """Read the heartbeats of a run by rank, or only those of one launch; files that cannot be read are left out."""
-    known, found = {field.name for field in fields(Heartbeat)}, {}
+    known, found = get_type_hints(Heartbeat), {}
     for path in sorted(folder.glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
             content = json.loads(path.read_text(encoding="utf-8"))
             beat = Heartbeat(**{key: value for key, value in content.items() if key in known})
-            if launch in (None, beat.launch) and heartbeat_file(folder, beat.rank) == path:
+            fits = all(_fits(getattr(beat, name), kind) for name, kind in known.items())
+            if fits and launch in (None, beat.launch) and heartbeat_file(folder, beat.rank) == path:
                 found[beat.rank] = beat
     return found
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is one of a field of this type; a float may be written as a whole number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return kind is not str and kind is not bool and abs(value) < 1 << 63
+    return isinstance(value, kind)
 
 
 def remove_heartbeats(folder: Path, ranks: Iterable[int]) -> None:

@@ -59,10 +59,9 @@ class Profiler:
             return
         profile.stop()
         name = f"steps-{self.first}-{self._step}-rank-{self.rank:05d}.json.gz"
-        path = self.folder / name
+        path, partial = self.folder / name, self.folder / f"partial-{name}"
         try:
             self.folder.mkdir(exist_ok=True)
-            partial = self.folder / f"partial-{name}"
             profile.export_chrome_trace(str(partial))
             partial.replace(path)
         except (OSError, RuntimeError) as error:

@@ -214,6 +214,24 @@ def test_checkpoints_are_listed_and_verified(tmp_path: Path, capsys: pytest.Capt
     assert "the run has no checkpoint" in capsys.readouterr().err
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged_to_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_run(tmp_path)
+    root = path / "checkpoints"
+    (root / "step-00000015").rename(root / "step-00000016")
+    shutil.copytree(root / "step-00000005", tmp_path / "best")
+    problem = f"{root}/step-00000016/index.json: damaged: it is the index of step 15"
+    for words in ([str(path)], [str(root / "step-00000016")]):
+        assert main(["checkpoint", "verify", *words]) == 2
+        assert capsys.readouterr().err == f"error: {problem}\n"
+    assert main(["checkpoint", "list", str(path)]) == 0
+    assert "index.json: damaged: it is the index of step 15" in capsys.readouterr().out.splitlines()[3]
+    assert main(["export", str(root / "step-00000016"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: {problem}\n"
+    assert main(["checkpoint", "verify", str(tmp_path / "best")]) == 0  # a copy may have any other name
+
+
 def test_checkpoints_are_pruned_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make_run(tmp_path)
     root = path / "checkpoints"

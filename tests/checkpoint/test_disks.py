@@ -22,7 +22,7 @@ from pretrain.checkpoint import writer
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact
 from pretrain.config import Config
 from pretrain.launch import train
-from pretrain.run.folder import RunError
+from pretrain.run.folder import RunError, RunFolder
 from pretrain.run.json_lines import JsonLines
 from pretrain.training.trainer import Trainer
 from tests.distributed.ranks import run_ranks
@@ -139,6 +139,24 @@ def test_a_disk_that_fills_up_and_is_emptied_again(
         reader, damaged = newest_intact(config.run_folder / "checkpoints")
         assert reader is not None
         assert damaged == []
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), RunError("cannot be read")])
+def test_a_complete_run_ends_well_although_its_manifest_cannot_be_written(
+    tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str], failure: Exception
+) -> None:
+    """Nor does the next launch fail, which only looks; the first one that can write it completes the record."""
+    config = tiny_config({**SHORT, "train.total_tokens": 2 * 768})
+    with mock.patch.object(RunFolder, "mark_finished", mock.Mock(side_effect=failure)):
+        for _ in range(2):
+            assert train(config) == 0
+            warning = f"the run is complete and saved, but this could not be written to the manifest: {failure}"
+            assert capsys.readouterr().out.count(warning) == 1
+    assert saved(config.run_folder / "checkpoints") == [2]
+    assert not RunFolder(config.run_folder).finished
+    assert train(config) == 0
+    assert RunFolder(config.run_folder).finished
+    assert "could not be written" not in capsys.readouterr().out
 
 
 def test_a_run_whose_last_state_is_not_saved_does_not_end_well(

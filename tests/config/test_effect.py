@@ -14,6 +14,7 @@ from tests.conftest import TINY, merged
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 ZERO = {"engine.kind": "deepspeed"}
+FSDP2 = {"engine.kind": "fsdp2"}
 WATCHED = {"telemetry.every_steps": 10}
 
 # What is given -> the key that has no effect. The run has 40 steps, micro-batches of 6 x 32 tokens, tied embeddings.
@@ -45,6 +46,13 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
         ZERO | {"engine.zero_stage": 0, "engine.gather_bucket_elements": 100},
         "engine.gather_bucket_elements",
     ),
+    "buckets of FSDP2": (FSDP2 | {"engine.reduce_bucket_elements": 100}, "engine.reduce_bucket_elements"),
+    "stage of FSDP2": (FSDP2 | {"engine.zero_stage": 3}, "engine.zero_stage"),
+    "replicas under ZeRO": (ZERO | {"engine.shard_ranks": 2}, "engine.shard_ranks"),
+    "weights compared where each is on one rank": (
+        FSDP2 | {"guards.compare_weights_every_steps": 5},
+        "guards.compare_weights_every_steps",
+    ),
     "reduce bucket of stage 0": (
         ZERO | {"engine.zero_stage": 0, "engine.reduce_bucket_elements": 100},
         "engine.reduce_bucket_elements",
@@ -62,6 +70,7 @@ WITH_EFFECT: dict[str, dict[str, Any]] = {
     "kept beyond the end": {"checkpoint.keep_every_steps": 15_000, "checkpoint.save_every_steps": 10},
     "validation only at the end": {"validation.every_steps": 1000},
     "head of its own": {"model.tie_embeddings": False, "optimizer.adamw.head_lr": 0.1},
+    "replicas": FSDP2 | {"engine.shard_ranks": 2, "engine.reshard_after_forward": False},
     "reduce bucket of stage 2": ZERO | {"engine.zero_stage": 2, "engine.reduce_bucket_elements": 100},
 }
 

@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import random
+import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -160,6 +162,29 @@ def fork(work: Callable[[], object]) -> int:
 def forked(work: Callable[[], object]) -> int:
     """Wait for something that is done in a forked process; return its exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
+
+
+def die_at_change(folder: Path, number: int) -> None:
+    """Kill this process before it writes, makes, renames or deletes something at or below `folder` once more.
+
+    Args:
+        folder: the folder.
+        number: of changes that it survives.
+    """
+    left = number
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event == "open":
+            changes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        else:
+            changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        if changes and isinstance(arguments[0], str) and f"{arguments[0]}/".startswith(f"{folder}/"):
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+
+    sys.addaudithook(hear)
 
 
 def ranks_of(group: Any) -> Ranks:

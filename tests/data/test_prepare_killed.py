@@ -1,5 +1,6 @@
 """A preparation that is killed again and again ends in the same bytes as one that was left alone."""
 
+import functools
 import os
 import random
 import resource
@@ -19,7 +20,16 @@ from pretrain.data.prepared import prepare as module
 from pretrain.data.prepared.layout import is_prepared, load_index
 from pretrain.data.prepared.plan import PrepareOptions
 from pretrain.data.prepared.prepare import prepare
-from tests.data.corpus import Setting, fork, forked, make_setting, make_texts, write_jsonl, write_parquet
+from tests.data.corpus import (
+    Setting,
+    die_at_change,
+    fork,
+    forked,
+    make_setting,
+    make_texts,
+    write_jsonl,
+    write_parquet,
+)
 
 OPTIONS = PrepareOptions(shard_tokens=3_000, remove_duplicates=True)
 KILLS = 10
@@ -63,6 +73,35 @@ def test_killed_ten_times_it_ends_in_the_same_bytes(
     assert len(stages) > 3  # it was killed at different places
     prepare(setting.config, setting.tokenizer, tmp_path / "killed", options=OPTIONS)
     assert contents(tmp_path / "killed") == expected
+
+
+@pytest.mark.parametrize("most", [16, pytest.param(1000, marks=pytest.mark.long)], ids=["start", "all"])
+def test_killed_before_any_of_its_changes_it_ends_in_the_same_bytes(
+    tmp_path: Path, tokenizer: TokenizerConfig, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """An attempt dies at its first change of the folder, one at its second, and so on to the end of the work."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    texts = make_texts(1, 40)
+    paths = [write_parquet(tmp_path / "a.parquet", texts, 30), write_jsonl(tmp_path / "b.jsonl", [*texts[::7], "x"])]
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "b.jsonl").read_bytes() + b"[]\n")
+    setting = make_setting(tokenizer, *paths, max_bad_rows=1)
+
+    def work(folder: Path, changes: int | None = None) -> None:
+        if changes is not None:
+            die_at_change(folder, changes)
+        prepare(setting.config, setting.tokenizer, folder, options=OPTIONS)
+
+    work(tmp_path / "undisturbed")
+    expected = contents(tmp_path / "undisturbed")
+    deaths = 0
+    while deaths < most and (code := forked(functools.partial(work, tmp_path / str(deaths), deaths))) != 0:
+        assert code == -signal.SIGKILL
+        folder = tmp_path / str(deaths)
+        left = sorted(contents(folder))
+        work(folder)
+        assert contents(folder) == expected, left
+        deaths += 1
+    assert deaths >= 16
 
 
 def test_what_was_not_completed_cannot_be_read(

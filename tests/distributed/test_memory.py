@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
+from optimizers.dtensors import local
 from pretrain.config import parse_config
 from pretrain.planning.cluster import Cluster, plan_run
 from pretrain.planning.devices import DEVICES
@@ -38,6 +39,15 @@ LARGE: dict[str, Any] = {
     "engine.reduce_bucket_elements": 5_000_000,
     "engine.gather_bucket_elements": 5_000_000,
 }
+
+
+def changed(settings: dict[str, Any], stage: int | None) -> dict[str, Any]:
+    """With a stage of ZeRO, or under FSDP2."""
+    if stage is not None:
+        return settings | {"engine.zero_stage": stage}
+    return {key: value for key, value in settings.items() if not key.startswith("engine.")} | {"engine.kind": "fsdp2"}
+
+
 SMALL = LARGE | {"model.hidden_size": 192, "model.intermediate_size": 768, "model.num_layers": 3}
 
 
@@ -68,12 +78,12 @@ def measure(root: str, changes: dict[str, Any]) -> dict[str, int]:
                 found[part] += storage.nbytes()
 
         for p in engine.module.parameters():
-            add("weights", getattr(p, "ds_tensor", p))
+            add("weights", local(getattr(p, "ds_tensor", p)))
         for flat in engine.held.shards:
-            add("master", flat)
+            add("master", local(flat))
         for state in trainer.optimizer.state.values():
             for value in state.values():
-                add("state", value)
+                add("state", local(value))
         gc.collect()
         for thing in gc.get_objects():
             if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
@@ -97,16 +107,22 @@ def check(tmp_path: Path, changes: dict[str, Any], *, tolerance: float, peak: bo
             # Counters, masks and the batch are not modelled.
             assert found.get(part, 0) == pytest.approx(wanted, rel=tolerance, abs=200_000), part
         if peak:
-            assert found["peak"] == pytest.approx(predicted.peak_on_cpu, rel=0.15)
+            # The pieces that FSDP2 frees in bf16 are small, and more of them stay with the process.
+            pieces = config.engine.kind == "fsdp2" and config.train.precision == "bf16"
+            assert found["peak"] == pytest.approx(predicted.peak_on_cpu, rel=0.2 if pieces else 0.15)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_live_tensors_are_the_predicted_ones(tmp_path: Path, stage: int) -> None:
-    precision = {1: "bf16", 3: "fp32"}[stage]
-    check(tmp_path, SMALL | {"engine.zero_stage": stage, "train.precision": precision}, tolerance=0.02, peak=False)
+@pytest.mark.parametrize("stage", [1, 3, None])
+def test_live_tensors_are_the_predicted_ones(tmp_path: Path, stage: int | None) -> None:
+    """No stage: FSDP2."""
+    precision = {1: "bf16", 3: "fp32", None: "bf16"}[stage]
+    check(tmp_path, changed(SMALL, stage) | {"train.precision": precision}, tolerance=0.02, peak=False)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16")])
-def test_memory_of_100m_parameters_on_two_ranks(tmp_path: Path, stage: int, precision: str) -> None:
-    check(tmp_path, LARGE | {"engine.zero_stage": stage, "train.precision": precision}, tolerance=0.02, peak=True)
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (None, "fp32"), (None, "bf16")],
+)
+def test_memory_of_100m_parameters_on_two_ranks(tmp_path: Path, stage: int | None, precision: str) -> None:
+    check(tmp_path, changed(LARGE, stage) | {"train.precision": precision}, tolerance=0.02, peak=True)

@@ -14,7 +14,7 @@ from optimizers.sharded import plan_group
 from pretrain.config import Config, parse_config
 from pretrain.model.build import build_model
 from pretrain.planning import stage_3
-from pretrain.planning.cluster import layout_of
+from pretrain.planning.cluster import completed, layout_of
 from pretrain.planning.traffic import collectives
 from tests.conftest import TINY, merged
 from tests.distributed.ranks import run_ranks
@@ -32,14 +32,23 @@ SHORT: dict[str, Any] = {
 
 
 def settings(name: str) -> dict[str, Any]:
-    """Config changes by a name such as `1-bf16-sum16-comm16`: the stage (or `plain`), the precision, and more."""
+    """Config changes by a name such as `1-bf16-sum16-comm16`: stage, `plain` or `fsdp2`, the precision, and more."""
     kind, precision, *rest = name.split("-")
     changes = SHORT | {"train.precision": precision}
     if kind == "plain":
         return {key: value for key, value in changes.items() if not key.startswith("engine.")}
-    changes |= {"engine.kind": "deepspeed", "engine.zero_stage": int(kind)}
-    if kind == "0":
+    if kind == "fsdp2":
+        changes["engine.kind"] = "fsdp2"
+    else:
+        changes |= {"engine.kind": "deepspeed", "engine.zero_stage": int(kind)}
+    if kind in ("0", "fsdp2"):
         del changes["engine.reduce_bucket_elements"]
+    if "keep" in rest:
+        changes["engine.reshard_after_forward"] = False
+    if "pairs" in rest:
+        changes["engine.shard_ranks"] = 2
+    if "rows" in rest:  # something is kept for each row
+        changes["optimizer.row_balance"] = "carried"
     if "sum16" in rest:
         changes["engine.accumulation_dtype"] = "bf16"
     if "comm16" in rest:
@@ -58,7 +67,8 @@ def planned(config: Config, ranks: int, rank: int) -> dict[tuple[str, str, int],
     model = build_model(config.model, 0, device="meta")
     groups = param_groups(model, config.optimizer.settings())
     layout = layout_of(config, groups, ranks)
-    plan = None if layout is None else plan_group(layout, groups[0])
+    plan = None if layout is None else plan_group(layout, completed(groups[0]))
+    rank %= layout.world_size if layout else ranks
     bf16 = config.train.precision == "bf16"
     found: Counter[tuple[str, str, int]] = Counter()
     for c in collectives(config, model, groups, layout, plan, ranks, bf16, rank=rank):
@@ -81,7 +91,16 @@ def check(root: Path, changes: dict[str, Any], ranks: int, zero: dict[str, Any] 
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("plain-fp32", 2), ("1-bf16", 3), ("1-bf16-sum16", 2), ("2-bf16", 2), ("3-bf16", 3)]
+    ("name", "ranks"),
+    [
+        ("plain-fp32", 2),
+        ("1-bf16", 3),
+        ("1-bf16-sum16", 2),
+        ("2-bf16", 2),
+        ("3-bf16", 3),
+        ("fsdp2-bf16-rows", 3),
+        ("fsdp2-fp32-keep-pairs", 4),
+    ],
 )
 def test_the_bytes_planned_are_the_bytes_counted(tmp_path: Path, name: str, ranks: int) -> None:
     assert all(check(tmp_path, settings(name), ranks))
@@ -123,13 +142,19 @@ def test_stage_2_trains_the_weights_of_stage_1_where_a_rank_has_one_micro_batch(
         "3-fp32-untied",
         "3-bf16",
         "3-bf16-comm16",
+        "fsdp2-fp32",
+        "fsdp2-fp32-untied",
+        "fsdp2-bf16-keep",
+        "fsdp2-bf16-comm16",
     ],
 )
 def test_the_bytes_planned_are_the_bytes_counted_on_the_whole_grid(tmp_path: Path, name: str, ranks: int) -> None:
     assert all(check(tmp_path, settings(name), ranks)) == (ranks > 1)
 
 
-@pytest.mark.parametrize("name", ["1-fp32-teams", pytest.param("3-bf16-teams", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["1-fp32-teams", "fsdp2-fp32-teams", pytest.param("3-bf16-teams", marks=pytest.mark.long)]
+)
 def test_the_sums_in_teams_are_planned(tmp_path: Path, name: str) -> None:
     plans = check(tmp_path, settings(name), 4)
     assert any(key[2] == 2 for plan in plans for key in plan), "no rank works in a team of two"

@@ -248,7 +248,8 @@ def test_texts_are_files_or_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"", "no text in a"),
+        ("a.txt", b"", r"a\.txt: there is no text in it"),
+        ("a.jsonl", b'{"text": ""}', r"a\.jsonl: there is no text in it"),
         ("a.txt", b"\xff", "is not UTF-8"),
         ("a.csv", b"x", r"expected a folder of \.txt files, or a file that ends in \.txt, \.jsonl"),
         ("a.jsonl", b"{}", "line 1: expected a mapping with a text"),

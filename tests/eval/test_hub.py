@@ -20,7 +20,8 @@ from eval import hub as eval_hub
 from eval.errors import EvalError
 from eval.harness import evaluate
 from eval.hub import find_snapshot
-from eval.models import check_model, load_model, locate_model
+from eval.models import load_model
+from eval.sources import check_model, locate_model
 from pretrain.cli.command import main
 from tests.eval.conftest import export_model, sha256, small_llama
 from tests.eval.test_models import add_code
@@ -305,6 +306,9 @@ def test_a_single_model_is_asked_for_before_anything_is_fetched(
     here: str, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("eval.tasks.fetch_items", lambda *_, **__: pytest.fail("the items were fetched first"))
+    assert main(["eval", "made/other", "--tasks", "helaswag", "--out", str(tmp_path / "out")]) == 2
+    assert "did you mean hellaswag?" in capsys.readouterr().err
+    assert hub.asked == []
     for name, message in (
         ("made/other", f"made/other is neither a local folder nor a model on the Hub at {here}"),
         ("made/tiny@v9", "made/tiny has no revision 'v9'"),
@@ -313,3 +317,30 @@ def test_a_single_model_is_asked_for_before_anything_is_fetched(
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
     assert not any("safetensors" in path for path in hub.asked)
+
+
+IMPORTED = """
+import sys
+from pretrain.cli import main
+print([main(["eval", name, "--out", "out"]) for name in sys.argv[1:]])
+print(sorted({"torch", "transformers", "datasets", "lm_eval"} & sys.modules.keys()))
+"""
+
+
+def test_a_single_model_is_asked_for_before_torch_and_lm_eval_are_imported(
+    endpoint: str, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take seconds: a model that is missing, gated or nowhere is reported without them."""
+    monkeypatch.setattr(hub, "gated", True)
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, "made/other", "made/tiny", "made/tiny@v9", "no such folder"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["[2, 2, 2, 2]", "[]"]
+    missing, gated, revision, nowhere = done.stderr.splitlines()
+    assert "made/other is neither a local folder nor a model" in missing
+    assert "made/tiny is gated: request access" in gated
+    assert "has no revision 'v9'" in revision
+    assert "no model at no such folder" in nowhere
+    assert list(tmp_path.glob("out")) == []

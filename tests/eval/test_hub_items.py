@@ -16,10 +16,12 @@ from lm_eval.tasks import TaskManager
 
 from eval import hub as eval_hub
 from eval.errors import EvalError
+from eval.hub import ask_early, early_silence
 from eval.hub_items import bounded_downloads
 from eval.items import OLMO_EVAL
 from eval.subsets import read_subset
 from eval.tasks import _hub_manager, loaded_tasks
+from pretrain.cli import main
 from tests.data.hub_server import Hub, hub_server
 
 ROWS = b"".join(json.dumps({"text": f"row {place}"}).encode() + b"\n" for place in range(5))
@@ -146,3 +148,69 @@ def test_files_of_this_machine_are_read_without_asking(
         assert len(datasets.load_dataset(str(tmp_path / "data"))["train"]) == 5
         assert len(datasets.load_dataset("json", data_files=str(tmp_path / "data" / "train.jsonl"))["train"]) == 5
     assert silent.asked == []
+
+
+def test_a_hub_that_was_silent_is_not_asked_again(silent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite has many data sets, which may all be in the cache."""
+    use(silent.endpoint, tmp_path, monkeypatch)
+    for early in (False, True):
+        silent.asked.clear()
+        if early:
+            ask_early()
+        with bounded_downloads():
+            for name in ("made/set", "made/set", "made/other"):
+                with pytest.raises(EvalError, match=f"{name} is not in the Hugging Face cache.*did not answer"):
+                    datasets.load_dataset(name)
+        assert len(silent.asked) == 1
+
+
+def test_a_hub_is_asked_while_libraries_are_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+
+    def check(*_: object) -> None:
+        said.append(early_silence())
+        raise EvalError("enough")
+
+    use("http://127.0.0.1:9", tmp_path, monkeypatch)
+    (tmp_path / "hub" / "datasets--made--set").mkdir(parents=True)
+    monkeypatch.setattr("pretrain.cli.evaluation_plan.check_plan", check)
+    command = ["eval", str(model_folder), "--tasks", "piqa", "--out", str(tmp_path / "out")]
+    with hub_server({"train.jsonl": ROWS}, "made/set") as hub:
+        assert main([*command, "--items", "hub"]) == 2
+        use(hub.endpoint, tmp_path, monkeypatch)
+        assert main([*command, "--items", "hub"]) == 2
+        assert main(command) == 2
+        assert len(hub.requests) == 1  # a refusal is an answer, too
+    assert "cannot be reached" in said[0]
+    assert said[1:] == ["", ""]
+    assert early_silence() == ""
+    assert capsys.readouterr().err == "error: enough\n" * 3
+
+
+def test_items_of_a_silent_hub_are_refused_before_lm_eval_is_imported(
+    silent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless something is in the cache, or the tasks may need no Hub."""
+
+    def reached(*_: object) -> None:
+        raise EvalError("imported")
+
+    use(silent.endpoint, tmp_path, monkeypatch)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr("pretrain.cli.evaluation_plan.check_plan", reached)
+    command = ["eval", str(tmp_path), "--items", "hub", "--out", str(tmp_path / "out"), "--tasks"]
+    assert main([*command, "piqa,mmlu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot load the items of piqa: the Hugging Face cache has no data set, and the Hub at" in line
+    assert "did not answer within 0.5 seconds" in line
+    assert main([*command, "piqa,copa"]) == 2
+    assert capsys.readouterr().err == "error: imported\n"
+    assert main([*command, "piqa", "--every-checkpoint"]) == 2
+    assert "--every-checkpoint expects a run folder" in capsys.readouterr().err
+    assert early_silence() == ""  # it would be of no use to a series that waits
+    (tmp_path / "datasets" / "made___set").mkdir(parents=True)
+    assert main([*command, "piqa"]) == 2
+    assert capsys.readouterr().err == "error: imported\n"
+    assert "did not answer" in early_silence()

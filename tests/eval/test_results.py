@@ -129,6 +129,15 @@ def test_a_result_that_covers_the_earlier_one_may_replace_it(tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("limit", [None, 1_000_000])
+def test_a_limit_beyond_the_last_item_is_none(tmp_path: Path, limit: int | None) -> None:
+    folder = write(tmp_path, a_result({"winogrande": [0, 1, 1], "piqa": [1]}, limit=limit))
+    for new in (3, 1_000, None):
+        check_out(folder, "/models/model", ["winogrande", "piqa"], new, "first")
+    with pytest.raises(EvalError, match=f"of {'3' if limit else 'all'} items a task, the new one of 2;"):
+        check_out(folder, "/models/model", ["winogrande", "piqa"], 2, "first")
+
+
 def test_items_of_another_source_and_marks_are_not_lost(tmp_path: Path) -> None:
     result = a_result(OUTCOMES)
     part = {"num_items": 0, "acc": None, "acc_stderr": None}

@@ -6,7 +6,9 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import pytest
 
 from eval.errors import EvalError
 from eval.harness import evaluate, evaluation
+from eval.results import read_result
 from eval.schema import EvalResult
 from eval.score_cache import ScoreCache, ScoreSettings
 from eval.scoring import Score
+from pretrain.cli import evaluation_run, main
 from tests.eval.conftest import cache_with_items, export_model, small_llama
-from tests.eval.forked import run_forked
+from tests.eval.forked import CONTEXT, TIMEOUT_SECONDS, run_forked
 
 SETTINGS: ScoreSettings = {
     "model": "0" * 64,
@@ -177,3 +181,70 @@ def test_kills_cost_a_batch_each_and_change_nothing(
     # Nothing but the items and the scores stays.
     left = {path.relative_to(cache).parts[0] for path in cache.rglob("*") if path.is_file()}
     assert left <= {"eval-items", "eval-scores"}
+
+
+def command_that_counts(models: list[Path], out: Path, cache: Path, package: Any, scored: Path) -> Callable[[], None]:
+    """`aurora eval MODEL MODEL`, slowed down; `scored` gets a line for each batch before its scores are kept."""
+    real = ScoreCache.add
+
+    def work() -> None:
+        os.environ["AURORA_CACHE"] = str(cache)
+
+        def add(self: ScoreCache, scores: Mapping[str, Score]) -> None:
+            # The batch has been scored already: a kill before this line is written loses a batch that nobody counts.
+            with scored.open("a") as file:
+                file.write(" ".join(scores) + "\n")
+            time.sleep(0.02)
+            real(self, scores)
+
+        ScoreCache.add = add  # type: ignore[method-assign]
+        evaluation_run.evaluation = partial(evaluation_run.evaluation, package=package)  # type: ignore[assignment]
+        words = ["--tasks", ",".join(TASKS), "--batch-size", str(BATCH), "--out", str(out)]
+        os._exit(main(["eval", *map(str, models), *words]))
+
+    return work
+
+
+def batches_in(scored: Path) -> list[list[str]]:
+    """The requests of each batch, but for a line that a kill cut short."""
+    text = scored.read_text() if scored.exists() else ""
+    return [line.split() for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def killed_after(work: Callable[[], None], scored: Path, batches: int, delay: float) -> int:
+    """Run `work`, and kill it from outside some time after its so many batches; return the exit code."""
+    before = len(batches_in(scored))
+    process = CONTEXT.Process(target=work)
+    process.start()
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while process.is_alive() and len(batches_in(scored)) < before + batches and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_the_command_is_killed_five_times_at_any_moment(
+    tmp_path: Path, models: list[Path], fetched: dict[str, Any], seed: int
+) -> None:
+    rng, scored, out = random.Random(seed), tmp_path / "scored", tmp_path / "out"
+    undisturbed = [evaluate(model, TASKS, **{**options(fetched, tmp_path), "keep_scores": False}) for model in models]
+    cache, kills = cache_with_items(fetched, tmp_path / "cache"), 5
+    work = command_that_counts(models, out, cache, fetched["package"], scored)
+    for _ in range(kills):
+        assert killed_after(work, scored, rng.randrange(1, 9), rng.random() * 0.05) == -signal.SIGKILL
+    assert len(list(out.rglob("results.json"))) < len(models)
+    assert run_forked(work) == 0
+    final = [read_result(out / folder.name) for folder in models]
+    for one, other in zip(final, undisturbed, strict=True):
+        assert {**unchanging(one), "model": {}} == {**unchanging(other), "model": {}}
+        assert one["model"]["sha256"] == other["model"]["sha256"]
+    counted = batches_in(scored)
+    largest, total = max(map(len, counted)), sum(result["requests"]["scored_by_rank"][0] for result in undisturbed)
+    assert largest <= 2 * BATCH
+    assert total <= sum(map(len, counted)) <= total + largest * kills
+    assert not list(cache.rglob("*.tmp"))

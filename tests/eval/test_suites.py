@@ -15,6 +15,7 @@ from eval.config import EvalConfig, ModelSection, load_eval_config
 from eval.errors import EvalError
 from eval.harness import evaluation
 from eval.identities import ItemIdentity
+from eval.known_tasks import check_tasks
 from eval.models import DType
 from eval.results import read_result
 from eval.schema import EvalResult
@@ -22,7 +23,6 @@ from eval.score_cache import ScoreCache
 from eval.scoring import ContinuationScorer, Score
 from eval.sharing import Team
 from eval.suites import SUITES, TaskChoice, choose, suite
-from eval.tasks import check_tasks
 from pretrain.cli.command import main, parse
 from pretrain.cli.evaluated_models import locate
 from pretrain.cli.evaluation_plan import Plan, plan_of
@@ -118,7 +118,7 @@ device: cpu
         ("tasks: [{name: piqa, metric: f1}]", ["tasks.0.metric: input should be 'acc' or 'acc_norm'"]),
         ("limit: 0\nitems: disk", ["items: input should be 'packaged' or 'hub'", "limit: input should be greater"]),
         ("batch_size: many", ["batch_size: "]),
-        ("bits_per_byte: lambada", ["bits_per_byte: "]),
+        ("bits_per_byte: lambada", ["bits_per_byte: input should be a list, got 'lambada'"]),
         (
             "bits_per_byte: ['']\nstride: 0\noverlap: 3\nsubset: [a=b.txt, 5]\nsubsets: []",
             [
@@ -245,8 +245,14 @@ def test_a_model_that_cannot_be_loaded_does_not_stop_the_others(
     ],
 )
 def test_a_wrong_command_is_refused(
-    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if words[0] == "org/name":
+        monkeypatch.setattr("eval.sources.check_model", lambda _: None)  # it is on the Hub
     assert main(["eval", *words, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -456,6 +462,7 @@ def test_a_config_without_models_needs_some(tmp_path: Path, capsys: pytest.Captu
 
 def test_processes_get_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
+    monkeypatch.setattr("eval.sources.check_model", lambda _: None)  # asks the Hub
     monkeypatch.setattr("pretrain.processes.torchrun.run_processes", lambda *arguments: started.append(arguments) or 75)
     words = [
         "org/name",
@@ -481,7 +488,6 @@ def test_processes_get_the_same_command(tmp_path: Path, monkeypatch: pytest.Monk
         yield
 
     monkeypatch.setattr("pretrain.cli.evaluation_run.evaluation", refuse)
-    monkeypatch.setattr("eval.models.check_model", lambda _: None)  # asks the Hub
     assert "--shots" in arguments
     assert [main(arguments), main(["eval", *words])] == [2, 2]
     assert asked[0] == asked[1]

@@ -8,6 +8,7 @@ import pytest
 
 from pretrain import files
 from pretrain.files import publish_folder, replace_text, replacing
+from pretrain.run.folder import RunFolder
 
 
 def folder(path: Path, text: str) -> Path:
@@ -88,3 +89,16 @@ def test_a_file_stays_as_it_was_if_its_successor_is_not_complete(tmp_path: Path)
         breaks()
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_launch_was_writing_is_deleted_by_the_next_one(tmp_path: Path) -> None:
+    left = [tmp_path / "manifest.json.0a1b2c3d.tmp", tmp_path / "telemetry" / "step-00000004.safetensors.00000000.tmp"]
+    names = ("notes.tmp", "manifest.json", "eval/results.json.0a1b2c3d.tmp", ".lock.claim.0a1b2c3d.tmp")
+    kept = [tmp_path / name for name in names]
+    for path in (*left, *kept):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    run = RunFolder(tmp_path)
+    run.lock()
+    run.unlock()
+    assert [path.exists() for path in (*left, *kept)] == [False] * 2 + [True] * 4

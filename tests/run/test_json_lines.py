@@ -35,3 +35,21 @@ def test_nothing_is_written_for_a_file_that_does_not_exist(tmp_path: Path) -> No
     assert file.discard_after(0) == 0
     assert file.read() == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_whose_end_was_cut_off_is_not_joined_with_the_next(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        file.append({"step": step})
+    file.path.write_bytes(file.path.read_bytes()[:-1])
+    assert file.discard_after(2) == 0
+    file.append({"step": 3})
+    assert [record["step"] for record in file.read()] == [1, 2, 3]
+
+
+def test_lines_with_a_damaged_step_are_moved(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    lines = ['{"step": "1"}', '{"step": null}', '{"step": NaN}', "{}", "[" * 100_000, '{"step": 1}']
+    file.path.write_text("".join(f"{line}\n" for line in lines))
+    assert file.discard_after(5) == 5
+    assert file.path.read_text() == '{"step": 1}\n'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -51,6 +53,19 @@ def test_the_holder_is_named(attempt: Callable[..., RunLock], tmp_path: Path) ->
     assert not is_locked(tmp_path)
     other.acquire()
     other.check()
+
+
+def test_a_lock_whose_disk_has_gone_away_is_given_back_all_the_same(
+    attempt: Callable[..., RunLock], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a run that is complete and saved."""
+    holder, other = attempt(), attempt()
+    holder.acquire()
+    with monkeypatch.context() as patched:
+        patched.setattr(holder, "_write", mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
+        holder.release()
+    assert not is_locked(tmp_path)
+    other.acquire()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.config import Config
 from pretrain.launch import train
-from pretrain.run.folder import RunError
+from pretrain.run.folder import RunError, RunFolder
 from tests.distributed.scenarios import metrics
 
 MakeConfig = Callable[..., Config]
@@ -54,6 +54,18 @@ def test_what_is_in_the_way_is_named_before_training(
     with pytest.raises(RunError) as raised:
         train(config)
     assert str(raised.value) == f"{config.run_folder / name}: {message}"
+
+
+@pytest.mark.parametrize("content", ["", "null", "3", '{"a": 1}', "[1]", '["a", null]', "[" * 100_000])
+def test_a_damaged_list_of_repaired_files_is_named_with_its_cure(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.repairable == set()
+    (tmp_path / "repairable.json").write_text(content)
+    with pytest.raises(RunError, match=r"repairable\.json: .*; delete it if no data was repaired"):
+        _ = folder.repairable
+    (tmp_path / "repairable.json").unlink()
+    folder.allow_repair("a.jsonl")
+    assert folder.repairable == {"a.jsonl"}
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tiny_config: MakeConfig) -> None:

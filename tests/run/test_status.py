@@ -131,6 +131,32 @@ def test_all_runs_of_a_root_in_one_table(tmp_path: Path, capsys: pytest.CaptureF
     assert "holds no run" in capsys.readouterr().err
 
 
+ODD = [None, 10**400, 1e308, "\ud800", {"a": 1}]
+
+
+@pytest.mark.parametrize("value", ODD, ids=[str(number) for number in range(len(ODD))])
+def test_one_damaged_value_of_a_run_does_not_hide_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: Any
+) -> None:
+    write_run(tmp_path / "good", records(3))
+    run = write_run(tmp_path / "odd", records(3))
+    heartbeat(run)
+    beating = heartbeat_file(run / "heartbeats", 0)
+    files = {
+        run / "manifest.json": json.loads((run / "manifest.json").read_text()),
+        run / "metrics.jsonl": records(3)[-1],
+        beating: json.loads(beating.read_text()),
+    }
+    for path, content in files.items():
+        whole = path.read_bytes()
+        for key in content:
+            path.write_bytes(json.dumps({**content, key: value}).encode("utf-8", "surrogatepass"))
+            for words in ([], ["--json"]):
+                assert main(["status", str(tmp_path), *words]) == 0, (path.name, key)
+                assert "good" in capsys.readouterr().out
+        path.write_bytes(whole)
+
+
 def test_a_run_behind_a_link_is_found_and_a_circle_of_links_is_not_followed(tmp_path: Path) -> None:
     root, disk = tmp_path / "runs", tmp_path / "disk"
     write_run(disk / "moved", records(3), finished=False)

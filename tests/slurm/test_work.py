@@ -39,3 +39,30 @@ def test_an_evaluation_of_checkpoints_gets_further_with_each_result(
         assert "newest checkpoint: step 0" in (out_text := capsys.readouterr().out)
         assert "newest checkpoint: step 2" in out_text  # the number of results
         assert cluster.requeued
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "config.yaml", "--stop-att", "3"], "unrecognized arguments: --stop-att 3"),
+        (["eval", "--limit", "0", "runs/tiny"], "argument --limit: expected a whole number of at least 1"),
+        (["eval"], "the following arguments are required: MODEL"),
+        (["sweep", "run", "config.yaml", "--jobs", "many"], "argument --jobs: "),
+    ],
+)
+def test_a_command_that_cannot_be_parsed_ends_the_job_with_one_line(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    """Without a traceback, as bad input, and before a node is checked."""
+    with pytest.raises(SystemExit) as ended:
+        slurm_job.main(["--", "srun", "-m", "pretrain", *words])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert not cluster.requeued
+
+
+def test_work_that_is_not_for_jobs_is_refused(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert slurm_job.main(["--", "srun", "-m", "pretrain", "status", "runs"]) == 2
+    assert capsys.readouterr().err == "error: expected train, sweep run or eval as the work of a job, got status\n"

@@ -111,7 +111,7 @@ def _around(name: str, look: Any) -> Any:
     return called
 
 
-def test_on_a_cpu_and_under_zero_3_there_is_none(tiny_config: Callable[..., Config]) -> None:
+def test_on_a_cpu_and_where_weights_are_sharded_there_is_none(tiny_config: Callable[..., Config]) -> None:
     zero_3 = {"engine.kind": "deepspeed", "engine.zero_stage": 3}
     for changes, device, wanted in [
         ({}, "cpu", False),
@@ -119,6 +119,7 @@ def test_on_a_cpu_and_under_zero_3_there_is_none(tiny_config: Callable[..., Conf
         ({"watch.dry_run": False}, "cuda", False),
         ({"watch.dry_run": True}, "cpu", True),
         (zero_3 | {"watch.dry_run": True}, "cuda", False),
+        ({"engine.kind": "fsdp2", "watch.dry_run": True}, "cuda", False),
     ]:
         engine = SimpleNamespace(device=torch.device(device))
         trainer: Any = SimpleNamespace(config=tiny_config(changes), engine=engine)

@@ -11,6 +11,7 @@ import pytest
 from pretrain.cli import main
 from pretrain.cli.command import parse
 from pretrain.launch.watch import Watch
+from pretrain.watching.profiling import Profiler
 from tests.counting.where import configured, metrics, train
 
 
@@ -33,6 +34,18 @@ def test_a_profile_holds_the_phases_and_operators_of_the_chosen_steps(tmp_path: 
     train(other, "never", 4)
     keys = [(line["loss"], line["grad_norm"]) for line in metrics(config)]
     assert keys == [(line["loss"], line["grad_norm"]) for line in metrics(other)]
+
+
+def test_a_profile_whose_folder_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = tmp_path / "profile"
+    folder.write_text("a file of the user")
+    profiler = Profiler(1, 1, folder, 0, said.append)
+    for phase in ("data", "forward"):
+        profiler.enter(phase, 1)
+    profiler.close()
+    assert len(said) == 1
+    assert said[0].startswith(f"warning: the profile could not be written to {folder}/steps-1-1-rank-00000.json.gz: ")
 
 
 @pytest.mark.parametrize(("text", "steps"), [("7", (7, 7)), ("10-12", (10, 12))])

@@ -16,7 +16,7 @@ from pretrain.data.mirror import mirror_path
 from pretrain.data.prepared.layout import PLAN_FILE, VERSION
 from pretrain.data.prepared.parts import Part
 from pretrain.data.units import Unit
-from pretrain.files import file_sha256, replace_text
+from pretrain.files import file_sha256, partial_files, replace_text
 
 # Consecutive read units form a part once they cover this many bytes of their files.
 _PART_BYTES = 16 << 20
@@ -150,12 +150,16 @@ def begin(plan: Plan, folder: Path) -> None:
     """
     path = folder / PLAN_FILE
     if not path.is_file():
-        ours = {LOCK_FILE, f"{LOCK_FILE}.partial"}
-        if others := sorted(file.name for file in folder.iterdir() if file.name not in ours):
+        lock = folder / LOCK_FILE
+        # An earlier attempt may have been killed while it wrote these.
+        unfinished = [*partial_files(folder, PLAN_FILE), *partial_files(folder, LOCK_FILE)]
+        if others := sorted(file.name for file in folder.iterdir() if file not in (lock, *unfinished)):
             raise DataError(f"{folder}: is not empty (it holds {others[0]}): choose another folder for --to")
+        for file in unfinished:
+            file.unlink()
         # Before the plan: continued without its lock, the plan would not fit a branch that has moved.
         if remote := [source for source in plan.catalog.sources if source.pinned is not None]:
-            save_lock(lock_of(remote), folder / LOCK_FILE)
+            save_lock(lock_of(remote), lock)
         replace_text(path, json.dumps(plan.record, indent=1) + "\n")
         return
     try:
