@@ -54,7 +54,7 @@ class Aurora(Optimizer):
     cycles `momentum` (OneCycleLR, CyclicLR) sets that of the matrices and the first of AdamW's betas.
 
     A model is not kept alive. If a wrapper replaces the parameters of the groups, the new ones are stepped in their
-    place; if it replaces those of the model only, the first step says so, or follows if that was fully_shard (FSDP2).
+    place; if it replaces those of the model only, the next step says so, or follows if that was fully_shard (FSDP2).
 
     One step of a matrix weight w with gradient g: b <- mu b + (1 - mu) g; u = g + mu (b - g), or b without Nesterov;
     w <- w - lr weight_decay w; w <- w - lr s(m, n) d(u). The state is fp32 whatever the dtype of the weight: `momentum`
@@ -159,7 +159,8 @@ class Aurora(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: self.__dict__[name] for name in (*_FRESH, "_options", "_used", "_idle") if name in self.__dict__}
-        return {**super().__getstate__(), **kept, "_model": None, "permitted": self.permitted}
+        matrices = self.matrices if isinstance(self.matrices, DTensorMatrices) else Aurora.matrices
+        return {**super().__getstate__(), **kept, "_model": None, "permitted": self.permitted, "matrices": matrices}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -251,8 +252,8 @@ class Aurora(Optimizer):
         """One step of every parameter that has a gradient; the loss of `closure` if one is given.
 
         Raises:
-            ValueError: a sparse gradient, or a matrix that is no longer 2-D. At the first step also: parameters that
-                have no gradient because a wrapper has replaced them in the model.
+            ValueError: a sparse gradient, a matrix that is no longer 2-D, or parameters that have no gradient because
+                something has replaced them in the model.
         """
         loss = None
         if closure is not None:
@@ -295,23 +296,22 @@ class Aurora(Optimizer):
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         if not self.matrices.is_whole:
             return work
-        if self._is_partitioned:  # ZeroRedundancyOptimizer copies the names back, in another order
-            for group, _ in work:
-                group.pop("param_names", None)
+        for group in self.param_groups if self._is_partitioned else ():
+            group.pop("param_names", None)  # ZeroRedundancyOptimizer copies the names back, in another order
         binding.refuse_flattened(work, self._ndims)
-        if self._has_begun:
-            return work
-        model = None if self._model is None else self._model()
-        binding.refuse_stale(work, model, {row.name for row in self._routes or ()})
-        if any(params for _, params in work):
-            self._has_begun = True
-            for group, _ in work:
+        model, names = None if self._model is None else self._model(), {row.name for row in self._routes or ()}
+        binding.warn_of_thawed(self.param_groups, self._routes or (), model)
+        binding.refuse_stale(work, model, names, is_first=not self._has_begun)
+        if not self._has_begun and any(params for _, params in work):
+            for group in self.param_groups:
                 check_params(group)
+            self._has_begun = True
         return work
 
     def _follow(self) -> None:
-        """Take over the DTensors that fully_shard has made of the model's parameters before the first step."""
-        if not self._has_begun and self._model is not None and (model := self._model()) is not None:
+        """Take over the DTensors that fully_shard has made of the model's parameters."""
+        lacks = any(p.grad is None and p.requires_grad for group in self.param_groups for p in group["params"])
+        if (lacks or not self._has_begun) and self._model is not None and (model := self._model()) is not None:
             dtensors.follow(self.param_groups, self.state, model)
 
     def bind(self, matrices: Matrices) -> None:
@@ -392,8 +392,7 @@ class Aurora(Optimizer):
         """Where the flag of a step lives: with the first parameter, though a wrapper may have taken them all."""
         if self.matrices.device is not None:
             return self.matrices.device
-        params = (p for group in self.param_groups for p in group["params"])
-        return next((p.device for p in params), torch.device("cpu"))
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
 
 if Aurora.__doc__ is not None:  # it is under python -OO

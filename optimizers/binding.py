@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import options
 from .adamw import AdamwTensor
 from .directions.base import LOG_ROW_SCALE
-from .dtensors import placed
+from .dtensors import is_dtensor, placed, refuse_flat
 from .fields import OptionError
 from .matrices import param_names
 from .routing import UNSURE, Route
@@ -105,6 +105,22 @@ def warn_of_unsure(rows: Sequence[Route]) -> None:
         )
 
 
+def warn_of_thawed(groups: Sequence[Mapping[str, Any]], rows: Sequence[Route], model: nn.Module | None) -> None:
+    """Warn of parameters of a model that were frozen when its groups were made, and have a gradient now."""
+    frozen = {row.name for row in rows if row.optimizer == "frozen"}
+    if model is None or not frozen:
+        return
+    held = {p for group in groups for p in group["params"]}
+    thawed = [name for name, p in model.named_parameters() if name in frozen and p.grad is not None and p not in held]
+    if thawed:
+        warnings.warn(
+            f"{len(thawed)} parameters have a gradient and are in no group, {thawed[0]} for example: they were frozen "
+            "when the optimizer was made, and are not stepped. add_param_group takes them",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
 def is_matrix(p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether the matrix optimizer steps this parameter, or shard, of a group."""
     return _is_matrix(p) if group["kind"] == "mixed" else group["kind"] == "matrix"
@@ -167,35 +183,45 @@ def refuse_flattened(work: Work, ndims: Sequence[Sequence[int]]) -> None:
             )
 
 
-def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str]) -> None:
-    """Refuse parameters without a gradient that were replaced: by another of that name in the model, or by fully_shard.
-    A name that is gone from the model, and a first step without any gradient, are a warning.
+def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str], *, is_first: bool) -> None:
+    """Refuse parameters without a gradient that were replaced: by another of that name in the model, or by fully_shard
+    or FullyShardedDataParallel (FSDP1). At the first step a name that is gone from the model, and no gradient at all,
+    are a warning.
 
     Args:
-        work: of the first step.
+        work: of a step.
         model: that the groups were made of, if it is known and still alive.
         names: of its parameters; others were added to the optimizer later.
+        is_first: whether it is the first step that may have gradients.
 
     Raises:
         OptionError: naming the first.
     """
+    if not is_first and all(p.grad is not None or not p.requires_grad for group, _ in work for p in group["params"]):
+        return
+    is_idle = not any(params for _, params in work)
     cure = "Make the optimizer after the model is wrapped (fully_shard, for example), or wrap both together"
     if model is not None:
         current = dict(model.named_parameters(remove_duplicate=False))
         held = set(current.values())
-        gone = [
-            name
+        named = [
+            (name, p)
             for group, _ in work
             for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
-            if name in names and p.grad is None and p not in held
+            if name in names and p not in held and not _is_unsharded(p, current.get(name))
         ]
+        # If a wrapper steps copies of the parameters (master weights), those without a gradient are copies too.
+        has_copies = any(p.grad is not None for _, p in named)
+        gone = [] if has_copies else [name for name, _ in named]
         lost = [name for name in gone if name in current]
         if lost:
             raise OptionError(
                 f"{len(lost)} parameters have no gradient and are no longer those of the model, {lost[0]} for "
                 f"example: they were replaced after the optimizer was made, so that it would step nothing. {cure}"
             )
-        if gone:
+        for name in current if gone else ():
+            refuse_flat(name, current[name])
+        if gone and is_first:
             warnings.warn(
                 f"{len(gone)} parameters have no gradient and are no longer in the model, {gone[0]} for example: they "
                 "are not stepped",
@@ -203,14 +229,15 @@ def refuse_stale(work: Work, model: nn.Module | None, names: Collection[str]) ->
                 stacklevel=5,
             )
     idle = [p for group, _ in work for p in group["params"] if p.grad is None and p.requires_grad]
-    is_first = not any(params for _, params in work)
-    if idle and _has_fully_sharded() and (is_first or (missing := _unheld(idle))):
-        what = "no parameter has" if is_first else f"{missing} parameters in no module have no"
+    # DTensors are what fully_shard has made: without gradients they may wait for more micro-batches.
+    idle = [p for p in idle if not is_dtensor(p)] if is_idle or is_first else []
+    if idle and _has_fully_sharded() and ((is_idle and is_first) or (missing := _unheld(idle))):
+        what = "no parameter has a" if is_idle and is_first else f"{missing} parameters in no module have no"
         raise OptionError(
-            f"{what} {'a ' * is_first}gradient at the first step, and a model in this process was sharded by "
-            f"fully_shard, which replaces parameters: the optimizer would not step them. {cure}"
+            f"{what} gradient{' at the first step' * is_first}, and a model in this process was sharded by fully_shard "
+            f"or FullyShardedDataParallel, which replace parameters: the optimizer would not step them. {cure}"
         )
-    if not is_first:
+    if not (is_idle and is_first):
         return
     warnings.warn(
         "no parameter has a gradient at the first step, so it does nothing. If a wrapper has replaced the parameters "
@@ -311,6 +338,11 @@ def _warn_of_matrices(matrices: Sequence[tuple[str, Tensor]]) -> None:
     )
 
 
+def _is_unsharded(p: Tensor, current: Tensor | None) -> bool:
+    """Whether the model has all of this DTensor now: modules that are not resharded after their forward pass do."""
+    return is_dtensor(p) and current is not None and not is_dtensor(current)
+
+
 def _unheld(params: Sequence[Tensor]) -> int:
     """How many parameters no module of this process holds. Looks at all objects."""
     modules = [known for known in gc.get_objects() if issubclass(type(known), nn.Module)]
@@ -330,13 +362,15 @@ def is_partitioned() -> bool:
 
 
 def _has_fully_sharded() -> bool:
-    """Whether a module of this process was sharded by fully_shard. Looks at all objects: only before an error."""
+    """Whether a module of this process was sharded by fully_shard, or wrapped by FullyShardedDataParallel. Looks at all
+    objects: only before an error."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not torch.distributed.is_available():
         return False
 
     def found() -> bool:
-        return any(issubclass(type(known), fsdp.FSDPModule) for known in gc.get_objects())
+        kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+        return any(issubclass(type(known), kinds) for known in gc.get_objects())
 
     if not found():
         return False

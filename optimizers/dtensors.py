@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from .blocks import View
 from .fields import OptionError
 
 if TYPE_CHECKING:
@@ -66,14 +67,21 @@ def refuse_flat(name: str, p: Tensor) -> None:
         )
 
 
-def refuse_placements(name: str, p: Tensor, *, is_matrix: bool) -> None:
+def refuse_placements(name: str, p: Tensor, *, is_matrix: bool, view: View | None = None) -> None:
     """Refuse a DTensor that cannot be stepped. AdamW steps any parts of a parameter; a matrix needs whole rows.
 
     Raises:
-        OptionError: partial sums; a matrix that is not sharded by rows, or over several dimensions of its mesh.
+        OptionError: partial sums; a matrix that is not sharded by rows, or over several dimensions of its mesh, or is
+            stored as inputs x outputs.
     """
     if not is_dtensor(p):
         return
+    if is_matrix and view == "in_out":
+        raise OptionError(
+            f"{name} is a DTensor that is stored as inputs x outputs (view 'in_out'; GPT-2's Conv1D): fully_shard cuts "
+            "its inputs, and a matrix can only be cut by its outputs. Give such weights to AdamW by an override in "
+            "routing=Settings(...), or use DistributedDataParallel"
+        )
     from torch.distributed.tensor import Shard
 
     cut = [placement for placement in p.placements if not placement.is_replicate()]
@@ -134,7 +142,8 @@ def like(p: "DTensor", part: Tensor, shape: torch.Size) -> "DTensor":
 
 
 def placed(p: Tensor, key: str, value: Tensor) -> Tensor:
-    """Saved state in the place of its parameter: a whole tensor is cut as the parameter is, without communication.
+    """Saved state in the place of its parameter: a whole tensor is cut as the parameter is, without communication. The
+    local part of a DTensor is contiguous, so that a step can write into views of it.
 
     Raises:
         ValueError: it is a DTensor and the parameter is not, or is on another mesh.
@@ -149,10 +158,15 @@ def placed(p: Tensor, key: str, value: Tensor) -> Tensor:
     if not is_dtensor(value):
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(value.detach(), p.device_mesh, p.placements, src_data_rank=None)
+        return _contiguous(distribute_tensor(value.detach(), p.device_mesh, p.placements, src_data_rank=None))
     if value.device_mesh != p.device_mesh:
         raise ValueError(f"the loaded {key} is on the mesh {value.device_mesh}, its parameter on {p.device_mesh}")
-    return value.redistribute(placements=p.placements)
+    return _contiguous(value.redistribute(placements=p.placements))
+
+
+def _contiguous(value: "DTensor") -> "DTensor":
+    part = local(value)
+    return value if part.is_contiguous() else like(value, part.contiguous(), value.shape)
 
 
 def follow(groups: Iterable[dict[str, Any]], state: dict[Tensor, Any], model: nn.Module) -> None:

@@ -352,10 +352,10 @@ def _place(name: str, block: Block) -> Place:
 
 
 def param_names(group: Mapping[str, Any]) -> list[str]:
-    """The names of a group's parameters, for messages and observers: their positions if it has no names, or those of
-    other parameters, because they have been joined to flat ones."""
+    """The names of a group's parameters, for messages and observers: their positions if it has no names, those of other
+    parameters, because they have been joined to flat ones, or one name twice, because it has those of two models."""
     names, count = group.get("param_names", ()), len(group["params"])
-    return list(names) if len(names) == count else [f"parameter {i}" for i in range(count)]
+    return list(names) if len(set(names)) == len(names) == count else [f"parameter {i}" for i in range(count)]
 
 
 def check_params(group: Mapping[str, Any]) -> None:
@@ -373,7 +373,7 @@ def check_params(group: Mapping[str, Any]) -> None:
     for name, p, view in zip(param_names(group), group["params"], views(group), strict=True):
         refuse_flat(name, p)
         in_mixed = group["kind"] == "mixed" and p.ndim == 2 and min(p.shape) > 1
-        refuse_placements(name, p, is_matrix=is_matrix or in_mixed)
+        refuse_placements(name, p, is_matrix=is_matrix or in_mixed, view=view)
         if not p.is_floating_point():
             if not p.requires_grad:  # quantised weights that adapters leave alone
                 continue

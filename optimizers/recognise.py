@@ -142,7 +142,9 @@ def _held(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor, 
         why = PLAIN + (", q, k and v" if fused else "")
         return Seen("hidden", True, why, fused=fused, head_size=module.head_dim)
     if isinstance(module, _RECURRENT):
-        gates = 1 if name.startswith("weight_hr") else _GATES.get(getattr(module, "mode", type(module).__name__), 1)
+        gates = (
+            1 if name.startswith("weight_hr") else next((_GATES[kind] for kind in _kinds(module) if kind in _GATES), 1)
+        )
         fused = (len(p) // gates,) * gates if gates > 1 else None
         return Seen("hidden", True, PLAIN + (f", {gates} gates" if fused else ""), fused=fused)
     if any(other is not None and other.ndim == 3 and len(other) == len(p) for other in module._parameters.values()):
@@ -155,7 +157,13 @@ def _held(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor, 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D, a Linear whose weight is stored as inputs x outputs."""
     nf, weight = getattr(module, "nf", None), module._parameters.get("weight")
-    return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2 and weight.shape[1] == nf
+    return "Conv1D" in _kinds(module) and weight is not None and weight.ndim == 2 and weight.shape[1] == nf
+
+
+def _kinds(module: nn.Module) -> list[str]:
+    """The mode of a recurrent layer, and the names of its classes: subclasses, such as those that fully_shard makes of
+    the class of a module, are what their bases are."""
+    return [getattr(module, "mode", ""), *(cls.__name__ for cls in type(module).__mro__)]
 
 
 def _tensor(module: nn.Module, name: str, p: Tensor, parent: nn.Module | None) -> Seen:
@@ -277,9 +285,11 @@ def _inputs(module: nn.Module) -> int | None:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Path of a layer and of the block that it is in: a child of a ModuleList or Sequential that has several layers."""
+    """Path of a layer and of the block that it is in: a child of a ModuleList or Sequential that has several layers, or
+    of a ModuleDict whose keys are numbers (torchtitan)."""
     for path, container in model.named_modules():
-        if not isinstance(container, nn.ModuleList | nn.Sequential):
+        is_numbered = isinstance(container, nn.ModuleDict) and all(key.isdigit() for key in container)
+        if not is_numbered and not isinstance(container, nn.ModuleList | nn.Sequential):
             continue
         for name, child in container.named_children():
             below = [inner for inner, module in child.named_modules() if inner and not list(module.children())]

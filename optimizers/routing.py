@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import options
 from .blocks import View, blocks, row_shape
@@ -102,6 +103,9 @@ def routes(model: nn.Module, settings: Settings) -> list[Route]:
             with a flattened one.
     """
     matrix = _matrix_options(settings)
+    for p, names in _names(model).items():
+        if is_lazy(p):
+            raise OptionError(f"{names[0]} has no shape yet: call the model once before the optimizer is made")
     seen = examine(model)
     rows = []
     for p, names in _names(model).items():

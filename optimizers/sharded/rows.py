@@ -9,18 +9,19 @@ Under HSDP every replica does the whole work, as DistributedDataParallel would.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import binding, directions
+from .. import binding, directions, options
 from ..blocks import Rectangle, columns, row_blocks, views
-from ..dtensors import is_dtensor, local, mesh_of, shard_dimension
+from ..dtensors import is_dtensor, local, mesh_of, refuse_placements, shard_dimension
 from ..matrices import Matrices, Place, State, WholeMatrices, param_names
 from .exchange import Exchange, Round, WireDtype, make_rounds
 from .layout import Layout, LayoutError, Shape, ShardFragment
@@ -68,26 +69,61 @@ class DTensorMatrices(WholeMatrices):
     def __init__(self, wire_dtype: WireDtype = "fp32") -> None:
         self.wire_dtype: WireDtype = wire_dtype
         self._groups: list[dist.ProcessGroup] = []
-        self._shards: dict[tuple[int, ...], RowShards] = {}
+        self._held: set[int] = set()
+        # By the ids of the matrices, and by what else a plan depends on.
+        self._shards: dict[tuple[tuple[int, ...], Any], RowShards] = {}
+        self._has_compared = False
+
+    def __reduce__(self) -> Any:
+        """A copy begins anew: process groups cannot be copied."""
+        return type(self), (self.wire_dtype,)
 
     def prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Give a zero gradient to DTensors without one that have one on another rank.
+
+        Warns once of parameters that are plain tensors if their gradients are not the same on all ranks.
 
         Raises:
             OptionError: the DTensors are on several meshes.
         """
         mesh = mesh_of(groups)
         self._groups = [] if mesh is None else [mesh.get_group(i) for i in range(mesh.ndim) if mesh.size(i) > 1]
-        params = [p for group in groups for p in group["params"] if is_dtensor(p) and p.requires_grad]
+        held = [p for group in groups for p in group["params"] if is_dtensor(p)]
+        self._held = set(map(id, held))
+        params = [p for p in held if p.requires_grad]
         if not self._groups or not params:
             return
-        missing = [p.grad is None for p in params]
-        lacking = torch.tensor(missing, dtype=torch.int32, device=local(params[0]).device)
+        missing, mark = [int(p.grad is None) for p in params], self._mark(groups)
+        lacking = torch.tensor([*missing, mark, -mark], dtype=torch.int32, device=local(params[0]).device)
         self._reduce(lacking)
-        # Ranks that lack nothing need not wait for the device to learn that.
-        for p, nowhere in zip(params, lacking.tolist() if any(missing) else missing, strict=True):
-            if p.grad is None and not nowhere:
+        if not any(missing) and not mark:
+            return  # a rank that lacks nothing need not wait for the device to learn that
+        *nowhere, least, negated = lacking.tolist()
+        for p, is_nowhere in zip(params, nowhere, strict=True):
+            if p.grad is None and not is_nowhere:
                 p.grad = torch.zeros_like(p)
+        if mark and least != -negated:
+            self._warn_of_plain(groups)
+
+    def _mark(self, groups: Sequence[Mapping[str, Any]]) -> int:
+        """A number that tells gradients of plain tensors apart; 0 without any, and after the first that are not 0."""
+        if self._has_compared:
+            return 0
+        plain = [p.grad for group in groups for p in group["params"] if p.grad is not None and not is_dtensor(p)]
+        total = sum(float(local(g).double().abs().sum()) for g in plain if g.layout == torch.strided)
+        self._has_compared = isfinite(total) and total > 0
+        return 1 + hash(total) % 2**30 if self._has_compared else 0
+
+    def _warn_of_plain(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        named = [pair for group in groups for pair in zip(param_names(group), group["params"], strict=True)]
+        plain = [name for name, p in named if p.grad is not None and not is_dtensor(p)]
+        warnings.warn(
+            f"{len(plain)} parameters are not sharded, {', '.join(plain[:3])} for example, and their gradients differ "
+            "between the ranks. Every rank steps its own, so they drift apart, unless they are meant to differ. "
+            "fully_shard the root module as well, or average these gradients",
+            UserWarning,
+            stacklevel=5,
+        )
 
     def shares(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Sequence[tuple[Matrices, list[Tensor]]]:
         """Whole parameters, and those that are sharded."""
@@ -102,8 +138,15 @@ class DTensorMatrices(WholeMatrices):
     def sharded(self, group: Mapping[str, Any]) -> RowShards:
         """The holder of the matrices of a group that are DTensors. Making it is a collective call of all ranks."""
         matrices = [p for p in group["params"] if is_dtensor(p) and p.numel() and binding.is_matrix(p, group)]
-        key = tuple(map(id, matrices))
+        ids = tuple(map(id, matrices))
+        key = ids, _plan_facts(group)
         if key not in self._shards:
+            # What has been replaced since, or was planned for options that a loaded state has changed.
+            stale = [
+                own for own in self._shards if not self._held.issuperset(own[0]) or not set(ids).isdisjoint(own[0])
+            ]
+            for own in stale:
+                del self._shards[own]
             self._shards[key] = RowShards(matrices, group, self.wire_dtype)
         return self._shards[key]
 
@@ -130,6 +173,7 @@ class RowShards(ShardedMatrices):
     Raises:
         LayoutError: the ranks disagree, the DTensors are sharded over different dimensions of the mesh, or a local part
             is not contiguous.
+        OptionError: one is not sharded by rows.
     """
 
     is_whole = True
@@ -138,6 +182,8 @@ class RowShards(ShardedMatrices):
         facts = zip(param_names(group), group["params"], row_blocks(group), views(group), strict=True)
         wanted = set(matrices)
         chosen = [fact for fact in facts if fact[1] in wanted]
+        for name, p, _, view in chosen:
+            refuse_placements(name, p, is_matrix=True, view=view)
         self.params = {name: p for name, p, _, _ in chosen}
         self.names = {p: name for name, p in self.params.items()}
         self.stacked = {name: p.shape[1] for name, p, _, view in chosen if view == "stack"}
@@ -284,6 +330,12 @@ def chunked_rows(count: int, ranks: int) -> list[int]:
     """The rows that each rank has of a parameter with `count`: what fully_shard gives it, by torch.chunk."""
     size = -(-count // ranks)
     return [max(0, min(size, count - rank * size)) for rank in range(ranks)]
+
+
+def _plan_facts(group: Mapping[str, Any]) -> Any:
+    """What the plan of a group depends on besides its matrices: their blocks, and the options of their directions."""
+    chosen = [(key, group.get(key)) for key, known in options.MATRIX.items() if known.acts != "step"]
+    return group["direction"], *chosen, *row_blocks(group), *views(group)
 
 
 def row_layout(shapes: Mapping[str, Shape], rows: Mapping[str, Sequence[int]]) -> Layout:

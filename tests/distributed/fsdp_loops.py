@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 
 from optimizers import Aurora, Settings
+from optimizers.sharded import DTensorMatrices
 from tests.distributed.fsdp import start
 
 # More words in a batch than any matrix has rows: directions of momenta of low rank are not unique.
@@ -330,8 +332,58 @@ def behaviours() -> dict[str, Any]:
         for p, q in zip(group["params"], other["params"], strict=True)
     )
     found["kinds"] = sorted({type(p).__name__ for p in optimizer.param_groups[0]["params"]})
+    found |= plain_next_to_sharded(mesh) | planned_again(mesh)
     dist.destroy_process_group()
     return found
+
+
+def plain_next_to_sharded(mesh: DeviceMesh) -> dict[str, Any]:
+    """Only the blocks are sharded: what is said of the other parameters, whose gradients nothing averages."""
+    found = {}
+    for kind in ("zero, then own", "same"):
+        model = language(tied=False)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        optimizer = make(model)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for step in range(3):
+                for index, p in enumerate(model.parameters()):
+                    rank = dist.get_rank() if kind != "same" and not isinstance(p, DTensor) else 0
+                    torch.manual_seed(100 * rank + index)
+                    grad = torch.randn(p.shape) * (kind == "same" or step > 0)
+                    if isinstance(p, DTensor):
+                        grad = distribute_tensor(grad, mesh, p.placements, src_data_rank=None)
+                    p.grad = grad
+                optimizer.step()
+        found[f"plain, {kind}"] = [str(warning.message) for warning in said if warning.category is UserWarning]
+    return found
+
+
+def planned_again(mesh: DeviceMesh) -> dict[str, Any]:
+    """A team shares a matrix; then a loaded state has a backend that works on whole matrices. The sizes of the teams
+    before and after, and the difference from a dense optimizer."""
+    whole_one = nn.Parameter(torch.randn(61, 9, generator=torch.Generator().manual_seed(0)))
+    cut = nn.Parameter(distribute_tensor(whole_one.detach(), mesh, [Shard(0)], src_data_rank=None))
+    teams: list[int] = []
+    saved: dict[str, Any] = {}
+    for p in (whole_one, cut):
+        exact, shared = (
+            Aurora([{"params": [("up", p)], "kind": "matrix", **options}], direction="muon")
+            for options in ({"polar": "svd"}, {"polar": "gram", "polar_dtype": "fp32"})
+        )
+        for step, optimizer in enumerate((exact, shared, shared)):
+            if step == 2:
+                shared.load_state_dict(saved)
+            grad = torch.randn(61, 9, generator=torch.Generator().manual_seed(1 + step))
+            p.grad = distribute_tensor(grad, mesh, [Shard(0)], src_data_rank=None) if p is cut else grad
+            optimizer.step()
+            if step == 0:
+                saved = copy.deepcopy(exact.state_dict())
+            elif p is cut:
+                assert isinstance(shared.matrices, DTensorMatrices)
+                teams += map(len, shared.matrices.sharded(shared.param_groups[0]).plan.teams)
+    return {"teams": teams, "planned again": float((whole_of(cut) - whole_one.detach()).abs().max())}
 
 
 def whole_of(p: Tensor) -> Tensor:

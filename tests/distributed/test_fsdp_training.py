@@ -52,3 +52,9 @@ def test_what_may_happen_to_gradients_and_parameters() -> None:
         assert found["bare parameters"] == 0
         assert found["partly sharded"] == 0
         assert found["kinds"] == ["DTensor", "Parameter"]
+        assert found["plain, same"] == []
+        (told,) = found["plain, zero, then own"]
+        assert "3 parameters are not sharded, embed.weight, " in told
+        assert "their gradients differ between the ranks" in told
+        assert found["teams"] == [2, 1]
+        assert found["planned again"] < 1e-6

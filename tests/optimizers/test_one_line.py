@@ -417,7 +417,9 @@ def test_master_copies_with_gradients_of_their_own_are_stepped() -> None:
         for p in group["params"]:
             p.grad = torch.randn_like(p)
     before = optimizer.param_groups[0]["params"][0].detach().clone()
-    optimizer.step()
+    for _ in range(2):
+        optimizer.step()
+        optimizer.param_groups[0]["params"][1].grad = None  # a layer that is not used now and then
     assert not torch.equal(before, optimizer.param_groups[0]["params"][0])
 
 

@@ -99,6 +99,57 @@ def test_every_weight_of_an_attention_is_sure(layers: dict[str, tuple[int, int]]
     assert matrices(blocks) == {f"{i}.attn.{name}.weight" for i in range(2) for name in layers}
 
 
+class Titan(nn.Module):
+    """As in torchtitan: numbered blocks in a ModuleDict, whose norms come last, and fewer keys than queries."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(50, 16)
+        self.layers = nn.ModuleDict({key: self.block() for key in keys})
+        self.norm = nn.RMSNorm(16)
+        self.output = nn.Linear(16, 50, bias=False)
+
+    @staticmethod
+    def block() -> nn.Module:
+        """An attention, a gated layer with w3 after w2, and the norms."""
+        layers = {"wq": (16, 16), "wk": (16, 8), "wv": (16, 8), "wo": (16, 16)}
+        gated = {"w1": (16, 44), "w2": (44, 16), "w3": (16, 44)}
+        norms = {"attention_norm": nn.RMSNorm(16), "ffn_norm": nn.RMSNorm(16)}
+        return nn.ModuleDict({"attention": attention(**layers), "feed_forward": attention(**gated), **norms})
+
+
+# The last stage of a pipeline may have a single block.
+@pytest.mark.parametrize("keys", [("0", "1"), ("7",)])
+def test_numbered_blocks_of_torchtitan_have_no_doubtful_weight(keys: tuple[str, ...]) -> None:
+    model = Titan(keys)
+    rows = table(model)
+    assert not [name for name, row in rows.items() if row.is_unsure]
+    names = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", *(f"feed_forward.w{i}" for i in (1, 2, 3)))
+    assert matrices(model) == {f"layers.{key}.{name}.weight" for key in keys for name in names}
+    assert "output head" in rows["output.weight"].why
+
+
+def test_subclasses_are_what_their_bases_are() -> None:
+    """As fully_shard makes one of the class of every module that it is given."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {"lstm": nn.LSTM(6, 5), "cell": nn.LSTMCell(6, 5), "gru": nn.GRUCell(6, 5), "conv": Conv1D(12, 6)}
+    model = nn.ModuleDict({"words": nn.Embedding(9, 6), **layers})
+    expected = {(row.name, row.shape, row.blocks, row.optimizer) for row in table(model).values()}
+    assert ("cell.weight_ih", (5, 6), 4, "matrix") in expected
+    assert ("conv.weight", (12, 6), 1, "matrix") in expected
+    for layer in model.values():
+        layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {})
+    assert {(row.name, row.shape, row.blocks, row.optimizer) for row in table(model).values()} == expected
+    assert not any(row.is_unsure for row in table(model).values())
+
+
+def test_layers_without_a_shape_yet_are_refused() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.LayerNorm(8))
+    with pytest.raises(OptionError, match=r"0\.weight has no shape yet: call the model once"):
+        Aurora(model)
+
+
 def test_models_of_transformers_have_no_doubtful_weight() -> None:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MixtralConfig, MixtralForCausalLM
 

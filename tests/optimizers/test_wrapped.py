@@ -188,3 +188,37 @@ def test_a_module_that_was_removed_is_a_warning_and_one_that_was_replaced_an_err
         warnings.simplefilter("error")
         optimizer.step()
     assert old.weight.grad is None
+
+
+def test_layers_that_were_frozen_at_the_start_are_not_forgotten_in_silence() -> None:
+    model = Small()
+    model.head.weight.requires_grad_(False)
+    optimizer = Aurora(model)
+    gradients(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    model.head.weight.requires_grad_(True)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    before = model.head.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"1 parameters have a gradient and are in no group, head\.weight for example"):
+        optimizer.step()
+    assert torch.equal(before, model.head.weight)
+    optimizer.add_param_group({"params": [model.head.weight], "kind": "adamw"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert not torch.equal(before, model.head.weight)
+
+
+def test_a_module_that_is_replaced_later_is_an_error_too() -> None:
+    model = Small()
+    optimizer = Aurora(model)
+    gradients(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.head = nn.Linear(4, 11, bias=False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(OptionError, match=r"1 parameters have no gradient and are no longer those .*head\.weight"):
+        optimizer.step()
