@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -16,6 +17,12 @@ NO_DATA = ("/dev", "/proc", "/sys")
 """Folders of the kernel, whose files have no fixed contents; `/dev/shm` is memory that is used as a disk."""
 
 _PARTIAL_DIGITS = 8
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether an error of a disk may be over at the next try, such as a full one; others stay until somebody acts."""
+    return error.errno is None or error.errno in _PASSING
 
 
 def sync(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from pretrain.checkpoint.store import CheckpointReader, newest_intact
 from pretrain.data import StreamPosition, TokenStream, without_bytes
 from pretrain.data.budget import describe_data
 from pretrain.data.prefetch import Prefetcher
+from pretrain.files import may_pass
 from pretrain.launch.ancestor import Weights
 from pretrain.launch.records import make_saver, open_run_folder, save_run
 from pretrain.launch.setup import Setup
@@ -119,7 +119,7 @@ def _open_folder(setup: Setup, hooks: Iterable[Hook], start: Start, routing: lis
     try:
         return open_run_folder(setup, hooks, start.position, routing)
     except OSError as error:
-        if error.errno not in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS):
+        if may_pass(error):
             raise
         file = error.filename2 or error.filename or setup.folder.path
         raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None

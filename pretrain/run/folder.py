@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pretrain.files import now, partial_files, read_limited, replace_text
+from pretrain.files import may_pass, now, partial_files, read_limited, replace_text
 from pretrain.run.json_lines import JsonLines
 from pretrain.run.lock import RunError, RunLock, is_locked
 
@@ -150,12 +150,15 @@ class RunFolder:
 
         Raises:
             RunError: another process trains in it, or it cannot be written.
+            OSError: it cannot be written now, for example because the disk is full.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(self.path)
             self._lock.acquire(wait_seconds, stopped, say)
         except OSError as error:
+            if may_pass(error):
+                raise
             raise RunError(f"{self.path}: cannot be written: {error}") from None
         # Hidden files are those of the lock, and the claim of another launch may be on its way.
         for file in [*partial_files(self.path, "[!.]*"), *partial_files(self.telemetry)]:
@@ -177,6 +180,8 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
+            if may_pass(error):
+                raise
             raise RunError(f"{self.checkpoints}: cannot be written: {error.strerror}") from None
 
     def check_lock(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from pretrain.config import Config
 from pretrain.launch import train
 from pretrain.run.folder import RunError, RunFolder
+from pretrain.run.lock import RunLock
 from tests.distributed.scenarios import metrics
 
 MakeConfig = Callable[..., Config]
@@ -98,3 +101,22 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew(
             train(config)
     shutil.rmtree(config.run_folder / "checkpoints", ignore_errors=True)
     assert train(config, stop_at=2) == 75
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.ENOSPC, OSError), (errno.EIO, OSError), (errno.EROFS, RunError)])
+def test_only_what_stays_in_the_way_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raised: type[Exception]
+) -> None:
+    """A batch job gives up after bad input, and tries again after a disk that is full for now."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    folder = RunFolder(tmp_path / "run")
+    (folder.path / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(RunLock, "acquire", fail)
+    monkeypatch.setattr(Path, "touch", fail)
+    for work in (folder.lock, folder.check_checkpoints):
+        with pytest.raises(raised, match=os.strerror(number)) as caught:
+            work()
+        assert isinstance(caught.value, RunError) == (raised is RunError)
