@@ -90,6 +90,11 @@ def unresolved(config: DataConfig) -> dict[str, CatalogSource]:
     return {path: CatalogSource(path, (), (), (), pinned=path) for path in remote_paths(config)}
 
 
+def journal_of(lock: Path) -> Path:
+    """Where what has been found out is kept while a lock is being made, so that an interrupted one continues."""
+    return lock.with_name(lock.name + ".partial")
+
+
 def save_lock(lock: Lock, path: Path) -> None:
     """Write a lock in one rename.
 

@@ -70,8 +70,8 @@ def wire_share(operation: Operation, ranks: int) -> float:
 
 
 def small_bytes(parameters: int) -> int:
-    """All-reduces of at most this many bytes are not planned: four for each parameter tensor, at least 64."""
-    return max(64, 4 * parameters)
+    """All-reduces of at most this many bytes are not planned: four for each parameter tensor and eight, at least 64."""
+    return max(64, 4 * parameters + 8)
 
 
 def collectives(

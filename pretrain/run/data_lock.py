@@ -8,7 +8,7 @@ from pathlib import Path
 from pretrain.config.data import DataConfig
 from pretrain.data.catalog import Catalog, Locked, resolve_sources
 from pretrain.data.described import CatalogSource
-from pretrain.data.lock import Lock, load_lock, lock_of, locked_sources, remote_paths, save_lock, unresolved
+from pretrain.data.lock import Lock, journal_of, load_lock, lock_of, locked_sources, remote_paths, save_lock, unresolved
 from pretrain.data.mirror import check_mirror
 from pretrain.run.folder import RunFolder
 
@@ -41,7 +41,7 @@ def lock_of_folder(config: DataConfig, kept: Path, say: Callable[[str], None]) -
     found = _saved(config, kept)
     if found is None:
         say("the remote sources have no lock yet: resolving them")
-        found = locked_sources(resolve_sources(config, _journal(kept), say), config, "the resolved lock")
+        found = locked_sources(resolve_sources(config, journal_of(kept), say), config, "the resolved lock")
     if config.mirror is not None:
         check_mirror(Lock(found).files, Path(config.mirror))
     return found
@@ -75,7 +75,7 @@ def keep_lock(catalog: Catalog, folder: RunFolder) -> None:
     remote = [source for source in catalog.sources if source.pinned is not None]
     if remote:
         save_lock(lock_of(remote), folder.data_lock)
-        _journal(folder.data_lock).unlink(missing_ok=True)
+        journal_of(folder.data_lock).unlink(missing_ok=True)
 
 
 def _saved(config: DataConfig, kept: Path) -> dict[str, CatalogSource] | None:
@@ -83,7 +83,3 @@ def _saved(config: DataConfig, kept: Path) -> dict[str, CatalogSource] | None:
         return None
     path = Path(config.lock) if config.lock is not None else kept
     return locked_sources(load_lock(path), config, path)
-
-
-def _journal(kept: Path) -> Path:
-    return kept.with_name(kept.name + ".partial")

@@ -47,12 +47,18 @@ def verdict(own: Heartbeat, beats: Mapping[int, Heartbeat], silent: Collection[i
             return other.verdict  # all ranks give the same reason
     beats = {**beats, own.rank: own}
     found = suspects(beats, silent)
-    # A heartbeat from before a save says nothing of the save, in which this rank may already be.
-    limit = max(max(beat.stopped_limit, own.stopped_limit) if beat.rank in silent else beat.limit for beat in found)
+    limit = max(_stopped_limit(beat, own) if beat.rank in silent else beat.limit for beat in found)
     # A heartbeat that was read is up to one interval old, and was up to one interval behind when it was written.
     if own.stalled < limit or any(beat.stalled < limit - 3 * beat.every_seconds for beat in others):
         return None
     return "\n".join([_headline(found, silent, beats, limit), *_places(beats, silent)])
+
+
+def _stopped_limit(beat: Heartbeat, own: Heartbeat) -> float:
+    """Return how long a silent rank may take: it may have come farther than it says, like this one."""
+    if beat.step < own.step:
+        return own.stopped_limit  # its last heartbeat is from before this step, which it has begun as well
+    return max(beat.stopped_limit, own.stopped_limit)  # one from before a save says nothing of the save
 
 
 def _headline(found: list[Heartbeat], silent: Collection[int], beats: Mapping[int, Heartbeat], limit: float) -> str:

@@ -68,6 +68,15 @@ def test_a_phase_that_may_take_long_has_no_longer_for_a_process_that_is_stopped(
     assert "no progress for 10 seconds" in line
 
 
+def test_a_stale_heartbeat_from_the_first_step_does_not_make_a_stopped_rank_slow() -> None:
+    """Steps may be shorter than the time between heartbeats. This rank is farther, so the other one has been too."""
+    early = {"step": 1, "limit": 60.0, "stopped_limit": 60.0}
+    beats = three(**early)
+    assert named(verdict(beats[0], beats, {1})).endswith("no progress for 10 seconds")
+    started = {0: beat(0, **early), 1: beat(1, **early), 2: beat(2, **early)}
+    assert verdict(started[0], started, {1}) is None
+
+
 def test_the_reason_that_another_rank_gave_is_taken_over() -> None:
     assert verdict(beat(0, stalled=0.0), three(verdict="rank 2 hangs"), set()) == "rank 2 hangs"
 

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     from pretrain.config.validate import lock_beside
     from pretrain.data.catalog import resolve_sources
     from pretrain.data.hub_tokenizer import resolve
-    from pretrain.data.lock import lock_of, remote_paths, save_lock
+    from pretrain.data.lock import journal_of, lock_of, remote_paths, save_lock
 
     whole = load_config(options.config, options.overrides)
     config = whole.data
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         print("nothing to resolve: all sources are local, and local sources need no lock")
         return 0
     path = options.out or Path(config.lock or lock_beside(Path(options.config)))
-    journal = path.with_name(path.name + ".partial")
+    journal = journal_of(path)
     lock = resolve_sources(config, journal, say=print)
     if tokenizer:
         lock = lock_of([*lock.sources.values(), tokenizer])

@@ -11,7 +11,7 @@ from typing import Any
 from pretrain.config.data import DataConfig, TokenizerConfig
 from pretrain.data.catalog import Catalog, Locked, fingerprint, make_catalog
 from pretrain.data.errors import DataError
-from pretrain.data.lock import lock_of, save_lock
+from pretrain.data.lock import journal_of, lock_of, save_lock
 from pretrain.data.mirror import mirror_path
 from pretrain.data.prepared.layout import PLAN_FILE, VERSION
 from pretrain.data.prepared.parts import Part
@@ -151,9 +151,10 @@ def begin(plan: Plan, folder: Path) -> None:
     path = folder / PLAN_FILE
     if not path.is_file():
         lock = folder / LOCK_FILE
+        kept = (lock, journal_of(lock))
         # An earlier attempt may have been killed while it wrote these.
         unfinished = [*partial_files(folder, PLAN_FILE), *partial_files(folder, LOCK_FILE)]
-        if others := sorted(file.name for file in folder.iterdir() if file not in (lock, *unfinished)):
+        if others := sorted(file.name for file in folder.iterdir() if file not in (*kept, *unfinished)):
             raise DataError(f"{folder}: is not empty (it holds {others[0]}): choose another folder for --to")
         for file in unfinished:
             file.unlink()
