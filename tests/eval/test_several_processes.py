@@ -19,7 +19,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from eval import sources
+from eval import models, sources
 from eval.errors import EvalError, TeamError
 from eval.harness import _device, evaluate
 from eval.hub import Snapshot
@@ -230,7 +230,7 @@ def test_the_first_process_decides_what_a_branch_stands_for(
         return Snapshot(commits[commit], commit, "")
 
     def work() -> EvalResult:
-        sources.find_snapshot = find
+        sources.find_snapshot = models.find_snapshot = find
         with joined_team() as team:
             return evaluate("org/name", ["winogrande"], team=team, limit=2, **fetched)
 
