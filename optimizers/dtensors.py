@@ -53,6 +53,16 @@ def shard_dimension(p: "DTensor") -> int | None:
     return next((i for i, placement in enumerate(p.placements) if not placement.is_replicate()), None)
 
 
+def replicas_of(p: Tensor) -> list[list[int]] | None:
+    """The processes of each group over which a DTensor is sharded; None if its mesh does not have all processes."""
+    assert is_dtensor(p), "callers choose DTensors"
+    mesh, dimension = p.device_mesh, shard_dimension(p)
+    if dimension is None or mesh.size() < torch.distributed.get_world_size():
+        return None
+    groups: list[list[int]] = mesh.mesh.movedim(dimension, -1).reshape(-1, mesh.size(dimension)).tolist()
+    return groups
+
+
 def refuse_flat(name: str, p: Tensor) -> None:
     """Refuse a parameter that is several in one.
 

@@ -95,6 +95,8 @@ class ShardedMatrices:
         group: the process group over which the layout is cut; None is the default one.
         wire_dtype: in which momenta and steps travel.
         device: where the shards live.
+        replicas: the ranks of each group like `group`, among all processes of the run: with these it makes its teams.
+            None: only its own, which may hang if teams overlap and it does not have all processes.
 
     Attributes:
         exchange: counts the bytes received.
@@ -114,7 +116,9 @@ class ShardedMatrices:
         group: dist.ProcessGroup | None,
         wire_dtype: WireDtype,
         device: torch.device,
+        replicas: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        self._replicas = replicas
         self.plan, self.rank, self.group, self.device = plan, rank, group, device
         self.world_size = plan.layout.world_size
         self._check_agreement()
@@ -162,13 +166,19 @@ class ShardedMatrices:
             raise LayoutError(f"{len(names)} matrices do not arrive complete at their owner: {', '.join(names[:5])}")
 
     def _make_teams(self) -> dict[tuple[int, ...], Team]:
-        """A process group for every team of two or more; making one is a collective of all ranks."""
+        """A process group for every team of two or more; making one is a collective of all processes.
+
+        torch can make groups of their members alone, but names them by how many groups a process has, in which members
+        of several teams differ: they would wait for each other for ever.
+        """
         teams = {}
         for ranks in dict.fromkeys(team for team in self.plan.teams if len(team) > 1):
-            everyone = ranks if self.group is None else [dist.get_global_rank(self.group, rank) for rank in ranks]
-            # Under HSDP the ranks of another replica make other teams at the same time.
-            alone = self.group is not None
-            teams[ranks] = Team(dist.new_group(list(everyone), use_local_synchronization=alone), len(ranks))
+            own = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+            alone = self._replicas is None and len(own) < dist.get_world_size()
+            for replica in self._replicas or [own]:
+                group = dist.new_group([replica[rank] for rank in ranks], use_local_synchronization=alone)
+                if list(replica) == list(own):
+                    teams[ranks] = Team(group, len(ranks))
         return teams
 
     def prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from .. import binding, directions, options
 from ..blocks import Rectangle, columns, row_blocks, views
-from ..dtensors import is_dtensor, local, mesh_of, refuse_placements, shard_dimension
+from ..dtensors import is_dtensor, local, mesh_of, refuse_placements, replicas_of, shard_dimension
 from ..matrices import Matrices, Place, State, WholeMatrices, param_names
 from .exchange import Exchange, Round, WireDtype, make_rounds
 from .layout import Layout, LayoutError, Shape, ShardFragment
 from .matrices import RoundTurn, ShardedMatrices
-from .owners import Plan, Unit, plan_group
+from .owners import Plan, Unit, make_plan, plan_group
 
 REMEMBERED = 8
 """How many sets of parameters with gradients keep their rounds; making them takes the longer the larger the model."""
@@ -200,8 +200,10 @@ class RowShards(ShardedMatrices):
             "views": ["in_out" if view == "in_out" else None for _, _, _, view in chosen],
         }
         device = local(matrices[0]).device
-        plan = plan_group(row_layout(shapes, rows), {**group, **own}, device=device)
-        super().__init__(plan, rank, process_group, wire_dtype, device)
+        plan, replicas = plan_group(row_layout(shapes, rows), {**group, **own}, device=device), replicas_of(matrices[0])
+        if replicas is None:  # teams need all processes
+            plan = make_plan(plan.layout, plan.units)
+        super().__init__(plan, rank, process_group, wire_dtype, device, replicas)
         self._rows_held = rows
         self._rounds_of: dict[frozenset[str], list[Round]] = {}
         self._visits: dict[frozenset[int], RowVisits] = {}
