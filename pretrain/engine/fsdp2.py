@@ -43,6 +43,7 @@ class Fsdp2Engine(Engine):
             cpu=on_cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=patience(config))]
         )
         super().__init__(config, accelerator, DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU)
+        config.engine.sharding_ranks(self.world_size)  # before there is a process group to be left behind
         if not dist.is_initialized():
             dist.init_process_group("gloo" if on_cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
         self.mesh = self._make_mesh()

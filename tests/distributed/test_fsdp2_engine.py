@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
 from pretrain.config import ConfigError, parse_config
@@ -153,6 +154,7 @@ def test_shard_ranks_must_divide_the_ranks(tmp_path: Path) -> None:
         plan_run(config, Cluster(3, DEVICES["cpu"]))
     with pytest.raises(ConfigError, match=r"engine\.shard_ranks: expected a divisor of the 1 ranks, got 2"):
         train(config)
+    assert not dist.is_initialized()
 
 
 def compilations(root: str, changes: dict[str, Any]) -> tuple[int, int]:
