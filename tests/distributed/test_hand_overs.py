@@ -8,19 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SMALL_VOCABULARY
 from tests.distributed.hand_overs import Outcome, copied, elements, hand_over
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import distance, metrics, newest, run, run_with_fault
+from tests.distributed.test_deepspeed import DENSE
 
 STEPS = 8
-RUN: dict[str, Any] = SMALL_VOCABULARY | {
+RUN: dict[str, Any] = DENSE | {
     "train.total_tokens": STEPS * 384,
-    "train.global_batch_tokens": 384,  # 12 sequences
-    "train.micro_batch_sequences": 1,
-    "train.grad_clip": 0.2,
-    "schedule.warmup_tokens": 2 * 384,
-    "validation.max_tokens": 384,
     # Row scales are kept from step to step: by their owner, or with their rows.
     "optimizer.row_balance": "carried",
     "model.intermediate_size": 52,  # 3 ranks have 18, 18 and 16 rows
