@@ -17,6 +17,7 @@ from .dtensors import dense_grad, local
 from .fields import OptionError, did_you_mean
 from .matrices import DirectionObserver, Matrices, WholeMatrices, check_params, matrix_step
 from .routing import Route, Settings, model_groups, model_settings, routes
+from .sharded.divided import divided
 from .sharded.rows import DTensorMatrices
 from .table import format_table, table_routes
 from .update import all_finite
@@ -69,7 +70,7 @@ class Aurora(Optimizer):
     for one bucket at a time.
 
     Where an engine flattens parameters and cuts them between processes (DeepSpeed's ZeRO), `bind` says how: the groups
-    then hold flat shards, and one step may take a call of `step` for each group.
+    then hold flat shards, and one step may take a call of `step` for each group. Processes under DDP share the work.
 
     Attributes:
         last_step_finite: scalar bool tensor, whether the last step was taken.
@@ -144,8 +145,8 @@ class Aurora(Optimizer):
         settings = model_settings(routing, self._options, self._preset)
         self._routes = routes(model, settings)
         super().__init__(model_groups(model, settings), {})
-        self._model = weakref.ref(model)
-        self._otherwise = "mixed"
+        self._model, self._otherwise = weakref.ref(model), "mixed"
+        self.matrices = divided(model) or self.matrices
         binding.warn_of_unsure(self._routes)
 
     def _refuse_idle(self) -> None:

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import directions
 from .options import DEFAULTS, MATRIX
-from .polar import has_dtype_choice
-from .polar.precision import DTYPES, resolve
+from .polar import has_dtype_choice, product_dtype
+from .polar.precision import DTYPES, counted_as
 
 # Options that directions do not read are left out: a learning rate that moves must not start a new count.
 _READ = ("direction", *(name for name, known in MATRIX.items() if known.acts != "step"))
@@ -64,7 +64,7 @@ def direction_flops(m: int, n: int, options: Mapping[str, Any], *, device: torch
     A loop that may end early, depending on its values, is counted to its last turn. Counts are cached by shape and
     options.
     """
-    return _counted(m, n, tuple(sorted(read_options(options, device).items())))
+    return _counted(m, n, torch.device(device).type, tuple(sorted(read_options(options, device).items())))
 
 
 def step_flops(
@@ -75,11 +75,11 @@ def step_flops(
 
 
 @functools.lru_cache(maxsize=1024)
-def _counted(m: int, n: int, options: tuple[tuple[str, Any], ...]) -> int:
+def _counted(m: int, n: int, device: str, options: tuple[tuple[str, Any], ...]) -> int:
     given = dict(options)
     u = torch.empty(1, m, n, device="meta")
     v = u.new_empty(1, m) if directions.row_slot(given, m, n) else None
-    with counter() as count:
+    with counter() as count, counted_as(device):
         directions.from_options(u, given, v)
     return int(count.get_total_flops())
 
@@ -92,10 +92,10 @@ def read_options(options: Mapping[str, Any], device: torch.device | str) -> dict
     complete = {**DEFAULTS["matrix"], **options}
     chosen = {key: complete[key] for key in _READ}
     if chosen["polar_dtype"] == "auto" and has_dtype_choice(chosen["polar"]):
-        dtype = resolve("auto", device)
+        dtype = product_dtype(chosen["polar"], "auto", device, chosen["polar_accuracy"])
         chosen["polar_dtype"] = next(name for name, known in DTYPES.items() if known == dtype)
     if chosen["row_balance"] == "auto":
-        chosen["row_balance"] = directions.automatic_row_balance(torch.device(device))
+        chosen["row_balance"] = directions.automatic_row_balance(chosen, device)
     return chosen
 
 

@@ -254,7 +254,7 @@ class WholeTurn:
 
 
 @dataclass(frozen=True)
-class _Here:
+class Here:
     """Values that have nowhere to go. They are made when they are waited for: one bucket at a time is in memory."""
 
     values: Callable[[], Any]
@@ -296,14 +296,11 @@ class WholeMatrices:
         return shapes
 
     def turns(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> list[WholeTurn]:
-        """The buckets of these parameters' blocks. Those without elements have nothing to step."""
-        check_params(group)
-        entries = dict(zip(group["params"], zip(row_blocks(group), views(group), strict=True), strict=True))
-        names = dict(zip(group["params"], param_names(group), strict=True))
-        members = (block for p in params if p.numel() for block in blocks(p, *entries[p]))
-        return [WholeTurn(bucket, [_place(names[b.param], b) for b in bucket]) for bucket in buckets(members)]
+        """The buckets of these parameters' blocks."""
+        places = placed_blocks(params, group)
+        return [WholeTurn(bucket, [places[block] for block in bucket]) for bucket in buckets(places)]
 
-    def gather(self, turn: WholeTurn, values: Iterable[Tensor]) -> _Here:
+    def gather(self, turn: WholeTurn, values: Iterable[Tensor]) -> Here:
         """Stacks them."""
 
         def stack() -> Tensor:
@@ -313,11 +310,11 @@ class WholeMatrices:
                 matrix.copy_(block.matrix(value))
             return u
 
-        return _Here(stack)
+        return Here(stack)
 
-    def scatter(self, turn: WholeTurn, stack: Tensor) -> _Here:
+    def scatter(self, turn: WholeTurn, stack: Tensor) -> Here:
         """The matrices of the stack, in the dimensions of their pieces."""
-        return _Here(lambda: [block.piece(matrix) for block, matrix in zip(turn.pieces, stack, strict=True)])
+        return Here(lambda: [block.piece(matrix) for block, matrix in zip(turn.pieces, stack, strict=True)])
 
     def fetch_rows(self, turns: Sequence[WholeTurn], group: Mapping[str, Any], state: State) -> None:
         """They are here."""
@@ -347,8 +344,17 @@ class WholeMatrices:
         return HERE
 
 
-def _place(name: str, block: Block) -> Place:
-    return Place(f"{name}[{block.index}]" if block.view == "stack" else name, block.area)
+def placed_blocks(params: Sequence[Tensor], group: Mapping[str, Any]) -> dict[Block, Place]:
+    """The blocks of some of a group's parameters with their places; none of those without elements. It checks them."""
+    check_params(group)
+    entries = dict(zip(group["params"], zip(row_blocks(group), views(group), strict=True), strict=True))
+    names = dict(zip(group["params"], param_names(group), strict=True))
+    found = {}
+    for p in (p for p in params if p.numel()):
+        for block in blocks(p, *entries[p]):
+            name = f"{names[p]}[{block.index}]" if block.view == "stack" else names[p]
+            found[block] = Place(name, block.area)
+    return found
 
 
 def param_names(group: Mapping[str, Any]) -> list[str]:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..fields import OptionError, option, takes_options
-from ..polar import PolarDtype, prescale, working_dtype
-from ..polar import polar as polar_factor
+from ..polar import has_dtype_choice, prescale, product_dtype, working_dtype
 from . import carried, leverage
 from .base import LOG_ROW_SCALE, Direction, MatrixOptions, Scope, balances, form, nearly_square
 from .muon import orthogonal
@@ -122,12 +121,12 @@ class AuroraOptions(ScopedOptions):
     row_balance: RowBalance = option(
         "auto",
         'Where the row norms between the polar calls come from. "polar": a polar factor, as expensive as muon. '
-        '"leverage": a Cholesky factor, about a quarter of that. "gram": matrix products alone, for a GPU. "auto": '
-        '"leverage" on a CPU, "gram" on a GPU. "carried" has one polar call and nothing between: the row scales are '
-        "state, one number for each row of a tall matrix, and each step moves them for the next. That costs no more "
-        'than muon and leaves row norms within about 7 %. "polished" lets that move act on the direction as well, '
-        "and makes its columns orthonormal again: within about 1 %, at the cost of muon where `polar` is "
-        '"gram" in bf16 or fp16, and 1.2 times that in fp32.',
+        '"leverage": a Cholesky factor, about a quarter of that. "gram": matrix products alone, in fp32. "auto": '
+        '"leverage" on a CPU; on a GPU "polar" if its products are fp16, otherwise "gram". "carried" has one polar '
+        "call and nothing between: the row scales are state, one number for each row of a tall matrix, and each step "
+        "moves them for the next. That costs no more than muon and leaves row norms within about 7 %. "
+        '"polished" lets that move act on the direction as well, and makes its columns orthonormal again: within '
+        'about 1 %, at the cost of muon where `polar` is "gram" in bf16 or fp16, and 1.2 times that in fp32.',
         idle=_never_balanced,
     )
     eps_mode: EpsMode = option(
@@ -175,7 +174,7 @@ class AuroraOptions(ScopedOptions):
         retries = torch.zeros(len(tall), dtype=torch.int64, device=u.device)
 
         def scores(D: Tensor) -> Tensor:
-            found, retried = _leverage(D * rows, self.row_balance, self.polar, self.polar_dtype)
+            found, retried = _leverage(D * rows, self)
             retries.add_(retried)
             return found
 
@@ -189,7 +188,7 @@ class AuroraOptions(ScopedOptions):
                 eps_mode=self.eps_mode,
                 tolerance=self.tolerance,
             )
-            d = polar_factor(scale.D * rows, self.polar, dtype=self.polar_dtype)
+            d = orthogonal(scale.D * rows, self)
         if m < n:
             d = d.mT
         lead = u.shape[:-2]
@@ -203,7 +202,7 @@ class AuroraOptions(ScopedOptions):
             )
 
         def factor(x: Tensor, even: Callable[[Tensor], Tensor] | None) -> Tensor:
-            return polar_factor(x.to(working_dtype(self.polar)), self.polar, dtype=self.polar_dtype, even=even)
+            return orthogonal(x.to(working_dtype(self.polar)), self, even)
 
         with torch.no_grad():
             x = prescale(u.detach() if u.dtype == torch.float64 else u.detach().float())
@@ -259,19 +258,28 @@ def aurora_carried(u: Tensor, log_scale: Tensor, options: AuroraOptions) -> tupl
     return found.d, log_scale.clone() if found.row_state is None else found.row_state
 
 
-def _leverage(x: Tensor, how: RowBalance, polar: str, polar_dtype: PolarDtype) -> tuple[Tensor, Tensor]:
+def _leverage(x: Tensor, options: AuroraOptions) -> tuple[Tensor, Tensor]:
     """The leverage scores of a tall stack [k, m, n], and the retries that they took."""
 
     def from_polar(stack: Tensor) -> tuple[Tensor, Tensor]:
-        return leverage.from_polar(stack, polar, polar_dtype)
+        return leverage.from_polar(orthogonal(stack, options))
 
-    if how == "auto":
-        how = automatic_row_balance(x.device)
+    how = automatic_row_balance(vars(options), x.device) if options.row_balance == "auto" else options.row_balance
     if how == "polar":
         return from_polar(x)
     return leverage.from_gram(x.float()) if how == "gram" else leverage.from_cholesky(x.float(), from_polar)
 
 
-def automatic_row_balance(device: torch.device) -> RowBalance:
-    """Resolve "auto". A Cholesky factorisation is a sequence of small dependent steps, which is slow on a GPU."""
-    return "gram" if device.type == "cuda" else "leverage"
+def automatic_row_balance(options: Mapping[str, Any], device: torch.device | str) -> RowBalance:
+    """Resolve "auto" for the other options of a group.
+
+    A Cholesky factorisation is a sequence of small dependent steps, and "gram" multiplies in fp32: on a GPU both are
+    slower than a second polar factor in fp16 (5.0 and 12.4 ms instead of 2.7, an H200, 8192 x 2048). One in bf16 would
+    be coarse.
+    """
+    if torch.device(device).type != "cuda":
+        return "leverage"
+    if not has_dtype_choice(options["polar"]):
+        return "gram"
+    dtype = product_dtype(options["polar"], options["polar_dtype"], device, options["polar_accuracy"])
+    return "polar" if dtype == torch.float16 else "gram"

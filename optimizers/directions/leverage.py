@@ -10,9 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..polar import polar
 from ..polar.gram import inverse_sqrt
-from ..polar.precision import PolarDtype, as_stated, gram_matrix
+from ..polar.precision import as_stated, gram_matrix
 from ..polar.rows import HERE, Rows
 
 RIDGES = (1e-8, 1e-6)
@@ -21,10 +20,9 @@ fails with the first. They are about the rounding error of an fp32 Gram matrix. 
 no factor."""
 
 
-def from_polar(x: Tensor, method: str, dtype: PolarDtype) -> tuple[Tensor, Tensor]:
-    """The squared row norms of a polar factor from any backend: the reference."""
-    scores = polar(x, method, dtype=dtype).square().sum(dim=-1, keepdim=True)
-    return scores, torch.zeros(len(x), dtype=torch.int64, device=x.device)
+def from_polar(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared row norms of polar(X) [k, m, n], from any backend."""
+    return factor.square().sum(dim=-1, keepdim=True), torch.zeros(len(factor), dtype=torch.int64, device=factor.device)
 
 
 def from_cholesky(

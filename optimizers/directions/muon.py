@@ -1,5 +1,6 @@
 """Muon: the polar factor of the momentum."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,6 @@ def muon(u: Tensor, options: MuonOptions) -> Tensor:
     return orthogonal(u, options)
 
 
-def orthogonal(u: Tensor, options: MatrixOptions) -> Tensor:
-    """polar(u) by the backend and in the precision that any direction's options name."""
-    return polar_factor(u, options.polar, dtype=options.polar_dtype)
+def orthogonal(u: Tensor, options: MatrixOptions, even: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """polar(u) by the backend, in the precision and to the accuracy that any direction's options name."""
+    return polar_factor(u, options.polar, dtype=options.polar_dtype, accuracy=options.polar_accuracy, even=even)

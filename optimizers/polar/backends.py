@@ -13,13 +13,13 @@ condition number and that (a) does not show. Singular directions below the cut c
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from . import iterations
-from .gram import gram_polar
+from .gram import Accuracy, gram_polar
 from .precision import PolarDtype, as_stated, resolve
 
 # Inputs whose largest entry lies in this range are used as they are; others are scaled by a power of two.
@@ -39,6 +39,8 @@ class Backend:
     """Whether its input is scaled first, and zero and non-finite matrices are taken out."""
     polishes: bool = False
     """Whether `factor` takes `even` (see `polar`) as a third argument."""
+    is_graded: bool = False
+    """Whether `factor` takes `accuracy` (see `polar`)."""
 
     def with_even_rows(self, even: Callable[[Tensor], Tensor]) -> "Backend":
         """The backend whose factors are made even: see `polar`."""
@@ -60,6 +62,7 @@ def polar(
     *,
     exact: bool = False,
     dtype: PolarDtype = "auto",
+    accuracy: Accuracy = "default",
     even: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The polar factor of every matrix of a stack.
@@ -73,6 +76,8 @@ def polar(
             without the scaling below: the same as method "quintic_exact".
         dtype: of the products of "polar_express" and "gram": "bf16", "fp16", "fp32", or "auto": fp16 on a GPU, bf16 on
             a CPU with AMX, otherwise fp32. The other methods have one dtype: svd fp64, cans fp32, quintic bf16.
+        accuracy: of "gram", the only one with a choice. "loose" takes five steps instead of seven and states its error
+            from 2^-8 of the Frobenius norm on, "tight" eight and the residual step, in fp32 only.
         even: takes the factors d of a tall stack [k, m, n] and returns factors of their rows [k, m, 1], near 1. The
             result is then y (I - E/2 + 3 E^2/8) with y = even(d) d and E = y^T y - I: rows as they were wanted, and
             columns that three terms of the inverse root have made orthonormal again. "gram" in bf16 and fp16 ends with
@@ -90,7 +95,7 @@ def polar(
 
     Raises:
         ValueError: x has fewer than two dimensions or is not real floating point, an unknown method or dtype,
-            `exact` with another method than "quintic", or a dtype for a method that has only one.
+            `exact` with another method than "quintic", or a dtype or an accuracy for a method that has only one.
     """
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(
@@ -100,9 +105,9 @@ def polar(
         raise ValueError(f"exact=True repeats the released quintic: expected method 'quintic', got {method!r}")
     method = "quintic_exact" if exact else method
     backend = backend_named(method)
-    product_dtype = backend.dtype or resolve(dtype, x.device)
-    if backend.dtype is not None and dtype != "auto":
-        raise ValueError(f"polar dtype {dtype!r} has no effect: {method!r} computes in {product_dtype}")
+    dtype_of_products = product_dtype(method, dtype, x.device, accuracy)
+    if accuracy != "default":
+        backend = replace(backend, factor=functools.partial(backend.factor, accuracy=accuracy))
     if x.numel() == 0:
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     with torch.no_grad(), as_stated(x.device):
@@ -110,7 +115,7 @@ def polar(
         run = _guarded if backend.is_guarded else _as_it_is
         if even is not None:
             backend = backend.with_even_rows(even)
-        return run(stack, backend, product_dtype).float().reshape(x.shape)
+        return run(stack, backend, dtype_of_products).float().reshape(x.shape)
 
 
 def backend_named(method: str) -> Backend:
@@ -123,6 +128,32 @@ def backend_named(method: str) -> Backend:
 def has_dtype_choice(method: str) -> bool:
     """Whether a method offers several dtypes for its products."""
     return backend_named(method).dtype is None
+
+
+def has_accuracy_choice(method: str) -> bool:
+    """Whether a method can be looser or tighter."""
+    return backend_named(method).is_graded
+
+
+def product_dtype(
+    method: str, dtype: PolarDtype, device: torch.device | str, accuracy: Accuracy = "default"
+) -> torch.dtype:
+    """The dtype of a method's products on a device.
+
+    Raises:
+        ValueError: an unknown name, or a dtype or an accuracy that has no effect.
+    """
+    only = backend_named(method).dtype
+    if accuracy not in get_args(Accuracy):
+        raise ValueError(f"unknown polar accuracy {accuracy!r}: expected one of {', '.join(get_args(Accuracy))}")
+    if accuracy != "default" and not has_accuracy_choice(method):
+        raise ValueError(f"polar accuracy {accuracy!r} has no effect: {method!r} has one accuracy")
+    if accuracy == "tight":
+        only = torch.float32
+    if only is not None and dtype not in ("auto", "fp32" if accuracy == "tight" else "auto"):
+        how = " with accuracy 'tight'" if accuracy == "tight" else ""
+        raise ValueError(f"polar dtype {dtype!r} has no effect: {method!r} computes in {only}{how}")
+    return only or resolve(dtype, device)
 
 
 def working_dtype(method: str) -> torch.dtype:
@@ -231,7 +262,7 @@ BACKENDS: dict[str, Backend] = {
     "quintic_exact": Backend(_quintic_exact, torch.bfloat16, is_guarded=False),
     "polar_express": Backend(iterations.express),
     "cans": Backend(iterations.precise, torch.float32),
-    "gram": Backend(gram_polar, polishes=True),
+    "gram": Backend(gram_polar, polishes=True, is_graded=True),
 }
 """Backends by name."""
 
@@ -265,3 +296,12 @@ ERRORS: dict[tuple[str, str], StatedError] = {
     ("gram", "fp32"): StatedError(1e-4, 16 * _FP32),
 }
 """The stated error of each method and dtype."""
+
+GRADED_ERRORS: dict[tuple[str, str], StatedError] = {
+    ("loose", "bf16"): StatedError(8e-2, 3 * _BF16),
+    ("loose", "fp16"): StatedError(4e-2, 3 * _FP16),
+    ("loose", "fp32"): StatedError(3e-3, 16 * _FP32),
+    ("tight", "fp32"): StatedError(1e-5, 16 * _FP32),
+}
+"""The stated error of "gram" in other accuracies than the default. That of "loose" is over the singular values above
+2^-8 of the Frobenius norm."""

@@ -16,6 +16,7 @@ that of the first part.)
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,25 +25,44 @@ from .coefficients import Quintic, polar_express
 from .precision import Products
 from .rows import HERE, Rows
 
-# All singular values from 2^-11 of the Frobenius norm arrive within 2e-5 of 1, before rounding.
-EXPRESS = polar_express(7, lower=2.0**-11, cushion=0.024, safety=1.01)
+Accuracy = Literal["loose", "default", "tight"]
 
-SEGMENTS = {torch.float32: (3, 4), torch.float16: (2, 2, 3), torch.bfloat16: (1, 1, 1, 2, 2)}
+CHAINS: dict[Accuracy, tuple[Quintic, ...]] = {
+    "loose": polar_express(5, lower=2.0**-8, cushion=0.024, safety=1.01),
+    "default": polar_express(7, lower=2.0**-11, cushion=0.024, safety=1.01),
+    "tight": polar_express(8, lower=2.0**-12, cushion=0.024, safety=1.01),
+}
+"""The polynomials. Singular values from `lower` times the Frobenius norm on arrive within 2e-3 of 1 (loose), 2e-5
+(default) and 1e-8 (tight), before rounding."""
+EXPRESS = CHAINS["default"]
+
+SEGMENTS: dict[Accuracy, dict[torch.dtype, tuple[int, ...]]] = {
+    "loose": {torch.float32: (2, 3), torch.float16: (2, 3), torch.bfloat16: (1, 1, 1, 2)},
+    "default": {torch.float32: (3, 4), torch.float16: (2, 2, 3), torch.bfloat16: (1, 1, 1, 2, 2)},
+    "tight": {torch.float32: (3, 3, 2)},
+}
 """The number of steps between restarts, by dtype of the products."""
 
 
-def gram_polar(x: Tensor, dtype: torch.dtype, even: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def gram_polar(
+    x: Tensor, dtype: torch.dtype, even: Callable[[Tensor], Tensor] | None = None, accuracy: Accuracy = "default"
+) -> Tensor:
     """The polar factor of a stack [k, m, n], scaled by its Frobenius norm first, with all products in `dtype`.
 
-    7 steps of Polar Express with restarts; for every dtype except fp32, and with `even`, the residual step follows.
+    5, 7 or 8 steps of Polar Express with restarts. The residual step follows where products are short, unless the
+    accuracy is "loose", where it is "tight", and with `even`.
     """
     is_wide = x.shape[-2] < x.shape[-1]
-    factor = tall_gram_polar((x.mT if is_wide else x).float(), dtype, even=even)
+    factor = tall_gram_polar((x.mT if is_wide else x).float(), dtype, even=even, accuracy=accuracy)
     return factor.mT if is_wide else factor
 
 
 def tall_gram_polar(
-    tall: Tensor, dtype: torch.dtype, rows: Rows = HERE, even: Callable[[Tensor], Tensor] | None = None
+    tall: Tensor,
+    dtype: torch.dtype,
+    rows: Rows = HERE,
+    even: Callable[[Tensor], Tensor] | None = None,
+    accuracy: Accuracy = "default",
 ) -> Tensor:
     """`gram_polar` of an fp32 stack of tall or square matrices. `rows` may cover more rows than these.
 
@@ -50,27 +70,29 @@ def tall_gram_polar(
     residual step, which brings the columns back.
     """
     products = Products.on(tall.device, dtype)
+    first, *others = CHAINS[accuracy]
     # A power of two near sqrt(n) keeps the first Gram matrix out of fp16's smallest numbers (and, up to 2^7, below its
     # largest); the first polynomial takes it out again.
     size = 2.0 ** min(tall.shape[-1].bit_length() // 2, 7)
     scaled = tall * (size / rows.norm(tall))
-    X = products.round_(scaled)
-    rest = products.round_(scaled - X) if dtype == torch.bfloat16 else None
+    X = products.tall(scaled)
+    rest = products.tall(scaled - X) if dtype == torch.bfloat16 else None
     del scaled
-    polynomials = (EXPRESS[0].stretched(size), *EXPRESS[1:])
+    polynomials = (first.stretched(size), *others)
     spare, A = torch.empty_like(X), _gram_like(X)
     step = 0
-    for length in SEGMENTS[dtype]:
+    for length in SEGMENTS[accuracy][dtype]:
         A = products.settle(rows.total(products.symmetric(X.mT, X, out=A)))
         share, Q = _chain(polynomials[step : step + length], A, products)
-        products.mm_add(X, X, Q, beta=share, out=spare)
+        products.by_symmetric(X, Q, c=X, beta=share, out=spare)
         if rest is not None:
-            products.mm_add(spare, rest, Q, out=spare)
+            products.by_symmetric(rest, Q, c=spare, out=spare)
             products.settle(spare.add_(rest, alpha=share))
             rest = None
         X, spare = spare, X
         step += length
-    return X if dtype == torch.float32 and even is None else _without_residual(X, products, rows, even)
+    has_residual = accuracy == "tight" or (accuracy == "default" and dtype != torch.float32) or even is not None
+    return _without_residual(X, products, rows, even) if has_residual else X.float()
 
 
 def inverse_sqrt(A: Tensor) -> Tensor:
@@ -78,7 +100,7 @@ def inverse_sqrt(A: Tensor) -> Tensor:
 
     A needs a ridge: where its eigenvalues are below the rounding error of its largest they become negative.
     """
-    products = Products(torch.float32, torch.float32)
+    products = Products.on(A.device, torch.float32)
     # The trace bounds the largest eigenvalue as the squared Frobenius norm of X does for X^T X.
     size = A.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None]
     share, Q = _chain(EXPRESS, A / size, products)
@@ -119,14 +141,14 @@ def _without_residual(
     full = X.float()
     if even is not None:
         full = even(full) * full
-        X = products.round_(full)
+        X = products.tall(full)
     E = rows.total(products.symmetric(X.mT, X))
     E.diagonal(dim1=-2, dim2=-1).copy_(rows.sum(full.square())[..., 0, :] - 1)
     products.settle(E)
     if even is not None:
         # Evened rows leave a residual of some per cent: one more term of (I + E)^(-1/2) = I - E/2 + 3 E^2/8 - ...
         E = products.symmetric(E, E, c=E, alpha=-0.75)
-    return torch.add(full, products.mm(X, E).float(), alpha=-0.5)
+    return torch.add(full, products.by_symmetric(X, E).float(), alpha=-0.5)
 
 
 def _gram_like(X: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 `layout` says where every element lies, `owners` who computes what, and `exchange` moves fragments. `matrices` is the
 holder of these matrices for `optimizers.matrices`, whose step is the same as for whole ones. `teams` splits one matrix
 between several ranks. `rows` is the holder of parameters that fully_shard (FSDP2) has made DTensors; an optimizer binds
-it by itself.
+it by itself. `divided` is the holder of whole parameters that all processes have (DistributedDataParallel).
 """
 
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..matrices import Matrices
+from .divided import DividedMatrices
 from .exchange import WireDtype
 from .layout import Held, Layout, LayoutError, chunked_layout, flat_layout, zero_layout
 from .matrices import ShardedMatrices
@@ -23,6 +24,7 @@ from .rows import DTensorMatrices, chunked_rows, row_layout
 
 __all__ = [
     "DTensorMatrices",
+    "DividedMatrices",
     "Held",
     "Layout",
     "LayoutError",

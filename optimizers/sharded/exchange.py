@@ -72,10 +72,12 @@ def make_rounds(
 ) -> list[Round]:
     """The rounds of one rank, for the parameters of these names or for all. All ranks have equally many, with the same
     units."""
-    return [_round(plan, indices, rank) for indices in _schedule(plan, bucket_elements, names)]
+    return [_round(plan, indices, rank) for indices in schedule(plan, bucket_elements, names)]
 
 
-def _schedule(plan: Plan, bucket_elements: int, names: Collection[str] | None) -> Iterator[list[int]]:
+def schedule(
+    plan: Plan, bucket_elements: int = BUCKET_ELEMENTS, names: Collection[str] | None = None
+) -> Iterator[list[int]]:
     """Units of one shape and team size, up to a bucket for every rank. A rank works in one team at a time."""
     alike: dict[tuple[tuple[int, int], int], list[int]] = defaultdict(list)
     for index, (unit, team) in enumerate(zip(plan.units, plan.teams, strict=True)):

@@ -139,7 +139,7 @@ class DTensorMatrices(WholeMatrices):
         """The holder of the matrices of a group that are DTensors. Making it is a collective call of all ranks."""
         matrices = [p for p in group["params"] if is_dtensor(p) and p.numel() and binding.is_matrix(p, group)]
         ids = tuple(map(id, matrices))
-        key = ids, _plan_facts(group)
+        key = ids, plan_facts(group)
         if key not in self._shards:
             # What has been replaced since, or was planned for options that a loaded state has changed.
             stale = [
@@ -231,7 +231,7 @@ class RowShards(ShardedMatrices):
         names = frozenset(self.names[p] for p in params)
         rounds = self.rounds
         if len(names) < len(self.params):
-            rounds = _remembered(self._rounds_of, names, lambda: make_rounds(self.plan, self.rank, names=names))
+            rounds = remembered(self._rounds_of, names, lambda: make_rounds(self.plan, self.rank, names=names))
         return [self._round_turn(turn) for turn in rounds]
 
     def _round_turn(self, turn: Round) -> RoundTurn:
@@ -293,7 +293,7 @@ class RowShards(ShardedMatrices):
 
     def _visits_for(self, keep: Sequence[int]) -> RowVisits:
         """The exchange of the rows of some units."""
-        return _remembered(self._visits, frozenset(keep), lambda: self._make_visits(sorted(keep)))
+        return remembered(self._visits, frozenset(keep), lambda: self._make_visits(sorted(keep)))
 
     def _make_visits(self, keep: Sequence[int]) -> RowVisits:
         plan, origins = row_visits(self.plan, keep, self._rows_held)
@@ -334,7 +334,7 @@ def chunked_rows(count: int, ranks: int) -> list[int]:
     return [max(0, min(size, count - rank * size)) for rank in range(ranks)]
 
 
-def _plan_facts(group: Mapping[str, Any]) -> Any:
+def plan_facts(group: Mapping[str, Any]) -> Any:
     """What the plan of a group depends on besides its matrices: their blocks, and the options of their directions."""
     chosen = [(key, group.get(key)) for key, known in options.MATRIX.items() if known.acts != "step"]
     return group["direction"], *chosen, *row_blocks(group), *views(group)
@@ -389,7 +389,7 @@ def read_rows(params: Mapping[str, Tensor]) -> tuple[dist.ProcessGroup | None, i
     return group, mesh.get_local_rank(dimension), {name: [rank[name] for rank in everyone] for name in own}
 
 
-def _remembered(known: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+def remembered(known: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
     """What is known of a key, or is made for it. The first that was made is forgotten if there are too many."""
     if key not in known:
         if len(known) >= REMEMBERED:

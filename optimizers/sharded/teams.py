@@ -20,9 +20,9 @@ from .. import directions
 from ..directions import Direction, carried, leverage
 from ..directions.row_balance import balance
 from ..flops import counter, read_options
-from ..polar import largest_entry, prescale_by
+from ..polar import largest_entry, prescale_by, product_dtype
 from ..polar.gram import tall_gram_polar
-from ..polar.precision import as_stated, resolve
+from ..polar.precision import as_stated, counted_as
 from ..polar.rows import Rows
 
 
@@ -92,10 +92,11 @@ def row_sharded_direction(
     with torch.no_grad(), as_stated(u.device):
         largest = team.largest(largest_entry(part))
         tall = prescale_by(part, largest)
-        dtype = resolve(options["polar_dtype"], u.device)
+        accuracy = options["polar_accuracy"]
+        dtype = product_dtype("gram", options["polar_dtype"], u.device, accuracy)
 
         def factor(x: Tensor, even: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-            return torch.where(largest > 0, tall_gram_polar(x, dtype, team, even), 0.0)
+            return torch.where(largest > 0, tall_gram_polar(x, dtype, team, even, accuracy), 0.0)
 
         none = torch.zeros(len(u), dtype=torch.int64, device=u.device)
         if row_state is not None and directions.carries(options):
@@ -116,13 +117,15 @@ def _balanced(tall: Tensor, options: Mapping[str, Any], team: Team, factor: Any)
     retries = torch.zeros(len(tall), dtype=torch.int64, device=tall.device)
     how = options["row_balance"]
     if how == "auto":
-        how = directions.automatic_row_balance(tall.device)
+        how = directions.automatic_row_balance(options, tall.device)
 
     def from_polar(x: Tensor) -> tuple[Tensor, Tensor]:
-        return factor(x).square().sum(dim=-1, keepdim=True), torch.zeros_like(retries)
+        return leverage.from_polar(factor(x))
 
     def scores(D: Tensor) -> Tensor:
         x = D * tall
+        if how == "polar":
+            return from_polar(x)[0]
         found, retried = leverage.from_gram(x, team) if how == "gram" else leverage.from_cholesky(x, from_polar, team)
         retries.add_(retried)
         return found
@@ -141,15 +144,16 @@ def _balanced(tall: Tensor, options: Mapping[str, Any], team: Team, factor: Any)
 
 def part_flops(m: int, n: int, options: Mapping[str, Any], members: int, *, device: torch.device | str = "cpu") -> int:
     """Operations of the slowest member of a team: see `optimizers.flops.direction_flops`."""
-    return _counted(m, n, members, tuple(sorted(read_options(options, device).items())))
+    kind = torch.device(device).type
+    return _counted(m, n, members, kind, tuple(sorted(read_options(options, device).items())))
 
 
 @functools.lru_cache(maxsize=1024)
-def _counted(m: int, n: int, members: int, options: tuple[tuple[str, Any], ...]) -> int:
+def _counted(m: int, n: int, members: int, device: str, options: tuple[tuple[str, Any], ...]) -> int:
     given = dict(options)
     share = -(-max(m, n) // members)
     part = torch.empty(1, *((share, n) if m >= n else (m, share)), device="meta")
     row_state = torch.empty(1, share, device="meta") if directions.row_slot(given, m, n) else None
-    with counter() as count:
+    with counter() as count, counted_as(device):
         row_sharded_direction(part, (m, n), given, Team(None, members), row_state)
     return int(count.get_total_flops())

@@ -57,8 +57,9 @@ def _of_optimizer(sections: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     if optimizer and model and model.tie_embeddings and model.architecture == "llama":
         found["optimizer.adamw.head_lr"] = "with model.tie_embeddings the head is the input embedding"
-    if optimizer and engine and engine.kind != "plain" and optimizer.name == "adamw":
-        found["engine.wire_dtype"] = "with optimizer.name adamw no matrix is sent"
+    if optimizer and engine and optimizer.name == "adamw":
+        key = "divide_matrices" if engine.kind == "plain" else "wire_dtype"
+        found[f"engine.{key}"] = "with optimizer.name adamw no matrix is sent"
     return found
 
 

@@ -9,6 +9,7 @@ from pretrain.config.fields import PositiveInt
 
 OF_DEEPSPEED = ("zero_stage", "accumulation_dtype", "reduce_bucket_elements", "gather_bucket_elements")
 OF_FSDP2 = ("reshard_after_forward", "shard_ranks")
+OF_PLAIN = ("divide_matrices",)
 
 
 class EngineConfig(Section):
@@ -25,6 +26,10 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What ZeRO divides: 1 the optimizer state and fp32 weights, 2 also the gradients, 3 also the weights of the
     model; 0 nothing. A higher stage needs less memory and more communication."""
+
+    divide_matrices: bool = True
+    """For `engine.kind` plain on several processes: each finds the directions of its share of the matrices and sends
+    them to the others, in fp32. false: each finds all of them, and nothing is sent."""
 
     wire_dtype: WireDtype = "bf16"
     """Dtype in which momenta travel to the rank that computes a matrix's direction, and steps travel back. bf16 moves
@@ -56,6 +61,10 @@ class EngineConfig(Section):
         """Whether no rank has the whole model."""
         return self.kind == "fsdp2" or (self.kind == "deepspeed" and self.zero_stage == 3)
 
+    def divides_matrices(self, ranks: int) -> bool:
+        """Return whether ranks that have the whole model divide the matrix work."""
+        return self.kind == "plain" and self.divide_matrices and ranks > 1
+
     def sharding_ranks(self, ranks: int) -> int:
         """Return over how many of `ranks` ranks each weight is sharded under FSDP2.
 
@@ -86,10 +95,10 @@ class EngineConfig(Section):
     def ineffective(self) -> dict[str, str]:
         """Return the keys of other engines, and what a stage does not use."""
         if self.kind == "plain":
-            return {key: "engine.kind is plain" for key in type(self).model_fields if key != "kind"}
+            return dict.fromkeys(type(self).model_fields.keys() - {"kind", *OF_PLAIN}, "engine.kind is plain")
         if self.kind == "fsdp2":
-            return dict.fromkeys(OF_DEEPSPEED, "engine.kind is fsdp2")
-        found = dict.fromkeys(OF_FSDP2, "engine.kind is deepspeed")
+            return dict.fromkeys((*OF_DEEPSPEED, *OF_PLAIN), "engine.kind is fsdp2")
+        found = dict.fromkeys((*OF_FSDP2, *OF_PLAIN), "engine.kind is deepspeed")
         if self.zero_stage == 0:
             found |= {
                 "wire_dtype": "with zero_stage 0 every rank holds whole matrices",

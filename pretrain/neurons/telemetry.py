@@ -83,6 +83,7 @@ class Telemetry(Hook):
         started, step = time.perf_counter(), context.step
         batches = self._fixed_batches()
         found: dict[str, Any] = {}
+        self.matrices.gather_directions()
         if self.matrices.here:
             measured = self.matrices.measure(context.taken())
             activations = self._activations(context, batches)

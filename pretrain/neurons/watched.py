@@ -26,7 +26,7 @@ from optimizers import Aurora
 from optimizers.blocks import Rectangle
 from optimizers.dtensors import local
 from optimizers.matrices import Place
-from optimizers.sharded import Held, Layout, make_plan
+from optimizers.sharded import DividedMatrices, Held, Layout, make_plan
 from optimizers.sharded.exchange import Exchange, make_rounds
 from optimizers.sharded.layout import ShardFragment
 from optimizers.sharded.owners import Unit
@@ -109,6 +109,7 @@ class WatchedMatrices:
         for piece in self._pieces:
             self._by_shard[self._held.shards[piece.place.shard]].append(piece)
         self._directions: dict[str, Tensor] = {}
+        self._divided = optimizer.matrices if isinstance(optimizer.matrices, DividedMatrices) else None
 
     def _make_pieces(self) -> list[Piece]:
         held, found = self._held, []
@@ -129,7 +130,7 @@ class WatchedMatrices:
     def watch_directions(self, on: bool) -> None:
         """Start or stop recording the optimizer's directions, and drop those recorded so far."""
         self._directions = {}
-        self.optimizer.direction_observer = self._take_direction if on and self.here else None
+        self.optimizer.direction_observer = self._take_direction if on and (self.here or self._divided) else None
 
     def _take_direction(self, place: Place, direction: Tensor) -> None:
         watched = self._by_parameter.get(place.name)
@@ -137,6 +138,15 @@ class WatchedMatrices:
             total = self._directions.setdefault(watched.name, self._zeros(watched))
             # Contiguous, because the order of the elements in memory determines how a sum is rounded.
             _add_squares(total, watched, place.area, direction.contiguous())
+
+    def gather_directions(self) -> None:
+        """Where ranks with whole parameters divide the matrices, each has seen its own: a collective of all ranks."""
+        if self._divided is not None:
+            own = [self._directions.get(watched.name, self._zeros(watched)) for watched in self.watched]
+            total = torch.cat(own)
+            dist.all_reduce(total, group=self._divided.group)
+            names = (watched.name for watched in self.watched)
+            self._directions = dict(zip(names, total.split([len(values) for values in own]), strict=True))
 
     @torch.no_grad()
     def measure(self, taken: bool) -> dict[str, Tensor]:

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from optimizers import directions
 from optimizers.flops import read_options
+from optimizers.matrices import placed_blocks
 from optimizers.sharded import Layout, Plan, chunked_rows
 from optimizers.sharded.rows import row_visits
 from optimizers.sharded.teams import Team, row_sharded_direction
 from pretrain.config import Config
 from pretrain.planning.stage_3 import gathered_elements, padded
 
-Operation = Literal["all_reduce", "reduce", "reduce_scatter", "all_gather", "all_to_all"]
+Operation = Literal["all_reduce", "reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast"]
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "int64": 8}
 
 
@@ -41,7 +42,8 @@ class Collective:
     operation: Operation
     dtype: str
     elements: int
-    """Payload: elements that are summed, or of the gathered whole; of an all-to-all, those that come from others."""
+    """Payload: elements that are summed or broadcast, or of the gathered whole; of an all-to-all, those that come from
+    others."""
     ranks: int
     """Of the process group."""
     are_neighbours: bool = False
@@ -65,7 +67,7 @@ def wire_share(operation: Operation, ranks: int) -> float:
     both, a reduce-scatter and an all-gather one of them. A reduction to one rank is a chain of `ranks - 1` links; over
     many reductions with different destinations that is the same average as for a reduce-scatter.
     """
-    around = (ranks - 1) / ranks
+    around = (ranks - 1) / ranks  # on average, where each is the source or destination of as many elements
     return {"all_reduce": 2 * around, "all_to_all": 1.0}.get(operation, around)
 
 
@@ -107,6 +109,8 @@ def collectives(
         found = _fsdp2(config, model, layout, ranks, bf16)
     else:
         found = [*_gradients(config, weights, layout, ranks, bf16), *_weights(config, model, layout, ranks, bf16)]
+    if config.engine.divides_matrices(ranks):
+        found += _directions(groups, ranks)
     if plan is not None:
         matrices = next(group for group in groups if group["kind"] == "matrix")
         small, wire = small_bytes(len(weights)), config.engine.wire_dtype
@@ -123,6 +127,19 @@ def collectives(
         )
         found += max(each, key=lambda own: sum(collective.received for collective in own))
     return [collective for collective in found if collective.elements and collective.ranks > 1]
+
+
+def _directions(groups: Sequence[Mapping[str, Any]], ranks: int) -> list[Collective]:
+    """What the owners of matrices send to all others that have them whole: steps, and the state of single rows."""
+    matrices = [
+        (block, group)
+        for group in groups
+        if group["kind"] == "matrix"
+        for block in placed_blocks(group["params"], group)
+    ]
+    steps = sum(rows * columns for rows, columns in (block.shape for block, _ in matrices))
+    rows = sum(block.shape[0] for block, group in matrices if directions.row_slot(group, *block.shape))
+    return [Collective("send directions", "broadcast", "fp32", steps + rows, ranks)]
 
 
 def _fsdp2(config: Config, model: nn.Module, layout: Layout, ranks: int, bf16: bool) -> list[Collective]:

@@ -36,6 +36,7 @@ OTHERS = {
     "data.mirror": "execution",
     "data.cache_dir": "execution",
     "data.cache_gib": "execution",
+    "optimizer.polar_accuracy": "numerics",
     "optimizer.polar_dtype": "numerics",
     "optimizer.adamw.fused": "numerics",
     "train.total_tokens": "result (may be extended)",

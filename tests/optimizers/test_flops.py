@@ -220,10 +220,26 @@ def test_a_count_does_not_start_again_when_the_learning_rate_moves(monkeypatch: 
 def test_auto_is_counted_as_what_it_stands_for_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not as what the meta device would choose, on which the count is made."""
     auto = complete("matrix", {})
-    monkeypatch.setattr("optimizers.flops.resolve", lambda dtype, device: torch.bfloat16)
-    for device, row_balance in (("cuda", "gram"), ("cpu", "leverage")):
-        stated = complete("matrix", {"polar_dtype": "bf16", "row_balance": row_balance})
-        assert direction_flops(96, 24, auto, device=device) == direction_flops(96, 24, stated)
+    for device, dtype, row_balance in (("cuda", "fp16", "polar"), ("cpu", "fp32", "leverage")):
+        if device == "cpu":
+            monkeypatch.setattr("optimizers.polar.precision._cpu_has", lambda instructions: False)
+        stated = complete("matrix", {"polar_dtype": dtype, "row_balance": row_balance})
+        counted = direction_flops(96, 24, auto, device=device)
+        assert counted == direction_flops(96, 24, stated, device=device)
+    others = (
+        complete("matrix", {"polar_dtype": "bf16"}),
+        complete("matrix", {"polar_dtype": "bf16", "row_balance": "gram"}),
+    )
+    assert direction_flops(96, 24, others[0], device="cuda") == direction_flops(96, 24, others[1], device="cuda")
+
+
+def test_products_are_counted_as_the_device_spells_them() -> None:
+    """In strips in fp32, in full where a GPU computes in fp16."""
+    for dtype, ratio in (("fp32", 1.0), ("fp16", 5 / 8)):
+        given = {"direction": "muon", "polar_dtype": dtype}
+        here, there = (direction_flops(2048, 2048, given, device=device) for device in ("cpu", "cuda"))
+        assert ratio - 0.01 <= here / there <= ratio + 0.15
+        assert (here < there) == (dtype == "fp16")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from optimizers.polar import polar, precision
-from optimizers.polar.precision import Products, as_stated, gram_matrix, has_fast_bf16, resolve
+from optimizers.polar.gram import gram_polar
+from optimizers.polar.precision import Products, Spelling, as_stated, gram_matrix, has_fast_bf16, resolve
 
 CPU = torch.device("cpu")
 
@@ -102,10 +103,35 @@ def test_mirrored_products_are_the_products(dtype: torch.dtype, size: int) -> No
         assert torch.equal(mirrored, mirrored.mT)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 60, 7), (1, 40, 40), (1, 9, 30)])
+def test_a_transposed_layout_gives_the_same_factors(
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where X^T X is read from a contiguous X^T: the products are those of the other layout."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    factors, layouts = [], []
+    tall = Products.tall
+
+    def noted(self: Products, x: torch.Tensor) -> torch.Tensor:
+        found = tall(self, x)
+        layouts.append(found.mT.is_contiguous())
+        return found
+
+    monkeypatch.setattr(Products, "tall", noted)
+    for transposed in (False, True):
+        monkeypatch.setattr(precision, "spelling", lambda *_, how=transposed: Spelling(None, transposed=how))
+        for even in (None, lambda d: torch.full_like(d[..., :1], 1.01)):
+            factors.append(gram_polar(x, dtype, even))
+            assert layouts[-1] == transposed
+    for one, other in zip(factors[:2], factors[2:], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-2)
+
+
 def test_a_large_symmetric_product_costs_five_eighths() -> None:
     x = torch.empty(1, 2048, 64, device="meta")
     with FlopCounterMode(display=False) as count:
-        Products(torch.float32, torch.float32).symmetric(x, x.mT)
+        Products.on(CPU, torch.float32).symmetric(x, x.mT)
     assert count.get_total_flops() == 2 * 2048 * 2048 * 64 * 5 // 8
 
 

@@ -147,8 +147,8 @@ def test_a_thousand_small_matrices_take_one_polar_call(monkeypatch: pytest.Monke
         calls.append(tuple(x.shape))
         return polar(x, *args, **kwargs)
 
-    # `directions.aurora` is the function of that name.
-    module = importlib.import_module("optimizers.directions.aurora")
+    # `directions.muon` is the function of that name.
+    module = importlib.import_module("optimizers.directions.muon")
     polar = module.polar_factor
     monkeypatch.setattr(module, "polar_factor", counted)
     weights = [nn.Parameter(torch.randn(8, 4)) for _ in range(1000)]

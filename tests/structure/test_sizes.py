@@ -32,6 +32,7 @@ ASSERTIONS: dict[str, str] = {
     "shard.grad is not None": "the optimizer steps what has a gradient",
     "value is not PydanticUndefined": "an optional field of the schema has a default",
     "wrapped == (self.world_size > 1)": "what Accelerate made of the model",
+    "work is not None": "a process is in the group of its own holder",
 }
 
 
