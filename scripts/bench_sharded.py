@@ -2,9 +2,10 @@
 
 Three ways to step the matrices and the other weights of a quickstart of hidden size 1024 alternate, with one thread per
 process: one process with everything; two processes, each with everything (the most that two processes can reach on this
-machine); two processes that divide the work. The sharded speed-up over one process is stated as a share of that of the
-independent processes. Then real DeepSpeed engines on two processes, with our optimizer and with DeepSpeed's Muon: the
-bytes that a rank receives in a step, counted at the calls of torch.distributed, and the time of backward pass and step.
+machine); two processes that divide the work, over the shards of ZeRO or, at stage 0, over whole parameters. The
+speed-up of the last over one process is stated as a share of that of the independent processes. Then, except at stage
+0, real DeepSpeed engines on two processes, with our optimizer and with DeepSpeed's Muon: the bytes that a rank receives
+in a step, counted at the calls of torch.distributed, and the time of backward pass and step.
 
     python scripts/bench_sharded.py [--stage 1] [--rounds 7] [--json FILE]
 """
@@ -29,7 +30,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from optimizers import Aurora, param_groups
-from optimizers.sharded import ShardedMatrices, shard, zero_layout
+from optimizers.sharded import DividedMatrices, ShardedMatrices, shard, zero_layout
+from optimizers.sharded.divided import divided_plan
 from pretrain.config import Config, load_config
 from pretrain.model.build import build_model
 from pretrain.processes.torchrun import free_port
@@ -46,6 +48,9 @@ COLLECTIVES = (
     "reduce_scatter_tensor",
     "all_to_all_single",
 )
+
+ENGINES = ("muon", "aurora", "deepspeed-muon")
+STAGE = "ZeRO stage; 0: whole parameters, as under DistributedDataParallel, and no DeepSpeed (default: %(default)s)"
 
 
 def big_sibling(layers: int) -> Config:
@@ -109,12 +114,14 @@ def turns(rank: int, options: argparse.Namespace) -> dict[str, Any]:
     dist.init_process_group("gloo")
     config = big_sibling(options.layers)
     dense = dense_optimizer(config)
-    sharded = sharded_optimizer(config, dense, options.stage, rank, 2)
-    holder = sharded.matrices
-    assert isinstance(holder, ShardedMatrices)
+    if options.stage:
+        sharded = sharded_optimizer(config, dense, options.stage, rank, 2)
+    else:
+        sharded = dense_optimizer(config)
+        sharded.bind(DividedMatrices())
     found: dict[str, list[float]] = {"one": [], "independent": [], "sharded": []}
     sharded.step()  # warms up, and counts
-    moved, planned = holder.exchange.received_bytes, holder.plan.received_elements[rank] * 2
+    moved, planned, imbalance = received(sharded, rank)
     dense.step()
 
     def timed(step: Callable[[], None], runs: bool) -> float:
@@ -133,7 +140,18 @@ def turns(rank: int, options: argparse.Namespace) -> dict[str, Any]:
             found[way].append(timed(step, way != "one" or rank == 0))
     dist.barrier()
     dist.destroy_process_group()
-    return {"seconds": found, "bytes": moved, "planned": planned, "imbalance": holder.plan.imbalance}
+    return {"seconds": found, "bytes": moved, "planned": planned, "imbalance": imbalance}
+
+
+def received(optimizer: Aurora, rank: int) -> tuple[int, int, float]:
+    """Return the bytes that this rank has received for matrices, those planned for a step, and the imbalance."""
+    holder, matrices = optimizer.matrices, next(g for g in optimizer.param_groups if g["kind"] == "matrix")
+    if isinstance(holder, DividedMatrices):
+        plan = divided_plan([tuple(p.shape) for p in matrices["params"]], matrices, 2)
+        others = (unit.elements for unit, team in zip(plan.units, plan.teams, strict=True) if rank not in team)
+        return holder.received_bytes, sum(others) * holder.dtype.itemsize, plan.imbalance
+    assert isinstance(holder, ShardedMatrices)
+    return holder.exchange.received_bytes, holder.plan.received_elements[rank] * 2, holder.plan.imbalance
 
 
 class Matrices(nn.Module):
@@ -271,7 +289,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         "bytes": [result["bytes"] for result in both],
         "planned_bytes": [result["planned"] for result in both],
     }
-    for engine in ("muon", "aurora", "deepspeed-muon"):
+    for engine in ENGINES if options.stage else ():
         results = run_two(options, engine=engine)
         found[engine] = {
             "bytes": [result["bytes"] for result in results],
@@ -284,7 +302,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Run the benchmark and print the result; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="ZeRO stage (default: %(default)s)")
+    parser.add_argument("--stage", type=int, default=1, choices=(0, 1, 2, 3), help=STAGE)
     parser.add_argument("--layers", type=int, default=2, help="of the model (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="medians are over these (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1, help="a turn (default: %(default)s)")
@@ -292,14 +310,15 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = report(options)
-    print(f"hidden 1024, {options.layers} layers, layout of ZeRO {options.stage}, one thread a process")
+    print(f"hidden 1024, {options.layers} layers, stage {options.stage}, one thread a process")
     for way, value in found["seconds"].items():
         print(f"  {way:12} {value * 1e3:9.1f} ms a step")
     print(f"  speed-up {found['speedup']:.3f}, of two independent processes {found['independent_speedup']:.3f}")
     print(f"  sharded / independent {found['share']:.3f} (work of the slowest rank {found['imbalance']:.3f} of a half)")
     print(f"  received by the exchange, bytes {found['bytes']}, planned {found['planned_bytes']}")
-    print("under DeepSpeed, matrices only, bytes received by all collectives and time of backward and step")
-    for engine in ("muon", "aurora", "deepspeed-muon"):
+    if options.stage:
+        print("under DeepSpeed, matrices only, bytes received by all collectives and time of backward and step")
+    for engine in ENGINES if options.stage else ():
         result = found[engine]
         print(f"  {engine:15} {max(result['bytes']):>13,} bytes {result['seconds'] * 1e3:9.1f} ms  {result['by']}")
     if options.json:
