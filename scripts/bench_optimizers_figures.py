@@ -11,7 +11,19 @@ import torch
 from bench_optimizers_inputs import Shape
 from bench_optimizers_measure import Quality
 from bench_optimizers_report import Figure, Result
-from bench_optimizers_variants import AURORA, AURORA_3, MUON, RELEASED, RELEASED_NATIVE, VARIANTS
+from bench_optimizers_variants import (
+    AURORA,
+    AURORA_3,
+    AURORA_STEP,
+    CARRIED,
+    LOOSE,
+    MUON,
+    MUON_STEP,
+    RELEASED,
+    RELEASED_NATIVE,
+    TORCH_STEP,
+    VARIANTS,
+)
 
 from optimizers.flops import step_flops
 
@@ -69,7 +81,7 @@ def all_figures(
     device: torch.device,
     has_amx: bool,
 ) -> list[Figure]:
-    """The four numbers.
+    """All numbers.
 
     Args:
         results: of a run.
@@ -84,6 +96,8 @@ def all_figures(
         *_operations(shapes, device),
         *_over_muon(found, shapes, step_operations, device),
         *_evenness(found),
+        *_carried(found, shapes, device),
+        *_beside_torch(found),
     ]
 
 
@@ -175,6 +189,37 @@ def _evenness(found: Results) -> list[Figure]:
         _figure("4", "8192 x 2048: K = 3 / K = 2 in time", found.ratio(WIDEST, AURORA_3, AURORA), "at most", 1.45),
         _figure("4", "K = 3, power law: row-norm variation", worst(max, "row_variation", "powerlaw"), "at most", 0.005),
     ]
+
+
+def _carried(found: Results, shapes: Counter[Shape], device: torch.device) -> list[Figure]:
+    carried, muon = (step_flops(shapes.elements(), _options(name), device=device) for name in (CARRIED, MUON))
+    name = "carried row scales, all matrices of the 1.1B: FLOPs / Muon's"
+    return [
+        _figure("5", name, carried / muon, "at most", 1.01),
+        *(
+            _figure("5", f"carried, {m} x {n}: time / Muon's", found.ratio((m, n), CARRIED, MUON), "at most", 1.05)
+            for m, n in (NARROWER, WIDEST)
+        ),
+    ]
+
+
+def _beside_torch(found: Results) -> list[Figure]:
+    """Whole steps beside those of torch.optim.Muon, and how orthogonal they are."""
+    figures = []
+    for shape in (NARROWER, WIDEST):
+        for name, bound in ((MUON_STEP, 0.9), (AURORA_STEP, 1.5), (LOOSE, None)):
+            value, what = found.ratio(shape, name, TORCH_STEP), f"{shape[0]} x {shape[1]}: {name} / torch.optim.Muon's"
+            figures.append(_figure("6", what, value, None if bound is None else "at most", bound or 0.0))
+    errors = {name: found.qualities(name) for name in (MUON, TORCH_STEP)}
+    ratios = [
+        errors[MUON][place]["orthogonality_error"] / quality["orthogonality_error"]
+        for place, quality in errors[TORCH_STEP].items()
+        if place in errors[MUON]
+    ]
+    figures.append(
+        _figure("6", "max |sigma - 1| / torch.optim.Muon's, worst", max(ratios, default=None), "at most", 0.1)
+    )
+    return figures
 
 
 def _options(variant: str) -> dict[str, object]:

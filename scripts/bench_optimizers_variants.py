@@ -142,6 +142,8 @@ _RELEASED = {
 
 MUON, AURORA, AURORA_3 = "muon", "aurora", "aurora, K = 3"
 RELEASED, RELEASED_NATIVE = "released", "released, native bf16"
+CARRIED, LOOSE = "aurora, carried", "step of Muon, loose"
+AURORA_STEP, MUON_STEP, TORCH_STEP = "step of Aurora", "step of Muon", "step of torch.optim.Muon"
 
 VARIANTS = (
     Variant(MUON, {"direction": "muon"}, main=True, note="default backend"),
@@ -149,6 +151,15 @@ VARIANTS = (
     Variant("u_normuon", {"direction": "u_normuon"}, main=True),
     Variant(AURORA, {"direction": "aurora"}, main=True, note="defaults: K = 2, odds rule"),
     Variant(AURORA_3, {"direction": "aurora", "iterations": 3}, main=True),
+    Variant(
+        CARRIED,
+        {"direction": "aurora", "row_balance": "carried"},
+        main=True,
+        judged=False,
+        note="from row scales of 1, so its rows say nothing",
+    ),
+    Variant("aurora, polished", {"direction": "aurora", "row_balance": "polished"}, main=True, judged=False),
+    Variant("muon, loose", {"direction": "muon", "polar_accuracy": "loose"}, main=True),
     Variant(
         RELEASED,
         {**_RELEASED, "polar": "quintic"},
@@ -178,7 +189,7 @@ VARIANTS = (
     Variant("muon, quintic", {"direction": "muon", "polar": "quintic"}),
     Variant("muon, svd", {"direction": "muon", "polar": "svd"}),
     Variant(
-        "step of Aurora",
+        AURORA_STEP,
         {"direction": "aurora"},
         make=_aurora_class(direction="aurora"),
         main=True,
@@ -186,14 +197,21 @@ VARIANTS = (
         note="optimizers.Aurora",
     ),
     Variant(
-        "step of Muon",
+        MUON_STEP,
         {"direction": "muon"},
         make=_aurora_class(direction="muon"),
         main=True,
         judged=False,
         note="optimizers.Aurora",
     ),
-    Variant("step of torch.optim.Muon", {"direction": "muon"}, make=_torch_muon, main=True, native_bf16_steps=5),
+    Variant(
+        LOOSE,
+        {"direction": "muon", "polar_accuracy": "loose"},
+        make=_aurora_class(direction="muon", polar_accuracy="loose"),
+        main=True,
+        judged=False,
+    ),
+    Variant(TORCH_STEP, {"direction": "muon"}, make=_torch_muon, main=True, native_bf16_steps=5),
     Variant(
         "step of pytorch_optimizer.Muon",
         {"direction": "muon"},
