@@ -147,7 +147,8 @@ def received(optimizer: Aurora, rank: int) -> tuple[int, int, float]:
     """Return the bytes that this rank has received for matrices, those planned for a step, and the imbalance."""
     holder, matrices = optimizer.matrices, next(g for g in optimizer.param_groups if g["kind"] == "matrix")
     if isinstance(holder, DividedMatrices):
-        plan = divided_plan([tuple(p.shape) for p in matrices["params"]], matrices, 2)
+        shapes = (p.shape for p in matrices["params"])
+        plan = divided_plan(dict(zip(matrices["param_names"], map(tuple, shapes), strict=True)), matrices, 2)
         others = (unit.elements for unit, team in zip(plan.units, plan.teams, strict=True) if rank not in team)
         return holder.received_bytes, sum(others) * holder.dtype.itemsize, plan.imbalance
     assert isinstance(holder, ShardedMatrices)

@@ -113,7 +113,8 @@ class DividedMatrices(WholeMatrices):
         return remembered(self._plans, key, lambda: self._make_plan(blocks, group))
 
     def _make_plan(self, blocks: Sequence[Block], group: Mapping[str, Any]) -> Plan:
-        plan = divided_plan([block.shape for block in blocks], group, self.world_size, blocks[0].param.device)
+        shapes = {str(index): block.shape for index, block in enumerate(blocks)}
+        plan = divided_plan(shapes, group, self.world_size, blocks[0].param.device)
         weights = [float(block.of(block.param).double().sum()) for block in blocks]
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, (plan.digest() + repr(plan_facts(group)), repr(weights)), group=self.group)
@@ -192,20 +193,22 @@ class DividedMatrices(WholeMatrices):
 
 
 def divided_plan(
-    shapes: Sequence[tuple[int, int]], group: Mapping[str, Any], ranks: int, device: torch.device | str = "cpu"
+    shapes: Mapping[str, tuple[int, int]],
+    group: Mapping[str, Any],
+    ranks: int,
+    device: torch.device | str = "cpu",
 ) -> Plan:
     """The owners of matrices that all ranks have whole.
 
     Args:
-        shapes: rows and columns of each matrix.
+        shapes: rows and columns of each matrix, by a name.
         group: the options of their directions.
         ranks: that share the work.
         device: where the directions run, for their cost.
     """
-    costs = (direction_flops(*shape, group, device=device) for shape in shapes)
-    units = [Unit(str(index), 0, *shape, cost) for index, (shape, cost) in enumerate(zip(shapes, costs, strict=True))]
+    units = [Unit(name, 0, m, n, direction_flops(m, n, group, device=device)) for name, (m, n) in shapes.items()]
     # Every rank is as near to each matrix: equal parts of all of them give nobody a reason to own one.
-    return make_plan(chunked_layout([{unit.name: unit.shape for unit in units}], ranks), units)
+    return make_plan(chunked_layout([shapes], ranks), units)
 
 
 def divided(model: nn.Module) -> DividedMatrices | None:

@@ -15,8 +15,10 @@ from torch import nn
 
 from optimizers import has_fast_bf16
 from optimizers.flops import step_flops
+from optimizers.matrices import placed_blocks
 from optimizers.options import complete
 from optimizers.sharded import Layout, LayoutError, Plan, chunked_rows, plan_group, row_layout, zero_layout
+from optimizers.sharded.divided import divided_plan
 from optimizers.sharded.owners import rectangles
 from pretrain.config import Config, ConfigError
 from pretrain.engine.precision import resolve_precision
@@ -79,7 +81,9 @@ class RunPlan:
     model: nn.Module
     cluster: Cluster
     matrices: Plan | None
-    """Owners of the matrices; None where every rank computes all directions."""
+    """Owners of matrices that are cut between ranks; None where every rank has them whole."""
+    divided: Plan | None
+    """Owners of matrices that every rank has whole; None where all of them compute all directions, or they are cut."""
     by_polar: float | None
     """The imbalance if rows were balanced by polar calls."""
     memory: Memory
@@ -149,16 +153,23 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
         by_polar = plan_group(layout, {**completed(group), "row_balance": "polar"}, device=device).imbalance
     if plan is not None:
         check_cover(plan)
-    whole = step_flops(block_shapes(group), group, device=device) if group and not plan else 0
+    divided = None
+    if group and config.engine.divides_matrices(ranks):
+        blocks = placed_blocks(group["params"], group)
+        shapes = {f"{place.name}[{place.area.row}:{place.area.row_stop}]": b.shape for b, place in blocks.items()}
+        divided = divided_plan(shapes, completed(group), ranks, device)
+    owners = plan or divided
+    whole = step_flops(block_shapes(group), group, device=device) if group and not owners else 0
     return RunPlan(
         config=config,
         model=model,
         cluster=cluster,
         matrices=plan,
+        divided=divided,
         by_polar=by_polar,
         memory=memory(config, groups, layout, plan, bf16, ranks),
         model_flops=flops_per_token(config.model, config.sequence_length) * config.train.global_batch_tokens,
-        optimizer_flops=max(plan.loads) if plan else whole,
+        optimizer_flops=max(owners.loads) if owners else whole,
         collectives=collectives(config, model, groups, layout, plan, ranks, bf16, device=device),
         checkpoint_bytes=_checkpoint_bytes(groups),
     )

@@ -144,7 +144,7 @@ def _memory(need: Memory) -> str:
 
 
 def _slowest(plan: RunPlan) -> str:
-    owners = plan.matrices
+    owners = plan.matrices or plan.divided
     if owners is None:
         return "all ranks alike: each computes every direction"
     teams = sum(len(team) > 1 for team in owners.teams)
@@ -178,6 +178,9 @@ def details(plan: RunPlan) -> list[str]:
         if plan.by_polar is not None:
             lines.append(f"          slowest rank if rows were balanced by polar calls: {plan.by_polar:.3f}")
         lines += owners.table()
+    elif plan.divided is not None:
+        lines.append(f"owners    {len(plan.divided.units)} matrices, which every rank has whole")
+        lines += plan.divided.table()
     return lines
 
 
@@ -193,6 +196,7 @@ def _collective(plan: RunPlan, collective: Collective) -> str:
 def as_json(plan: RunPlan) -> dict[str, Any]:
     """Everything as plain data. Bytes, seconds, and FLOPs of a step unless the key says otherwise."""
     owners, cluster = plan.matrices, plan.cluster
+    either = owners or plan.divided
     members = zip(owners.units, owners.teams, strict=True) if owners else ()
     within, between = cluster.links
     return {
@@ -204,7 +208,7 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
         "parameters": parameter_count(plan.config.model)["total"],
         "tokens": plan.config.train.total_tokens,
         "steps": plan.config.total_steps,
-        "imbalance": owners.imbalance if owners else None,
+        "imbalance": either.imbalance if either else None,
         "imbalance_by_polar": plan.by_polar,
         "owners": {f"{unit.name}:{unit.row}": list(team) for unit, team in members},
         "exchange_elements": owners.received_elements if owners else [],
