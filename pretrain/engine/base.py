@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 
 from optimizers import Aurora, has_fast_bf16
 from optimizers.matrices import WholeMatrices
-from optimizers.sharded import Held, Plan
+from optimizers.sharded import DividedMatrices, Held, Plan
 from pretrain.config import Config
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.ranks import Ranks
@@ -151,7 +151,9 @@ class Engine:
         if self.world_size > 1:
             extend_timeouts(patience(self.config))
             if optimizer.matrices.is_whole and self.held is None:
-                optimizer.bind(Replicas())
+                has_matrices = any(group["kind"] == "matrix" for group in optimizer.param_groups)
+                divides = has_matrices and self.config.engine.divides_matrices(self.world_size)
+                optimizer.bind(DividedMatrices() if divides else Replicas())
         return optimizer
 
     def shard(self, module: LossModel) -> None:

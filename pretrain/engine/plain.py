@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from optimizers import Aurora
-from optimizers.sharded import DividedMatrices
 from pretrain.config import Config
 from pretrain.engine.base import Engine, patience
 from pretrain.model.loss import LossModel
@@ -46,10 +45,6 @@ class PlainEngine(Engine):
             module.compile()  # in place, so the parameters keep their names
         self.module = module
         self.model = self.accelerator.prepare(module) if self.world_size > 1 else module
-        if self.config.engine.divides_matrices(self.world_size) and "matrix" in {
-            g["kind"] for g in optimizer.param_groups
-        }:
-            optimizer.bind(DividedMatrices())
         if isinstance(self.model, DistributedDataParallel) != (self.world_size > 1):
             raise RuntimeError(f"Accelerate made a {type(self.model).__name__} of the model on {self.world_size} ranks")
 
