@@ -165,7 +165,7 @@ def _read(path: Path) -> list[Attempt]:
     """The attempts of a record; none if it is absent or damaged, which costs the count and nothing else."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     if not isinstance(found, list):
         return []
