@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pretrain.processes.errors import UserError
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED, STOPPED
-from pretrain.processes.signals import SIGNALS
+from pretrain.processes.signals import ASKING
 from pretrain.slurm.attempts import Attempts, Verdict, judge, may_restart, stopped
 from pretrain.slurm.controller import JobStatus, SlurmError, exclude, job_status, node_names, rename, requeue
 from pretrain.slurm.health import CANNOT_REPORT, unwritable
@@ -289,7 +289,7 @@ class Supervisor:
             self._started.wait()
         # `scancel --signal=TERM` reaches the tasks of the check and not this process. srun returns the highest code.
         code = self._started.returncode
-        self.heard.told = self.heard.told or code - 128 in SIGNALS
+        self.heard.told = self.heard.told or code - 128 in ASKING
         self._started = None
         if self._is_told():
             return Findings()

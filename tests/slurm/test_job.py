@@ -238,14 +238,15 @@ def when_started() -> Iterator[list[int]]:
 WORK = "trap 'exit 75' USR1; trap 'exit 76' TERM INT HUP; touch started; for i in {1..300}; do sleep 0.1; done"
 
 
+@pytest.mark.parametrize("notice", [signal.SIGUSR1, signal.SIGUSR2])
 def test_the_notice_of_the_time_limit_is_passed_on_and_the_job_requeued(
-    cluster: Cluster, when_started: list[int]
+    cluster: Cluster, when_started: list[int], notice: signal.Signals
 ) -> None:
-    when_started.append(signal.SIGUSR1)
-    before = signal.getsignal(signal.SIGUSR1)
+    when_started.append(notice)
+    before = signal.getsignal(notice)
     assert cluster.run(f"echo 3 >step; {WORK}") == 75
     assert cluster.requeued
-    assert signal.getsignal(signal.SIGUSR1) is before
+    assert signal.getsignal(notice) is before
 
 
 def test_a_repeated_notice_is_passed_on_once(cluster: Cluster, when_started: list[int]) -> None:
@@ -276,7 +277,7 @@ def test_a_notice_before_the_work_starts_is_not_lost(cluster: Cluster, monkeypat
     assert cluster.requeued
 
 
-@pytest.mark.parametrize("name", ["TERM", "HUP", "USR1"])  # the shell that starts them has SIGINT ignored
+@pytest.mark.parametrize("name", ["TERM", "HUP", "USR1", "USR2"])  # the shell that starts them has SIGINT ignored
 def test_a_signal_to_the_check_of_the_nodes_ends_the_job(cluster: Cluster, name: str) -> None:
     """`scancel --signal` without --batch sends it to the tasks of the check, and the nodes report nothing."""
     (cluster.folder / "signal-the-check").write_text(name)
