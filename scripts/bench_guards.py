@@ -23,6 +23,7 @@ from pathlib import Path
 from bench_trainer import make_trainer
 
 from pretrain.config import Config, load_config
+from pretrain.engine.base import Engine
 from pretrain.engine.plain import PlainEngine
 from pretrain.processes.errors import UserError
 from pretrain.run.manifest import environment
@@ -33,7 +34,18 @@ def configs(path: str, overrides: list[str], compare_every: int) -> dict[str, Co
     """Return the config with everything on, and with everything off."""
     on = ["guards.on_loss_spike=skip", f"guards.compare_weights_every_steps={compare_every}"]
     off = ["guards.on_loss_spike=ignore", "guards.gc_every_steps=null", "telemetry={}"]
+    off += ["guards.compare_weights_every_steps=null"]
     return {"on": load_config(path, [*overrides, *on]), "off": load_config(path, [*overrides, *off])}
+
+
+def hash_weights(trainer: Trainer, every: int) -> None:
+    """Compute the hashes of the weights, which are what a comparison costs: on one rank nothing is compared."""
+
+    def compare(engine: Engine, step: int, *, before_save: bool = False) -> None:
+        if before_save or step % every == 0:
+            engine.weight_hashes()
+
+    trainer.guards.compare_weights = compare  # type: ignore[method-assign]
 
 
 TURN_STEPS = 5
@@ -81,6 +93,7 @@ def main() -> int:
             name: make_trainer(config, engines[name], Path(folder) / name / "metrics.jsonl", telemetry=True)
             for name, config in sides.items()
         }
+        hash_weights(trainers["on"], options.compare_every)
         for index in range(options.rounds + 1):
             took = measured_round(trainers, steps, index)
             if index:  # the first round warms up

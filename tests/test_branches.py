@@ -16,6 +16,7 @@ from pretrain.cli import main
 from pretrain.config import Config, ConfigError, parse_config
 from pretrain.export.run import export_checkpoint
 from pretrain.launch import train
+from pretrain.launch.ancestor import ancestry_of
 from pretrain.run.folder import RunError, RunFolder
 from pretrain.training.schedule import lr_factor
 from pretrain.training.start_validation import StartValidation
@@ -294,6 +295,14 @@ def test_a_damaged_parent_is_refused_and_a_changed_one_after_a_start_as_well(roo
     shutil.copytree(root / "parent/checkpoints/step-00000002", state.parent)
     with pytest.raises(ConfigError, match="has changed since the run was started from it"):
         train(config)
+
+
+@pytest.mark.parametrize("ancestry", [[{"path": "runs/a"}], ["runs/a"], {"path": "runs/a"}, 3])
+def test_a_damaged_record_of_the_parent_is_one_message(ancestry: Any, tmp_path: Path, make: Make) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_manifest({"ancestry": ancestry})
+    with pytest.raises(RunError, match=r"manifest\.json: damaged: its ancestry"):
+        ancestry_of(make("branch", **{"init.from": "runs/a"}), folder)
 
 
 def test_another_parent_is_another_run(root: Path, make: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -249,6 +250,17 @@ def test_survivors_are_followed_from_the_reference_step_on(tmp_path: Path) -> No
     assert shares == [None, None, 2 / 3, 1 / 3]
     assert telemetry._Survivors(5).follow(8, measured(1, 0, 0, 1), tmp_path) == 0
     assert telemetry._Survivors(3).follow(8, measured(0, 0, 0, 0), tmp_path) is None  # step 3 was not measured
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_measurements_have_the_mode_that_the_umask_leaves(mask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        path = telemetry.save_arrays(tmp_path, 1, {"a": torch.ones(2, 3).T, "b": None})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+    assert load_arrays(path)["a"].shape == (3, 2)
 
 
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:

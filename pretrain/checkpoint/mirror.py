@@ -154,6 +154,20 @@ class Mirror:
             self._system.rm(target, recursive=True)
 
 
+def check_library(url: str) -> None:
+    """Make sure that the library of a store is installed, without connecting to anything.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    from fsspec import get_filesystem_class
+
+    try:
+        get_filesystem_class(url.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise CheckpointError(f"checkpoint.mirror: {url}: {_one_line(error)}") from None
+
+
 def _open(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 

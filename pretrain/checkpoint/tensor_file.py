@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ _DTYPES: dict[torch.dtype, str] = {
 _ORDER = {dtype: order for order, dtype in enumerate(_DTYPES)}
 
 
-def save_file(tensors: Mapping[str, Tensor], path: Path) -> str:
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> str:
     """Write tensors as a safetensors file; return the hex sha256 of its contents.
 
     Tensors on a device are copied to the host one at a time. The file is not synced.
@@ -47,6 +48,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> str:
     Args:
         tensors: contiguous tensors by name, of any shape.
         path: the file, which must not exist.
+        metadata: texts by name, for the header.
 
     Raises:
         OSError: it cannot be written.
@@ -55,15 +57,16 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("xb", buffering=BLOCK_BYTES) as file:
         contents = itertools.chain.from_iterable(_blocks(tensors[name]) for name in names)
-        for block in itertools.chain((_header(tensors, names),), contents):
+        for block in itertools.chain((_header(tensors, names, metadata),), contents):
             digest.update(block)
             file.write(block)
     return digest.hexdigest()
 
 
-def _header(tensors: Mapping[str, Tensor], names: list[str]) -> bytes:
+def _header(tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str] | None) -> bytes:
     """Return the length of the JSON header, and the header, padded so that the data are aligned to 8 bytes."""
-    entries, end = {}, 0
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name in names:
         values = tensors[name]
         start, end = end, end + values.nbytes

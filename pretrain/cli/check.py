@@ -13,6 +13,7 @@ from pretrain.cli.sweep import read_sweep
 if TYPE_CHECKING:
     from pretrain.cli.arguments import Verbs
     from pretrain.config import Config
+    from pretrain.run.identity import Identity
     from pretrain.run.inputs import Inputs
 
 
@@ -58,12 +59,34 @@ def run(options: argparse.Namespace) -> int:
 def check_ancestor(config: Config, inputs: Inputs) -> list[str]:
     """Check what the run takes over from another one; return the warnings."""
     from pretrain.launch.ancestor import preview_ancestor
+
+    return [] if config.init.source is None else preview_ancestor(config, _identity(config, inputs))
+
+
+def check_earlier_launches(config: Config, inputs: Inputs, *, extend: bool) -> list[str]:
+    """Check whether a launch would continue what the run folder holds already; return the warnings.
+
+    Raises:
+        UserError: it would not.
+    """
+    from pretrain.launch.ancestor import ancestry_of
+    from pretrain.run.folder import RunFolder
+    from pretrain.run.resume import check_launched
+
+    folder = RunFolder(config.run_folder)
+    if folder.manifest() is None and not extend:
+        return []
+    ancestor, _ = ancestry_of(config, folder)
+    identity = _identity(config, inputs, ancestor["sha256"] if ancestor else None)
+    return check_launched(folder, identity, extend=extend) if identity else []
+
+
+def _identity(config: Config, inputs: Inputs, ancestor_sha256: str | None = None) -> Identity | None:
+    """The identity of the run; None if not all that it reads is known on this machine."""
     from pretrain.run.identity import Identity
 
-    if config.init.source is None:
-        return []
     known = bool(inputs.tokenizer_sha256) and all(source.files for source in inputs.catalog.sources)
-    return preview_ancestor(config, Identity.of(config, inputs.data, inputs.tokenizer_sha256) if known else None)
+    return Identity.of(config, inputs.data, inputs.tokenizer_sha256, ancestor_sha256) if known else None
 
 
 def check_webhook(config: Config) -> None:

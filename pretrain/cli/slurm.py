@@ -109,7 +109,14 @@ def _check(config: Config, submission: Submission, device: str, extend: bool) ->
         UserError: with what is wrong.
     """
     # Imported here: `aurora --help` loads neither torch nor pydantic.
-    from pretrain.cli.check import check_ancestor, check_config_inputs, remote_lines
+    from pretrain.checkpoint.mirror import check_library
+    from pretrain.cli.check import (
+        check_ancestor,
+        check_config_inputs,
+        check_earlier_launches,
+        check_webhook,
+        remote_lines,
+    )
     from pretrain.data.budget import describe_data
     from pretrain.planning import report
     from pretrain.planning.cluster import plan_run
@@ -123,6 +130,9 @@ def _check(config: Config, submission: Submission, device: str, extend: bool) ->
         raise SubmissionError(f"{run.path}: this run is complete; choose another run.name, or add --extend")
     if RunFolder(config.run_folder).is_locked():
         raise SubmissionError(f"{run.path}: another process is training in this run folder; wait for it or stop it")
+    check_webhook(config)
+    if config.checkpoint.mirror is not None:
+        check_library(config.checkpoint.mirror)
     inputs = check_config_inputs(config, online=False)
     unlocked = [source.path for source in inputs.catalog.sources if source.pinned is not None and not source.files]
     if unlocked:
@@ -142,7 +152,9 @@ def _check(config: Config, submission: Submission, device: str, extend: bool) ->
             "train.micro_batch_sequences, or name another --device"
         )
     lines = [*report.answer(plan), *describe_data(inputs.budgets), *remote_lines(inputs)]
-    return [*lines, *(f"warning: {line}" for line in [*inputs.warnings, *check_ancestor(config, inputs)])]
+    earlier = check_earlier_launches(config, inputs, extend=extend)
+    notes = [*inputs.warnings, *check_ancestor(config, inputs), *earlier]
+    return [*lines, *(f"warning: {line}" for line in notes)]
 
 
 def _environment() -> dict[str, str]:

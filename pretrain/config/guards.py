@@ -37,10 +37,11 @@ class GuardsConfig(Section):
     """Keep the token ids of the batches of so many steps that were skipped or had a loss spike, the newest ones, in
     the run folder's `bad_batches/`, with the places of their documents in the data. 0: keep none."""
 
-    compare_weights_every_steps: PositiveInt | None = None
+    compare_weights_every_steps: PositiveInt | None = 1000
     """Compare a hash of the weights over all ranks every n steps and before every save; null: only once, after the
     first step of each launch. Ranks that hold the same weights must keep them bit for bit: a difference means broken
-    hardware. It names the ranks and ends the run before anything is saved. One comparison reads all weights once."""
+    hardware. It names the ranks and ends the run before anything is saved. One comparison reads all weights once; a
+    single rank has nothing to compare."""
 
     gc_every_steps: PositiveInt | None = 50
     """Collect Python's garbage every n steps, at the same time on all ranks, instead of whenever Python decides, when

@@ -72,7 +72,7 @@ class ModelConfig(Section):
     def ineffective(self) -> dict[str, str]:
         """Return what the architecture determines."""
         if self.architecture == "llama":
-            return {"embedding_dtype": "a llama's weights have one dtype, that of the engine"}
+            return {"embedding_dtype": "the weights of a llama have one dtype, that of the engine"}
         return {
             "tie_embeddings": "the speedrun architecture has a head of its own",
             **dict.fromkeys(("init_std", "init_residual"), "the speedrun architecture has its own initialisation"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from pretrain.config.loader import read_yaml
 from pretrain.config.overrides import apply_overrides
 from pretrain.config.plain import text_problems, value_problems
 from pretrain.config.schema import Config
-from pretrain.processes.errors import did_you_mean
+from pretrain.processes.errors import did_you_mean, nearest
 from pretrain.processes.redaction import holds_secret
 
 MISSING = "required, but missing"
@@ -138,13 +139,28 @@ def validate_section(model: Any, value: Any, name: str, stored: bool = False) ->
         errors = _one_per_fault(model, error.errors(include_url=False))
     problems = [message for item in errors for message in _messages(model, item, name)]
     rest = copy.deepcopy(value)
-    removed = [_delete(rest, item["loc"]) for item in errors if item["type"] != "missing" and item["loc"]]
-    if any(removed):
+    given = [item["loc"] for item in errors if item["type"] != "missing" and item["loc"]]
+    removed = [loc for loc in given if _delete(rest, loc)]
+    if removed:
         # A key that was removed is not missing.
         again = validate_section(model, rest, name, stored)[1]
         keys = tuple(f"{'.'.join(map(str, [name, *item['loc']]))}:" for item in errors)
-        problems += [p for p in again if p not in problems and not p.endswith(MISSING) and not p.startswith(keys)]
+        again = [p for p in again if p not in problems and not p.endswith(MISSING) and not p.startswith(keys)]
+        problems += [p for p in again if not _rests_on(model, removed, p)]
     return None, problems
+
+
+def _rests_on(model: type[BaseModel], removed: Sequence[Sequence[int | str]], problem: str) -> bool:
+    """Whether a problem is one of the default that stands in for a removed key: it names the key, or that default.
+
+    A key that is unknown may have been meant for the one that it resembles.
+    """
+    words = {str(loc[-1]) for loc in removed}
+    for loc in removed:
+        meant = [str(loc[0])] if loc[0] in model.model_fields else nearest(loc[0], model.model_fields)
+        defaults = [model.model_fields[name].default for name in meant if len(loc) == 1]
+        words.update(meant, (default for default in defaults if isinstance(default, str)))
+    return not words.isdisjoint(re.findall(r"\w+", problem.partition(": ")[2]))
 
 
 def _one_per_fault(model: type[BaseModel], errors: Sequence[Any]) -> list[dict[str, Any]]:

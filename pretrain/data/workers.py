@@ -31,7 +31,7 @@ from pretrain.data.packing import Item, ReaderTask
 from pretrain.data.reading import read_rings
 from pretrain.data.sources.retries import patience, set_patience, stop_requested, stopping
 from pretrain.data.tokenizer import DocumentEncoder
-from pretrain.processes.signals import PASSED_ON, SIGNALS
+from pretrain.processes.signals import ASKING
 
 # Items are sent in blocks. A worker prepares at most this many blocks ahead of the trainer: in all rings together, but
 # two of every ring that is read.
@@ -166,7 +166,7 @@ class WorkerReader:
 def main() -> None:
     """Run a worker: read task and requests from standard input, write blocks of items to standard output."""
     # A scheduler signals every process of a job, but the trainer decides when to stop.
-    for number in (*SIGNALS, PASSED_ON):
+    for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
     task: ReaderTask
     [size] = _SIZE.unpack(_read(_SIZE.size))

@@ -23,7 +23,7 @@ from pretrain.files import exists
 from pretrain.launch.branching import continuation_notes, continuation_problems
 from pretrain.model.build import build_model
 from pretrain.processes.errors import UserError
-from pretrain.run.folder import RunFolder
+from pretrain.run.folder import RunError, RunFolder
 from pretrain.run.identity import Identity
 
 MODEL_KEYS = (
@@ -221,6 +221,9 @@ def ancestry_of(config: Config, folder: RunFolder) -> tuple[AncestorRecord | Non
     """
     init = config.init
     recorded: list[AncestorRecord] = (folder.manifest() or {}).get("ancestry") or []
+    needed = AncestorRecord.__annotations__.keys() - {"run", "step", "tokens"}
+    if not isinstance(recorded, list) or not all(isinstance(one, dict) and needed <= one.keys() for one in recorded):
+        raise RunError(f"{folder.manifest_path}: damaged: its ancestry is not that of a run")
     if init.source is None:
         return None, recorded
     if recorded and recorded[0]["path"] == init.source:

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pretrain.checkpoint.format import Fragment
 from pretrain.checkpoint.store import CheckpointReader
+from pretrain.checkpoint.tensor_file import save_file
 from pretrain.config.telemetry import TelemetryConfig
 from pretrain.data import TokenBatch
 from pretrain.files import replacing, set_aside
@@ -103,7 +103,7 @@ class Telemetry(Hook):
         try:
             forever = self._survivors.follow(step, _leverages(arrays), self.folder)
             save_arrays(self.folder, step, arrays)
-        except (OSError, SafetensorError) as error:  # safetensors' own error also means a full disk
+        except (OSError, SafetensorError) as error:  # the latter from a damaged file of an earlier measurement
             self.warn(f"the measurements of step {step} were not kept in {self.folder}: {error}")
         return forever
 
@@ -279,7 +279,7 @@ def save_arrays(folder: Path, step: int, arrays: Mapping[str, Tensor | None]) ->
     """Write one measurement atomically, as fp32, without the arrays that are None; return the file's path.
 
     Raises:
-        OSError, SafetensorError: it cannot be written, or the run folder is not there, as after its disk was unmounted.
+        OSError: it cannot be written, or the run folder is not there, as after its disk was unmounted.
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"

@@ -19,7 +19,7 @@ from types import FrameType
 from pretrain.processes.exit_codes import STOPPED
 from pretrain.processes.exit_timer import arrived, signal_pipe
 from pretrain.processes.failures import PID_FILE
-from pretrain.processes.signals import NOTICE, PASSED_ON, SIGNALS, SignalCount, handled, say
+from pretrain.processes.signals import ASKING, NOTICE, PASSED_ON, SignalCount, handled, say
 
 LOOK_SECONDS = 0.2
 """How often the processes are looked at while they are asked to stop; otherwise every second."""
@@ -66,7 +66,7 @@ class Overseer:
     def at_work(self) -> Iterator[None]:
         """Handle this process's signals, and watch its children from a thread."""
         ended = threading.Event()
-        with signal_pipe() as (pipe, wake_up), handled(SIGNALS, self._handle):
+        with signal_pipe() as (pipe, wake_up), handled(ASKING, self._handle):
             thread = threading.Thread(target=self._watch, args=(pipe, ended), name="overseer", daemon=True)
             thread.start()
             self.working = True
@@ -104,7 +104,7 @@ class Overseer:
             numbers = arrived(pipe, LOOK_SECONDS if self.signals else 1.0)
             if ended.is_set():
                 return
-            received = [signal.Signals(number) for number in numbers if number in SIGNALS and counted.add(number)]
+            received = [signal.Signals(number) for number in numbers if number in ASKING and counted.add(number)]
             self.signals += received
             processes, now = self.processes(), time.monotonic()
             if now - looked_at >= 1:

@@ -6,8 +6,9 @@ import re
 
 HIDDEN = "[secret]"
 
-_USER_INFO = re.compile(r"(\w+://)[^/\s@'\"]*@")
-_QUERY = re.compile(r"(\w+://[^\s'\"?#]*)([?#][^\s'\"<>)\]]*)")
+# These begin at the boundary of a word or with a fixed text: a long word must not be searched from each of its letters.
+_USER_INFO = re.compile(r"(\b\w+://)[^/\s'\"]*@")
+_QUERY = re.compile(r"(\b\w+://[^\s'\"?#]*)([?#][^\s'\"<>)\]]*)")
 _WITHOUT_QUERIES = ("hf://", "s3://", "gs://")  # there, `?` is a wildcard and `#` a letter
 _NAME_AND_VALUE = re.compile(r"[?#][^/?#]*=")
 
@@ -34,12 +35,16 @@ _SECRET_WORD = (
     r"(?:pass(?:word|wd|phrase)?|secret|token|api[_-]?key|access[_-]?key(?:[_-]?id)?|secret[_-]?key|private[_-]?key"
     r"|credentials?|auth(?:orization)?|signature|webhook(?:[_-]?url)?|netrc)"
 )
-# `--token VALUE`, `api_key=VALUE`, `"password": "VALUE"`; not `eos_token: x` or `total_tokens=1`, which are settings.
-_NAMED = re.compile(
-    rf"(?i)((?<![A-Za-z])(?:[A-Za-z0-9]+[_.-])*{_SECRET_WORD}[\"']?\s*[=:]\s*[\"']?"
-    rf"|--(?:[a-z0-9]+-)*{_SECRET_WORD}[ =])([^\s\"',;&]+)"
+_AT_THE_END_OF_A_WORD = (
+    r"(?:passw(?:or)?d|(?:secret|access|account|api|private)[_-]?(?:access[_-]?)?key"
+    r"|(?:access|auth|client|refresh|session)[_-]?(?:token|secret))"
 )
-_ORDINARY = re.compile(r"(?i)(?:bos|eos|pad|unk|separator)_token[\"']?\s*[=:]")
+# `--token VALUE`, `api_key=VALUE`, `"password": "VALUE"`, `PGPASSWORD=VALUE`, `clientSecret: VALUE`; not `eos_token: x`
+# or `total_tokens=1`, which are settings.
+_NAMED = re.compile(
+    rf"(?i)((?:(?<![A-Za-z])(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!separator_){_SECRET_WORD}|{_AT_THE_END_OF_A_WORD})"
+    rf"[\"']?\s*[=:]\s*[\"']?|--(?:[a-z0-9]+-)*{_SECRET_WORD}[ =])([^\s\"',;&]+)"
+)
 _SECRET_NAME = re.compile(rf"(?i)(?:^|[_.-]){_SECRET_WORD}(?:$|[_.-])|(?:^|_)key(?:$|_)")
 _SIGNED = re.compile(r"(?i)[?&#](?:[\w-]*signature|sig|[\w-]*token|[\w-]*credential|[\w-]*key|password|secret)[\w-]*=")
 
@@ -77,8 +82,6 @@ def _without_query(url: re.Match[str]) -> str:
 
 def _without_value(found: re.Match[str]) -> str:
     # A name that is assigned a call, an item or an attribute is code, and holds nothing itself.
-    if _ORDINARY.search(found[1]):
-        return found[0]
     value, is_quoted = found[2], found[1].endswith(("'", '"'))
     is_code = not is_quoted and re.match(r"[A-Za-z_][\w.]*[(\[]|[a-z_]\w*\.[a-z_]", value)
     is_short = value == HIDDEN or not re.search(r"[A-Za-z0-9]{6,}", value)

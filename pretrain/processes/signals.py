@@ -19,6 +19,9 @@ PASSED_ON = signal.SIGUSR2
 """What our launcher sends to its processes after it was asked to stop itself. It asks for a stop however often it
 arrives: Slurm signals the launcher and its processes alike, and that must not count as a second signal."""
 
+ASKING = (*SIGNALS, PASSED_ON)
+"""All signals that ask for a stop. Some schedulers, and the scripts of some users, announce a limit by SIGUSR2."""
+
 OF_SLURM = frozenset({signal.SIGUSR1, signal.SIGTERM})
 """What Slurm sends by itself: the notice before a time limit, and the limit or a preemption. The first of each is one
 request: what was announced has arrived, and must not cut the save short."""
@@ -34,8 +37,9 @@ SIGTERM twice in a row, and srun may forward it as well."""
 class SignalCount:
     """Counts the signals of one process as requests.
 
-    Not counted are a repetition of a signal within `REPEAT_SECONDS`, and the other signal of `OF_SLURM` after the
-    first one, when nothing else has come. A second Ctrl-C, or a second `kill` some time after the first, is counted.
+    Not counted are a repetition of a signal within `REPEAT_SECONDS`, `PASSED_ON` after a request, and the other signal
+    of `OF_SLURM` after the first one, when nothing else has come. A second Ctrl-C, or a second `kill` some time after
+    the first, is counted.
 
     Args:
         clock: returns seconds.
@@ -48,6 +52,8 @@ class SignalCount:
 
     def add(self, number: int) -> bool:
         """Return whether a signal that has arrived now is one to be counted, and count it."""
+        if number == PASSED_ON and self.count:
+            return False
         now = self._clock()
         # From the last one that was not a repetition: whoever keeps sending a signal is heard.
         if now - self._heard_at.get(number, -math.inf) < REPEAT_SECONDS:

@@ -23,7 +23,7 @@ from pretrain.processes.failures import EXIT_FILE, Failure, read_failures
 from pretrain.processes.output import output_may_fail
 from pretrain.processes.overseer import FROZEN_LOOKS, LaunchStoppedError, Overseer
 from pretrain.processes.parent import parent_of_what_starts
-from pretrain.processes.signals import SIGNALS
+from pretrain.processes.signals import ASKING
 
 SHUTDOWN_SECONDS = 600
 """How long processes that torchrun itself sends a signal may take to end."""
@@ -140,7 +140,7 @@ def judge(
         for rank, failure in failures.items()
         if rank in silent and not (failure.exitcode < 0 and failure.pid in ended_by_launcher)
     }
-    if asked and not reports and codes and all(code == STOPPED or -code in SIGNALS for code in codes.values()):
+    if asked and not reports and codes and all(code == STOPPED or -code in ASKING for code in codes.values()):
         return STOPPED, None  # the same signal has reached some before they could handle it, so nothing was trained
     here = socket.gethostname()
     for rank, code in codes.items():

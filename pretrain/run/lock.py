@@ -37,6 +37,9 @@ SHORT_WAIT_SECONDS = 0.5
 """Looking whether a folder is locked locks it for a moment."""
 BEAT_SECONDS = 5.0
 """How often the launch that holds the lock touches it."""
+RECORD_BYTES = 1024
+"""Of the file, whoever holds the lock: a full disk has no room for one that grows, and `aurora checkpoint prune`, which
+makes room, needs the lock as well."""
 SILENCE_SECONDS = 30.0
 """How long a lock of another machine must have been left alone, if this machine could lock it nevertheless."""
 
@@ -155,7 +158,7 @@ class RunLock:
 
     def _try(self, stopped: Callable[[], bool]) -> dict[str, Any] | None:
         """Try to take the lock; return who holds it or, if `stopped`, may hold it, or None when it is taken."""
-        file = self.path.open("a+")
+        file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), self.path.stat()) and not self._may_be_held_elsewhere(stopped):
@@ -209,9 +212,9 @@ class RunLock:
         """In place: a new file in its place would not be the one that is locked."""
         if self._file is not None:
             self._file.seek(0)
-            self._file.truncate()
-            self._file.write(json.dumps(record) if record else "")
+            self._file.write((json.dumps(record) if record else "").ljust(RECORD_BYTES))
             self._file.flush()
+            self._file.truncate()
 
 
 def is_locked(folder: Path) -> bool:

@@ -47,12 +47,7 @@ def choose_checkpoint(
                     f"{folder.path}: already holds a run; continue it with --resume auto, or choose another run.name"
                 )
             return []
-        launched = Identity.of_run(folder)
-        if launched is None and extend:
-            raise RunError(
-                f"{folder.path}: --extend continues a run, and there is none here; start it without --extend"
-            )
-        return identity.check(launched, folder.path, repairable=folder.repairable, extend=extend) if launched else []
+        return check_launched(folder, identity, extend=extend)
 
     notes = ranks.on_rank_0(look)
     if resume == "never":
@@ -70,6 +65,18 @@ def choose_checkpoint(
     chosen = reader
     notes = ranks.on_rank_0(lambda: identity.check_checkpoint(chosen, folder.repairable, extend=extend))
     return chosen.folder, notes + [_fallback(message, chosen) for message in damaged]
+
+
+def check_launched(folder: RunFolder, identity: Identity, *, extend: bool = False) -> list[str]:
+    """Compare a run that is about to start with the one that was launched in its folder, if any; return warnings.
+
+    Raises:
+        RunError: that is another run; or there is none, and it is to be extended.
+    """
+    launched = Identity.of_run(folder)
+    if launched is None and extend:
+        raise RunError(f"{folder.path}: --extend continues a run, and there is none here; start it without --extend")
+    return identity.check(launched, folder.path, repairable=folder.repairable, extend=extend) if launched else []
 
 
 def check_nothing_lost(folder: RunFolder) -> None:

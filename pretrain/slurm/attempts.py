@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 from pretrain.files import now, replace_text
 from pretrain.processes.exit_codes import BAD_INPUT, DONE, STOPPED, UNAVAILABLE
-from pretrain.processes.signals import SIGNALS
+from pretrain.processes.signals import ASKING
 
 
 class Attempt(TypedDict):
@@ -127,7 +127,7 @@ def judge(code: int, *, by_slurm: bool, stalled: int, limit: int) -> Verdict:
         return Verdict(False, "bad input")
     if code == STOPPED and not by_slurm:
         return Verdict(False, "stopped on request; submit the same command again to continue")
-    if code - 128 in SIGNALS and not by_slurm:  # someone has asked a second time
+    if code - 128 in ASKING and not by_slurm:  # someone has asked a second time
         name = signal.Signals(code - 128).name
         return Verdict(False, f"ended by {name}; submit the same command again to continue from the newest checkpoint")
     reason = {
@@ -153,7 +153,7 @@ def may_restart(reason: str, stalled: int, limit: int) -> Verdict:
 
 def stopped(code: int) -> bool:
     """Whether an exit code of the work is that of a stop on request, with or without a checkpoint."""
-    return code == STOPPED or code - 128 in SIGNALS
+    return code == STOPPED or code - 128 in ASKING
 
 
 def _was_killed(attempt: Attempt) -> bool:
@@ -165,7 +165,7 @@ def _read(path: Path) -> list[Attempt]:
     """The attempts of a record; none if it is absent or damaged, which costs the count and nothing else."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     if not isinstance(found, list):
         return []

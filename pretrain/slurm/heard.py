@@ -11,17 +11,18 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from pretrain.processes.signals import SIGNALS, handled
+from pretrain.processes.signals import ASKING, handled
 
-NOTICE = signal.SIGUSR1
-"""What Slurm sends to the batch step alone when the time limit is near (``--signal=B:USR1@SECONDS``)."""
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+"""What Slurm sends to the batch step alone when the time limit is near: ``--signal=B:USR1@SECONDS`` in our scripts, or
+whichever of the two a user prefers."""
 
 
 class Heard:
     """Notes signals instead of dying of them.
 
     Attributes:
-        asked: whether `NOTICE` came: the work shall stop, and the job be requeued.
+        asked: whether one of `NOTICES` came: the work shall stop, and the job be requeued.
         told: whether another signal came to this process or to the check of the nodes: the work has it as well if it
             has started, and shall not start otherwise.
         react: called in the signal handler, after the signal was noted.
@@ -39,11 +40,11 @@ class Heard:
         """Handle the signals of this process; the earlier handlers return at the end."""
 
         def note(number: int, frame: FrameType | None) -> None:
-            if number == NOTICE:
+            if number in NOTICES:
                 self.asked = True
             else:
                 self.told = True
             self.react()
 
-        with handled(SIGNALS, note):
+        with handled(ASKING, note):
             yield

@@ -10,7 +10,7 @@ import contextlib
 import subprocess
 from collections.abc import Iterator
 
-from pretrain.processes.signals import SIGNALS
+from pretrain.processes.signals import ASKING
 
 # --overlap: it takes nothing from the other steps, and they need not wait for it.
 COMMAND = ("srun", "--overlap", "--nodes=1", "--ntasks=1", "--gres=none", "--mem=0", "--quiet", "sleep", "infinity")
@@ -39,7 +39,7 @@ class Listener:
         if code is None:
             return None
         number = -code if code < 0 else code - 128  # of a task, srun says it by its exit code
-        return number if number in SIGNALS else None
+        return number if number in ASKING else None
 
     def stop(self) -> None:
         """End the step; nothing is heard afterwards."""

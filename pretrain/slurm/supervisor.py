@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pretrain.processes.errors import UserError
 from pretrain.processes.exit_codes import BAD_INPUT, FAILED, STOPPED
-from pretrain.processes.signals import SIGNALS
+from pretrain.processes.signals import ASKING
 from pretrain.slurm.attempts import Attempts, Verdict, judge, may_restart, stopped
 from pretrain.slurm.controller import JobStatus, SlurmError, exclude, job_status, node_names, rename, requeue
 from pretrain.slurm.health import CANNOT_REPORT, unwritable
@@ -153,7 +153,11 @@ class Supervisor:
             earlier = may_restart("nodes were lost", self.attempts.stalled(step) - 1, job.limit)
             if earlier.gave_up:
                 return self._finish(FAILED, step, earlier, None)
-            findings = self._check_nodes()
+            try:
+                findings = self._check_nodes()
+                code = FAILED if findings.bad or findings.problem else self._work_on(command)
+            except SlurmError as error:
+                findings = Findings(problem=str(error))
             if findings.problem:
                 self.say(f"error: {findings.problem}")
             if findings.hopeless:
@@ -165,7 +169,6 @@ class Supervisor:
                 return self._decide(
                     FAILED, lambda _: may_restart(reason, self.attempts.stalled(step), job.limit), list(findings.bad)
                 )
-            code = self._work_on(command)
             return self._decide(code, lambda status: self._judge(code, status))
 
     def _judge(self, code: int, status: JobStatus | None) -> Verdict:
@@ -185,7 +188,7 @@ class Supervisor:
             environment.setdefault("SLURM_JOB_END_TIME", str(int(status.ends)))
         if self._is_told():  # during the check, or since
             return STOPPED
-        self._started = subprocess.Popen(command, env=environment)
+        self._started = _start(command, environment)
         if self.heard:  # while it was being started: it may have missed it
             self._ask()
         code = self._await(self._started)
@@ -277,7 +280,7 @@ class Supervisor:
             *("--host", job.host, "--port", str(job.port), "--disk", str(job.cache)),
             *("--seconds", str(job.check_seconds)),
         ]
-        self._started = subprocess.Popen(command)
+        self._started = _start(command)
         try:
             # Twice: torch takes a while to be loaded from a network file system.
             self._started.wait(timeout=2 * job.check_seconds)
@@ -286,7 +289,7 @@ class Supervisor:
             self._started.wait()
         # `scancel --signal=TERM` reaches the tasks of the check and not this process. srun returns the highest code.
         code = self._started.returncode
-        self.heard.told = self.heard.told or code - 128 in SIGNALS
+        self.heard.told = self.heard.told or code - 128 in ASKING
         self._started = None
         if self._is_told():
             return Findings()
@@ -300,7 +303,7 @@ class Supervisor:
     def _clean(self) -> None:
         """Delete the compile caches on all nodes; a job that is requeued may still use them."""
         if self.job.cache.name.startswith("aurora-"):
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(subprocess.TimeoutExpired, OSError):
                 command = [*SRUN, "rm", "-rf", "--", str(self.job.cache)]
                 subprocess.run(command, timeout=CLEAN_SECONDS, check=False, stderr=subprocess.DEVNULL)
 
@@ -324,3 +327,15 @@ class Supervisor:
         except SlurmError as error:
             self.say(f"warning: {error}")
             return None
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a step of the job.
+
+    Raises:
+        SlurmError: srun is not there, or this node cannot start another process.
+    """
+    try:
+        return subprocess.Popen(command, env=environment)
+    except OSError as error:
+        raise SlurmError(f"{command[0]} cannot be started: {error.strerror}") from None

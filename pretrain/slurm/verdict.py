@@ -40,8 +40,8 @@ def read_reports(folder: Path) -> dict[str, Report]:
     for path in sorted(folder.glob("*.json")):
         try:
             report: Any = json.loads(path.read_text(encoding="utf-8"))
-            found[str(report["node"])] = report
-        except (OSError, ValueError, KeyError, TypeError):
+            found[str(report["node"])] = Report(**{key: report[key] for key in Report.__annotations__})  # type: ignore[typeddict-item]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # its node counts as silent
     return found
 

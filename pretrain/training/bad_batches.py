@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
+from pretrain.checkpoint.tensor_file import save_file
 from pretrain.config import Config
 from pretrain.data.places import batch_places
 from pretrain.files import replacing
@@ -43,7 +42,7 @@ class BadBatches:
             self._write(step)
             for old in sorted(self.folder.glob(f"step-*-rank-{self._rank:05d}.safetensors"))[: -self._most]:
                 old.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:  # safetensors' own error also means a full disk
+        except OSError as error:
             self._warn(f"the batch of step {step.step} could not be kept for inspection: {error}")
 
     def _write(self, step: LaunchedStep) -> None:
@@ -59,4 +58,4 @@ class BadBatches:
         }
         self.folder.mkdir(exist_ok=True)  # without the run folder, which its disk may have taken along
         with replacing(self.folder / f"step-{step.step:08d}-rank-{self._rank:05d}.safetensors") as partial:
-            save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in described.items()})
+            save_file(tensors, partial, {key: json.dumps(value) for key, value in described.items()})

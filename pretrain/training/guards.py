@@ -99,7 +99,7 @@ class Guards:
             TrainingError: they differ between ranks that should hold the same.
         """
         every = self.settings.compare_weights_every_steps
-        if every is None or (step % every and not before_save):
+        if every is None or engine.world_size == 1 or (step % every and not before_save):
             return
         if differing := engine.differing_ranks():
             ranks = "; ".join(f"rank {rank} ({where})" for rank, where in differing.items())

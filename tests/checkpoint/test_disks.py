@@ -15,11 +15,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain.checkpoint import writer
 from pretrain.checkpoint.store import CheckpointReader, list_checkpoints, newest_intact
+from pretrain.cli import main
 from pretrain.config import Config
 from pretrain.launch import train
 from pretrain.run.folder import RunError, RunFolder
@@ -254,7 +254,7 @@ def test_measurements_that_a_full_disk_does_not_take_end_no_run(
     def full(tensors: Any, path: Path) -> None:
         if "step-00000002" in path.name:
             path.write_bytes(b"part")
-            raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+            raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path)
 
     monkeypatch.setattr("pretrain.neurons.telemetry.save_file", full)
@@ -279,6 +279,19 @@ def test_a_folder_that_can_only_be_read_is_refused_before_training(tmp_path: Pat
         reader, damaged = newest_intact(config.run_folder / "checkpoints")  # reading needs no more
         assert reader is not None
         assert damaged == []
+
+
+def test_old_checkpoints_are_pruned_from_a_disk_that_is_full(
+    tmp_path: Path, tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", 24) as disk:
+        config = tiny_config({**SHORT, "run.root": str(disk)})
+        assert train(config, stop_at=4) == 75
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 12))
+        assert main(["checkpoint", "prune", str(config.run_folder), "--keep-last", "1"]) == 0, capsys.readouterr().err
+        assert saved(config.run_folder / "checkpoints") == [4]
 
 
 def test_a_checkpoint_is_not_complete_before_the_lines_up_to_its_step(

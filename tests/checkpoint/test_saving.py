@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file as save_with_library
 
 from pretrain.checkpoint import saver as saver_module
@@ -104,6 +105,14 @@ def test_files_have_the_mode_that_the_umask_leaves(mask: int, mode: int, tmp_pat
         os.umask(before)
     found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "step-00000001").iterdir()}
     assert set(found.values()) == {mode}, found
+
+
+def test_a_file_may_carry_texts(tmp_path: Path) -> None:
+    texts = {"record": '{"step": 3}', "größe": "ä"}
+    save_file({"a": torch.arange(3)}, tmp_path / "file", texts)
+    with safe_open(tmp_path / "file", framework="pt") as file:
+        assert file.metadata() == texts
+        assert file.get_tensor("a").tolist() == [0, 1, 2]
 
 
 def test_a_copy_keeps_its_values_in_memory_that_is_used_again() -> None:

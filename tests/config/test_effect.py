@@ -110,6 +110,28 @@ def test_a_stored_config_is_checked_in_all_other_respects() -> None:
             parse_stored_config(merged(TINY, changes))
 
 
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"init": {"from": "", "take": "all"}}, "init.from"),
+        ({"init": {"from": 3, "take": "all"}}, "init.from"),
+        ({"init": {"form": "runs/a", "take": "all"}}, "init.form"),
+        ({"engine": {"kind": 7, "zero_stage": 3}}, "engine.kind"),
+        ({"engine": {"kind": "deepspeed", "zero_stage": 9, "reduce_bucket_elements": 100}}, "engine.zero_stage"),
+        ({"samples": {"every_steps": "x", "temperature": 0.5}}, "samples.every_steps"),
+        ({"wandb": {"mode": "on", "project": "a"}}, "wandb.mode"),
+        ({"watch": {"hang_seconds": "x", "slow_seconds": 1.0}}, "watch.hang_seconds"),
+        ({"guards": {"on_loss_spike": "ignor", "max_rollbacks": 2}}, "guards.on_loss_spike"),
+        ({"model": {**TINY["model"], "architecture": "speedrn", "embedding_dtype": "bf16"}}, "model.architecture"),
+    ],
+)
+def test_no_problem_of_other_keys_comes_from_the_default_of_one_at_fault(section: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**TINY, **section})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{key}: ")
+
+
 @pytest.mark.parametrize("override", ["optimizer=", "train=", "train=null", "validation=", "optimizer.adamw="])
 def test_an_empty_override_does_not_reset_a_section(override: str) -> None:
     with pytest.raises(ConfigError, match="would reset the whole section") as caught:

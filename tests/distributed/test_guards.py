@@ -159,7 +159,8 @@ def flipped(root: str, changes: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("engine", ["plain", pytest.param("stage 2", marks=pytest.mark.long)])
 def test_weights_that_differ_end_the_run_before_a_save(engine: str, tmp_path: Path) -> None:
-    changes = SHORT | ENGINES[engine] | {"checkpoint.save_every_steps": 2, "guards.compare_weights_every_steps": 100}
+    """Without being asked to: a checkpoint would hold parts of both."""
+    changes = SHORT | ENGINES[engine] | {"checkpoint.save_every_steps": 2}
     # Under ZeRO the next step would gather the weights anew.
     changes |= {"guards.compare_weights_every_steps": 3} if engine != "plain" else {}
     said = run_ranks(2, flipped, str(tmp_path), changes)

@@ -59,6 +59,7 @@ TERM, USR1, INT, HUP = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIG
         ([USR1, INT, TERM], 3),
         ([HUP, TERM], 2),
         ([TERM, HUP], 2),
+        ([TERM, PASSED_ON, PASSED_ON], 1),  # to a launcher, from one above it that was asked as well
     ],
 )
 def test_the_end_that_a_notice_announced_is_the_same_request(received: list[signal.Signals], requests: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ CANARY = "c4narybird"
 # Each holds the canary where a secret is, and nothing of it may stay.
 SECRET_TEXTS = [
     f"https://user:{CANARY}@host/a",
+    f"https://user:p@{CANARY}@host/a",
     f"https://{CANARY}@host/a.git",
     f"postgres://u:{CANARY}@host:5432/db",
     f"https://bucket/a?X-Amz-Credential=x&X-Amz-Signature={CANARY}",
@@ -49,6 +51,10 @@ NAMED_TEXTS = [
     f"+  password: '{CANARY}'",
     f"+export AWS_SECRET_ACCESS_KEY={CANARY}",
     f'+{{"webhook_url": "{CANARY}"}}',
+    f'+{{"SecretAccessKey": "{CANARY}"}}',
+    f"+export PGPASSWORD={CANARY}",
+    f"+clientSecret: {CANARY}",
+    f"+AccountName=x;AccountKey={CANARY};",
 ]
 PLAIN_TEXTS = [
     "hf://datasets/org/name@main/data/*.parquet",
@@ -80,6 +86,15 @@ def test_the_value_of_a_telling_name_is_removed(text: str) -> None:
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == redact_source(text) == text
     assert not holds_secret(text)
+
+
+@pytest.mark.parametrize("part", ["a", "7", "f0", "ab_", "x-", "a.", "--a-"])
+def test_a_long_line_of_a_diff_takes_no_time(part: str) -> None:
+    """As in a notebook or a file of numbers; a search that begins at each letter would take hours."""
+    begun = time.monotonic()
+    text = "+" + part * (200_000 // len(part))
+    assert redact_source(text) == text
+    assert time.monotonic() - begun < 5
 
 
 def test_names_of_secrets() -> None:

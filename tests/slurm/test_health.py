@@ -114,6 +114,8 @@ def test_damaged_reports_count_as_silence(tmp_path: Path) -> None:
     (tmp_path / "n0.json").write_text("{")
     (tmp_path / "n1.json").write_text("[]")
     (tmp_path / "n2.json.abc.tmp").write_text("{}")
+    (tmp_path / "n3.json").write_text('{"node": "n3"}')
+    (tmp_path / "n4.json").write_text("[" * 100_000)
     assert read_reports(tmp_path) == {}
 
 

@@ -34,7 +34,7 @@ STATUS = (
 SCONTROL = """#!/bin/bash
 echo "$*" >>asked
 case "$*" in
-"show hostnames "*) cat hostnames ;;
+"show hostnames "*) if [ -e no-names ]; then echo "Invalid hostlist" >&2; exit 1; fi; cat hostnames ;;
 "--oneliner show job "*) cat status ;;
 *) if [ -e refusal ]; then cat refusal >&2; exit 1; fi ;;
 esac
@@ -201,7 +201,7 @@ def test_starts_that_ended_with_the_loss_of_a_node_count(cluster: Cluster) -> No
 
 def test_a_damaged_record_costs_the_count_only(cluster: Cluster) -> None:
     (cluster.folder / "logs").mkdir()
-    for text in ("", "{", "[1, {}]", '{"a": 1}', '[{"step": "x"}]'):
+    for text in ("", "{", "[1, {}]", '{"a": 1}', '[{"step": "x"}]', "[" * 100_000):
         (cluster.folder / "logs/attempts.json").write_text(text)
         assert cluster.run("exit 0") == 0
 
@@ -238,14 +238,15 @@ def when_started() -> Iterator[list[int]]:
 WORK = "trap 'exit 75' USR1; trap 'exit 76' TERM INT HUP; touch started; for i in {1..300}; do sleep 0.1; done"
 
 
+@pytest.mark.parametrize("notice", [signal.SIGUSR1, signal.SIGUSR2])
 def test_the_notice_of_the_time_limit_is_passed_on_and_the_job_requeued(
-    cluster: Cluster, when_started: list[int]
+    cluster: Cluster, when_started: list[int], notice: signal.Signals
 ) -> None:
-    when_started.append(signal.SIGUSR1)
-    before = signal.getsignal(signal.SIGUSR1)
+    when_started.append(notice)
+    before = signal.getsignal(notice)
     assert cluster.run(f"echo 3 >step; {WORK}") == 75
     assert cluster.requeued
-    assert signal.getsignal(signal.SIGUSR1) is before
+    assert signal.getsignal(notice) is before
 
 
 def test_a_repeated_notice_is_passed_on_once(cluster: Cluster, when_started: list[int]) -> None:
@@ -276,7 +277,7 @@ def test_a_notice_before_the_work_starts_is_not_lost(cluster: Cluster, monkeypat
     assert cluster.requeued
 
 
-@pytest.mark.parametrize("name", ["TERM", "HUP", "USR1"])  # the shell that starts them has SIGINT ignored
+@pytest.mark.parametrize("name", ["TERM", "HUP", "USR1", "USR2"])  # the shell that starts them has SIGINT ignored
 def test_a_signal_to_the_check_of_the_nodes_ends_the_job(cluster: Cluster, name: str) -> None:
     """`scancel --signal` without --batch sends it to the tasks of the check, and the nodes report nothing."""
     (cluster.folder / "signal-the-check").write_text(name)
@@ -328,6 +329,26 @@ def test_a_name_that_nothing_resolves_ends_the_job_with_a_hint(cluster: Cluster)
     assert f"{name}, the first node, cannot be resolved" in cluster.said[1]
     assert "AURORA_RENDEZVOUS_HOST" in cluster.said[1]
     assert not cluster.requeued
+
+
+@pytest.mark.parametrize(("fails", "check_seconds"), [("scontrol", "20"), ("srun", "20"), ("srun", "0")])
+def test_a_command_of_slurm_that_fails_is_a_failure_of_the_job(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, fails: str, check_seconds: str
+) -> None:
+    """One line, the end of the start recorded, and a requeue: neither the work nor its input is to blame."""
+    command, problem = "srun", "scontrol show hostnames gpu[07-09]: Invalid hostlist"
+    if fails == "srun":
+        command, problem = "no-srun", "no-srun cannot be started: No such file or directory"
+        monkeypatch.setattr("pretrain.slurm.supervisor.SRUN", (command,))
+    else:
+        (cluster.folder / "no-names").touch()
+    job = Job.from_environment(cluster.environment | {"AURORA_CHECK_SECONDS": check_seconds})
+    assert Supervisor(job, Work("tiny", lambda: 0), cluster.said.append).run([command, "touch", "worked"]) == 1
+    assert cluster.requeued
+    assert not (cluster.folder / "worked").exists()
+    assert [line for line in cluster.said if "error" in line] == [f"error: {problem}"]
+    (attempt,) = json.loads((cluster.folder / "logs/attempts.json").read_text())
+    assert (attempt["exit_code"], attempt["outcome"]) == (1, problem)
 
 
 def test_the_caches_stay_while_the_job_goes_on(cluster: Cluster) -> None:

@@ -278,12 +278,14 @@ def test_a_requeued_job_keeps_its_log_and_may_be_requeued(script: str) -> None:
 def test_a_preemption_before_the_batch_step_listens_does_not_end_the_script(script: str) -> None:
     """Slurm does not requeue a job whose script has ended."""
     lines = (REPOSITORY / f"slurm/{script}.sbatch").read_text().splitlines()
-    assert lines.index("trap '' USR1 TERM") < lines.index("refuse() {")
+    assert lines.index("trap '' USR1 USR2 TERM") < lines.index("refuse() {")
 
 
 def test_signals_to_the_script_leave_it_to_the_batch_step_to_stop(nodes: Nodes) -> None:
     scontrol = nodes.folder / "bin/scontrol"
-    scontrol.write_text(SCONTROL.replace("#!/bin/bash\n", "#!/bin/bash\nkill -TERM $PPID\nkill -USR1 $PPID\n"))
+    scontrol.write_text(
+        SCONTROL.replace("#!/bin/bash\n", "#!/bin/bash\nkill -TERM $PPID\nkill -USR1 $PPID\nkill -USR2 $PPID\n")
+    )
     assert nodes.run("my config.yaml").returncode == 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -102,6 +101,7 @@ def test_the_environment_is_named_only_where_the_script_would_not_find_it(
         (["--device", "abacus", "--gpus-per-node", "4"], "--device"),
         (["--sbatch=-p x"], "--sbatch"),
         (["--sbatch=other.sh"], "--sbatch"),
+        (["watch.webhook=file:config.yaml"], "watch.webhook: expected an http or https URL"),
     ],
 )
 def test_what_would_end_the_job_later_is_not_submitted(
@@ -114,23 +114,41 @@ def test_what_would_end_the_job_later_is_not_submitted(
     assert not (folder / "given").exists()
 
 
-def test_runs_that_are_complete_or_in_training_are_not_submitted(
+def test_runs_that_are_complete_or_in_training_or_another_are_not_submitted(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def refusal(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(["slurm", "config.yaml", "--nodes", "1", *CPUS, *arguments]) == 2
+        assert not (folder / "given").exists()
+        return capsys.readouterr().err
+
+    assert "there is none here" in refusal("--extend")
     run = RunFolder(folder / "runs/tiny")
     run.path.mkdir(parents=True)
     run.lock()
     try:
-        assert main(["slurm", "config.yaml", "--nodes", "1", *CPUS]) == 2
+        assert "another process is training" in refusal()
     finally:
         run.unlock()
-    assert "another process is training" in capsys.readouterr().err
-    run.manifest_path.write_text(json.dumps({"finished": {"step": 4}}))
-    assert main(["slurm", "config.yaml", "--nodes", "1", *CPUS]) == 2
-    assert "complete" in capsys.readouterr().err
+    assert main(["train", "config.yaml", "--stop-at", "2"]) == 75
+    assert "optimizer.lr: 0.02 in the run, 0.01 now" in refusal("optimizer.lr=0.01")
+    assert main(["train", "config.yaml"]) == 0
+    assert "complete" in refusal()
+    assert "optimizer.lr: 0.02 in the run, 0.01 now" in refusal("optimizer.lr=0.01", "--extend")
+    longer = "train.total_tokens=6144"
+    assert main(["slurm", "config.yaml", "--nodes", "1", *CPUS, longer, "--extend"]) == 0
+    assert given(folder)[-3:] == ["config.yaml", longer, "--extend"]
+    assert "warning: train.total_tokens was 3,072, now 6,144" in capsys.readouterr().out
+
+
+def test_a_mirror_whose_library_is_missing_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    assert main(["slurm", "config.yaml", "--nodes", "1", *CPUS, "checkpoint.mirror=s3://bucket/copies"]) == 2
+    assert capsys.readouterr().err.startswith("error: checkpoint.mirror: s3://bucket/copies: ImportError: ")
     assert not (folder / "given").exists()
-    assert main(["slurm", "config.yaml", "--nodes", "1", *CPUS, "--extend"]) == 0
-    assert given(folder)[-2:] == ["config.yaml", "--extend"]
 
 
 def test_what_slurm_says_is_passed_on(

@@ -234,6 +234,8 @@ def test_bad_batches_are_kept_with_the_places_of_their_documents(tiny_config: Ma
     assert len(seen) == 6, "the last step in the row ends the run before another is launched"
     files = sorted((config.run_folder / "bad_batches").iterdir())
     assert [path.name for path in files] == [f"step-{step:08d}-rank-00000.safetensors" for step in (5, 6)]
+    mode = config.run_folder.joinpath("metrics.jsonl").stat().st_mode
+    assert [path.stat().st_mode for path in files] == [mode, mode], "others may read them as far as the umask says"
     with safe_open(files[-1], framework="pt") as file:  # type: ignore[no-untyped-call]
         tokens, lengths = file.get_tensor("tokens"), file.get_tensor("lengths")
         record, places = (json.loads(file.metadata()[key]) for key in ("record", "places"))
