@@ -252,7 +252,7 @@ def test_a_wrong_command_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if words[0] == "org/name":
-        monkeypatch.setattr("eval.sources.check_model", lambda _: None)  # it is on the Hub
+        monkeypatch.setattr("pretrain.cli.early_checks.check_model", lambda _: None)  # it is on the Hub
     assert main(["eval", *words, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -462,7 +462,7 @@ def test_a_config_without_models_needs_some(tmp_path: Path, capsys: pytest.Captu
 
 def test_processes_get_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("eval.sources.check_model", lambda _: None)  # asks the Hub
+    monkeypatch.setattr("pretrain.cli.early_checks.check_model", lambda _: None)  # asks the Hub
     monkeypatch.setattr("pretrain.processes.torchrun.run_processes", lambda *arguments: started.append(arguments) or 75)
     words = [
         "org/name",
