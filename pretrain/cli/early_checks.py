@@ -60,7 +60,9 @@ def needs_of(options: argparse.Namespace) -> Needs:
         UserError: the suite of the command line is unknown, or a task is named twice with different settings.
     """
     files = [name for name in options.models if name.endswith((".yaml", ".yml"))]
-    config = _content(files[0]) if len(files) == 1 else {}
+    config = _content(files)
+    if config is None:
+        return Needs([], [], "packaged")
     listed = config.get("models")
     models = [_model(entry) for entry in listed] if isinstance(listed, list) else []
     models += [(name, None) for name in options.models if name not in files]
@@ -75,19 +77,21 @@ def needs_of(options: argparse.Namespace) -> Needs:
     return Needs(models, tasks, options.items or config.get("items") or "packaged")
 
 
-def _content(file: str) -> dict[str, Any]:
-    """The YAML file of an evaluation; empty if it is not a plain one, which is reported when it is checked."""
-    try:
-        content = yaml.safe_load(read_limited(Path(locate(file))))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+def _content(files: Sequence[str]) -> dict[str, Any] | None:
+    """The YAML file of an evaluation; None if it is not a plain one, which is reported when the request is checked."""
+    if not files:
         return {}
-    return content if isinstance(content, dict) and "include" not in content else {}
+    try:
+        content = yaml.safe_load(read_limited(Path(locate(files[0]))))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    return content if len(files) == 1 and isinstance(content, dict) and "include" not in content else None
 
 
 def _model(entry: Any) -> tuple[str, str | None]:
     found = entry if isinstance(entry, dict) else {"model": entry}
-    revision = found.get("revision")
-    return str(found.get("model", "")), revision if isinstance(revision, str) else None
+    model, revision = found.get("model"), found.get("revision")
+    return model if isinstance(model, str) else "", revision if isinstance(revision, str) else None
 
 
 def _tasks(entries: Any) -> list[str]:
@@ -96,7 +100,7 @@ def _tasks(entries: Any) -> list[str]:
 
 
 def _is_here(model: str) -> bool:
-    """Whether a model is on this machine, or not a path; then it is reported with the other problems of a request."""
+    """Whether a model is on this machine, or cannot be a path, which is reported when the request is checked."""
     try:
         return Path(model).expanduser().exists()
     except (OSError, RuntimeError, ValueError):

@@ -235,6 +235,30 @@ def test_items_that_only_a_silent_hub_has_are_refused_before_lm_eval_is_imported
     assert early_silence() == ""  # it would be of no use to a series that waits
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such config file"),
+        ("models: [", "not valid YAML"),
+        ("[]", "expected sections"),
+        ("models: [made/tiny]\nitems: [hub]", "items: "),
+        ("models: {a: b}\ntasks: 3", "models: "),
+        ("models: [{model: [x]}]\nitems: hub\ntasks: []\nsuite: {}", "models.0.model: "),
+    ],
+)
+def test_a_wrong_file_is_reported_whatever_the_hub_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    use("http://127.0.0.1:9", tmp_path, monkeypatch)
+    monkeypatch.setattr("pretrain.cli.early_checks.check_model", lambda _: None)
+    if content is not None:
+        (tmp_path / "c.yaml").write_text(content)
+    assert main(["eval", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "c.yaml"), str(tmp_path / "d.yaml"), "--out", "out", "--items", "hub"]) == 2
+    assert "at most one YAML file" in capsys.readouterr().err
+
+
 IMPORTED = """
 import sys
 from pretrain.cli import main
