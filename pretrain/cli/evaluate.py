@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> int:
     alone = world().size == 1
     if not options.every_checkpoint:  # a series may wait for its first checkpoint for hours
         needs = needs_of(options)
-        if needs.items == "hub" and needs.tasks:
+        if needs.data_sets:
             ask_early()
         if alone:
             needs.check()

@@ -277,12 +277,15 @@ def test_items_that_nobody_has_are_refused_before_torch_is_imported(
     requests = ["--items hub", "--items hub --suite leaderboard", "file.yaml", "other.yaml --items hub"]
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
     done = subprocess.run(
-        [sys.executable, "-c", IMPORTED, *requests, "--items hub --tasks copa"],
+        [sys.executable, "-c", IMPORTED, *requests, "--items hub --tasks copa", "--subset goldenswag"],
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["[2, 2, 2, 2, 2]", "[]"]
+    assert done.stdout.splitlines() == ["[2, 2, 2, 2, 2, 2]", "[]"]
+    *lines, subset = done.stderr.splitlines()
+    assert "cannot fetch the subset goldenswag" in subset
+    assert "it is not in the Hugging Face cache, and the Hub at http://127.0.0.1:9 cannot be reached" in subset
     expected = ["winogrande"] * 3 + ["sciq", "copa"]
-    for line, task in zip(done.stderr.splitlines(), expected, strict=True):
+    for line, task in zip(lines, expected, strict=True):
         assert f"cannot load the items of {task}: the data set" in line
         assert "the Hub at http://127.0.0.1:9 cannot be reached" in line
 

@@ -14,7 +14,7 @@ import pytest
 from eval.config import EvalConfig, ModelSection, load_eval_config
 from eval.errors import EvalError
 from eval.harness import evaluation
-from eval.identities import ItemIdentity
+from eval.item_identity import ItemIdentity
 from eval.known_tasks import check_tasks
 from eval.models import DType
 from eval.results import read_result
