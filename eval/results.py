@@ -304,6 +304,10 @@ def _contradictions(task: TaskResult) -> Iterator[str]:
             yield f"{metric} is {task[metric]}, which is not the mean of its items"
     if task.get("metric", "acc") not in task:
         yield f"metric is {task['metric']}, but it has no {task['metric']}"
+    known = {item["doc_id"] for item in items}
+    for name, subset in task.get("subsets", {}).items():
+        if subset["num_items"] != len(set(subset["doc_ids"])) or not known.issuperset(subset["doc_ids"]):
+            yield f"subsets.{name}: its doc_ids are not {subset['num_items']:,} of the items"
     if len({"source" in item for item in items}) > 1:
         yield "some items have a source and others have none"
 

@@ -17,6 +17,7 @@ from tests.eval.results import a_result, write
 
 Change = Callable[[dict[str, Any]], None]
 GROUP = {"num_items": 3, "acc": 0.5, "acc_stderr": None}
+SUBSET = {"num_items": 2, "acc": 0.5, "acc_stderr": 0.5, "origin": "file", "sha256": "0", "num_items_in_split": 2}
 OUTCOMES = {"hellaswag": [1, 0, 1], "winogrande": [0, 1, 1]}
 
 
@@ -73,6 +74,14 @@ def test_a_missing_result_is_named(tmp_path: Path) -> None:
         (lambda r: r["tasks"]["winogrande"].update(items=[]), "it has no items"),
         (lambda r: r["tasks"]["winogrande"].update(metric="acc_norm"), "metric is acc_norm, but it has no acc_norm"),
         (lambda r: r["tasks"]["winogrande"]["items"][0].update(doc_id=2), "several items have the same doc_id"),
+        (
+            lambda r: r["tasks"]["winogrande"].update(subsets={"gold": SUBSET | {"doc_ids": [0, 7]}}),
+            "tasks.winogrande: subsets.gold: its doc_ids are not 2 of the items",
+        ),
+        (
+            lambda r: r["tasks"]["winogrande"].update(subsets={"gold": SUBSET | {"doc_ids": [1]}}),
+            "tasks.winogrande: subsets.gold: its doc_ids are not 2 of the items",
+        ),
         (lambda r: r["tasks"]["winogrande"]["items"][0].update(doc_id=3), "is not one of a split of 3 items"),
         (lambda r: r["tasks"]["winogrande"]["items"][0].update(doc_id=-1), "is not one of a split of 3 items"),
         (
