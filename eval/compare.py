@@ -293,6 +293,12 @@ def _source_of(result: EvalResult) -> str:
     return f"{source.get('package', 'packaged')} (sha256 {source.get('sha256', 'unknown')[:8]})"
 
 
+def _digests(result: EvalResult) -> tuple[object, object]:
+    """What two results of the same weights agree in, at least one of the two; None for what a result does not have."""
+    model = result["model"]
+    return model.get("weights_sha256"), model.get("sha256")
+
+
 def _notes(models: Sequence[ComparedModel], results: Sequence[EvalResult], names: Sequence[str]) -> Iterator[str]:
     """Yield what a reader should know about results that can be compared."""
     left_out = {
@@ -318,6 +324,6 @@ def _notes(models: Sequence[ComparedModel], results: Sequence[EvalResult], names
                 length = result["model"]["context_length"]
                 yield f"{name}: {cut:,} texts were cut to the context of {model['label']} ({length:,} tokens)"
     for model, result in zip(models[1:], results[1:], strict=True):
-        weights = result["model"].get("weights_sha256")
-        if weights and weights == results[0]["model"].get("weights_sha256"):
+        pairs = zip(_digests(results[0]), _digests(result), strict=True)
+        if any(digest and digest == other for digest, other in pairs):
             yield f"{models[0]['label']} and {model['label']} have the same weights"

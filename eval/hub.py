@@ -15,8 +15,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
+    DisabledRepoError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -43,7 +52,8 @@ _ANY_DATA_SET = "Rowan/hellaswag"
 _early: list[Callable[[], str | Exception]] = []
 """What waits for the answer to `ask_early`, if somebody asked."""
 
-CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json", "aurora.json")
+_CONFIG = "config.json"
+CONFIG_FILES = (_CONFIG, "generation_config.json", "adapter_config.json", "aurora.json")
 TOKENIZER_FILES = (
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -102,12 +112,12 @@ def check_available(name: str, revision: str | None) -> None:
     Raises:
         EvalError: as `find_snapshot`.
     """
-    answer = _ask(name, revision)
-    if isinstance(answer, _Silence):
-        _cached(name, revision, answer)
-        return
-    with _explained(name, revision):
-        _fetch_config(name, revision)
+    # At the same time, so that a Hub which answers one question and not the other is not waited for twice.
+    for answer in (_ask_about(name, revision), _asked(lambda: _look_at_config(name, revision))):
+        outcome = answer()
+        if isinstance(outcome, Exception):
+            _cached(name, revision, _silence(name, revision, outcome))
+            return
 
 
 @contextmanager
@@ -172,6 +182,10 @@ def _gated(name: str) -> str:
     return f"{name} is gated: request access at {_endpoint()}/{name}, then set HF_TOKEN or run `hf auth login`"
 
 
+def _no_config(name: str) -> str:
+    return f"{name} is not a model that transformers can load: it has no {_CONFIG}"
+
+
 def _label(name: str, revision: str | None) -> str:
     return f"{name}@{revision}" if revision else name
 
@@ -182,9 +196,25 @@ def _ask(name: str, revision: str | None) -> ModelInfo | _Silence:
     Raises:
         EvalError: the Hub says that there is none, or that access is not granted.
     """
-    answer = _answer(lambda: HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS))
-    if isinstance(answer, ModelInfo):
-        return answer
+    answer = _ask_about(name, revision)()
+    return answer if isinstance(answer, ModelInfo) else _silence(name, revision, answer)
+
+
+def _ask_about(name: str, revision: str | None) -> Callable[[], ModelInfo | Exception]:
+    return _asked(lambda: HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS))
+
+
+def _look_at_config(name: str, revision: str | None) -> object:
+    """Ask for the size of a model's config, which only those get who have access."""
+    return get_hf_file_metadata(hf_hub_url(name, _CONFIG, revision=revision), timeout=ANSWER_SECONDS)
+
+
+def _silence(name: str, revision: str | None, answer: Exception) -> _Silence:
+    """Return why the Hub says nothing about a model.
+
+    Raises:
+        EvalError: it does: there is no such model or revision, or access is not granted.
+    """
     where = f"the Hub at {_endpoint()}"
     if isinstance(answer, GatedRepoError):
         raise EvalError(_gated(name)) from answer
@@ -194,6 +224,8 @@ def _ask(name: str, revision: str | None) -> ModelInfo | _Silence:
         raise EvalError(
             f"{name} is neither a local folder nor a model on {where} (or it is private and no token is set)"
         ) from answer
+    if isinstance(answer, RemoteEntryNotFoundError):
+        raise EvalError(_no_config(name)) from answer
     return _Silence(f"{where} {_reason(answer)}")
 
 
@@ -205,16 +237,15 @@ def ask_early() -> None:
     _early[:] = [_started(ANSWER_SECONDS, lambda: silence_about(_ANY_DATA_SET))]
 
 
-def why_no_data_set() -> str:
-    """Return why no data set can be had, after `ask_early`; empty if one may be in the cache, or the Hub answers."""
-    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
-    cached = (*prepared.glob("*"), *Path(constants.HF_HUB_CACHE).glob("datasets--*"))
-    return "" if cached else early_silence()
+def early_silence(*, keep: bool = False) -> str:
+    """Return why the Hub says nothing, once after each `ask_early`; empty if it does, or was not asked.
 
-
-def early_silence() -> str:
-    """Return why the Hub says nothing, once after each `ask_early`; empty if it does, or was not asked."""
-    answer = _early.pop()() if _early else ""
+    Args:
+        keep: whether the answer is for the next caller as well.
+    """
+    answer = _early[0]() if _early else ""
+    if not keep:
+        _early.clear()
     return f"the Hub at {_endpoint()} {_reason(answer)}" if isinstance(answer, Exception) else answer
 
 
@@ -230,6 +261,11 @@ def silence_about(data_set: str) -> str:
 
 def _answer(ask: Callable[[], T]) -> T | Exception:
     """What the Hub answers within `ANSWER_SECONDS`; it is asked again while it fails."""
+    return _asked(ask)()
+
+
+def _asked(ask: Callable[[], T]) -> Callable[[], T | Exception]:
+    """Start to ask the Hub; return what waits for its answer, as `_answer`."""
     deadline = time.monotonic() + ANSWER_SECONDS
 
     def ask_again() -> T:
@@ -242,13 +278,15 @@ def _answer(ask: Callable[[], T]) -> T | Exception:
                 time.sleep(pause)
         return ask()
 
-    return outcome_within(ANSWER_SECONDS, ask_again)
+    return _started(ANSWER_SECONDS, ask_again)
 
 
 def _reason(error: BaseException) -> str:
     """What went wrong with the Hub, without the URL, which may be signed."""
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, DisabledRepoError):
+        return "has disabled access to it"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         hint = "check the token in HF_TOKEN" if status in (401, 403) else "try again later"
@@ -257,8 +295,10 @@ def _reason(error: BaseException) -> str:
         return "was not contacted because HF_HUB_OFFLINE is set"
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"did not answer within {ANSWER_SECONDS:g} seconds; check the network, or try again later"
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, LookupError, TypeError, AttributeError, FileMetadataError)):
         return f"returned an invalid response ({type(error).__name__})"
+    if type(error) is OSError:  # the client's complaint about the size of a file
+        return "sent an incomplete file; try again later"
     return "cannot be reached; check the name or the network"
 
 
@@ -291,9 +331,9 @@ def _download(name: str, revision: str | None, info: ModelInfo, with_code: bool)
 def _fetch_config(name: str, revision: str | None) -> Path:
     try:
         # By its branch, so that the cache knows the branch's commit; everything else by that commit.
-        return _fetch(name, "config.json", revision)
+        return _fetch(name, _CONFIG, revision)
     except RemoteEntryNotFoundError as error:
-        raise EvalError(f"{name} is not a model that transformers can load: it has no config.json") from error
+        raise EvalError(_no_config(name)) from error
 
 
 def _fetch(name: str, file: str, revision: str | None) -> Path:

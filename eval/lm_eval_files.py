@@ -51,6 +51,11 @@ class _Recorded(LM):
         for request in requests:
             # lm-eval numbers the documents that it goes through, and their requests.
             item = self._items[str(request.task_name)][request.doc_id]
+            if request.idx >= len(item["log_likelihoods"]):
+                raise EvalError(
+                    f"item {item['doc_id']} of {request.task_name} has {len(item['log_likelihoods'])} log-likelihoods"
+                    " in the result, and more choices; evaluate again"
+                )
             scores.append((item["log_likelihoods"][request.idx], item["greedy"][request.idx]))
         return scores
 

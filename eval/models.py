@@ -23,7 +23,7 @@ from pretrain.files import file_sha256
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 
-# Architectures that predict a token from both sides, or no token at all. Others are found out by `_sees_ahead`.
+# Architectures that predict a token from both sides, or no token at all. Others are found out by `_probe`.
 _NOT_CAUSAL = re.compile(
     r"\w+For(MaskedLM|PreTraining|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice"
     r"|NextSentencePrediction)"
@@ -62,7 +62,7 @@ def load_model(
     model, tokenizer = _load(name, folder, dtype, trust_remote_code)
     try:
         model.to(device)
-        sees_ahead = _sees_ahead(model, min(16, resolve_max_length(model.config, tokenizer)))
+        sees_ahead, is_flat = _probe(model, min(16, resolve_max_length(model.config, tokenizer)))
     except torch.OutOfMemoryError as error:
         gigabytes = model.num_parameters() * model.dtype.itemsize / 1e9
         raise EvalError(
@@ -76,6 +76,9 @@ def load_model(
             f"{name} is not a causal language model: what it predicts for a token depends on later ones"
             f" ({type(model).__name__}, an encoder); only models that read from left to right can be evaluated"
         )
+    if is_flat:
+        # All answers would be equally likely, and the first one would win.
+        raise EvalError(f"{name} gives every token the same probability; its weights may be damaged")
     identity = _identify(identity, folder, model, tokenizer, trust_remote_code)
     say(progress, _description(identity, device))
     return model, tokenizer, identity
@@ -193,15 +196,18 @@ def _check_weights(name: str, model: PreTrainedModel, info: dict[str, Any]) -> N
 
 
 @torch.inference_mode()
-def _sees_ahead(model: PreTrainedModel, length: int) -> bool:
-    """Return whether the logits of the first of `length` tokens depend on those behind it."""
+def _probe(model: PreTrainedModel, length: int) -> tuple[bool, bool]:
+    """Return whether the logits of the first of `length` tokens depend on those behind it, and whether they are flat.
+
+    The former is true of encoders, the latter of damaged weights.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     first = torch.full((1, length), rows // 2, device=model.device)
     behind = torch.arange(1, length, device=model.device)
     one, other = (model(first.index_fill(1, behind, token)).logits[0, 0].float() for token in (0, rows - 1))
     # Sums in another order make a difference on some devices.
     tolerance = max(1e-5, 4 * torch.finfo(model.dtype).eps) * float(one.abs().max())
-    return float((one - other).abs().max()) > tolerance
+    return float((one - other).abs().max()) > tolerance, bool((one == one[0]).all())
 
 
 def _identify(

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from eval.controls import items_of
 from eval.errors import EvalError
-from eval.identities import ItemIdentity
+from eval.item_identity import ItemIdentity
 from eval.overlap_report import OverlapReport, TaskReport
 from eval.schema import EvalResult, ItemOutcome, TaskResult
 from eval.subsets import SubsetList

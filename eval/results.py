@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import types
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from eval.errors import EvalError
-from eval.schema import SCHEMA_VERSION, EvalResult, ModelIdentity, TaskResult
+from eval.schema import SCHEMA_VERSION, EvalResult, GroupResult, ModelIdentity, TaskResult
 from eval.scores import shots_of
 from eval.suites import TaskChoice
 from eval.validity_schema import BitsPerByte
@@ -20,6 +21,7 @@ from pretrain.files import replace_text
 
 RESULT_FILE = "results.json"
 _MOST_PROBLEMS = 10  # shown for one file
+_LARGEST = 10**18  # of whole numbers; figures are made of quotients of them
 
 
 def write_result(result: EvalResult, out_dir: Path) -> Path:
@@ -220,9 +222,7 @@ def read_result(path: Path) -> EvalResult:
         result = cast(EvalResult, content)
         problems = [f"tasks.{name}: {text}" for name, task in result["tasks"].items() for text in _contradictions(task)]
         for name, group in result.get("groups", {}).items():
-            problems += [f"groups.{name}: it has no tasks"] if not group["tasks"] else []
-            absent = [task for task in group["tasks"] if task not in result["tasks"]]
-            problems += [f"groups.{name}.tasks: not in the result: {', '.join(absent)}"] if absent else []
+            problems += [f"groups.{name}{text}" for text in _group_contradictions(group, result["tasks"])]
         for name, measured in result.get("bits_per_byte", {}).items():
             problems += [f"bits_per_byte.{name}: {text}" for text in _bits_contradictions(measured)]
     if problems:
@@ -251,10 +251,13 @@ def _mismatches(kind: Any, value: Any, where: str) -> Iterator[str]:
         for name, part in parts:
             yield from _mismatches(get_args(kind)[-1], part, f"{where}.{name}")
     elif kind is float:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        # Whole numbers are compared exactly, however large.
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             yield f"{where} is {_short(value)}, expected a finite number"
     elif type(value) is not kind:
         yield f"{where} is {_short(value)}, expected {kind.__name__}"
+    elif kind is int and not abs(value) < _LARGEST:
+        yield f"{where} is {_short(value)}, expected a whole number of at most 18 digits"
 
 
 def _key_mismatches(kind: Any, value: Any, where: str) -> Iterator[str]:
@@ -282,8 +285,15 @@ def _contradictions(task: TaskResult) -> Iterator[str]:
         return
     if task["num_items"] != len(items):
         yield f"num_items is {task['num_items']:,}, but it has {len(items):,} items"
+    if task["num_items_in_split"] < len(items):
+        yield f"num_items_in_split is {task['num_items_in_split']:,}, but it has {len(items):,} items"
     if len({item["doc_id"] for item in items}) < len(items):
         yield "several items have the same doc_id"
+    if not all(0 <= item["doc_id"] < task["num_items_in_split"] for item in items):
+        yield f"the doc_id of an item is not one of a split of {task['num_items_in_split']:,} items"
+    complete = [item for item in items if "greedy" in item and "log_likelihoods" in item]
+    if any(len(item["greedy"]) != len(item["log_likelihoods"]) for item in complete):
+        yield "an item has not as many log_likelihoods as greedy"
     for metric in ("acc", "acc_norm"):
         outcomes = [item.get(metric) for item in items]
         if metric not in task:
@@ -294,8 +304,28 @@ def _contradictions(task: TaskResult) -> Iterator[str]:
             yield f"{metric} is {task[metric]}, which is not the mean of its items"
     if task.get("metric", "acc") not in task:
         yield f"metric is {task['metric']}, but it has no {task['metric']}"
+    known = {item["doc_id"] for item in items}
+    for name, subset in task.get("subsets", {}).items():
+        if subset["num_items"] != len(set(subset["doc_ids"])) or not known.issuperset(subset["doc_ids"]):
+            yield f"subsets.{name}: its doc_ids are not {subset['num_items']:,} of the items"
     if len({"source" in item for item in items}) > 1:
         yield "some items have a source and others have none"
+
+
+def _group_contradictions(group: GroupResult, tasks: Mapping[str, TaskResult]) -> Iterator[str]:
+    """Yield what of a group's result cannot be true of its tasks, however it weighs them."""
+    absent = [task for task in group["tasks"] if task not in tasks]
+    if not group["tasks"]:
+        yield ": it has no tasks"
+    elif absent:
+        yield f".tasks: not in the result: {', '.join(absent)}"
+    else:
+        members = [tasks[name] for name in group["tasks"]]
+        count, accuracies = sum(task["num_items"] for task in members), [task["acc"] for task in members]
+        if group["num_items"] != count:
+            yield f": num_items is {group['num_items']:,}, but its tasks have {count:,} items"
+        if not min(accuracies) - 1e-9 <= group["acc"] <= max(accuracies) + 1e-9:
+            yield f": acc is {group['acc']}, but those of its tasks are {min(accuracies)} to {max(accuracies)}"
 
 
 def _bits_contradictions(text: BitsPerByte) -> Iterator[str]:

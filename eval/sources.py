@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from eval.errors import EvalError
 from eval.hub import check_available, find_snapshot
 
@@ -45,6 +48,10 @@ def locate_model(model: str | Path, revision: str | None = None) -> ModelSource:
     if folder.exists() or not hub_id:
         raise EvalError(f"no model at {model}: neither a Hugging Face folder nor a valid Hub id")
     name, in_name = hub_id.groups()
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise EvalError(f"no model at {model}: neither a Hugging Face folder nor a valid Hub id: {error}") from error
     if revision is not None and in_name is not None and revision != in_name:
         raise EvalError(f"{model} names another revision than the one given, {revision!r}; give one of them")
     return ModelSource("hub", name, revision or in_name)

@@ -17,8 +17,8 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 
 from eval.errors import EvalError, first_line
-from eval.hub import outcome_within, silence_about
-from eval.identities import IDENTIFYING_COLUMNS, ItemIdentity
+from eval.hub import early_silence, outcome_within, silence_about
+from eval.item_identity import IDENTIFYING_COLUMNS, ItemIdentity
 from pretrain.files import at_home
 from pretrain.processes.errors import did_you_mean
 from pretrain.processes.redaction import redact
@@ -114,7 +114,7 @@ def read_subset(request: str) -> SubsetList:
 
 def _from_hub(name: str, subset: HubSubset) -> SubsetList:
     hub = redact(constants.ENDPOINT)
-    silence = silence_about(subset.repository)
+    silence = early_silence(keep=True) or silence_about(subset.repository)
     options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": [subset.files]}
     outcome = outcome_within(
         _DOWNLOAD_SECONDS,

@@ -22,7 +22,7 @@ from pretrain.export.card import CardScore
 from pretrain.export.folder import ExportError
 from pretrain.launch import train
 from tests.conftest import SMALL_VOCABULARY, TINY, merged
-from tests.eval.results import a_result, write
+from tests.eval.results import a_group, a_result, write
 from tests.test_export import card, llama, read_json, save
 
 
@@ -174,11 +174,7 @@ def test_a_group_of_tasks_is_one_line_of_the_card(trained: Config, tmp_path: Pat
     result["model"]["provenance"] = {"run_name": "tiny", "step": 2, "tokens": 1}
     for task in ("mmlu_a", "mmlu_b"):
         result["tasks"][task] |= {"num_fewshot": 5, "metric": "acc"}
-        result["tasks"][task]["acc"] = result["tasks"][task]["acc_norm"]
-        for item in result["tasks"][task]["items"]:
-            item["acc"] = item["acc_norm"]
-    names = ["mmlu_a", "mmlu_b"]
-    result["groups"] = {"mmlu": {"tasks": names, "num_items": 4, "acc": 0.5, "acc_stderr": 0.25}}
+    result["groups"] = {"mmlu": a_group(result, ["mmlu_a", "mmlu_b"])}
     shutil.rmtree(trained.run_folder / "eval", ignore_errors=True)
     write(trained.run_folder / "eval" / "mmlu", result)
     assert main(["export", str(trained.run_folder), str(tmp_path / "out")]) == 0

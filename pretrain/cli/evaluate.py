@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,24 +134,20 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate the models, or the checkpoints of a run."""
     # Imported here: `aurora --help` loads neither torch nor pydantic.
     from eval.hub import ask_early
+    from pretrain.cli.early_checks import needs_of
     from pretrain.processes.torchrun import run_processes
 
     _check_series(options)
     alone = world().size == 1
-    if alone:
-        _check_on_the_hub(options)
-    # A series may wait for its first checkpoint for hours, and the Hub's answer would be old.
-    early = not options.every_checkpoint
-    if early and options.items == "hub":
-        ask_early()
+    if not options.every_checkpoint:  # a series may wait for its first checkpoint for hours
+        needs = needs_of(options)
+        if needs.data_sets:
+            ask_early()
+        if alone:
+            needs.check()
     from pretrain.cli.evaluation_plan import check_plan, plan_of
 
     plan = plan_of(options)
-    if early and plan.settings["items"] == "hub" and plan.tasks:
-        if options.items is None:  # the file says so
-            ask_early()
-        if alone:
-            _check_the_hub_for([task.name for task in plan.tasks])
     if options.processes > 1 and alone:
         return run_processes(options.processes, ["eval", *_arguments(options)])
 
@@ -184,51 +179,6 @@ def _check_series(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: works only with --every-checkpoint")
     if options.out is None:
         raise UserError("--out DIR is missing: the folder to write the result to")
-
-
-def _check_on_the_hub(options: argparse.Namespace) -> None:
-    """Check that a single model that is not on this machine can be had, before torch and lm-eval are imported.
-
-    That takes seconds, and so may the Hub; so the names of the tasks are checked first.
-
-    Raises:
-        UserError: it cannot, or a task is unknown.
-    """
-    from eval.known_tasks import check_tasks
-    from eval.sources import check_model, locate_model
-    from eval.suites import choose, suite
-
-    name = options.models[0]
-    if len(options.models) > 1 or options.every_checkpoint or name.endswith((".yaml", ".yml")):
-        return
-    try:
-        is_here = Path(name).expanduser().exists()
-    except (OSError, RuntimeError):  # not a path; what it should be is said with the other problems of the request
-        return
-    if is_here:
-        return
-    named = [*(suite(options.suite) if options.suite else ()), *(options.tasks or ())]
-    if named:
-        check_tasks(choose(named, options.shots), options.items or "packaged")
-    check_model(locate_model(name))
-
-
-def _check_the_hub_for(tasks: Sequence[str]) -> None:
-    """Check that the Hub answers if nothing is in its cache, before lm-eval is imported.
-
-    Raises:
-        UserError: it does not.
-    """
-    from eval.hub import why_no_data_set
-    from eval.known_tasks import HUB_TASKS
-
-    hopeless = why_no_data_set()
-    # Others may read files that are not on the Hub.
-    if hopeless and HUB_TASKS.issuperset(tasks):
-        raise UserError(
-            f"cannot load the items of {tasks[0]}: the Hugging Face cache has no data set, and {hopeless}; packaged"
-            " items need no network (--items packaged)"
-        )
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:

@@ -124,7 +124,6 @@ def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
         UserError: one line for each problem.
     """
     from eval.harness import check_request
-    from eval.sources import check_model
     from eval.texts import text_problems
     from pretrain.cli.evaluated_models import locate
     from pretrain.cli.result import mark_problems, marks_asked
@@ -140,9 +139,6 @@ def check_plan(plan: Plan, out: Path, overwrite: bool) -> None:
             if not overwrite:
                 name, kind = (source.name, source.kind) if source else (model.model, "folder")
                 check_folder(plan, plan.folder(model, out), name, kind, marks)
-            # One of several models that is missing does not stop the others. One on the command line was asked for.
-            if source and plan.apart and len(plan.models) == 1:
-                check_model(source)
         except UserError as error:
             problems.append(str(error))
     if problems:

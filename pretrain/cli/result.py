@@ -158,13 +158,15 @@ def _mark(result: EvalResult, marks: Marks) -> list[str]:
     if not marks:
         return []
     from eval.controls import items_of
-    from eval.identities import item_identities
     from eval.overlap_report import read_overlap_report
     from eval.parts import add_subset, mark_overlap
     from eval.subsets import read_subset
 
     report = read_overlap_report(marks.overlap) if marks.overlap else None
     subsets = [read_subset(request) for request in marks.subsets]
+    # Loads lm-eval, which takes seconds, and so may the Hub.
+    from eval.identities import item_identities
+
     tasks = list(dict.fromkeys(map(items_of, result["tasks"])))
     identities = item_identities(tasks, items=result["items_source"]["kind"]) if tasks else {}
     notes = mark_overlap(result, report, identities) if report else []

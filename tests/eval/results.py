@@ -12,7 +12,7 @@ def a_result(
     sources: Mapping[str, Sequence[str]] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """A result with the given outcomes by task; WinoGrande has no acc_norm; elsewhere acc is 0."""
+    """A result with the given outcomes by task; WinoGrande and MMLU have no acc_norm; elsewhere acc is 0."""
     tasks = {task: a_task(task, values, (sources or {}).get(task)) for task, values in outcomes.items()}
     return {
         "schema_version": 1,
@@ -33,7 +33,7 @@ def a_result(
 
 
 def a_task(task: str, values: Sequence[int], sources: Sequence[str] | None) -> dict[str, Any]:
-    has_norm = task != "winogrande"
+    has_norm = not task.startswith(("winogrande", "mmlu"))
     items: list[dict[str, Any]] = []
     for place, value in enumerate(values):
         item = {"doc_id": place, "doc_hash": f"{task}-{place}", "acc": 0 if has_norm else value}
@@ -52,6 +52,12 @@ def a_task(task: str, values: Sequence[int], sources: Sequence[str] | None) -> d
         "num_truncated_requests": 0,
         "items": items,
     }
+
+
+def a_group(result: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    """The group of some tasks of a result, all of whose items count alike."""
+    items = [item["acc"] for task in tasks for item in result["tasks"][task]["items"]]
+    return {"tasks": [*tasks], "num_items": len(items), "acc": sum(items) / len(items), "acc_stderr": 0.03}
 
 
 def write(folder: Path, result: Any) -> Path:

@@ -174,6 +174,10 @@ def test_notes_say_what_a_reader_should_know(tmp_path: Path) -> None:
         "piqa: 3 texts were cut to the context of b (128 tokens)",
         "a and b have the same weights",
     ]
+    hub = [a_result({"piqa": [0, 1]}, "a") for _ in range(3)]
+    for result, digest in zip(hub, "001", strict=True):
+        result["model"].update(source="hub", revision="0" * 40, sha256=digest)
+    assert compared(tmp_path, *hub)["notes"] == [f"{tmp_path}/r0 and {tmp_path}/r1 have the same weights"]
 
 
 # --- refusals -----------------------------------------------------------------------------------

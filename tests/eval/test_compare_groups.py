@@ -10,7 +10,7 @@ from eval.compare_tables import render
 from eval.errors import EvalError
 from eval.flips import flipped_items
 from eval.item_texts import ItemView
-from tests.eval.results import a_result
+from tests.eval.results import a_group, a_result
 from tests.eval.test_compare import compared, outcomes
 
 # --- groups of tasks ----------------------------------------------------------------------------
@@ -22,8 +22,7 @@ def with_group(name: str, seed: int, **changes: int) -> dict[str, Any]:
     sizes = {"winogrande": 50, **SUBJECTS, **changes}
     sources = {task: [f"{place // 2}" for place in range(size)] for task, size in sizes.items() if task != "winogrande"}
     result = a_result({task: outcomes(size, 0.5, seed) for task, size in sizes.items()}, name, sources)
-    items = sum(SUBJECTS.values())
-    result["groups"] = {"mmlu": {"tasks": [*SUBJECTS], "num_items": items, "acc": 0.5, "acc_stderr": 0.03}}
+    result["groups"] = {"mmlu": a_group(result, [*SUBJECTS])}
     return result
 
 
@@ -56,7 +55,7 @@ def test_tasks_of_a_group_can_be_chosen(tmp_path: Path) -> None:
 
 def test_groups_of_different_tasks_are_compared_task_by_task(tmp_path: Path) -> None:
     one, two = with_group("a", 1), with_group("b", 2)
-    two["groups"]["mmlu"]["tasks"] = ["mmlu_law"]
+    two["groups"]["mmlu"] = a_group(two, ["mmlu_law"])
     found = compared(tmp_path, one, two)
     assert [row["task"] for row in found["comparisons"]] == ["winogrande", *SUBJECTS]
     assert "members" not in found

@@ -381,6 +381,12 @@ def shrink_the_vocabulary(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
 
 
+def blank_the_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    blank = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    save_file(blank, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -391,6 +397,7 @@ def shrink_the_vocabulary(folder: Path) -> None:
         (remove_tokenizer, "cannot load the model .*: it has no tokenizer: no tokenizer.json"),
         (drop_a_weight, r"incomplete: 1 missing.*model\.layers\.1\.mlp\.up_proj\.weight"),
         (reshape_a_weight, r"model\.norm\.weight"),
+        (blank_the_weights, "gives every token the same probability; its weights may be damaged"),
         (shrink_the_vocabulary, "has tokens up to number 8,191, but the model knows only 100"),
     ],
 )

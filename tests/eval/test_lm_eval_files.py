@@ -153,12 +153,15 @@ def test_what_cannot_be_written_faithfully_is_refused(
 
     without = spoilt()
     del without["tasks"]["winogrande"]["items"][2]["greedy"]
+    short = spoilt()
+    short["tasks"]["winogrande"]["items"][2].update(log_likelihoods=[-1.0], greedy=[True])
     other_version = spoilt()
     other_version["tasks"]["hellaswag"]["version"] = 2.0
     other_items = spoilt()
     other_items["tasks"]["arc_easy"]["items"][1]["doc_hash"] = "0" * 64
     for broken, message in (
         (without, "no log-likelihoods or no greedy choices for winogrande"),
+        (short, "item 2 of winogrande has 1 log-likelihoods in the result, and more choices"),
         (other_version, "version 2.0 of hellaswag, and this lm-eval"),
         (other_items, "1 of 6 items of arc_easy are not those of the result"),
         ({**spoilt(), "tasks": {}}, "no tasks"),

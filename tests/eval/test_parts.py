@@ -19,7 +19,8 @@ from eval.compare_tables import render
 from eval.controls import write_controls
 from eval.errors import EvalError
 from eval.harness import evaluate
-from eval.identities import ItemIdentity, item_identities
+from eval.identities import item_identities
+from eval.item_identity import ItemIdentity
 from eval.item_texts import item_texts
 from eval.overlap_report import read_overlap_report, text_hash
 from eval.parts import add_subset, mark_overlap

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from eval import identities, lm_eval_files
 from eval.harness import evaluate
-from eval.identities import ItemIdentity
+from eval.item_identity import ItemIdentity
 from eval.item_texts import item_texts
 from eval.overlap_report import text_hash
 from eval.results import read_result, write_result
@@ -201,3 +204,21 @@ def test_a_marked_result_replaces_its_own_file_and_no_other(
     assert f"result in {mine}" in capsys.readouterr().out
     assert list(read_result(mine)["tasks"]["hellaswag"]["subsets"]) == ["one"]
     assert (other / "results.json").read_bytes() == before
+
+
+IMPORTED = """
+import sys
+from pretrain.cli import main
+print(main(["result", sys.argv[1], "--subset", "goldenswag"]))
+print(sorted({"torch", "datasets", "lm_eval"} & sys.modules.keys()))
+"""
+
+
+def test_a_subset_that_nobody_has_is_refused_before_lm_eval_is_imported(tmp_path: Path) -> None:
+    made_up = write(tmp_path / "out", a_result({"hellaswag": [1, 0]}))
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    command = [sys.executable, "-c", IMPORTED, str(made_up)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines() == ["2", "[]"]
+    (line,) = done.stderr.splitlines()
+    assert "cannot fetch the subset goldenswag" in line

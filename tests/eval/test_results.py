@@ -17,6 +17,7 @@ from tests.eval.results import a_result, write
 
 Change = Callable[[dict[str, Any]], None]
 GROUP = {"num_items": 3, "acc": 0.5, "acc_stderr": None}
+SUBSET = {"num_items": 2, "acc": 0.5, "acc_stderr": 0.5, "origin": "file", "sha256": "0", "num_items_in_split": 2}
 OUTCOMES = {"hellaswag": [1, 0, 1], "winogrande": [0, 1, 1]}
 
 
@@ -73,9 +74,34 @@ def test_a_missing_result_is_named(tmp_path: Path) -> None:
         (lambda r: r["tasks"]["winogrande"].update(items=[]), "it has no items"),
         (lambda r: r["tasks"]["winogrande"].update(metric="acc_norm"), "metric is acc_norm, but it has no acc_norm"),
         (lambda r: r["tasks"]["winogrande"]["items"][0].update(doc_id=2), "several items have the same doc_id"),
+        (
+            lambda r: r["tasks"]["winogrande"].update(subsets={"gold": SUBSET | {"doc_ids": [0, 7]}}),
+            "tasks.winogrande: subsets.gold: its doc_ids are not 2 of the items",
+        ),
+        (
+            lambda r: r["tasks"]["winogrande"].update(subsets={"gold": SUBSET | {"doc_ids": [1]}}),
+            "tasks.winogrande: subsets.gold: its doc_ids are not 2 of the items",
+        ),
+        (lambda r: r["tasks"]["winogrande"]["items"][0].update(doc_id=3), "is not one of a split of 3 items"),
+        (lambda r: r["tasks"]["winogrande"]["items"][0].update(doc_id=-1), "is not one of a split of 3 items"),
+        (
+            lambda r: r["tasks"]["winogrande"]["items"][0].update(greedy=[True], log_likelihoods=[-1, -2]),
+            "an item has not as many log_likelihoods as greedy",
+        ),
         (lambda r: r["tasks"]["winogrande"]["items"][0].update(source="x"), "some items have a source"),
         (lambda r: r.update(groups={"g": {**GROUP, "tasks": ["none"]}}), "groups.g.tasks: not in the result: none"),
         (lambda r: r.update(groups={"g": {**GROUP, "tasks": []}}), "groups.g: it has no tasks"),
+        (
+            lambda r: r.update(groups={"g": {**GROUP, "acc": 0.9, "tasks": ["winogrande"]}}),
+            "groups.g: acc is 0.9, but those of its tasks are 0.66",
+        ),
+        (
+            lambda r: r.update(groups={"g": {**GROUP, "tasks": ["winogrande", "hellaswag"]}}),
+            "groups.g: num_items is 3, but its tasks have 6 items",
+        ),
+        (lambda r: r["tasks"]["winogrande"].update(num_items_in_split=2), "num_items_in_split is 2, but it has 3"),
+        (lambda r: r.update(seconds=10**400), "seconds is 1000000000000000000000000000000000000000..., expected a fin"),
+        (lambda r: r["model"].update(parameters=10**400), "expected a whole number of at most 18 digits"),
         (
             lambda r: r["tasks"]["winogrande"]["items"][0].update(log_likelihoods=[-1, float("inf")]),
             "log_likelihoods.1 is inf, expected a finite",

@@ -19,7 +19,7 @@ from eval.scores import bits_interval, group_of, scores, shots_of
 from pretrain.cli.compared_models import measured_models
 from pretrain.cli.evaluated_runs import evaluations
 from pretrain.report.evaluated import evaluation_panels
-from tests.eval.results import a_result, write
+from tests.eval.results import a_group, a_result, write
 
 SUBJECTS = [f"mmlu_subject{place}" for place in range(57)]
 
@@ -70,14 +70,8 @@ def clustered(step: int = 20) -> dict[str, Any]:
     }
     result = a_result(outcomes, sources={"hellaswag": [f"video{place // 3}" for place in range(90)]})
     for name in ("mmlu_law", "mmlu_virology"):
-        task = result["tasks"][name]
-        task.update(acc=task.pop("acc_norm"), acc_stderr=task.pop("acc_norm_stderr"), num_fewshot=5, metric="acc")
-        for item in task["items"]:
-            item["acc"] = item.pop("acc_norm")
-    mean = (27 + 6) / 48
-    result["groups"] = {
-        "mmlu": {"tasks": ["mmlu_law", "mmlu_virology"], "num_items": 48, "acc": mean, "acc_stderr": 0.02}
-    }
+        result["tasks"][name].update(num_fewshot=5, metric="acc")
+    result["groups"] = {"mmlu": a_group(result, ["mmlu_law", "mmlu_virology"]) | {"acc_stderr": 0.02}}
     documents = [
         {"doc_hash": str(place), "bytes": 100 + place, "tokens": 9, "bits": float(place * place)} for place in range(30)
     ]
@@ -125,13 +119,9 @@ def test_every_table_and_page_has_the_same_interval(tmp_path: Path) -> None:
 def test_a_group_of_tasks_is_one_score_and_one_panel(tmp_path: Path) -> None:
     for step in (10, 20):
         result = a_result({"winogrande": [1, 0]} | {name: [1, 0, step // 20] for name in SUBJECTS}, suite="mmlu")
-        mean = (1 + step // 20) / 3
-        result["groups"] = {"mmlu": {"tasks": SUBJECTS, "num_items": 171, "acc": mean, "acc_stderr": 0.02}}
+        result["groups"] = {"mmlu": a_group(result, SUBJECTS) | {"acc_stderr": 0.02}}
         for name in SUBJECTS:
-            task = result["tasks"][name]
-            task.update(acc=task.pop("acc_norm"), acc_stderr=task.pop("acc_norm_stderr"), metric="acc")
-            for item in task["items"]:
-                item["acc"] = item.pop("acc_norm")
+            result["tasks"][name]["metric"] = "acc"
         result["model"]["provenance"] = {"run_name": "a", "step": step, "tokens": 100 * step}
         write(tmp_path / "eval" / f"step-{step}", result)
     found = evaluations({"a": tmp_path})

@@ -14,7 +14,7 @@ import pytest
 from eval.config import EvalConfig, ModelSection, load_eval_config
 from eval.errors import EvalError
 from eval.harness import evaluation
-from eval.identities import ItemIdentity
+from eval.item_identity import ItemIdentity
 from eval.known_tasks import check_tasks
 from eval.models import DType
 from eval.results import read_result
@@ -252,7 +252,7 @@ def test_a_wrong_command_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if words[0] == "org/name":
-        monkeypatch.setattr("eval.sources.check_model", lambda _: None)  # it is on the Hub
+        monkeypatch.setattr("pretrain.cli.early_checks.check_model", lambda _: None)  # it is on the Hub
     assert main(["eval", *words, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -462,7 +462,7 @@ def test_a_config_without_models_needs_some(tmp_path: Path, capsys: pytest.Captu
 
 def test_processes_get_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("eval.sources.check_model", lambda _: None)  # asks the Hub
+    monkeypatch.setattr("pretrain.cli.early_checks.check_model", lambda _: None)  # asks the Hub
     monkeypatch.setattr("pretrain.processes.torchrun.run_processes", lambda *arguments: started.append(arguments) or 75)
     words = [
         "org/name",

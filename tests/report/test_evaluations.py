@@ -174,7 +174,9 @@ def test_scores_beyond_accuracy(tmp_path: Path) -> None:
     result = a_result(tasks, suite="everything")
     for name, task in result["tasks"].items():
         if name != "hellaswag":
-            task.update(acc=task.pop("acc_norm"), acc_stderr=task.pop("acc_norm_stderr"), num_fewshot=5, metric="acc")
+            task.update(num_fewshot=5, metric="acc")
+        if name == "lambada_openai":
+            task.update(acc=task.pop("acc_norm"), acc_stderr=task.pop("acc_norm_stderr"))
             for item in task["items"]:
                 item["acc"] = item.pop("acc_norm")
     result["tasks"]["lambada_openai"].update(perplexity=12.5, perplexity_stderr=0.7, note="other items than published")
