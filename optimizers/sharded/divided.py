@@ -94,6 +94,8 @@ class DividedMatrices(WholeMatrices):
     def turns(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> list[WholeTurn]:
         """The rounds of the plan for these parameters."""
         places = placed_blocks(params, group)
+        if not places:
+            return []
         known = list(places)
         owners = [team[0] for team in self.plan(known, group).teams]
         found: list[WholeTurn] = []

@@ -98,6 +98,19 @@ def compare(
     }
 
 
+def empty() -> bool:
+    """A step of nothing but an empty matrix and a gain."""
+    start_gloo()
+    params = [torch.zeros(5, 0, requires_grad=True), torch.ones(3, requires_grad=True)]
+    optimizer = Aurora([{"params": params[:1], "kind": "matrix"}, {"params": params[1:], "kind": "adamw"}])
+    optimizer.bind(DividedMatrices())
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    dist.destroy_process_group()
+    return bool((params[1] < 1).all())
+
+
 def network(seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 6), nn.Linear(6, 24))

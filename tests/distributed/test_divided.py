@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.neurons.telemetry import load_arrays, measurements
-from tests.distributed.divided import compare, joined, refused, wrapped
+from tests.distributed.divided import compare, empty, joined, refused, wrapped
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import run, tensors
 from tests.distributed.sharded import SHAPES
@@ -92,6 +92,10 @@ def test_a_nan_on_one_rank_makes_all_skip() -> None:
 
 def _compare_with_nan() -> dict[str, Any]:
     return compare({"polar": "svd"}, nan_on=1)
+
+
+def test_empty_matrices_need_no_plan() -> None:
+    assert run_ranks(2, empty) == [True, True]
 
 
 def test_an_optimizer_of_a_distributed_model_divides_by_itself() -> None:
