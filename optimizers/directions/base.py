@@ -49,7 +49,8 @@ def _one_dtype(options: Mapping[str, Any]) -> str | None:
 
 
 def _one_accuracy(options: Mapping[str, Any]) -> str | None:
-    return None if has_accuracy_choice(options["polar"]) else f"polar {options['polar']!r} has one accuracy only"
+    graded = has_accuracy_choice(options["polar"]) or options["polar_accuracy"] == "default"
+    return None if graded else f"polar {options['polar']!r} has one accuracy only"
 
 
 def _no_decay(options: Mapping[str, Any]) -> str | None:

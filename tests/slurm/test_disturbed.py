@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -65,13 +66,15 @@ class Runs:
         assert self.step(root) < STEPS - 5, "the run was too fast to be disturbed"
 
     def crawl(self, condition: Callable[[], bool], root: str, number: int) -> None:
-        """Wait while the run takes hardly a step: Slurm looks at its time limits, whole minutes, twice a minute."""
+        """Wait while the run takes hardly a step: Slurm looks at its time limits, whole minutes, twice a minute, and
+        at its nodes no more often."""
         rank = self.ranks(root)[0]
 
         def holds() -> bool:
-            os.kill(rank, signal.SIGSTOP)
-            time.sleep(3)
-            os.kill(rank, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGSTOP)
+                time.sleep(3)
+                os.kill(rank, signal.SIGCONT)
             return condition()
 
         self.wait(holds, number)
@@ -231,7 +234,7 @@ def test_a_node_whose_daemon_dies_while_its_ranks_train_on(runs: Runs) -> None:
     node = runs.cluster.command("scontrol", "show", "hostnames", listed).split()[0]
     runs.cluster.kill_node(node)
     try:
-        runs.wait(lambda: runs.cluster.job(number).restarts == 1, number)
+        runs.crawl(lambda: runs.cluster.job(number).restarts == 1, "deserted", number)
         runs.cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")
         runs.wait(lambda: runs.cluster.job(number).state == "RUNNING", number)  # on other nodes
     finally:
