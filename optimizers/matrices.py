@@ -4,8 +4,8 @@ A direction needs whole matrices; everything else in a step is elementwise. So a
 *pieces*, the runs of elements that this process stores, and *stacks* of equally shaped matrices, or of its parts of
 matrices, for which this process finds directions. A holder says what the pieces and stacks are and moves values between
 them. `WholeMatrices` is the holder where every parameter is whole; `optimizers.sharded` has those for flat shards
-(DeepSpeed's ZeRO) and for DTensors (FSDP2). An engine that cuts parameters in another way needs another holder and no
-other step.
+(DeepSpeed's ZeRO), for DTensors (FSDP2), and for parameters that all processes have (DDP). An engine that cuts them in
+another way needs another holder and no other step.
 """
 
 from __future__ import annotations

@@ -148,11 +148,12 @@ def product_dtype(
         raise ValueError(f"unknown polar accuracy {accuracy!r}: expected one of {', '.join(get_args(Accuracy))}")
     if accuracy != "default" and not has_accuracy_choice(method):
         raise ValueError(f"polar accuracy {accuracy!r} has no effect: {method!r} has one accuracy")
+    if accuracy == "tight" and dtype not in ("auto", "fp32"):
+        raise ValueError(f"polar dtype {dtype!r} has no effect: accuracy 'tight' computes in fp32")
     if accuracy == "tight":
-        only = torch.float32
-    if only is not None and dtype not in ("auto", "fp32" if accuracy == "tight" else "auto"):
-        how = " with accuracy 'tight'" if accuracy == "tight" else ""
-        raise ValueError(f"polar dtype {dtype!r} has no effect: {method!r} computes in {only}{how}")
+        return torch.float32
+    if only is not None and dtype != "auto":
+        raise ValueError(f"polar dtype {dtype!r} has no effect: {method!r} computes in {only}")
     return only or resolve(dtype, device)
 
 
