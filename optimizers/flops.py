@@ -31,7 +31,7 @@ def counter() -> FlopCounterMode:
     """A context manager that counts everything run inside it; `get_total_flops()` has the sum.
 
     Besides the products that torch counts, it counts for each n x n matrix of a stack: n^3/3 for a Cholesky factor and
-    for a triangular inverse, m n^2 for a triangular solve with m right-hand sides, products with a vector, products in
+    for a triangular inverse, 2 n^3/3 for the inverse of a matrix from its Cholesky factor, m n^2 for a triangular solve with m right-hand sides, products with a vector, products in
     place, and the textbook estimates of `FORMULAS`.
 
     A triangular inverse is a solve whose right-hand side is an identity that `torch.eye` made under this counter, or a
@@ -119,6 +119,10 @@ def _third_of_cube(a: Shape, *_: object, **__: object) -> int:
     return prod(a[:-2]) * (a[-1] ** 3 // 3)
 
 
+def _two_thirds_of_cube(a: Shape, *_: object, **__: object) -> int:
+    return prod(a[:-2]) * (2 * a[-1] ** 3 // 3)
+
+
 def _svd(a: Shape, *_: object, **__: object) -> int:
     """Thin factors of an l x s matrix, l >= s: 6 l s^2 + 20 s^3 (Golub & Van Loan, Matrix Computations, 8.6)."""
     small, large = sorted(a[-2:])
@@ -144,6 +148,7 @@ def _product_added(_c: Shape, a: Shape, b: Shape, *_: object, **__: object) -> i
 
 FORMULAS: dict[Any, Callable[..., int]] = {
     aten.linalg_cholesky_ex: _third_of_cube,
+    aten.cholesky_inverse: _two_thirds_of_cube,
     aten._linalg_svd: _svd,
     aten._linalg_eigh: _eigh,
     aten.mv: _vector_product,

@@ -15,8 +15,7 @@ from .backends import (
     product_dtype,
     working_dtype,
 )
-from .gram import Accuracy
-from .precision import PolarDtype, has_fast_bf16
+from .precision import Accuracy, PolarDtype, has_fast_bf16
 
 __all__ = [
     "BACKENDS",

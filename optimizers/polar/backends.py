@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from . import iterations
-from .gram import Accuracy, gram_polar
-from .precision import PolarDtype, as_stated, resolve
+from .gram import gram_polar
+from .precision import Accuracy, PolarDtype, as_stated, resolve
 
 # Inputs whose largest entry lies in this range are used as they are; others are scaled by a power of two.
 SMALLEST_UNSCALED, LARGEST_UNSCALED = 2.0**-20, 2.0**40

@@ -1,4 +1,4 @@
-"""The polynomials of the polar iterations, derived.
+"""The polynomials and rational functions of the polar iterations, derived.
 
 An odd polynomial p applied to a matrix, X <- p(X), acts on its singular values and keeps its singular vectors. A polar
 iteration is a chain of polynomials after which every singular value that started in [lower, 1] is near 1. Each
@@ -112,3 +112,75 @@ def cans(lower: float, tolerance: float, *, cushion: float) -> tuple[Quintic, ..
         chain.append(p)
         low, high = p(low), 2 - p(end)
     return tuple(chain)
+
+
+class Rational(NamedTuple):
+    """r(x) = scale x (1 + sum_j weights_j / (x^2 + shifts_j)), with positive weights and shifts."""
+
+    scale: float
+    shifts: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    def __call__(self, x: float) -> float:
+        """r(x)."""
+        poles = zip(self.weights, self.shifts, strict=True)
+        return self.scale * x * (1 + sum(weight / (x * x + shift) for weight, shift in poles))
+
+
+@functools.cache
+def zolotarev(poles: tuple[int, ...], *, lower: float, safety: float) -> tuple[Rational, ...]:
+    """The rational functions nearest to a constant on [lower, 1] in turn, each on what its predecessor leaves.
+
+    The values of the last function lie around 1.
+
+    Args:
+        poles: the number of poles of each function, which has the type (2 poles + 1, 2 poles).
+        lower: the smallest singular value that is to arrive near 1; the largest is 1.
+        safety: the largest value of every function but the last is 1 / safety, so that values pushed above it by
+            rounding are still where the next one is near its constant.
+    """
+    low, chain = lower, []
+    for step, count in enumerate(poles):
+        r = _zolotarev(count, low)
+        # It takes its extreme values in turn at 2 count + 2 points: the least at `low`, the greatest at 1.
+        least, greatest = r(low), r(1.0)
+        chain.append(r._replace(scale=1 / (safety * greatest) if step + 1 < len(poles) else 2 / (least + greatest)))
+        low = least / (safety * greatest)
+    return tuple(chain)
+
+
+def _zolotarev(poles: int, low: float) -> Rational:
+    """Zolotarev's function for [low, 1], of scale 1, in partial fractions.
+
+    With c_i = low^2 (sn/cn)^2(i K / (2 poles + 1)) it is x times the product of (x^2 + c_2j) / (x^2 + c_2j-1); sn, cn
+    and K are those of the modulus sqrt(1 - low^2). (Nakatsukasa & Freund, Computing fundamental matrix decompositions
+    accurately via the matrix sign function in two iterations, SIAM Review 58, 2016, section 3.)
+    """
+    c = [(low * ratio) ** 2 for ratio in _sn_over_cn(low, 2 * poles + 1)]
+    shifts, zeros = c[::2], c[1::2]
+    weights = []
+    for j, shift in enumerate(shifts):
+        others = (shift - other for k, other in enumerate(shifts) if k != j)
+        weights.append(-math.prod(shift - zero for zero in zeros) / math.prod(others))
+    return Rational(1.0, tuple(shifts), tuple(weights))
+
+
+def _sn_over_cn(low: float, parts: int) -> list[float]:
+    """sn/cn of i K / parts for i = 1 ... parts - 1, modulus sqrt(1 - low^2), by arithmetic-geometric means.
+
+    (Abramowitz & Stegun, Handbook of Mathematical Functions, 16.4 and 17.6.)
+    """
+    a, b = 1.0, low
+    means, shares = [a], [0.0]
+    while a - b > 1e-15 * a:
+        a, b, c = (a + b) / 2, math.sqrt(a * b), (a - b) / 2
+        means.append(a)
+        shares.append(c / a)
+    quarter = math.pi / (2 * means[-1])
+    found = []
+    for i in range(1, parts):
+        angle = 2.0 ** (len(means) - 1) * means[-1] * quarter * i / parts
+        for share in reversed(shares[1:]):
+            angle = (angle + math.asin(share * math.sin(angle))) / 2
+        found.append(math.tan(angle))
+    return found

@@ -16,16 +16,14 @@ that of the first part.)
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .coefficients import Quintic, polar_express
-from .precision import Products
+from .precision import Accuracy, Products
+from .rational import rational_polar
 from .rows import HERE, Rows
-
-Accuracy = Literal["loose", "default", "tight"]
 
 CHAINS: dict[Accuracy, tuple[Quintic, ...]] = {
     "loose": polar_express(5, lower=2.0**-8, cushion=0.024, safety=1.01),
@@ -70,18 +68,29 @@ def tall_gram_polar(
     residual step, which brings the columns back.
     """
     products = Products.on(tall.device, dtype)
+    is_short = dtype != torch.float32
+    if products.spelling.factorises and not is_short:
+        X, has_residual = rational_polar(tall, products, rows, accuracy), False
+    else:
+        X = _by_polynomials(tall, products, rows, accuracy)
+        has_residual = accuracy == "tight" or (accuracy == "default" and is_short)
+    return _without_residual(X, products, rows, even) if has_residual or even is not None else X.float()
+
+
+def _by_polynomials(tall: Tensor, products: Products, rows: Rows, accuracy: Accuracy) -> Tensor:
+    """The factor before the residual step, in the form of the products."""
     first, *others = CHAINS[accuracy]
     # A power of two near sqrt(n) keeps the first Gram matrix out of fp16's smallest numbers (and, up to 2^7, below its
     # largest); the first polynomial takes it out again.
     size = 2.0 ** min(tall.shape[-1].bit_length() // 2, 7)
     scaled = tall * (size / rows.norm(tall))
     X = products.tall(scaled)
-    rest = products.tall(scaled - X) if dtype == torch.bfloat16 else None
+    rest = products.tall(scaled - X) if products.dtype == torch.bfloat16 else None
     del scaled
     polynomials = (first.stretched(size), *others)
     spare, A = torch.empty_like(X), _gram_like(X)
     step = 0
-    for length in SEGMENTS[accuracy][dtype]:
+    for length in SEGMENTS[accuracy][products.dtype]:
         A = products.settle(rows.total(products.symmetric(X.mT, X, out=A)))
         share, Q = _chain(polynomials[step : step + length], A, products)
         products.by_symmetric(X, Q, c=X, beta=share, out=spare)
@@ -91,8 +100,7 @@ def tall_gram_polar(
             rest = None
         X, spare = spare, X
         step += length
-    has_residual = accuracy == "tight" or (accuracy == "default" and dtype != torch.float32) or even is not None
-    return _without_residual(X, products, rows, even) if has_residual else X.float()
+    return X
 
 
 def inverse_sqrt(A: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 PolarDtype = Literal["auto", "bf16", "fp16", "fp32"]
+Accuracy = Literal["loose", "default", "tight"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -31,11 +32,13 @@ class Spelling(NamedTuple):
     strips save 3/8 of the operations, more save little more; a short strip costs more in calls than it saves."""
     transposed: bool = False
     """Whether a tall X is kept as a contiguous X^T."""
+    factorises: bool = False
+    """Whether the inverse of a Gram matrix by its Cholesky factor takes no longer than a product or two."""
 
 
 MOST_STRIPS = 4
 SPELLINGS: dict[tuple[str, torch.dtype], Spelling] = {
-    ("cpu", torch.float32): Spelling(256),
+    ("cpu", torch.float32): Spelling(256, factorises=True),
     ("avx512_bf16", torch.bfloat16): Spelling(512),
     ("amx_bf16", torch.bfloat16): Spelling(None, transposed=True),
     ("cuda", torch.float32): Spelling(512),

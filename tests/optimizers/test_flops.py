@@ -52,6 +52,13 @@ def run_direction(options: dict[str, Any], u: Tensor) -> Tensor:
     return directions.from_options(u, options, v).d
 
 
+def ill_conditioned(*shape: int) -> Tensor:
+    """Random matrices whose polar factor takes a restart, as the counts assume: condition 300 or more."""
+    short = min(shape[-2:])
+    sizes = torch.logspace(0, -2.5, short)
+    return torch.randn(shape) * (sizes if shape[-1] == short else sizes[:, None])
+
+
 def positive_definite(k: int, n: int) -> Tensor:
     x = torch.randn(k, n, n)
     return x @ x.mT + n * torch.eye(n)
@@ -78,6 +85,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], object], int]] = {
         3 * 5 * 81,
     ),
     "svd": (lambda a: torch.linalg.svd(a[:, :5], full_matrices=False), 2 * (6 * 9 * 25 + 20 * 125)),
+    "inverse from a Cholesky factor": (torch.cholesky_inverse, 2 * (2 * 9**3 // 3)),
     "eigh": (torch.linalg.eigh, 2 * 9 * 729),
     "matrix times vector": (lambda a: a[0] @ torch.randn(9), 2 * 81),
     "addmv": (lambda a: torch.addmv(torch.randn(9), a[0], torch.randn(9)), 2 * 81),
@@ -99,7 +107,13 @@ def test_each_operation_counts_as_its_formula_for_each_matrix_of_a_stack(name: s
     assert count.get_total_flops() == expected
 
 
-@pytest.mark.parametrize("name", ["Cholesky", "triangular inverse", "solve from the right", "svd", "eigh", "addmv"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Cholesky", "triangular inverse", "inverse from a Cholesky factor", "solve from the right"),
+        *("svd", "eigh", "addmv"),
+    ],
+)
 def test_what_is_registered_is_what_torch_counts_as_nothing(name: str) -> None:
     a = positive_definite(2, 9)
     with FlopCounterMode(display=False) as count:
@@ -135,16 +149,28 @@ def test_symmetric_products_in_strips_cost_what_they_compute() -> None:
 @pytest.mark.parametrize(("m", "n"), [(40, 8), (8, 40), (9, 9)])
 def test_a_count_on_the_meta_device_is_that_of_a_real_run(options: dict[str, Any], m: int, n: int) -> None:
     full = complete("matrix", options)
-    u = torch.randn(3, m, n)
+    u = ill_conditioned(3, m, n)
     with counter() as count:
         run_direction(full, u)
-    assert count.get_total_flops() == 3 * direction_flops(m, n, full)
+    counted = 3 * direction_flops(m, n, full)
+    if options["direction"] == "riemannian_aurora":  # some of its many polar calls meet matrices that need no restart
+        assert 0.9 * counted <= count.get_total_flops() <= counted
+    else:
+        assert count.get_total_flops() == counted
+
+
+def test_a_well_conditioned_matrix_costs_less_than_is_counted() -> None:
+    """It takes no restart: two products with a tall matrix instead of four."""
+    full = complete("matrix", {"direction": "muon", "polar_dtype": "fp32"})
+    with counter() as count:
+        run_direction(full, torch.randn(1, 400, 40))
+    assert count.get_total_flops() < 0.65 * direction_flops(400, 40, full)
 
 
 # Operations that only make tensors or move entries, and one that multiplies no matrices though torch does not say so.
 MOVING = {
     *("empty_like", "full_like", "new_empty", "new_ones", "new_zeros", "ones", "scalar_tensor", "zeros", "zeros_like"),
-    *("copy_", "stack", "_local_scalar_dense", "_to_copy", "_unsafe_view", "floor_divide"),
+    *("arange", "argmax", "index", "copy_", "stack", "_local_scalar_dense", "_to_copy", "_unsafe_view", "floor_divide"),
 }
 
 
@@ -204,7 +230,7 @@ def test_a_step_of_the_optimizer_costs_what_its_directions_do(options: dict[str,
     params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     optimizer = Aurora(params, **options)
     for p in params:
-        p.grad = torch.randn_like(p)
+        p.grad = ill_conditioned(*p.shape)
     with counter() as count:
         optimizer.step()
     assert count.get_total_flops() == step_flops(shapes, optimizer.param_groups[0])
@@ -234,12 +260,11 @@ def test_auto_is_counted_as_what_it_stands_for_on_the_device(monkeypatch: pytest
 
 
 def test_products_are_counted_as_the_device_spells_them() -> None:
-    """In strips in fp32, in full where a GPU computes in fp16."""
-    for dtype, ratio in (("fp32", 1.0), ("fp16", 5 / 8)):
+    """On a CPU by inverses in fp32, and in strips; in full where a GPU computes in fp16."""
+    for dtype, low, high in (("fp32", 0.2, 0.5), ("fp16", 0.62, 0.78)):
         given = {"direction": "muon", "polar_dtype": dtype}
         here, there = (direction_flops(2048, 2048, given, device=device) for device in ("cpu", "cuda"))
-        assert ratio - 0.01 <= here / there <= ratio + 0.15
-        assert (here < there) == (dtype == "fp16")
+        assert low <= here / there <= high
 
 
 @pytest.fixture(scope="module")
