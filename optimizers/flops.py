@@ -31,8 +31,8 @@ def counter() -> FlopCounterMode:
     """A context manager that counts everything run inside it; `get_total_flops()` has the sum.
 
     Besides the products that torch counts, it counts for each n x n matrix of a stack: n^3/3 for a Cholesky factor and
-    for a triangular inverse, 2 n^3/3 for the inverse of a matrix from its Cholesky factor, m n^2 for a triangular solve with m right-hand sides, products with a vector, products in
-    place, and the textbook estimates of `FORMULAS`.
+    for a triangular inverse, 2 n^3/3 for an inverse from a Cholesky factor, m n^2 for a triangular solve with m
+    right-hand sides, products with a vector, products in place, and the textbook estimates of `FORMULAS`.
 
     A triangular inverse is a solve whose right-hand side is an identity that `torch.eye` made under this counter, or a
     view of it. It is counted like LAPACK's trtri, which skips the zeros.

@@ -25,7 +25,7 @@ from .directions.speedrun import enlarged
 from .dtensors import dense_grad, refuse_flat, refuse_placements
 from .fields import OptionError
 from .polar.rows import HERE, Rows
-from .update import blend, commit_, updated
+from .update import blend_, commit_, update_
 
 State = Mapping[Tensor, Mapping[str, Tensor]]
 """The state of each parameter or shard, as in `Optimizer.state`."""
@@ -196,14 +196,12 @@ def matrix_step(
 
 
 def _blended(turn: Turn, state: State, group: Mapping[str, Any], finite: Tensor) -> Iterator[Tensor]:
-    """Moves the momentum of each piece and gives its u; zeros if the step is void, so that no backend sees a NaN."""
+    """Moves the momentum of each piece and gives its u."""
     for piece in turn.pieces:
         momentum = piece.of(state[piece.param]["momentum"])
         grad = piece.of(dense_grad(piece.param))
         signed = -grad if group.get("maximize") else grad
-        moved, u = blend(signed, momentum, group["momentum"], group["nesterov"])
-        commit_(momentum, moved, finite)
-        yield torch.where(finite.to(u.device), u, 0.0)
+        yield blend_(momentum, signed, group["momentum"], group["nesterov"], finite)
 
 
 def _stepped(
@@ -226,7 +224,9 @@ def _stepped(
     if found.row_state is not None:
         for values, new in zip(kept, found.row_state, strict=True):
             commit_(values, new, finite)
-    steps = directions.scaled(found.d, directions.lr_scale(group["lr_scale"], *turn.shape), polar=group["polar"])
+    scale = directions.lr_scale(group["lr_scale"], *turn.shape)
+    d = found.d if observer is None else found.d.clone()  # an observer may keep what it was given
+    steps = directions.scaled_(d, scale, polar=group["polar"])
     if norms is not None:
         steps = enlarged(steps, group["uw_floor"] * norms, matrices.rows(turn))
     return steps, torch.stack([found.fallbacks.sum(), found.retries.sum()])
@@ -236,8 +236,7 @@ def _apply(turn: Turn, returning: Arriving, group: Mapping[str, Any], finite: Te
     """Updates the pieces of a turn by their steps."""
     decay = {key: group[key] for key in ("lr", "weight_decay", "cautious")}
     for piece, step in zip(turn.pieces, returning.wait(), strict=True):
-        weight = piece.of(piece.param)
-        commit_(weight, updated(weight, step, **decay), finite)
+        update_(piece.of(piece.param), step, finite, **decay)
 
 
 @dataclass(frozen=True)
@@ -304,6 +303,8 @@ class WholeMatrices:
         """Stacks them."""
 
         def stack() -> Tensor:
+            if len(turn.pieces) == 1:
+                return turn.pieces[0].matrix(next(iter(values))).contiguous().unsqueeze(0)
             device = turn.pieces[0].param.device
             u = torch.empty(len(turn.pieces), *turn.shape, dtype=torch.float32, device=device)
             for matrix, block, value in zip(u, turn.pieces, values, strict=True):

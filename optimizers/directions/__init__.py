@@ -35,7 +35,7 @@ from .base import (
     balances,
     form,
     lr_scale,
-    scaled,
+    scaled_,
 )
 from .muon import MuonOptions, muon
 from .normuon import NorMuonOptions, Target, UNorMuonOptions, even_rows, normuon, u_normuon, u_normuon_running
@@ -115,7 +115,7 @@ __all__ = [
     "normuon",
     "riemannian_aurora",
     "row_slot",
-    "scaled",
+    "scaled_",
     "treats",
     "u_normuon",
     "u_normuon_running",

@@ -195,10 +195,10 @@ def lr_scale(kind: str, m: int, n: int) -> float:
     return LR_SCALES[kind](m, n)
 
 
-def scaled(d: Tensor, factor: float, *, polar: str) -> Tensor:
-    """factor * d; rounded to bf16 with "quintic_exact", since the released code scales its bf16 result."""
-    step = factor * d
-    return step.bfloat16().float() if polar == "quintic_exact" else step
+def scaled_(d: Tensor, factor: float, *, polar: str) -> Tensor:
+    """factor * d in place; rounded to bf16 with "quintic_exact", since the released code scales its bf16 result."""
+    d.mul_(factor)
+    return d.bfloat16().float() if polar == "quintic_exact" else d
 
 
 def with_row_norms(x: Tensor, norm: float) -> Tensor:

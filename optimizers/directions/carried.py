@@ -62,7 +62,8 @@ def step_of(u: Tensor, d: Tensor, rows: Rows = HERE) -> Step:
         d: [..., m, n].
         rows: reductions over all rows; u and d may hold only some of them.
     """
-    live = (u != 0).any(dim=-1, keepdim=True)
+    # Two passes without a tensor as large as u, which u != 0 would be.
+    live = (u.amax(dim=-1, keepdim=True) != 0) | (u.amin(dim=-1, keepdim=True) != 0)
     scores = torch.where(live, torch.linalg.vector_norm(d, dim=-1, keepdim=True).square(), 0.0)
     mean = rows.sum(scores) / rows.sum(live).clamp(min=1)
     # Comparisons with NaN are false.

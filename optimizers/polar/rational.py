@@ -79,23 +79,26 @@ def _inverses(A: Tensor, r: Rational) -> tuple[list[Tensor], Tensor]:
 
     A is positive semidefinite but for rounding; a ridge is added to it in place.
     """
-    is_regular = torch.ones(len(A), dtype=torch.bool, device=A.device)
-    L, info = torch.linalg.cholesky_ex(_plus(A, r.shifts[0]))
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
+    plain = diagonal.clone()
+
+    def factor(shift: float) -> tuple[Tensor, Tensor]:
+        # cholesky_ex copies what it is given.
+        diagonal.copy_(plain + shift)
+        U, info = torch.linalg.cholesky_ex(A, upper=True)
+        return U, info > 0
+
+    U, failed = factor(r.shifts[0])
+    is_regular = ~failed
     for ridge in () if A.is_meta else RIDGES:
-        failed = info > 0
         if not failed.any():
             break
-        is_regular &= ~failed
-        A.diagonal(dim1=-2, dim2=-1).add_(ridge * failed[:, None])
-        L, info = torch.linalg.cholesky_ex(_plus(A, r.shifts[0]))
-    factors = (L, *(torch.linalg.cholesky_ex(_plus(A, shift)).L for shift in r.shifts[1:]))
-    return [torch.cholesky_inverse(factor) for factor in factors], is_regular
-
-
-def _plus(A: Tensor, shift: float) -> Tensor:
-    shifted = A.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
-    return shifted
+        plain += ridge * failed[:, None]
+        U, failed = factor(r.shifts[0])
+    factors = [U, *(factor(shift)[0] for shift in r.shifts[1:])]
+    diagonal.copy_(plain)
+    # LAPACK's columns are our rows; the inverse is symmetric.
+    return [torch.cholesky_inverse(U, upper=True).mT for U in factors], is_regular
 
 
 def _h(r: Rational, W: Sequence[Tensor]) -> Tensor:

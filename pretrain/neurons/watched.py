@@ -30,7 +30,7 @@ from optimizers.sharded import DividedMatrices, Held, Layout, make_plan
 from optimizers.sharded.exchange import Exchange, make_rounds
 from optimizers.sharded.layout import ShardFragment
 from optimizers.sharded.owners import Unit
-from optimizers.update import blend, commit_
+from optimizers.update import blend_
 from pretrain.checkpoint.format import TELEMETRY_SLOT, Fragment
 from pretrain.checkpoint.store import CheckpointReader
 from pretrain.engine.base import Engine
@@ -124,8 +124,7 @@ class WatchedMatrices:
         """Update the averages with the gradients of a shard; called as `Aurora.gradient_observer`."""
         for piece in self._by_shard.get(shard, ()):
             assert shard.grad is not None, "the optimizer steps what has a gradient"
-            moved, _ = blend(piece.of(shard.grad), piece.average, MOMENTUM, nesterov=False)
-            commit_(piece.average, moved, finite)
+            blend_(piece.average, piece.of(shard.grad), MOMENTUM, False, finite)
 
     def watch_directions(self, on: bool) -> None:
         """Start or stop recording the optimizer's directions, and drop those recorded so far."""

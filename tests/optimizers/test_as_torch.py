@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from optimizers import Aurora, OptionError
-from optimizers.update import blend
 
 
 def mlp() -> nn.Sequential:
@@ -124,7 +123,7 @@ def test_cycled_momentum_reaches_matrices_and_adamw(schedule: str, form: str) ->
         before = state.get("momentum", torch.zeros_like(matrix)).clone()
         average = optimizer.state[vector].get("exp_avg", torch.zeros_like(vector)).clone()
         optimizer.step()
-        assert torch.equal(optimizer.state[matrix]["momentum"], blend(matrix.grad, before, momentum, True)[0])
+        assert torch.equal(optimizer.state[matrix]["momentum"], before.lerp(matrix.grad, 1 - momentum))
         wanted = average.lerp(vector.grad, 1 - momentum)
         assert torch.allclose(optimizer.state[vector]["exp_avg"], wanted, atol=1e-7)
         cycle.step()
