@@ -121,12 +121,12 @@ class AuroraOptions(ScopedOptions):
     row_balance: RowBalance = option(
         "auto",
         'Where the row norms between the polar calls come from. "polar": a polar factor, as expensive as muon. '
-        '"leverage": a Cholesky factor, about a quarter of that. "gram": matrix products alone, in fp32. "auto": '
+        '"leverage": a Cholesky factor, a third to a half of that. "gram": matrix products alone, in fp32. "auto": '
         '"leverage" on a CPU; on a GPU "polar" if its products are fp16, otherwise "gram". "carried" has one polar '
         "call and nothing between: the row scales are state, one number for each row of a tall matrix, and each step "
         "moves them for the next. That costs no more than muon and leaves row norms within about 7 %. "
         '"polished" lets that move act on the direction as well, and makes its columns orthonormal again: within '
-        'about 1 %, at the cost of muon where `polar` is "gram" in bf16 or fp16, and 1.2 times that in fp32.',
+        'about 1 %, at the cost of muon where `polar` is "gram" in bf16 or fp16, and 1.5 times that in fp32.',
         idle=_never_balanced,
     )
     eps_mode: EpsMode = option(

@@ -104,7 +104,7 @@ class MatrixOptions(Declared):
     )
     polar: PolarName = option(
         "gram",
-        'How polar factors are computed. "gram": Polar Express on the small Gram matrix, the fastest. '
+        'How polar factors are computed. "gram": from the small Gram matrix, the fastest. '
         '"polar_express": the same on the matrix itself. "cans": to the precision of fp32, three times slower. '
         '"quintic": the 12 steps of the released code, in bf16. "quintic_exact": those in the released order of '
         'operations, slow on a CPU without bf16 instructions. "svd": exact in fp64, for tests and small models.',
@@ -120,7 +120,8 @@ class MatrixOptions(Declared):
     )
     polar_accuracy: Accuracy = option(
         "default",
-        'How far "gram" goes. "loose": five steps instead of seven, as in most implementations of Muon; singular '
+        'How far "gram" goes. "loose": five steps instead of seven, as in most implementations of Muon, or on a CPU '
+        "three Cholesky factors instead of four and fewer products with the whole matrix; singular "
         'values above 2^-8 of the Frobenius norm come within 0.3 % of 1 in fp32, 4 % in fp16. "default": those above '
         '2^-10, within 0.01 % in fp32. "tight": to the rounding of fp32, in which it computes on every device.',
         idle=_one_accuracy,

@@ -70,14 +70,15 @@ def polar(
     Args:
         x: [..., m, n] of any real floating dtype and any strides; it is not changed.
         method: a key of `BACKENDS`. "svd": exact, fp64. "quintic": the released code's 12 steps. "polar_express": 7
-            better steps. "cans": to the precision of fp32. "gram": Polar Express on the smaller Gram matrix, the
-            fastest for matrices that are not square. "quintic_exact": see `exact`.
+            better steps. "cans": to the precision of fp32. "gram": from the smaller Gram matrix, the fastest: by
+            Polar Express, or by Cholesky factors in fp32 on a CPU. "quintic_exact": see `exact`.
         exact: with "quintic", the released code's operations in their order, one matrix at a time, in true bf16 and
             without the scaling below: the same as method "quintic_exact".
         dtype: of the products of "polar_express" and "gram": "bf16", "fp16", "fp32", or "auto": fp16 on a GPU, bf16 on
             a CPU with AMX, otherwise fp32. The other methods have one dtype: svd fp64, cans fp32, quintic bf16.
         accuracy: of "gram", the only one with a choice. "loose" takes five steps instead of seven and states its error
-            from 2^-8 of the Frobenius norm on, "tight" eight and the residual step, in fp32 only.
+            from 2^-8 of the Frobenius norm on, "tight" eight and the residual step, in fp32 only. (By Cholesky factors:
+            three, four and five of them.)
         even: takes the factors d of a tall stack [k, m, n] and returns factors of their rows [k, m, 1], near 1. The
             result is then y (I - E/2 + 3 E^2/8) with y = even(d) d and E = y^T y - I: rows as they were wanted, and
             columns that three terms of the inverse root have made orthonormal again. "gram" in bf16 and fp16 ends with

@@ -1,5 +1,7 @@
 """The polar factor from the n x n Gram matrix: only two products per restart have the size m x n.
 
+In fp32 on a CPU rational functions find it (see `rational`), otherwise polynomials:
+
 polar(X) = X (X^T X)^(-1/2). An odd polynomial p(x) = x r(x^2) of X is X R with R = r(A) and A = X^T X, and the Gram
 matrix of the result is R A R. So a chain of polynomials needs only n x n products, collected in Q, and one product X Q
 at the end. All matrices in between are polynomials of A: they are symmetric and commute.
@@ -47,8 +49,9 @@ def gram_polar(
 ) -> Tensor:
     """The polar factor of a stack [k, m, n], scaled by its Frobenius norm first, with all products in `dtype`.
 
-    5, 7 or 8 steps of Polar Express with restarts. The residual step follows where products are short, unless the
-    accuracy is "loose", where it is "tight", and with `even`.
+    Two rational functions where the device factorises fast and `dtype` is fp32. Otherwise 5, 7 or 8 steps of Polar
+    Express with restarts, and the residual step where products are short, unless the accuracy is "loose", and where it
+    is "tight". With `even` there is a residual step in any case.
     """
     is_wide = x.shape[-2] < x.shape[-1]
     factor = tall_gram_polar((x.mT if is_wide else x).float(), dtype, even=even, accuracy=accuracy)

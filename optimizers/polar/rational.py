@@ -28,8 +28,9 @@ RATIONALS: dict[Accuracy, tuple[Rational, ...]] = {
 """The two functions. Singular values from `lower` times the Frobenius norm on arrive within 3e-4 of 1 (loose), 5e-6
 (default) and 4e-8 (tight), before rounding."""
 
-LARGEST_DIRECT: dict[Accuracy, float] = {"loose": 200.0, "default": 30.0, "tight": 0.0}
-"""The condition number up to which there is no restart. Up to that of the default it moves the direction by 2e-5."""
+LARGEST_DIRECT: dict[Accuracy, float] = {"loose": 200.0, "default": 20.0, "tight": 0.0}
+"""The condition number up to which there is no restart. It changes the direction by at most 3e-5 (default) and 4e-4
+(loose) of its norm."""
 
 POWER_STEPS = 4
 # What is added to A, in terms of its trace, if rounding has left it indefinite. X_1 is then a little less even.
