@@ -210,6 +210,10 @@ def _beside_torch(found: Results) -> list[Figure]:
         for name, bound in ((MUON_STEP, 0.9), (AURORA_STEP, 1.5), (LOOSE, None)):
             value, what = found.ratio(shape, name, TORCH_STEP), f"{shape[0]} x {shape[1]}: {name} / torch.optim.Muon's"
             figures.append(_figure("6", what, value, None if bound is None else "at most", bound or 0.0))
+        released = [found.ratio(shape, name, AURORA) for name in (RELEASED, RELEASED_NATIVE)]
+        fastest = min((ratio for ratio in released if ratio is not None), default=None)
+        what = f"{shape[0]} x {shape[1]}: released time, the fastest spelling / Aurora's"
+        figures.append(_figure("6", what, fastest, "at least", 4.0))
     errors = {name: found.qualities(name) for name in (MUON, TORCH_STEP)}
     ratios = [
         errors[MUON][place]["orthogonality_error"] / quality["orthogonality_error"]

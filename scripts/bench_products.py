@@ -4,6 +4,7 @@
 
 A product that is known to be symmetric can be computed in full, or in strips up to its diagonal, which saves up to 3/8
 of the operations and costs smaller products and copies. X^T X of a tall X can be read from X or from a contiguous X^T.
+In fp32 the inverse of A by a Cholesky factor is timed beside A A, whose place it may take.
 All spellings of a product alternate in this process, in a new order each round. Ratios are taken within a round: above
 1 where a spelling is slower than the full product by one call.
 """
@@ -86,6 +87,11 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ro
             "Q X^T": lambda: products.mm_add(XT, A, XT, out=spare.view_as(XT)),
         },
     }
+    if dtype == torch.float32:
+        B = A + torch.eye(n, device=device)
+        ways["A A"]["A^-1 by Cholesky"] = lambda: torch.cholesky_inverse(
+            torch.linalg.cholesky_ex(B, upper=True).L, upper=True
+        )
     rows = []
     for product, spelled in ways.items():
         seconds = timed(spelled, device, rounds)
