@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optimizers import Aurora
 from optimizers.flops import counter
-from optimizers.polar import ERRORS, GRADED_ERRORS, gram, polar
+from optimizers.polar import ERRORS, GRADED_ERRORS, gram, polar, precision
 
 SHAPES = [(512, 64), (64, 512), (96, 96), (300, 256), (33, 32), (40, 2), (3, 3)]
 SPECTRA = ["log", "power", "half", "first", "last"]
@@ -42,6 +42,26 @@ CASES = [(*key, "default") for key in sorted(ERRORS)] + [("gram", dtype, how) fo
 def test_a_backend_is_within_its_stated_error(
     method: str, dtype: Any, accuracy: Any, m: int, n: int, spectrum: str
 ) -> None:
+    check_error(method, dtype, accuracy, m, n, spectrum)
+
+
+@pytest.fixture
+def by_polynomials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 as on a GPU."""
+    spelled = precision.SPELLINGS["cpu", torch.float32]
+    monkeypatch.setitem(precision.SPELLINGS, ("cpu", torch.float32), spelled._replace(factorises=False))
+    monkeypatch.setattr(gram, "rational_polar", lambda *_: pytest.fail("not by polynomials"))
+
+
+@pytest.mark.usefixtures("by_polynomials")
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("m", "n"), SHAPES[1:5])
+@pytest.mark.parametrize("accuracy", ["loose", "default", "tight"])
+def test_fp32_without_factorisations_is_within_the_same_error(accuracy: Any, m: int, n: int, spectrum: str) -> None:
+    check_error("gram", "fp32", accuracy, m, n, spectrum)
+
+
+def check_error(method: str, dtype: Any, accuracy: Any, m: int, n: int, spectrum: str) -> None:
     stated = ERRORS[method, dtype] if accuracy == "default" else GRADED_ERRORS[accuracy, dtype]
     for condition in CONDITIONS:
         x, left, sigma, right = with_spectrum(m, n, spectrum, condition)
@@ -95,6 +115,7 @@ def test_gram_in_bf16_survives_spectra_of_two_values(m: int, n: int, condition: 
     assert float((sigma - 1).abs().max()) < 0.03
 
 
+@pytest.mark.usefixtures("by_polynomials")
 def test_gram_needs_its_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     x, *_ = with_spectrum(512, 128, "log", 500.0)
     errors = {}
