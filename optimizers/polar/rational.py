@@ -66,12 +66,13 @@ def rational_polar(tall: Tensor, products: Products, rows: Rows = HERE, accuracy
     is_direct = is_regular & _is_conditioned(A, W[0], first.shifts[0], LARGEST_DIRECT[accuracy])
     if A.is_meta:
         return restarted(x, A, W, size)
-    factor = torch.empty_like(x)
-    for way, chosen in ((direct, is_direct), (restarted, ~is_direct)):
+    ways = ((direct, is_direct), (restarted, ~is_direct))
+    for way, chosen in ways:
         if chosen.all():
             return way(x, A, W, size)
-        if chosen.any():
-            factor[chosen] = way(x[chosen], A[chosen], [inverse[chosen] for inverse in W], size[chosen])
+    factor = torch.empty_like(x)
+    for way, chosen in ways:
+        factor[chosen] = way(x[chosen], A[chosen], [inverse[chosen] for inverse in W], size[chosen])
     return factor
 
 
