@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from optimizers import Aurora
-from optimizers.update import blend
 from pretrain.config import load_config
 from pretrain.launch import train
 from pretrain.processes.errors import UserError
@@ -76,8 +75,8 @@ def momenta(
         g = load_file(step_file(folder, step))[name]
         if spike is not None and step == spike[0]:
             g = g * spike[1]
-        average, u = blend(g, torch.zeros_like(g) if average is None else average, momentum, nesterov=True)
-        yield u
+        average = torch.lerp(torch.zeros_like(g) if average is None else average, g, 1 - momentum)
+        yield torch.lerp(g, average, momentum)
 
 
 def main() -> int:

@@ -21,9 +21,9 @@ from tests.conftest import REPOSITORY, TINY, merged
 
 NAMES = get_args(DirectionName)
 STEP = 50
-# Largest distance of an applied direction from the reference's. The Riemannian ascent carries its rounding errors
-# through three rounds of conjugate gradients.
-BOUNDS = dict.fromkeys(NAMES, 2e-4) | {"riemannian_aurora": 5e-3}
+# Largest distance of an applied direction from the reference's: the stated error at condition numbers up to 700. The
+# Riemannian ascent carries its rounding errors through three rounds of conjugate gradients.
+BOUNDS = dict.fromkeys(NAMES, 8e-4) | {"riemannian_aurora": 5e-3}
 
 
 def reader(run: Path, step: int) -> CheckpointReader:

@@ -114,7 +114,7 @@ class MatrixOptions(Declared):
         "auto",
         'Precision of the products of "gram" and "polar_express". "auto": fp16 on a GPU, bf16 on a CPU with AMX, '
         "otherwise fp32. At condition numbers up to 2,000 bf16 turns directions by 1 to 4 %, fp16 by less than 1 %, "
-        "fp32 by less than 0.01 %.",
+        "fp32 by less than 0.1 %.",
         idle=_one_dtype,
         numerics=True,
     )

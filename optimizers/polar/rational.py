@@ -51,15 +51,17 @@ def rational_polar(tall: Tensor, products: Products, rows: Rows = HERE, accuracy
     A.div_(size)
     W, is_regular = _inverses(A, first)
 
-    def direct(x: Tensor, A: Tensor, W: Sequence[Tensor], size: Tensor) -> Tensor:
-        Ah, h = _times_h(first, A, W), _h(first, W)
-        h_1 = _h(second, _inverses(products.symmetric(Ah, h), second)[0])
-        return products.by_symmetric(x, products.symmetric(h, h_1).div_(size.sqrt()))
+    # Both use up A and W, so that their memory is free for what follows.
+    def direct(x: Tensor, A: Tensor, W: list[Tensor], size: Tensor) -> Tensor:
+        Ah = _times_h_(first, A, W)
+        h = _h_(first, W)
+        h_1 = _h_(second, _inverses(products.symmetric(Ah, h), second)[0])
+        return products.by_symmetric(x, products.symmetric(h, h_1, out=Ah).div_(size.sqrt()))
 
-    def restarted(x: Tensor, _: Tensor, W: Sequence[Tensor], size: Tensor) -> Tensor:
-        X_1 = products.by_symmetric(x, _h(first, W).div_(size.sqrt()))
-        A_1 = rows.total(products.symmetric(X_1.mT, X_1))
-        return products.by_symmetric(X_1, _h(second, _inverses(A_1, second)[0]))
+    def restarted(x: Tensor, A: Tensor, W: list[Tensor], size: Tensor) -> Tensor:
+        X_1 = products.by_symmetric(x, _h_(first, W).div_(size.sqrt()))
+        A_1 = rows.total(products.symmetric(X_1.mT, X_1, out=A))
+        return products.by_symmetric(X_1, _h_(second, _inverses(A_1, second)[0]))
 
     if rows is not HERE:
         return restarted(x, A, W, size)
@@ -70,9 +72,13 @@ def rational_polar(tall: Tensor, products: Products, rows: Rows = HERE, accuracy
     for way, chosen in ways:
         if chosen.all():
             return way(x, A, W, size)
+    parts = [(way, chosen, A[chosen], [inverse[chosen] for inverse in W], size[chosen]) for way, chosen in ways]
+    del A
+    W.clear()
     factor = torch.empty_like(x)
-    for way, chosen in ways:
-        factor[chosen] = way(x[chosen], A[chosen], [inverse[chosen] for inverse in W], size[chosen])
+    while parts:
+        way, chosen, own_A, own_W, own_size = parts.pop()
+        factor[chosen] = way(x[chosen], own_A, own_W, own_size)
     return factor
 
 
@@ -90,35 +96,39 @@ def _inverses(A: Tensor, r: Rational) -> tuple[list[Tensor], Tensor]:
         U, info = torch.linalg.cholesky_ex(A, upper=True)
         return U, info > 0
 
-    U, failed = factor(r.shifts[0])
-    is_regular = ~failed
-    for ridge in () if A.is_meta else RIDGES:
-        if not failed.any():
-            break
-        plain += ridge * failed[:, None]
-        U, failed = factor(r.shifts[0])
-    factors = [U, *(factor(shift)[0] for shift in r.shifts[1:])]
+    found: list[Tensor] = []
+    for shift in r.shifts:
+        U, failed = factor(shift)
+        if not found:
+            is_regular = ~failed
+            for ridge in () if A.is_meta else RIDGES:
+                if not failed.any():
+                    break
+                plain += ridge * failed[:, None]
+                U, failed = factor(shift)
+        # LAPACK's columns are our rows; the inverse is symmetric.
+        found.append(torch.cholesky_inverse(U, upper=True).mT)
+        del U
     diagonal.copy_(plain)
-    # LAPACK's columns are our rows; the inverse is symmetric.
-    return [torch.cholesky_inverse(U, upper=True).mT for U in factors], is_regular
+    return found, is_regular
 
 
-def _h(r: Rational, W: Sequence[Tensor]) -> Tensor:
-    """h(A) from the inverses W."""
-    h = torch.mul(W[0], r.scale * r.weights[0])
-    for inverse, weight in zip(W[1:], r.weights[1:], strict=True):
-        h.add_(inverse, alpha=r.scale * weight)
+def _h_(r: Rational, W: list[Tensor]) -> Tensor:
+    """h(A) from the inverses W, in the memory of the first; W is empty then."""
+    h = W.pop(0).mul_(r.scale * r.weights[0])
+    for weight in r.weights[1:]:
+        h.add_(W.pop(0), alpha=r.scale * weight)
     h.diagonal(dim1=-2, dim2=-1).add_(r.scale)
     return h
 
 
-def _times_h(r: Rational, A: Tensor, W: Sequence[Tensor]) -> Tensor:
-    """A h(A), without a product: A (A + s I)^-1 = I - s (A + s I)^-1."""
-    product = A * r.scale
+def _times_h_(r: Rational, A: Tensor, W: Sequence[Tensor]) -> Tensor:
+    """A h(A) in the memory of A, without a product: A (A + s I)^-1 = I - s (A + s I)^-1."""
+    A.mul_(r.scale)
     for inverse, weight, shift in zip(W, r.weights, r.shifts, strict=True):
-        product.add_(inverse, alpha=-r.scale * weight * shift)
-    product.diagonal(dim1=-2, dim2=-1).add_(r.scale * sum(r.weights))
-    return product
+        A.add_(inverse, alpha=-r.scale * weight * shift)
+    A.diagonal(dim1=-2, dim2=-1).add_(r.scale * sum(r.weights))
+    return A
 
 
 def _is_conditioned(A: Tensor, inverse: Tensor, shift: float, limit: float) -> Tensor:

@@ -1,8 +1,9 @@
-"""Undo two changes of 26 November 2026, so that runs can be compared with older ones bit by bit.
+"""Undo three changes of 26 and 27 November 2026, so that runs can be compared with older ones bit by bit.
 
-Since then each rank trains on the rows that it has read, which changes the order of summation on several ranks, and the
-record of a batch is a hash over the hashes of its rows. `apply` gives a process the rows by position and the old hash.
-Nothing else may differ from a run of the commits before.
+Since then each rank trains on the rows that it has read, which changes the order of summation on several ranks, the
+record of a batch is a hash over the hashes of its rows, and polar factors in fp32 on a CPU come from Cholesky factors.
+`apply` gives a process the rows by position, the old hash, and polynomials. Nothing else may differ from a run of the
+commits before.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from optimizers.polar.precision import SPELLINGS
 from pretrain.data import BatchShare
 from pretrain.engine.ranks import Ranks
 
@@ -40,7 +42,9 @@ def hash_of_contents(share: BatchShare, ranks: Ranks | None = None) -> str:
 @contextmanager
 def apply() -> Iterator[None]:
     """Undo the changes within the context."""
+    fp32 = ("cpu", torch.float32)
     with (
+        mock.patch.dict(SPELLINGS, {fp32: SPELLINGS[fp32]._replace(factorises=False)}),
         mock.patch("pretrain.data.stream.assign", by_position),
         mock.patch.object(BatchShare, "sha256", hash_of_contents),
     ):

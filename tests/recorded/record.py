@@ -1,7 +1,7 @@
 """Train a fixed set of small runs and record what they leave behind, to compare two commits bit by bit.
 
     python tests/recorded/record.py OUT.json [--only RUN ...]    record the code of the working directory
-    python tests/recorded/record.py --as-before OUT.json ...     the same, without the two changes of `before.py`
+    python tests/recorded/record.py --as-before OUT.json ...     the same, without the changes of `before.py`
     python tests/recorded/record.py --compare A.json B.json      print what differs; exit 1 if anything does
 
 A record holds the sha256 of every tensor and random generator in each run's last checkpoint, and every field of
@@ -226,7 +226,7 @@ def main() -> int:
     """Record, or compare two records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", action="store_true", help="compare two records instead")
-    parser.add_argument("--as-before", action="store_true", help="as commits before 26 November 2026 trained")
+    parser.add_argument("--as-before", action="store_true", help="as commits before 26 November 2026 did")
     parser.add_argument("--only", nargs="*", default=[], metavar="RUN", help=f"any of {', '.join(RUNS)}, sweep")
     parser.add_argument("files", nargs="+", metavar="FILE.json")
     options = parser.parse_args()
