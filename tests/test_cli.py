@@ -232,6 +232,7 @@ def aurora(*arguments: str, command: tuple[str, ...] = ()) -> subprocess.Complet
     return subprocess.run(full, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=240)
 
 
+@pytest.mark.long
 def test_several_processes_train_stop_and_continue_with_our_exit_codes(
     config_file: Path, tiny_config: MakeConfig
 ) -> None:

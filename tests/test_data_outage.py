@@ -109,8 +109,8 @@ def record(config: Config) -> list[tuple[int, str]]:
 @pytest.mark.parametrize(
     ("ranks", "command", "code", "said"),
     [
-        (2, "dead", UNAVAILABLE, "unavailable"),
-        pytest.param(1, "dead", UNAVAILABLE, "unavailable", marks=pytest.mark.long),
+        (1, "dead", UNAVAILABLE, "unavailable"),
+        pytest.param(2, "dead", UNAVAILABLE, "unavailable", marks=pytest.mark.long),
         pytest.param(1, "rewrite", BAD_INPUT, "has changed", marks=pytest.mark.long),
         pytest.param(2, "rewrite", BAD_INPUT, "has changed", marks=pytest.mark.long),
     ],
@@ -140,7 +140,7 @@ def test_a_run_whose_data_fails_saves_its_last_step_and_continues_later(
         assert [step for step, _ in record(broken)] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_signal_while_the_server_is_dead_saves_and_stops(ranks: int, files: dict[str, bytes], tmp_path: Path) -> None:
     """The rank that waits, and the one that waits for it."""
     with hub_server(files, page=1) as hub:

@@ -91,6 +91,7 @@ def aurora(folder: Path, hub: Hub, *arguments: str, offline: bool = False) -> su
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.long
 def test_check_resolve_and_five_steps_on_two_ranks(hub: Hub, tmp_path: Path) -> None:
     checked = aurora(tmp_path, hub, "check", CONFIG, offline=True)
     assert checked.returncode == 0, checked.stderr

@@ -189,6 +189,7 @@ def test_the_configs_that_were_not_run_take_five_steps_at_a_reduced_width(name: 
     take_five_steps(reduced(load_config(REPOSITORY / "configs" / f"{name}.yaml"), tmp_path))
 
 
+@pytest.mark.long
 def test_the_four_optimizers_of_the_340m_sweep_take_five_steps_at_a_reduced_width(tmp_path: Path) -> None:
     jobs = plan_jobs(load_sweep(REPOSITORY / "configs/experiments/aurora_340m.yaml"))
     first = [job.config for job in jobs if job.labels["seed"] == "1" and job.config]

@@ -31,16 +31,18 @@ EXACT = ("step", "tokens", "loss", "lr", "adamw_lr", "grad_norm", "batch_sha256"
         pytest.param(1, {"data.workers": 2}, id="2 data workers"),
         pytest.param(1, {"train.micro_batch_sequences": 24}, id="no accumulation"),
         pytest.param(2, {"data.workers": 1}, id="2 processes"),
-        pytest.param(3, {"train.micro_batch_sequences": 4}, id="3 processes"),
-        pytest.param(4, {"train.micro_batch_sequences": 3}, id="4 processes"),
+        pytest.param(3, {"train.micro_batch_sequences": 4}, id="3 processes", marks=pytest.mark.long),
+        pytest.param(4, {"train.micro_batch_sequences": 3}, id="4 processes", marks=pytest.mark.long),
         pytest.param(1, {"data.document_mask": True, "data.reset_positions": True}, id="document masks"),
         pytest.param(1, {"optimizer.name": "riemannian_aurora", "optimizer.polar": "gram"}, id="riemannian_aurora"),
-        pytest.param(1, {"optimizer.name": "muon", "optimizer.polar": "polar_express"}, id="muon"),
-        pytest.param(2, {"optimizer.name": "normuon", "optimizer.polar": "gram"}, id="normuon"),
+        pytest.param(
+            1, {"optimizer.name": "muon", "optimizer.polar": "polar_express"}, id="muon", marks=pytest.mark.long
+        ),
+        pytest.param(2, {"optimizer.name": "normuon", "optimizer.polar": "gram"}, id="normuon", marks=pytest.mark.long),
         pytest.param(1, {"optimizer.name": "u_normuon", "optimizer.running_norms": True}, id="u_normuon"),
         pytest.param(1, {"optimizer.polar": "gram", "optimizer.row_blocks": {"q_proj": 2}}, id="split heads"),
         pytest.param(1, RECIPE, id="speedrun, bf16 embedding"),
-        pytest.param(2, RECIPE, id="speedrun, 2 processes"),
+        pytest.param(2, RECIPE, id="speedrun, 2 processes", marks=pytest.mark.long),
     ],
 )
 def test_stopping_twice_changes_nothing(world_size: int, changes: dict[str, Any], tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def loss_and_gradients(config: Config, autocast: bool = False) -> tuple[Tensor, 
         {"train.activation_checkpointing": 2},
         {"train.loss_chunk_tokens": 24},
         {"train.loss_chunk_tokens": 50, "train.activation_checkpointing": "full"},
-        pytest.param({"train.compile": True}, id="compile"),
+        pytest.param({"train.compile": True}, id="compile", marks=pytest.mark.long),
     ],
     ids=str,
 )

@@ -27,7 +27,7 @@ LONG = pytest.mark.long
 
 # On rank 1 of two, in the second step: what its output shows, and what the launcher's last line says of it.
 ON_ONE_RANK = [
-    pytest.param("memory", "MemoryError: no memory for 12 bytes", "failed first: MemoryError: no memory", id="memory"),
+    pytest.param("memory", "MemoryError: no memory for 12 bytes", "failed first: MemoryError: no memory", marks=LONG),
     pytest.param("kill", None, "was killed by signal 9 (SIGKILL)", id="kill"),
     pytest.param("out of memory", "tried to allocate 20.00 GiB", "failed first: OutOfMemoryError", marks=LONG),
     pytest.param("runtime", "RuntimeError: kernel failed", "failed first: RuntimeError: kernel", marks=LONG),
