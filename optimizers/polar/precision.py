@@ -52,6 +52,10 @@ and 1.02. A processor with AMX: in bf16 1.5 and 1.9, and X^T X from a contiguous
 EPYC; on a GPU, where it is a sequence of small dependent steps, it has not been measured."""
 
 
+UNKNOWN = Spelling(256)
+"""For other devices."""
+
+
 _counted_as: ContextVar[str] = ContextVar("_counted_as", default="cpu")
 
 
@@ -70,7 +74,7 @@ def spelling(device: torch.device, dtype: torch.dtype) -> Spelling:
     kind = device.type
     if kind == "cpu" and dtype == torch.bfloat16:
         kind = "amx_bf16" if _cpu_has("amx_bf16") else "avx512_bf16"
-    return SPELLINGS.get((kind, dtype), SPELLINGS["cpu", torch.float32])
+    return SPELLINGS.get((kind, dtype), UNKNOWN)
 
 
 def has_fast_bf16(device: torch.device | str) -> bool:

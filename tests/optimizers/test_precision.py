@@ -135,6 +135,11 @@ def test_a_large_symmetric_product_costs_five_eighths() -> None:
     assert count.get_total_flops() == 2 * 2048 * 2048 * 64 * 5 // 8
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", "cpu"])
+def test_only_where_it_was_measured_factorisations_take_the_place_of_products(kind: str) -> None:
+    assert precision.spelling(torch.device(kind), torch.float32).factorises == (kind == "cpu")
+
+
 def test_auto_is_the_fastest_dtype_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = {("amx_bf16", "avx512_bf16"): torch.bfloat16, ("avx512_bf16",): torch.float32, (): torch.float32}
     for instructions, dtype in cases.items():
