@@ -78,6 +78,16 @@ def test_a_step_makes_few_tensors_as_large_as_the_weight(monkeypatch: pytest.Mon
     assert len(selecting.made) > len(large.made) + 4
 
 
+def test_what_an_observer_keeps_is_the_direction_and_not_the_step() -> None:
+    weight = nn.Parameter(torch.randn(64, 16))
+    weight.grad = torch.randn(64, 16)
+    optimizer = Aurora([{"params": [weight], "direction": "muon"}])
+    seen: list[Tensor] = []
+    optimizer.direction_observer = lambda place, d: seen.append(d)
+    optimizer.step()
+    torch.testing.assert_close(torch.linalg.svdvals(seen[0]), torch.ones(16), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), None])
 def test_what_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, bad: float | None) -> None:
