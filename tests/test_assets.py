@@ -221,7 +221,7 @@ def test_tokenizer_adds_no_tokens_by_itself(tokenizer: Tokenizer) -> None:
     assert not {0, 1} & set(plain)
 
 
-@pytest.mark.parametrize("vocab_size", [2048, pytest.param(8192, marks=pytest.mark.long)], indirect=True)
+@pytest.mark.long
 def test_tokenizer_is_what_the_committed_corpus_trains(tokenizer: Tokenizer, vocab_size: int) -> None:
     documents = build_assets.read_corpus(ASSETS / "corpus")
     texts = [document.text for document in documents if not held_out(document.text)]

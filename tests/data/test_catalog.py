@@ -169,6 +169,7 @@ def launch(tmp_path: Path) -> Callable[[dict[str, Any]], Counter[str]]:
     return start
 
 
+@pytest.mark.long
 def test_a_launch_opens_each_file_a_few_times_and_each_unit_once(
     tmp_path: Path, tokenizer: TokenizerConfig, launch: Callable[[dict[str, Any]], Counter[str]]
 ) -> None:

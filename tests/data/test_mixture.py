@@ -175,7 +175,9 @@ def test_batches_are_those_of_the_definition(setting: Setting, mixture: dict[str
     assert rows(whole(on_ranks(3, lambda group: drain(setting.open(group=group), 11)))) == expected
 
 
-@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize(
+    "mixture", [*(pytest.param(one, marks=pytest.mark.long) for one in MIXTURES[:2]), *MIXTURES[2:]]
+)
 def test_a_stream_resumes_after_every_few_sequences(setting: Setting, mixture: dict[str, Any]) -> None:
     """At stage borders, and where sources end."""
     setting = setting.changed(**mixture)

@@ -122,7 +122,7 @@ def test_a_run_crosses_ranks_stages_and_engines(dense: tuple[Path, float], tmp_p
     assert metrics(tmp_path, "step", "batch_sha256", "lr") == metrics(one, "step", "batch_sha256", "lr")
 
 
-RESUMES = [(1, 3, "fp32", "aurora"), (3, 2, "bf16", "normuon")]
+RESUMES = [(1, 3, "fp32", "aurora"), pytest.param(3, 2, "bf16", "normuon", marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize(("stage", "ranks", "precision", "optimizer"), RESUMES)

@@ -34,7 +34,12 @@ EXACT = ("step", "tokens", "loss", "lr", "adamw_lr", "grad_norm", "batch_sha256"
         pytest.param(3, {"train.micro_batch_sequences": 4}, id="3 processes", marks=pytest.mark.long),
         pytest.param(4, {"train.micro_batch_sequences": 3}, id="4 processes", marks=pytest.mark.long),
         pytest.param(1, {"data.document_mask": True, "data.reset_positions": True}, id="document masks"),
-        pytest.param(1, {"optimizer.name": "riemannian_aurora", "optimizer.polar": "gram"}, id="riemannian_aurora"),
+        pytest.param(
+            1,
+            {"optimizer.name": "riemannian_aurora", "optimizer.polar": "gram"},
+            id="riemannian_aurora",
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             1, {"optimizer.name": "muon", "optimizer.polar": "polar_express"}, id="muon", marks=pytest.mark.long
         ),

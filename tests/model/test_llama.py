@@ -56,7 +56,7 @@ def test_the_loss_is_the_summed_cross_entropy_of_the_models_logits(tiny_config: 
         {"train.loss_chunk_tokens": 24},
         {"train.loss_chunk_tokens": 64},
         {"train.loss_chunk_tokens": 50, "train.activation_checkpointing": "full"},
-        pytest.param({"train.compile": True}, id="compile"),
+        pytest.param({"train.compile": True}, id="compile", marks=pytest.mark.long),
     ],
     ids=str,
 )

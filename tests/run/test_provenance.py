@@ -92,7 +92,7 @@ def test_every_source_of_a_mixture_has_counts_of_its_own(
     assert "| MIT |" in row
 
 
-@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("packing", [pytest.param("concatenate", marks=pytest.mark.long), "best_fit"])
 def test_sources_that_are_read_as_one_have_counts_of_their_own(
     packing: str, tiny_config: MakeConfig, sources: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -124,6 +124,7 @@ def test_a_whole_epoch_of_sources_that_are_read_as_one_is_counted_exactly(tmp_pa
         assert [one["tokens"] for one in found] == [2 * sum(map(len, encoder.encode(source))) for source in texts]
 
 
+@pytest.mark.long
 def test_what_an_older_version_counted_together_stays_together(
     tiny_config: MakeConfig, sources: list[dict[str, Any]], tmp_path: Path
 ) -> None:
