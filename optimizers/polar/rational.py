@@ -29,8 +29,8 @@ RATIONALS: dict[Accuracy, tuple[Rational, ...]] = {
 (default) and 4e-8 (tight), before rounding."""
 
 LARGEST_DIRECT: dict[Accuracy, float] = {"loose": 200.0, "default": 20.0, "tight": 0.0}
-"""The condition number up to which there is no restart. It changes the direction by at most 3e-5 (default) and 4e-4
-(loose) of its norm."""
+"""The condition number up to which the restart is left out, which changes the direction by at most 3e-5 (default) and
+4e-4 (loose) of its norm."""
 
 POWER_STEPS = 4
 # What is added to A, in terms of its trace, if rounding has left it indefinite. X_1 is then a little less even.

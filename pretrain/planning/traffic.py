@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from optimizers import directions
 from optimizers.flops import read_options
 from optimizers.matrices import placed_blocks
+from optimizers.polar.precision import counted_as
 from optimizers.sharded import Layout, Plan, chunked_rows
 from optimizers.sharded.rows import row_visits
 from optimizers.sharded.teams import Team, row_sharded_direction
@@ -232,7 +233,7 @@ def _team_sums(plan: Plan, group: Mapping[str, Any], rank: int, small: int, devi
     options = tuple(sorted(read_options(group, device).items()))
     for (shape, members), count in alike.items():
         sums: Counter[str] = Counter()
-        for dtype, elements in _sums_of(shape, members, options):
+        for dtype, elements in _sums_of(shape, members, options, torch.device(device).type):
             if elements * ITEM_BYTES[dtype] > small:
                 sums[dtype] += elements
         found += [Collective("sum in teams", "all_reduce", d, count * n, members) for d, n in sums.items()]
@@ -240,11 +241,14 @@ def _team_sums(plan: Plan, group: Mapping[str, Any], rank: int, small: int, devi
 
 
 @functools.lru_cache(maxsize=1024)
-def _sums_of(shape: tuple[int, int], members: int, options: tuple[tuple[str, Any], ...]) -> list[tuple[str, int]]:
-    """(dtype, elements) of each sum in the direction of one matrix, from a run on the meta device."""
+def _sums_of(
+    shape: tuple[int, int], members: int, options: tuple[tuple[str, Any], ...], device: str
+) -> list[tuple[str, int]]:
+    """(dtype, elements) of each sum in the direction of one matrix on a device, from a run on the meta device."""
     m, n = shape
     given, team, share = dict(options), _CountedTeam(members), -(-max(m, n) // members)
     part = torch.empty(1, *((share, n) if m >= n else (m, share)), device="meta")
     row_state = torch.empty(1, share, device="meta") if directions.row_slot(given, m, n) else None
-    row_sharded_direction(part, shape, given, team, row_state)
+    with counted_as(device):
+        row_sharded_direction(part, shape, given, team, row_state)
     return team.sums
