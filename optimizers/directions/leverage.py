@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..polar.gram import inverse_sqrt
+from ..polar.inverses import inverse_factor, is_by_halves
 from ..polar.precision import as_stated, gram_matrix
 from ..polar.rows import HERE, Rows
 
@@ -30,18 +31,24 @@ def from_cholesky(
 ) -> tuple[Tensor, Tensor]:
     """|L^-1 x_i|^2 with L L^T = X^T X + ridge: 2 m n^2 for the Gram matrix, m n^2 to solve, n^3 / 3.
 
+    Where n is small on a CPU, a product with the inverse, of 2 m n^2, is faster than to solve.
+
     If the factorisation fails with the first ridge, the second is tried; if that fails too, `fallback` finds the
     scores. Each of these is one retry. Checking whether it failed waits for the device.
     """
     with torch.no_grad(), as_stated(x.device):
         A = rows.total(gram_matrix(x))
-        L, failed = _cholesky(A, RIDGES[0])
+        factor, failed = _factor(A, RIDGES[0])
         retries = failed.long()
         if _any(failed):
-            again, failed_again = _cholesky(A, RIDGES[1])
-            L = torch.where(failed[:, None, None], again, L)
+            again, failed_again = _factor(A, RIDGES[1])
+            factor = torch.where(failed[:, None, None], again, factor)
             failed, retries = failed & failed_again, retries + (failed & failed_again)
-        scores = _squared_rows(torch.linalg.solve_triangular(L.mT, x, upper=True, left=False))
+        if is_by_halves(A):
+            solved = torch.bmm(x, factor)
+        else:
+            solved = torch.linalg.solve_triangular(factor, x, upper=True, left=False)
+        scores = _squared_rows(solved)
         if _any(failed):
             scores[failed] = fallback(x[failed])[0]
     return scores, retries
@@ -55,10 +62,13 @@ def from_gram(x: Tensor, rows: Rows = HERE) -> tuple[Tensor, Tensor]:
     return scores, torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
 
-def _cholesky(A: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Lower factors of A with a ridge, and which of them failed; a failed one must not be used."""
-    L, info = torch.linalg.cholesky_ex(_ridged(A, ridge))
-    return L, info > 0
+def _factor(A: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """L^T of A with a ridge, or its inverse if that is faster; and which of them failed, which must not be used."""
+    ridged = _ridged(A, ridge)
+    if is_by_halves(A):
+        return inverse_factor(ridged)
+    L, info = torch.linalg.cholesky_ex(ridged)
+    return L.mT, info > 0
 
 
 def _ridged(A: Tensor, ridge: float) -> Tensor:

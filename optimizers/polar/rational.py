@@ -1,14 +1,14 @@
 """The polar factor from inverses of the n x n Gram matrix, where a processor factorises fast.
 
 polar(X) = X A^(-1/2) with A = X^T X. A rational function r(x) = x h(x^2) in partial fractions, h(a) = scale (1 + sum_j
-w_j / (a + s_j)), takes one inverse (A + s_j I)^-1 for each pole, which a Cholesky factor finds in n^3 operations. Two
+w_j / (a + s_j)), takes one inverse (A + s_j I)^-1 for each pole, which Cholesky factors find in n^3 operations. Two
 poles bring the singular values above 2^-11 of the Frobenius norm within 26 % of 1, two more within 8e-6, where
 polynomials need seven steps with 22 products of 2 n^3.
 
-Rounding: A holds the squares of the singular values, so it knows the smallest to about eps kappa^2 / 3, with kappa the
-largest over the smallest. Where that matters there is a *restart* between the two functions: the second takes a fresh
-Gram matrix A_1 of X_1 = X h_1(A), whose values are all near 1. Where kappa is small, A_1 = A h_1(A)^2 follows from what
-is at hand, and only A and one product X Q have the size m x n. (docs/decisions, 2026-11-27, rational functions.)
+Rounding: every entry of A is off by about eps of itself, which hides its small eigenvalues, the squares of the small
+singular values. Where that matters there is a *restart* between the two functions: the second takes a fresh Gram matrix
+A_1 of X_1 = X h_1(A), whose values are all near 1. Elsewhere A_1 = A h_1(A)^2 follows from what is at hand, and only A
+and one product X Q have the size m x n. (docs/decisions, 2026-11-27, rational functions.)
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Rational, zolotarev
+from .inverses import inverse
 from .precision import Accuracy, Products
 from .rows import HERE, Rows
 
@@ -28,9 +29,9 @@ RATIONALS: dict[Accuracy, tuple[Rational, ...]] = {
 """The two functions. Singular values from `lower` times the Frobenius norm on arrive within 4e-4 of 1 (loose), 8e-6
 (default) and 4e-8 (tight), before rounding."""
 
-LARGEST_DIRECT: dict[Accuracy, float] = {"loose": 200.0, "default": 20.0, "tight": 0.0}
-"""The condition number up to which the restart is left out, which changes the direction by at most 3e-5 (default) and
-4e-4 (loose) of its norm."""
+MOST_HIDDEN: dict[Accuracy, float] = {"loose": 5000.0, "default": 500.0, "tight": 0.0}
+"""Up to which ratio of the largest row norm of A to its smallest eigenvalue the restart is left out. That adds about
+1.5e-7 times the ratio to the error of the singular values: at most 8e-5 (default) and 8e-4 (loose)."""
 
 POWER_STEPS = 4
 # What is added to A, in terms of its trace, if rounding has left it indefinite. X_1 is then a little less even.
@@ -51,35 +52,33 @@ def rational_polar(tall: Tensor, products: Products, rows: Rows = HERE, accuracy
     A.div_(size)
     W, is_regular = _inverses(A, first)
 
-    # Both use up A and W, so that their memory is free for what follows.
-    def direct(x: Tensor, A: Tensor, W: list[Tensor], size: Tensor) -> Tensor:
-        Ah = _times_h_(first, A, W)
-        h = _h_(first, W)
-        h_1 = _h_(second, _inverses(products.symmetric(Ah, h), second)[0])
-        return products.by_symmetric(x, products.symmetric(h, h_1, out=Ah).div_(size.sqrt()))
-
-    def restarted(x: Tensor, A: Tensor, W: list[Tensor], size: Tensor) -> Tensor:
-        X_1 = products.by_symmetric(x, _h_(first, W).div_(size.sqrt()))
-        A_1 = rows.total(products.symmetric(X_1.mT, X_1, out=A))
-        return products.by_symmetric(X_1, _h_(second, _inverses(A_1, second)[0]))
-
     if rows is not HERE:
-        return restarted(x, A, W, size)
-    is_direct = is_regular & _is_conditioned(A, W[0], first.shifts[0], LARGEST_DIRECT[accuracy])
-    if A.is_meta:
-        return restarted(x, A, W, size)
-    ways = ((direct, is_direct), (restarted, ~is_direct))
-    for way, chosen in ways:
-        if chosen.all():
-            return way(x, A, W, size)
-    parts = [(way, chosen, A[chosen], [inverse[chosen] for inverse in W], size[chosen]) for way, chosen in ways]
-    del A
-    W.clear()
-    factor = torch.empty_like(x)
-    while parts:
-        way, chosen, own_A, own_W, own_size = parts.pop()
-        factor[chosen] = way(x[chosen], own_A, own_W, own_size)
+        return _restarted(x, A, W, size, products, rows, accuracy)
+    is_lost = ~(is_regular & _is_known(A, W[0], first.shifts[0], MOST_HIDDEN[accuracy]))
+    if A.is_meta or is_lost.all():
+        return _restarted(x, A, W, size, products, rows, accuracy)
+    Ah = _times_h_(first, A, W)
+    h = _h_(first, W)
+    A_1 = products.symmetric(Ah, h)
+    del A, Ah
+    h.div_(size.sqrt())
+    X_1 = products.by_symmetric(x[is_lost], h[is_lost])
+    A_1[is_lost] = products.symmetric(X_1.mT, X_1)
+    h_1 = _h_(second, _inverses(A_1, second)[0])
+    del A_1
+    factor = products.by_symmetric(x, products.symmetric(h, h_1))
+    factor[is_lost] = products.by_symmetric(X_1, h_1[is_lost])
     return factor
+
+
+def _restarted(
+    x: Tensor, A: Tensor, W: list[Tensor], size: Tensor, products: Products, rows: Rows, accuracy: Accuracy
+) -> Tensor:
+    """The factor with a restart of all matrices. A and W are used up."""
+    first, second = RATIONALS[accuracy]
+    X_1 = products.by_symmetric(x, _h_(first, W).div_(size.sqrt()))
+    A_1 = rows.total(products.symmetric(X_1.mT, X_1, out=A))
+    return products.by_symmetric(X_1, _h_(second, _inverses(A_1, second)[0]))
 
 
 def _inverses(A: Tensor, r: Rational) -> tuple[list[Tensor], Tensor]:
@@ -90,25 +89,21 @@ def _inverses(A: Tensor, r: Rational) -> tuple[list[Tensor], Tensor]:
     diagonal = A.diagonal(dim1=-2, dim2=-1)
     plain = diagonal.clone()
 
-    def factor(shift: float) -> tuple[Tensor, Tensor]:
-        # cholesky_ex copies what it is given.
+    def shifted(shift: float) -> tuple[Tensor, Tensor]:
         diagonal.copy_(plain + shift)
-        U, info = torch.linalg.cholesky_ex(A, upper=True)
-        return U, info > 0
+        return inverse(A)
 
     found: list[Tensor] = []
     for shift in r.shifts:
-        U, failed = factor(shift)
+        W, failed = shifted(shift)
         if not found:
             is_regular = ~failed
             for ridge in () if A.is_meta else RIDGES:
                 if not failed.any():
                     break
                 plain += ridge * failed[:, None]
-                U, failed = factor(shift)
-        # LAPACK's columns are our rows; the inverse is symmetric.
-        found.append(torch.cholesky_inverse(U, upper=True).mT)
-        del U
+                W, failed = shifted(shift)
+        found.append(W)
     diagonal.copy_(plain)
     return found, is_regular
 
@@ -125,19 +120,21 @@ def _h_(r: Rational, W: list[Tensor]) -> Tensor:
 def _times_h_(r: Rational, A: Tensor, W: Sequence[Tensor]) -> Tensor:
     """A h(A) in the memory of A, without a product: A (A + s I)^-1 = I - s (A + s I)^-1."""
     A.mul_(r.scale)
-    for inverse, weight, shift in zip(W, r.weights, r.shifts, strict=True):
-        A.add_(inverse, alpha=-r.scale * weight * shift)
+    for W_j, weight, shift in zip(W, r.weights, r.shifts, strict=True):
+        A.add_(W_j, alpha=-r.scale * weight * shift)
     A.diagonal(dim1=-2, dim2=-1).add_(r.scale * sum(r.weights))
     return A
 
 
-def _is_conditioned(A: Tensor, inverse: Tensor, shift: float, limit: float) -> Tensor:
-    """Whether [k] kappa(X) <= limit by estimates, and the smallest eigenvalue of A = X^T X is at least the shift.
+def _is_known(A: Tensor, W: Tensor, shift: float, limit: float) -> Tensor:
+    """Whether [k] the smallest eigenvalue of A is at least its largest row norm / limit, and the shift, by an estimate.
 
-    `inverse` is (A + shift I)^-1. Below the shift an eigenvalue would be the difference of numbers that nearly agree.
+    Rounding errors of entries that are independent have about the spectral norm of the largest norm of a row. W is
+    (A + shift I)^-1: an eigenvalue below the shift would be the difference of numbers that nearly agree.
     """
-    smallest = 1 / _largest_eigenvalue(inverse) - shift
-    return smallest >= torch.clamp(_largest_eigenvalue(A) / limit**2, min=shift) if limit else smallest > torch.inf
+    smallest = 1 / _largest_eigenvalue(W) - shift
+    largest_row = torch.linalg.vector_norm(A, dim=-1).amax(dim=-1)
+    return smallest >= torch.clamp(largest_row / limit, min=shift) if limit else smallest > torch.inf
 
 
 def _largest_eigenvalue(A: Tensor) -> Tensor:

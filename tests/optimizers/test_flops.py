@@ -170,7 +170,18 @@ def test_a_well_conditioned_matrix_costs_less_than_is_counted() -> None:
 # Operations that only make tensors or move entries, and one that multiplies no matrices though torch does not say so.
 MOVING = {
     *("empty_like", "full_like", "new_empty", "new_ones", "new_zeros", "ones", "scalar_tensor", "zeros", "zeros_like"),
-    *("arange", "argmax", "index", "copy_", "stack", "_local_scalar_dense", "_to_copy", "_unsafe_view", "floor_divide"),
+    *(
+        "arange",
+        "argmax",
+        "index",
+        "index_put_",
+        "copy_",
+        "stack",
+        "_local_scalar_dense",
+        "_to_copy",
+        "_unsafe_view",
+        "floor_divide",
+    ),
 }
 
 

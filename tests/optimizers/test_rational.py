@@ -72,10 +72,24 @@ def test_a_restart_is_made_where_the_condition_number_asks_for_it() -> None:
         assert error(d, x) < 1e-4 + 16 * 2.0**-24 * condition
 
 
+def test_a_few_large_values_hide_nothing() -> None:
+    """The condition number alone would ask for a restart: it is the same in both, and the small values are not."""
+    base = torch.linalg.qr(torch.randn(4000, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    turn = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    for large, tall_products in ((1, 2), (32, 4)):
+        sigma = torch.ones(64, dtype=torch.float64)
+        sigma[:large] = 30.0
+        x = ((base * sigma) @ turn.T).float()
+        with counter() as count:
+            d = polar(x, "gram", dtype="fp32")
+        assert count.get_total_flops() // (2 * 4000 * 64 * 64) == tall_products, large
+        assert float((torch.linalg.svdvals(d.double()) - 1).abs().max()) < 1e-4
+
+
 def test_without_restarts_badly_conditioned_matrices_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     x = of_condition(512, 64, 150.0)
     good = error(polar(x, "gram", dtype="fp32"), x)
-    monkeypatch.setitem(rational.LARGEST_DIRECT, "default", 1e9)
+    monkeypatch.setitem(rational.MOST_HIDDEN, "default", 1e9)
     assert error(polar(x, "gram", dtype="fp32"), x) > 2 * good
 
 
