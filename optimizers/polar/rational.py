@@ -84,14 +84,14 @@ def _restarted(
 def _inverses(A: Tensor, r: Rational) -> tuple[list[Tensor], Tensor]:
     """(A + s I)^-1 for each shift, smallest first, and which matrices [k] were positive definite without a ridge.
 
-    A is positive semidefinite but for rounding; a ridge is added to it in place.
+    A has eigenvalues from 0 to 1, but for rounding; a ridge is added to it in place.
     """
     diagonal = A.diagonal(dim1=-2, dim2=-1)
     plain = diagonal.clone()
 
     def shifted(shift: float) -> tuple[Tensor, Tensor]:
         diagonal.copy_(plain + shift)
-        return inverse(A)
+        return inverse(A, condition=1 + 1 / shift)
 
     found: list[Tensor] = []
     for shift in r.shifts:

@@ -8,9 +8,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimizers.polar import inverses, precision
-from optimizers.polar.inverses import LARGEST_BY_HALVES, SMALLEST_HALF, inverse, inverse_factor
+from optimizers.polar.inverses import (
+    LARGEST_BY_HALVES,
+    LARGEST_CONDITION,
+    SMALLEST,
+    SMALLEST_OF_LARGE,
+    inverse,
+    inverse_factor,
+)
 
-SIZES = [1, 2, SMALLEST_HALF, SMALLEST_HALF + 1, 97, 128, 200, LARGEST_BY_HALVES, LARGEST_BY_HALVES + 1]
+SIZES = [1, 2, SMALLEST, SMALLEST + 1, 97, 128, 200, LARGEST_BY_HALVES, LARGEST_BY_HALVES + 1]
 
 
 def positive(k: int, n: int, condition: float) -> Tensor:
@@ -31,12 +38,13 @@ def error(W: Tensor, A: Tensor) -> float:
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("condition", [1.0, 300.0, 1e6])
+@pytest.mark.parametrize("condition", [1.0, LARGEST_CONDITION, 300.0, 1e6])
 def test_inverses_are_nearly_as_exact_as_those_of_lapack(n: int, condition: float) -> None:
     A = positive(3, n, condition)
-    W, failed = inverse(A)
+    W, failed = inverse(A, condition)
     assert not failed.any()
-    # From the inverse of a block of A the error of the worst would be 1,000 times as large.
+    assert float((W - W.mT).abs().max()) <= 1e-5 * float(W.abs().max())
+    # From Schur complements alone the worst would be 200 times as large, and more.
     assert error(W, A) < 4 * error(by_lapack(A), A) + 1e-6
 
 
@@ -52,16 +60,19 @@ def test_the_factor_is_that_of_the_upper_triangle(n: int) -> None:
 
 @pytest.mark.parametrize("n", [3, 100, LARGEST_BY_HALVES + 1])
 @pytest.mark.parametrize("where", [0, -1])
-def test_a_matrix_that_is_not_positive_definite_is_told_and_spoils_no_other(n: int, where: int) -> None:
+@pytest.mark.parametrize("condition", [20.0, 1e6])
+def test_a_matrix_that_is_not_positive_definite_is_told_and_spoils_no_other(
+    n: int, where: int, condition: float
+) -> None:
     A = torch.cat([positive(1, n, 10.0), torch.eye(n)[None], positive(1, n, 20.0)])
     A[1, where, where] = -1e-3
-    W, failed = inverse(A)
+    W, failed = inverse(A, condition)
     assert failed.tolist() == [False, True, False]
     assert error(W[::2], A[::2]) < 1e-5
 
 
-def test_small_matrices_are_inverted_by_products() -> None:
-    """LAPACK would take each of them in turn; it gets only the blocks of at most SMALLEST_HALF rows."""
+def test_products_invert_small_matrices_and_well_conditioned_ones() -> None:
+    """LAPACK would take each of them in turn; it gets only small blocks, and large matrices of a bad condition."""
     seen: list[tuple[str, int]] = []
 
     class Watching(TorchDispatchMode):
@@ -71,13 +82,17 @@ def test_small_matrices_are_inverted_by_products() -> None:
                 seen.append((name, args[0].shape[-1]))
             return func(*args, **(kwargs or {}))
 
-    for n in (LARGEST_BY_HALVES, LARGEST_BY_HALVES + 1):
-        A = positive(2, n, 10.0)
+    for n, condition, largest in (
+        (LARGEST_BY_HALVES, 1e6, 16),
+        (LARGEST_BY_HALVES, 10.0, 16),
+        (4 * LARGEST_BY_HALVES, 1e6, 4 * LARGEST_BY_HALVES),
+        (4 * LARGEST_BY_HALVES, 10.0, SMALLEST_OF_LARGE),
+    ):
+        A = positive(1, n, 10.0)
         seen.clear()
         with Watching():
-            inverse(A)
-        sizes = [size for name, size in seen if "bmm" not in name]
-        assert max(sizes) == (n if n > LARGEST_BY_HALVES else 16)
+            inverse(A, condition)
+        assert max(size for name, size in seen if "bmm" not in name) == largest
 
 
 def test_a_device_that_does_not_factorise_fast_keeps_its_own_way() -> None:
