@@ -31,7 +31,7 @@ RATIONALS: dict[Accuracy, tuple[Rational, ...]] = {
 
 MOST_HIDDEN: dict[Accuracy, float] = {"loose": 5000.0, "default": 500.0, "tight": 0.0}
 """Up to which ratio of the largest row norm of A to its smallest eigenvalue the restart is left out. That adds about
-1.5e-7 times the ratio to the error of the singular values: at most 8e-5 (default) and 8e-4 (loose)."""
+1.5e-7 times the ratio to the error of the singular values: 8e-5 (default) and 8e-4 (loose)."""
 
 POWER_STEPS = 4
 # What is added to A, in terms of its trace, if rounding has left it indefinite. X_1 is then a little less even.
