@@ -140,7 +140,8 @@ def test_a_run_whose_data_fails_saves_its_last_step_and_continues_later(
         assert [step for step, _ in record(broken)] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_while_the_server_is_dead_saves_and_stops(ranks: int, files: dict[str, bytes], tmp_path: Path) -> None:
     """The rank that waits, and the one that waits for it."""
     with hub_server(files, page=1) as hub:

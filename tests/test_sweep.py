@@ -189,6 +189,7 @@ def wait_for_steps(path: Path, steps: int) -> None:
     raise AssertionError("the sweep does not get on")
 
 
+@pytest.mark.long
 def test_killing_a_sweep_twice_changes_nothing(complete: Path, sweep_file: Callable[..., Path]) -> None:
     """Once by SIGKILL, which leaves the training processes to themselves, once by a request to stop."""
     expected = weights(complete)

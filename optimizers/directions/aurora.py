@@ -267,7 +267,10 @@ def _leverage(x: Tensor, options: AuroraOptions) -> tuple[Tensor, Tensor]:
     how = automatic_row_balance(vars(options), x.device) if options.row_balance == "auto" else options.row_balance
     if how == "polar":
         return from_polar(x)
-    return leverage.from_gram(x.float()) if how == "gram" else leverage.from_cholesky(x.float(), from_polar)
+    if how == "gram":
+        return leverage.from_gram(x.float())
+    # "svd" gives the same bits in any stack, so that runs on other numbers of ranks can be compared with it.
+    return leverage.from_cholesky(x.float(), from_polar, each_alone=options.polar == "svd")
 
 
 def automatic_row_balance(options: Mapping[str, Any], device: torch.device | str) -> RowBalance:

@@ -27,28 +27,32 @@ def from_polar(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_cholesky(
-    x: Tensor, fallback: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Rows = HERE
+    x: Tensor, fallback: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Rows = HERE, *, each_alone: bool = False
 ) -> tuple[Tensor, Tensor]:
     """|L^-1 x_i|^2 with L L^T = X^T X + ridge: 2 m n^2 for the Gram matrix, m n^2 to solve, n^3 / 3.
 
     Where n is small on a CPU, a product with the inverse, of 2 m n^2, is faster than to solve.
 
+    How products round depends on the place of a matrix in its stack. With `each_alone` there is one matrix at a time,
+    in memory of its own.
+
     If the factorisation fails with the first ridge, the second is tried; if that fails too, `fallback` finds the
     scores. Each of these is one retry. Checking whether it failed waits for the device.
     """
+    if each_alone and len(x) > 1:
+        each = [from_cholesky(matrix.clone(), fallback, rows, each_alone=True) for matrix in x.split(1)]
+        return torch.cat([scores for scores, _ in each]), torch.cat([retries for _, retries in each])
     with torch.no_grad(), as_stated(x.device):
         A = rows.total(gram_matrix(x))
-        factor, failed = _factor(A, RIDGES[0])
+        by_halves = is_by_halves(A) and not each_alone
+        factor, failed = _factor(A, RIDGES[0], by_halves)
         retries = failed.long()
         if _any(failed):
-            again, failed_again = _factor(A, RIDGES[1])
+            again, failed_again = _factor(A, RIDGES[1], by_halves)
             factor = torch.where(failed[:, None, None], again, factor)
             failed, retries = failed & failed_again, retries + (failed & failed_again)
-        if is_by_halves(A):
-            solved = torch.bmm(x, factor)
-        else:
-            solved = torch.linalg.solve_triangular(factor, x, upper=True, left=False)
-        scores = _squared_rows(solved)
+        solve = torch.linalg.solve_triangular
+        scores = _squared_rows(torch.bmm(x, factor) if by_halves else solve(factor, x, upper=True, left=False))
         if _any(failed):
             scores[failed] = fallback(x[failed])[0]
     return scores, retries
@@ -62,10 +66,10 @@ def from_gram(x: Tensor, rows: Rows = HERE) -> tuple[Tensor, Tensor]:
     return scores, torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
 
-def _factor(A: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """L^T of A with a ridge, or its inverse if that is faster; and which of them failed, which must not be used."""
+def _factor(A: Tensor, ridge: float, by_halves: bool) -> tuple[Tensor, Tensor]:
+    """L^T of A with a ridge, or by halves its inverse; and which of them failed, which must not be used."""
     ridged = _ridged(A, ridge)
-    if is_by_halves(A):
+    if by_halves:
         return inverse_factor(ridged)
     L, info = torch.linalg.cholesky_ex(ridged)
     return L.mT, info > 0

@@ -104,6 +104,7 @@ def test_adamw_exchanges_no_momenta(tmp_path: Path) -> None:
     assert not of(exchanged(tmp_path, changes), "all_to_all_single")
 
 
+@pytest.mark.long
 def test_only_measured_steps_exchange_more(tmp_path: Path) -> None:
     """Each measurement costs as much as any other, and the steps between them nothing."""
     short = {"train.total_tokens": 6 * 768, "schedule.warmup_tokens": 0, "engine.kind": "deepspeed"}

@@ -167,7 +167,7 @@ def children() -> int:
     return found
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_as_many_reading_processes_live_as_asked(workers: int, tmp_path: Path) -> None:
     before, during = children(), []
     handle = nn.modules.module.register_module_forward_pre_hook(

@@ -198,12 +198,18 @@ def on_ranks(size: int, function: Callable[[Any], Result]) -> list[Result]:
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
 
+    # Messages between two ranks ask for the ranks of the group, which a group of the process would have.
+    known = dist.distributed_c10d._world.pg_group_ranks
+
     def run(rank: int) -> None:
         try:
             group = dist.ProcessGroupGloo(store, rank, size)
-            # Messages between two ranks ask for the ranks of the group, which a group of the process would have.
-            dist.distributed_c10d._world.pg_group_ranks[group] = {number: number for number in range(size)}
-            results[rank] = function(group)
+            known[group] = {number: number for number in range(size)}
+            try:
+                results[rank] = function(group)
+            finally:
+                # A forked process that leaves a group of its own would also end this one, and wait for its threads.
+                del known[group]
         except BaseException as error:
             errors.append(error)
 

@@ -114,7 +114,7 @@ def test_workers_end_with_the_trainer_however_it_ends(setting: Setting) -> None:
     wait_until_dead(worker)
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.long), "1"])
 def test_a_stream_that_nobody_closed_ends_without_noise(setting: Setting, workers: str) -> None:
     command = [sys.executable, "-c", SCRIPT, setting.config.sources[0].path, setting.tokenizer.path, workers, "go"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

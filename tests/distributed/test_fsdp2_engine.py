@@ -87,6 +87,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path, ranks: int, more: 
     assert len(metrics(whole, "step")) == STEPS
 
 
+@pytest.mark.long
 def test_bf16_weights_train_as_those_of_zero_do(dense: tuple[Path, float], tmp_path: Path) -> None:
     """DeepSpeed's stage 3 computes with bf16 weights too; from the first gradient on, both round in an order of their
     own, and neither is farther from fp32 than the other."""

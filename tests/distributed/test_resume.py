@@ -28,7 +28,7 @@ EXACT = ("step", "tokens", "loss", "lr", "adamw_lr", "grad_norm", "batch_sha256"
     ("world_size", "changes"),
     [
         pytest.param(1, {}, id="1 process"),
-        pytest.param(1, {"data.workers": 2}, id="2 data workers"),
+        pytest.param(1, {"data.workers": 2}, id="2 data workers", marks=pytest.mark.long),
         pytest.param(1, {"train.micro_batch_sequences": 24}, id="no accumulation"),
         pytest.param(2, {"data.workers": 1}, id="2 processes"),
         pytest.param(3, {"train.micro_batch_sequences": 4}, id="3 processes", marks=pytest.mark.long),

@@ -319,3 +319,12 @@ def test_a_missing_second_moment_is_no_silent_muon() -> None:
         # A wide matrix has unit rows without it.
         x = torch.randn(2, 6)
         assert torch.equal(directions.from_options(x, options).d, muon(x))
+
+
+@pytest.mark.parametrize(("m", "n"), [(23, 7), (31, 10), (64, 24), (129, 51), (300, 100), (513, 130)])
+def test_with_svd_a_direction_has_the_same_bits_in_any_stack(m: int, n: int) -> None:
+    """Other numbers of ranks make other stacks."""
+    x = uneven(m, n, batch=(5,))
+    together = aurora(x, polar="svd")
+    assert all(torch.equal(aurora(x[i].clone(), polar="svd"), together[i]) for i in range(5))
+    assert torch.equal(aurora(x[1:4], polar="svd"), together[1:4])

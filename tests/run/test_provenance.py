@@ -107,6 +107,7 @@ def test_sources_that_are_read_as_one_have_counts_of_their_own(
     assert min(whale["documents"], short["documents"]) > 0
 
 
+@pytest.mark.long
 def test_a_whole_epoch_of_sources_that_are_read_as_one_is_counted_exactly(tmp_path: Path) -> None:
     """On several workers too."""
     tokenizer = TokenizerConfig(path=str(REPOSITORY / "assets/tokenizer/tokenizer.json"))
