@@ -21,6 +21,9 @@ BUCKET_ELEMENTS = 2**24
 """The most elements of a stack of equal shapes (a single matrix may be larger). Besides weights, gradients and state, a
 step needs six fp32 tensors of this size (64 MiB each) for matrices four times as tall as wide, eight for square ones,
 and up to ten for riemannian_aurora, however many weights the model has."""
+CPU_BUCKET_ELEMENTS = 2**22
+"""The same where parameters are on a CPU. Its allocator keeps no tensor above 32 MiB for the next one, and to get fresh
+memory takes several times as long as to fill it: a step of Aurora over many small matrices took a third longer."""
 
 View = Literal["in_out", "stack", "flat"]
 """How the matrices of a parameter lie in it: "in_out", one matrix, stored as inputs x outputs (transformers' Conv1D);
@@ -186,11 +189,12 @@ def blocks(p: Tensor, entry: tuple[int, ...] | None, view: View | None = None) -
 
 
 def buckets(members: Iterable[Block]) -> Iterator[list[Block]]:
-    """Lists of blocks with the same shape and device, in the order given, up to BUCKET_ELEMENTS elements each."""
+    """Lists of blocks with the same shape and device, in the order given, each as large as the device's bucket."""
     alike: dict[tuple[tuple[int, int], torch.device], list[Block]] = defaultdict(list)
     for block in members:
         alike[block.shape, block.param.device].append(block)
-    for (shape, _), equal in alike.items():
-        size = max(1, BUCKET_ELEMENTS // max(1, shape[0] * shape[1]))
+    for (shape, device), equal in alike.items():
+        elements = min(BUCKET_ELEMENTS, CPU_BUCKET_ELEMENTS) if device.type == "cpu" else BUCKET_ELEMENTS
+        size = max(1, elements // max(1, shape[0] * shape[1]))
         for start in range(0, len(equal), size):
             yield equal[start : start + size]

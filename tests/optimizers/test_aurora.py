@@ -133,6 +133,14 @@ def test_buckets_hold_equal_shapes_and_are_bounded(monkeypatch: pytest.MonkeyPat
     assert {id(block.param) for bucket in found for block in bucket} == {id(p) for p in params}
 
 
+def test_buckets_are_smaller_on_a_cpu() -> None:
+    sizes = {}
+    for device in ("cpu", "meta"):
+        params = [torch.empty(2048, 512, device=device) for _ in range(20)]
+        sizes[device] = [len(bucket) for bucket in buckets(block for p in params for block in blocks(p, None))]
+    assert sizes == {"cpu": [4] * 5, "meta": [16, 4]}
+
+
 def test_wide_and_square_weights_are_muons_under_the_default_scope() -> None:
     for m, n in ((4, 12), (6, 6)):
         first, second = weight(m, n), weight(m, n)
