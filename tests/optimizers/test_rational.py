@@ -132,6 +132,24 @@ def test_a_ridge_makes_up_for_a_gram_matrix_that_rounding_left_indefinite(negati
     assert torch.equal(A[1].diagonal(), torch.tensor([0.4, 0.3, 0.2, 0.1]))
 
 
+def test_a_matrix_that_needed_a_ridge_is_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.stack([of_condition(400, 8, 1.5), of_condition(400, 8, 1.5, seed=1)])
+    real, calls = rational.inverse, []
+
+    def first_fails(A: Tensor, condition: float) -> tuple[Tensor, Tensor]:
+        calls.append(condition)
+        return real(A, condition)[0], torch.tensor([False, len(calls) == 1])
+
+    with counter() as plain:
+        polar(x, "gram", dtype="fp32")
+    monkeypatch.setattr(rational, "inverse", first_fails)
+    with counter() as ridged:
+        d = polar(x, "gram", dtype="fp32")
+    # X_1, its Gram matrix and its product for the second matrix; and one more inverse.
+    assert (ridged.get_total_flops() - plain.get_total_flops()) // (2 * 400 * 8 * 8) == 3
+    assert max(error(d[0], x[0]), error(d[1], x[1])) < 1e-4
+
+
 def test_matrices_without_full_rank_give_partial_isometries() -> None:
     x = of_condition(200, 20, 5.0)
     x[:, 3] = x[:, 4]
