@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -312,9 +311,6 @@ class Engine:
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
-            # Gloo's threads need the GIL to release the tensors of the last collective, and DDP's destructor holds
-            # the GIL while it waits for those threads: without a pause some runs hang on exit.
-            time.sleep(0.2)
             dist.destroy_process_group()
         # Accelerate keeps its state for the life of the process, but the next run may use another engine.
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from optimizers import Aurora
 from pretrain.config import Config
 from pretrain.engine.base import Engine, patience
+from pretrain.engine.ranks import keep_group
 from pretrain.model.loss import LossModel
 
 
@@ -47,6 +48,11 @@ class PlainEngine(Engine):
         self.model = self.accelerator.prepare(module) if self.world_size > 1 else module
         if isinstance(self.model, DistributedDataParallel) != (self.world_size > 1):
             raise RuntimeError(f"Accelerate made a {type(self.model).__name__} of the model on {self.world_size} ranks")
+
+    def close(self) -> None:
+        """Leave the process group, which the model outlives."""
+        keep_group()
+        super().close()
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass; DDP averages over ranks, and the factor turns that into a sum."""

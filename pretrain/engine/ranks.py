@@ -6,6 +6,7 @@ others waiting in their next collective until the launcher stops them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import socket
 import threading
@@ -23,6 +24,21 @@ T = TypeVar("T")
 
 BEAT_SECONDS = 30.0
 """How often the other ranks hear from rank 0 during long work; must be far less than the timeout of a collective."""
+
+_kept: list[dist.ProcessGroup] = []
+"""See `keep_group`."""
+atexit.register(_kept.clear)
+
+
+def keep_group() -> None:
+    """Keep the default process group's Python object until the process ends. Call it where DDP is used with gloo.
+
+    A DistributedDataParallel that is freed after the group was destroyed must not be the last to hold it: it would wait
+    for gloo's threads with the GIL held, and they for the GIL, which they need to release the tensors of the last
+    collective (https://github.com/pytorch/pytorch/issues/56297). The group's Python object lets go of the GIL.
+    """
+    if (group := dist.group.WORLD) is not None:
+        _kept.append(group)
 
 
 @dataclass(frozen=True)

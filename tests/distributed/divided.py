@@ -13,6 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from optimizers import Aurora, directions
 from optimizers.sharded import DividedMatrices, exchange
 from optimizers.sharded.layout import LayoutError
+from pretrain.config import parse_config
+from pretrain.engine.plain import PlainEngine
+from pretrain.engine.ranks import keep_group
+from tests.conftest import TINY
 from tests.distributed.sharded import SHAPES, groups, start_gloo, tensors
 
 
@@ -119,6 +123,7 @@ def network(seed: int = 1) -> nn.Module:
 def wrapped() -> dict[str, Any]:
     """`Aurora` of a DistributedDataParallel against that of the model inside, which divides nothing."""
     rank, _ = start_gloo()
+    keep_group()
     losses: dict[str, list[float]] = {}
     kinds = {}
     for way in ("divided", "whole", "bound"):
@@ -142,6 +147,7 @@ def wrapped() -> dict[str, Any]:
 def joined() -> int:
     """Ranks with different numbers of batches inside `join`; the steps that this one took."""
     rank, _ = start_gloo()
+    keep_group()
     model = DistributedDataParallel(network())
     optimizer = Aurora(model, lr=0.02)
     taken = 0
@@ -154,6 +160,17 @@ def joined() -> int:
             taken += 1
     dist.destroy_process_group()
     return taken
+
+
+def freed_late(elements: int) -> bool:
+    """Free the model of an engine that was closed, while a collective still holds a tensor."""
+    engine = PlainEngine(parse_config(TINY))
+    model = engine.model = DistributedDataParallel(network())
+    dist.broadcast(torch.full((elements,), float(engine.ranks.rank)), src=0, async_op=True)
+    engine.close()
+    del engine  # which holds the group as well
+    del model
+    return not dist.is_initialized()
 
 
 def refused(fault: str) -> str:

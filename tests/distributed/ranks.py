@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,11 @@ def run_ranks(
     found: dict[int, Any] = {}
     try:
         for _ in processes:
-            rank, value, error = results.get(timeout=timeout_seconds)
+            try:
+                rank, value, error = results.get(timeout=timeout_seconds)
+            except queue.Empty:
+                codes = {rank: processes[rank].exitcode for rank in range(world_size) if rank not in found}
+                raise AssertionError(f"no result in {timeout_seconds} s; exit codes by rank: {codes}") from None
             assert error is None, f"rank {rank} of {world_size}:\n{error}"
             found[rank] = value
     finally:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.neurons.telemetry import load_arrays, measurements
-from tests.distributed.divided import compare, empty, joined, refused, wrapped
+from tests.distributed.divided import compare, empty, freed_late, joined, refused, wrapped
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import run, tensors
 from tests.distributed.sharded import SHAPES
@@ -107,6 +107,10 @@ def test_an_optimizer_of_a_distributed_model_divides_by_itself() -> None:
 
 def test_ranks_that_run_out_of_data_inside_join_hold_up_nobody() -> None:
     assert run_ranks(2, joined) == [3, 5]
+
+
+def test_a_model_that_outlives_its_engine_is_freed() -> None:
+    assert run_ranks(2, freed_late, 1 << 23, timeout_seconds=60) == [True, True]
 
 
 @pytest.mark.parametrize(("fault", "told"), [("weights", "different weights"), ("options", "the same options")])
