@@ -64,6 +64,7 @@ def gcs_server() -> Iterator[Storage]:
 class _Handler(BaseHTTPRequestHandler):
     storage: Storage
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body that waits for the headers to be acknowledged costs 40 ms a request
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
