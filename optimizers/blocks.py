@@ -188,13 +188,17 @@ def blocks(p: Tensor, entry: tuple[int, ...] | None, view: View | None = None) -
             start += height
 
 
+def bucket_elements(device_type: str) -> int:
+    """The most elements of a stack on a device of this type, such as "cuda"."""
+    return min(BUCKET_ELEMENTS, CPU_BUCKET_ELEMENTS) if device_type == "cpu" else BUCKET_ELEMENTS
+
+
 def buckets(members: Iterable[Block]) -> Iterator[list[Block]]:
     """Lists of blocks with the same shape and device, in the order given, each as large as the device's bucket."""
     alike: dict[tuple[tuple[int, int], torch.device], list[Block]] = defaultdict(list)
     for block in members:
         alike[block.shape, block.param.device].append(block)
     for (shape, device), equal in alike.items():
-        elements = min(BUCKET_ELEMENTS, CPU_BUCKET_ELEMENTS) if device.type == "cpu" else BUCKET_ELEMENTS
-        size = max(1, elements // max(1, shape[0] * shape[1]))
+        size = max(1, bucket_elements(device.type) // max(1, shape[0] * shape[1]))
         for start in range(0, len(equal), size):
             yield equal[start : start + size]

@@ -85,7 +85,7 @@ def test_every_direction_trains_the_quickstart(tmp_path: Path) -> None:
     runs = {}
     for name in NAMES:
         command = [sys.executable, "-m", "pretrain", "train", "configs/quickstart.yaml", f"optimizer.name={name}"]
-        command += [f"run.root={tmp_path}", f"run.name={name}", "optimizer.polar_dtype=fp32", "validation=null"]
+        command += [f"run.root={tmp_path}", f"run.name={name}", "optimizer.polar_dtype=fp32", "validation={}"]
         for stop in (STEP - 1, STEP):
             done = subprocess.run([*command, "--stop-at", str(stop)], cwd=REPOSITORY, check=False)
             assert done.returncode == STOPPED

@@ -167,7 +167,7 @@ def plan_run(config: Config, cluster: Cluster) -> RunPlan:
         matrices=plan,
         divided=divided,
         by_polar=by_polar,
-        memory=memory(config, groups, layout, plan, bf16, ranks),
+        memory=memory(config, groups, layout, plan, bf16, ranks, device),
         model_flops=flops_per_token(config.model, config.sequence_length) * config.train.global_batch_tokens,
         optimizer_flops=max(owners.loads) if owners else whole,
         collectives=collectives(config, model, groups, layout, plan, ranks, bf16, device=device),

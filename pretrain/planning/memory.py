@@ -8,12 +8,13 @@ that the Llama of transformers saves for the backward pass. Memory of libraries,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from optimizers.blocks import BUCKET_ELEMENTS
+from optimizers.blocks import BUCKET_ELEMENTS, bucket_elements
 from optimizers.directions import row_slot
+from optimizers.matrices import placed_blocks
 from optimizers.sharded import Layout, Plan
 from pretrain.config import Config
 from pretrain.model.cost import parameter_count
@@ -74,6 +75,7 @@ def memory(
     plan: Plan | None,
     bf16: bool,
     ranks: int,
+    device_type: str,
 ) -> Memory:
     """The memory of the rank that needs most.
 
@@ -84,6 +86,7 @@ def memory(
         plan: of the matrices; None without a layout or without matrices.
         bf16: whether matrix products are in bf16; under DeepSpeed and FSDP2 the weights then are too.
         ranks: of the run.
+        device_type: on which it runs, such as "cuda".
     """
     if config.engine.kind == "fsdp2":
         assert layout is not None, "fully_shard always shards"
@@ -125,11 +128,15 @@ def memory(
         stepping=_stepping(own, stage, element, sums),
     )
     copies = DIRECTION_TENSORS + (EXCHANGE_TENSORS if plan else 0)
+    matrices = [block.shape for g in groups if g["kind"] == "matrix" for block in placed_blocks(g["params"], g)]
+    # Stacks of ranks that share out the matrices are as large on every device.
+    most = BUCKET_ELEMENTS if plan or engine.divides_matrices(ranks) else bucket_elements(device_type)
     each = (
         replace(
             of_everyone,
             state=_state(groups, shards, plan, rank),
-            stepping=of_everyone.stepping + _largest_bucket(plan, rank) * FP32 * copies,
+            stepping=of_everyone.stepping
+            + _largest_stack(_owned(plan, rank) if plan else matrices, most) * FP32 * copies,
         )
         for rank in range(world if plan else 1)
     )
@@ -161,7 +168,7 @@ def _fsdp2(
             else:
                 state += 2 * FP32 * local
     largest = max(block, rest)
-    copies = DIRECTION_TENSORS + (EXCHANGE_TENSORS if plan else 0)
+    stacks = [_largest_stack(_owned(plan, rank), BUCKET_ELEMENTS) for rank in range(layout.world_size)] if plan else []
     return Memory(
         weights=own * FP32,
         master=0,
@@ -172,7 +179,7 @@ def _fsdp2(
         + largest * (element + reduced),
         start=sum(p.numel() for group in groups for p in group["params"]) * FP32,
         activations=activations(config, element),
-        stepping=max(_largest_bucket(plan, rank) for rank in range(layout.world_size)) * FP32 * copies,
+        stepping=max(stacks, default=0) * FP32 * (DIRECTION_TENSORS + EXCHANGE_TENSORS),
     )
 
 
@@ -193,13 +200,15 @@ def _state(groups: Sequence[Mapping[str, Any]], shards: Sequence[int], plan: Pla
     return total
 
 
-def _largest_bucket(plan: Plan | None, rank: int) -> int:
-    """Elements of the largest stack of equally shaped matrices that a rank processes together."""
-    if plan is None:
-        return BUCKET_ELEMENTS
-    shapes = Counter(plan.units[index].shape for index in plan.owned(rank))
-    stacks = (m * n * min(alike, max(1, BUCKET_ELEMENTS // (m * n))) for (m, n), alike in shapes.items())
+def _largest_stack(shapes: Iterable[tuple[int, int]], most: int) -> int:
+    """Elements of the largest stack of equally shaped matrices: at most `most`, unless a single one has more."""
+    stacks = (m * n * min(alike, max(1, most // (m * n))) for (m, n), alike in Counter(shapes).items())
     return max(stacks, default=0)
+
+
+def _owned(plan: Plan, rank: int) -> list[tuple[int, int]]:
+    """Rows and columns of the matrices that a rank works on."""
+    return [plan.units[index].shape for index in plan.owned(rank)]
 
 
 def _stepping(own: int, stage: int, element: int, sums: int) -> int:

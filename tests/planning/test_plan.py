@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
-from optimizers import Aurora, param_groups
+from optimizers import Aurora, blocks, param_groups
 from optimizers.sharded import LayoutError, chunked_layout, exchange, flat_layout, plan_group
 from optimizers.sharded.owners import Rectangle, Unit, rectangles
 from pretrain.cli import main
@@ -212,6 +214,22 @@ def test_more_ranks_share_out_more_memory(tiny_config: MakeConfig) -> None:
 
     assert need(3, 4) < need(1, 4) < need(1, 2)
     assert need(0, 4, "plain") == need(0, 2, "plain")
+
+
+@pytest.mark.parametrize("hidden", [64, 512, 2304])
+def test_a_step_is_planned_with_the_stacks_that_it_makes(hidden: int, tiny_config: MakeConfig) -> None:
+    """Of small matrices fewer than a bucket holds, of larger ones a bucket full, and one that exceeds it."""
+    config = tiny_config({"model.hidden_size": hidden, "model.intermediate_size": 4 * hidden, "model.num_layers": 5})
+    groups = config.optimizer.param_groups(build_model(config.model, 0, device="meta"))
+    matrices = next(group for group in groups if group["kind"] == "matrix")
+    shapes = [p.shape for p in matrices["params"]]
+    # Of the real device, which decides how many are stacked, but without memory.
+    real = [SimpleNamespace(shape=shape, param=SimpleNamespace(device=torch.device("cpu"))) for shape in shapes]
+    most = max(sum(math.prod(block.shape) for block in stack) for stack in blocks.buckets(cast(Any, real)))
+    assert plan_run(config, Cluster(1, DEVICES["cpu"])).memory.stepping == 6 * 4 * most
+    if hidden == 512:
+        assert most == blocks.CPU_BUCKET_ELEMENTS
+        assert plan_run(config, Cluster(1, H100)).memory.stepping == 6 * 4 * 10 * 2**20  # gate and up of five layers
 
 
 @pytest.mark.parametrize(
