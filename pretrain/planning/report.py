@@ -89,8 +89,9 @@ def _verdict(need: Memory, plan: RunPlan) -> str:
         return f"{need.peak_on_cpu / 1e9:.1f} GB resident at the peak of a step, above the level before set-up{unknown}"
     share = need.peak / device.memory
     verdict = "yes" if share <= 0.9 else "TIGHT" if share <= 1 else "NO"
+    part = f"{share:.0%}" if share >= 0.01 else "less than 1%"
     return (
-        f"{verdict}: {need.peak / 1e9:.1f} GB at the peak of a step, {share:.0%} of the device (the allocator and the "
+        f"{verdict}: {need.peak / 1e9:.1f} GB at the peak of a step, {part} of the device (the allocator and the "
         f"libraries take a few GB more{unknown})"
     )
 
