@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 import time
@@ -20,6 +21,9 @@ from pretrain.planning.devices import DEVICES
 from tests.conftest import TINY, merged
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import run
+
+M_MMAP_THRESHOLD = -3
+"""Of mallopt(3): larger tensors are taken from the system, and given back when they are freed."""
 
 # 101 million parameters.
 LARGE: dict[str, Any] = {
@@ -57,9 +61,13 @@ def resident() -> int:
 
 
 def measure(root: str, changes: dict[str, Any]) -> dict[str, int]:
-    """Bytes of live storages by part after the last step, and the peak resident memory above the start."""
+    """Bytes of live storages by part after the last step, and the peak resident memory above the start.
+
+    The allocator gives back all that is freed: how much it would keep differs by a fifth between two runs.
+    """
     from pretrain.launch import building
 
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17) == 1
     found: Counter[str] = Counter()
     before, stop = resident(), threading.Event()
 
@@ -107,9 +115,8 @@ def check(tmp_path: Path, changes: dict[str, Any], *, tolerance: float, peak: bo
             # Counters, masks and the batch are not modelled.
             assert found.get(part, 0) == pytest.approx(wanted, rel=tolerance, abs=200_000), part
         if peak:
-            # The pieces that FSDP2 frees in bf16 are small, and more of them stay with the process.
-            pieces = config.engine.kind == "fsdp2" and config.train.precision == "bf16"
-            assert found["peak"] == pytest.approx(predicted.peak_on_cpu, rel=0.2 if pieces else 0.15)
+            # The tensors of the exchange, and those of a direction by rational functions, are counted as their most.
+            assert 0.6 * predicted.peak < found["peak"] < 1.05 * predicted.peak
 
 
 @pytest.mark.parametrize("stage", [1, 3, None])
