@@ -27,11 +27,11 @@ BEAT_SECONDS = 30.0
 
 _kept: list[dist.ProcessGroup] = []
 """See `keep_group`."""
-atexit.register(_kept.clear)
+atexit.register(_kept.clear)  # while gloo's threads can still take the GIL
 
 
 def keep_group() -> None:
-    """Keep the default process group's Python object until the process ends. Call it where DDP is used with gloo.
+    """Keep the default process group's Python object until the process ends; call it before DDP's group is destroyed.
 
     A DistributedDataParallel that is freed after the group was destroyed must not be the last to hold it: it would wait
     for gloo's threads with the GIL held, and they for the GIL, which they need to release the tensors of the last

@@ -86,7 +86,10 @@ def _verdict(need: Memory, plan: RunPlan) -> str:
     device = plan.cluster.device
     unknown = "" if need.activations else "; the activations of this architecture are not included"
     if device.memory is None:
-        return f"{need.peak_on_cpu / 1e9:.1f} GB resident at the peak of a step, above the level before set-up{unknown}"
+        return (
+            f"about {need.peak_on_cpu / 1e9:.1f} GB resident at the peak of a step, above the level before set-up (how "
+            f"much the allocator keeps differs between runs){unknown}"
+        )
     share = need.peak / device.memory
     verdict = "yes" if share <= 0.9 else "TIGHT" if share <= 1 else "NO"
     part = f"{share:.0%}" if share >= 0.01 else "less than 1%"

@@ -60,14 +60,18 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def measure(root: str, changes: dict[str, Any]) -> dict[str, int]:
+def measure(root: str, changes: dict[str, Any], keeps: bool = False) -> dict[str, int]:
     """Bytes of live storages by part after the last step, and the peak resident memory above the start.
 
-    The allocator gives back all that is freed: how much it would keep differs by a fifth between two runs.
+    Args:
+        root: of the run.
+        changes: of the tiny config.
+        keeps: whether the allocator may keep what is freed. How much it keeps differs by a fifth between two runs.
     """
     from pretrain.launch import building
 
-    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17) == 1
+    if not keeps:
+        assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17) == 1
     found: Counter[str] = Counter()
     before, stop = resident(), threading.Event()
 
@@ -133,3 +137,12 @@ def test_live_tensors_are_the_predicted_ones(tmp_path: Path, stage: int | None) 
 )
 def test_memory_of_100m_parameters_on_two_ranks(tmp_path: Path, stage: int | None, precision: str) -> None:
     check(tmp_path, changed(LARGE, stage) | {"train.precision": precision}, tolerance=0.02, peak=True)
+
+
+@pytest.mark.long
+def test_resident_memory_is_about_what_a_cpu_is_planned_to_need(tmp_path: Path) -> None:
+    changes = changed(LARGE, 1)
+    config = parse_config(merged(TINY, {"run.root": str(tmp_path), **changes}))
+    predicted = plan_run(config, Cluster(2, DEVICES["cpu"])).memory
+    for found in run_ranks(2, measure, str(tmp_path), changes, True):
+        assert found["peak"] == pytest.approx(predicted.peak_on_cpu, rel=0.3)
