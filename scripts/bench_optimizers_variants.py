@@ -112,7 +112,7 @@ class Variant:
 def _aurora_class(**given: Any) -> Maker:
     def make(weights: list[Tensor], bare: bool) -> Optimizer:
         own = _BARE if bare else {"lr": LR}
-        return Aurora([{"params": weights, **given, **own}])
+        return Aurora([{"params": weights, "kind": "matrix", **given, **own}])
 
     return make
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,12 +33,19 @@ from pretrain.run.manifest import environment
 
 LR = 1e-4
 BASE = "torch.optim.Muon"
-OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
+Maker = Callable[[list[Tensor]], Optimizer]
+
+
+def _ours(**given: Any) -> Maker:
+    return lambda weights: Aurora([{"params": weights, "kind": "matrix"}], lr=LR, **given)
+
+
+OPTIMIZERS: dict[str, Maker] = {
     BASE: lambda weights: torch.optim.Muon(weights, lr=LR, weight_decay=0.0),
-    "Muon": lambda weights: Aurora(weights, lr=LR, direction="muon"),
-    "Muon, loose": lambda weights: Aurora(weights, lr=LR, direction="muon", polar_accuracy="loose"),
-    "Aurora, K = 2": lambda weights: Aurora(weights, lr=LR),
-    "Aurora, carried": lambda weights: Aurora(weights, lr=LR, row_balance="carried"),
+    "Muon": _ours(direction="muon"),
+    "Muon, loose": _ours(direction="muon", polar_accuracy="loose"),
+    "Aurora, K = 2": _ours(),
+    "Aurora, carried": _ours(row_balance="carried"),
 }
 
 
@@ -62,8 +68,7 @@ def measure(name: str, shapes: Counter[Shape], device: torch.device, rounds: int
     weights = [torch.zeros(shape, device=device).requires_grad_() for shape in shapes.elements()]
     for seed, weight in enumerate(weights):
         weight.grad = gaussian(*weight.shape, seed=seed)[0].to(device)
-    with warnings.catch_warnings(action="ignore"):  # bare parameters have no names
-        optimizers = {each: make(weights) for each, make in OPTIMIZERS.items()}
+    optimizers = {each: make(weights) for each, make in OPTIMIZERS.items()}
     for optimizer in optimizers.values():
         optimizer.step()
     steps = {each: (lambda optimizer=optimizer: optimizer.step) for each, optimizer in optimizers.items()}
