@@ -75,9 +75,16 @@ def obtain(source: Source, cache: Path) -> Path:
 
 
 def unpack(package: Path, folder: Path) -> None:
-    """Unpack an npm tarball or a Debian package, already verified, into `folder`."""
+    """Unpack an npm tarball or a Debian package, already verified, into `folder`.
+
+    Raises:
+        AssetError: this Python is older than 3.11.4 and cannot check where the files of a tarball would go.
+        tarfile.FilterError: one of them would lie outside the folder.
+    """
     if package.suffix == ".deb":
         run(("dpkg-deb", "--extract", str(package.resolve()), str(folder.resolve())), cwd=folder)
+    elif not hasattr(tarfile, "data_filter"):
+        raise AssetError(f"{package.name}: unpacking it safely needs Python 3.11.4 or newer")
     else:
         with tarfile.open(package) as archive:
             archive.extractall(folder, filter="data")
