@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps of each side per round (default: telemetry.every_steps)")
     parser.add_argument("--compare-every", type=int, default=100, help="steps between hashes (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     try:
         sides = configs(options.config, options.overrides, options.compare_every)
     except UserError as error:

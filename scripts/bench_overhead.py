@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="steps of each per round (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     names = [BASELINE, *(name.strip() for name in options.optimizers.split(","))]
     try:
         configs = {name: load_config(options.config, [*options.overrides, f"optimizer.name={name}"]) for name in names}

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--signal", default="TERM", choices=["TERM", "INT", "HUP", "USR1"])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     found = [measure(options) for _ in range(options.repeat)]
     for result in found:
         print(json.dumps(result))

@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="steps of each side per round (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     try:
         config = load_config(options.config, options.overrides)
     except UserError as error:

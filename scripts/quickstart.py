@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__)
     parser.add_argument("--full", action="store_true", help="evaluate on all items of HellaSwag")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config overrides")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
 
     try:
         config = load_config(CONFIG, options.overrides)

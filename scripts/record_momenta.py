@@ -1,6 +1,6 @@
 """Record the gradients of some matrices in every step of a training run, from which their momenta follow.
 
-    python scripts/record_momenta.py recorded/small configs/small.yaml optimizer.lr=0.02 train.total_tokens=307200
+    python scripts/record_momenta.py FOLDER configs/experiments/small.yaml optimizer.lr=0.02 train.total_tokens=307200
 
 trains a config from its first step and writes what the optimizer got: a file `step-00000001.safetensors` for each step,
 with the gradient (fp32, after clipping) of each matrix whose name the expression finds, and `recording.json` with the
@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--matrices", default=MLP, help="expression for names of parameters (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if any(options.folder.iterdir()):
         parser.error(f"{options.folder} is not empty")

@@ -59,6 +59,7 @@ def test_every_optimizer_steps_in_every_round_and_the_first_is_the_base(
     assert (muon["ratio"], muon["lowest"], muon["highest"], muon["ms"]) == (1.0, 0.5, 2.0, 2000.0)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # of parameters without names
 def test_the_optimizers_that_are_compared_step() -> None:
     rows = bench_steps.measure("small", Counter({(12, 4): 2}), bench_steps.torch.device("cpu"), 1)
     assert [row["optimizer"] for row in rows] == list(bench_steps.OPTIMIZERS)

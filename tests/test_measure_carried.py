@@ -15,9 +15,11 @@ from optimizers import Aurora
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+import record_momenta
 from measure_carried import measured, phases
 from record_momenta import Recorder, momenta
 
+SCRIPTS = Path(record_momenta.__file__).parent
 RATES = [0.01, 0.02, 0.02, 0.02, 0.01]
 
 
@@ -65,3 +67,22 @@ def test_what_is_measured(recorded: tuple[Path, list[torch.Tensor]]) -> None:
 
 def test_phases_follow_the_rate() -> None:
     assert phases(RATES) == ["warm-up", "plateau", "plateau", "plateau", "decay"]
+
+
+def test_a_recording_takes_overrides_after_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+    monkeypatch.setattr(record_momenta, "train", lambda config, resume: configs.append(config) or 0)
+    given = [str(tmp_path / "out"), "configs/quickstart.yaml", "--matrices", "gate", "optimizer.lr=0.03"]
+    monkeypatch.setattr(sys, "argv", ["record_momenta.py", *given])
+    assert record_momenta.main() == 0
+    assert configs[0].optimizer.lr == 0.03
+    about = json.loads((tmp_path / "out" / "recording.json").read_text())
+    assert about == {"config": "configs/quickstart.yaml", "overrides": ["optimizer.lr=0.03"], "lr": []}
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_script_takes_overrides_after_its_options(script: Path) -> None:
+    # parse_args gives an empty list to `overrides` if an option stands before them, and then refuses them.
+    if 'add_argument("overrides"' in (source := script.read_text()):
+        assert "parse_intermixed_args(" in source
+        assert "parse_args(" not in source
