@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -69,15 +71,17 @@ def test_phases_follow_the_rate() -> None:
     assert phases(RATES) == ["warm-up", "plateau", "plateau", "plateau", "decay"]
 
 
-def test_a_recording_takes_overrides_after_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_of_the_recorded_momenta_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (SCRIPTS.parent / "docs/decisions/2026-11-26-carried-balance.md").read_text().replace("\\\n", "")
+    (line,) = re.findall(r"^python scripts/record_momenta\.py .*", page, re.MULTILINE)
+    _, script, _, *given = shlex.split(line)
     configs = []
     monkeypatch.setattr(record_momenta, "train", lambda config, resume: configs.append(config) or 0)
-    given = [str(tmp_path / "out"), "configs/quickstart.yaml", "--matrices", "gate", "optimizer.lr=0.03"]
-    monkeypatch.setattr(sys, "argv", ["record_momenta.py", *given])
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "out"), *given])
     assert record_momenta.main() == 0
-    assert configs[0].optimizer.lr == 0.03
+    assert configs[0].train.total_tokens == 150 * configs[0].train.global_batch_tokens
     about = json.loads((tmp_path / "out" / "recording.json").read_text())
-    assert about == {"config": "configs/quickstart.yaml", "overrides": ["optimizer.lr=0.03"], "lr": []}
+    assert about == {"config": given[0], "overrides": given[3:], "lr": []}
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
