@@ -23,6 +23,7 @@ from pretrain.model.cost import flops_per_token
 from pretrain.planning import cluster
 from pretrain.planning.cluster import Cluster, check_cover, layout_of, plan_run
 from pretrain.planning.devices import DEVICES
+from pretrain.planning.report import answer
 from pretrain.planning.traffic import Collective
 from tests.conftest import REPOSITORY
 
@@ -85,6 +86,27 @@ def test_the_plan_of_the_1b_on_64_ranks_answers_in_ten_lines(capsys: pytest.Capt
     assert lines[2].startswith("fits      yes: ")
     assert "no overlap is assumed" in lines[3]
     assert "450 GB/s within a node, 50 GB/s between nodes" in lines[6]
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict", "part"),
+    [(0.005, "yes", "less than 1%"), (0.89, "yes", "89%"), (0.92, "TIGHT", "92%"), (1.02, "NO", "102%")],
+)
+def test_a_device_holds_the_peak_or_does_not(share: float, verdict: str, part: str) -> None:
+    config = load_config(BIG)
+    peak = plan_run(config, Cluster(8, H100)).memory.peak
+    line = answer(plan_run(config, Cluster(8, replace(H100, memory=round(peak / share)))))[2]
+    assert line.startswith(f"fits      {verdict}: {peak / 1e9:.1f} GB at the peak of a step, {part} of the device")
+
+
+def test_a_cpu_is_told_its_resident_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", BIG, "--ranks", "8", "--device", "cpu"]
+    assert main([*plan, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    resident = f"{memory['peak_on_cpu'] / 1e9:.1f}"
+    assert resident != f"{memory['peak'] / 1e9:.1f}"
+    assert main(plan) == 0
+    assert f"fits      about {resident} GB resident at the peak of a step" in capsys.readouterr().out
 
 
 def test_details_name_every_collective_and_owner(capsys: pytest.CaptureFixture[str]) -> None:
